@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 # Where it is set, every process of the tests would compile torch and transformers again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-browser demo demo-long one-file docs site test test-quick fuzz lint bench constraints clean
+.PHONY: setup setup-browser demo demo-long demo-reward one-file docs site test test-quick fuzz lint bench constraints clean
 
 # what `make demo` needs: the core, the reader of the language model's file, and what its last lines suggest to run
 $(CORE): pyproject.toml constraints.txt
@@ -48,6 +48,10 @@ demo: $(CORE)
 # three times as many steps
 demo-long: $(CORE)
 	@$(BIN)/llava demo --long --output output/demo-long
+
+# train the model of `make demo` further, on the rewards of its own captions
+demo-reward: $(CORE)
+	@$(BIN)/llava demo --reward
 
 # the tutorial and the notes of the one file follow a drawing through trained models: run `make demo` and
 # `make one-file` first

@@ -1,9 +1,9 @@
 """LLaVA ("Visual Instruction Tuning", Liu et al., 2023) in one file: a language model describes images.
 
 A vision model (the "vision tower") turns an image into a grid of feature vectors. One matrix (the projector)
-maps each to a vector the size of a word embedding, an "image token". These are inserted into the prompt, and
-the language model processes them as if they were words. Both models are pretrained and stay frozen. Only the
-projector and a small LoRA adapter inside the language model are trained.
+maps each to a vector of the size of a word embedding, an "image token". The prompt has a placeholder for each
+image token, and the language model processes image tokens as if they were words. Both models are pretrained
+and stay frozen. Only the projector and a small LoRA adapter inside the language model are trained.
 
     image  --> vision tower --> features --> projector --> image tokens ---+
                frozen           (B, N, C)    trained       (B, N, D)       |  splice
@@ -13,10 +13,10 @@ projector and a small LoRA adapter inside the language model are trained.
                                                                            v
                        caption <-- logits <-- language model (frozen, with a trained LoRA adapter)
 
-The letters of the shapes: B images in a batch, N image tokens per image, C channels of a feature, L tokens
-in a sequence, D size of a word embedding, V tokens in the vocabulary, T tokens that count in the loss. With
-CLIP ViT-B/16 and Mistral-7B: N = 196, C = 768, D = 4096, V = 32000. "The package" below is llava_simplified,
-which does the same at scale and loads the same checkpoints. To train on your own images and captions:
+Shapes: B images in a batch, N image tokens per image, C channels of a feature, L tokens in a sequence, D size
+of a word embedding, V tokens in the vocabulary, T tokens that count in the loss. With CLIP ViT-B/16 and
+Mistral-7B: N = 196, C = 768, D = 4096, V = 32000. "The package" is llava_simplified, which does the same at
+scale and loads the same checkpoints. To train on your own images and captions:
 
     python llava_in_one_file.py --data records.json --images DIR --language_model DIR --vision_tower DIR
 """
@@ -54,13 +54,11 @@ def load_image(path, processor):
     # Trap: phones store photos sideways, with an EXIF tag that says how to rotate them.
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     # Trap: transparent pixels have a color too, usually black. Put them on white, as browsers do.
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # a writable copy
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1)  # (3, height, width)
-
-    # A vision tower was trained with images of one size and one normalization. `processor` holds both,
-    # from preprocessor_config.json; its code is not used. Other values raise no error, but captions get worse.
+    # Resize and normalize as in the training of the vision tower. `processor` only tells us how, from
+    # preprocessor_config.json. Other values raise no error, but captions get worse.
     size = processor.size
     if size.get("shortest_edge"):  # CLIP: keep the aspect ratio, and cut out the center below
         shorter = min(image.size)
@@ -75,8 +73,7 @@ def load_image(path, processor):
         rows, columns = processor.crop_size["height"], processor.crop_size["width"]
         top, left = (height - rows) // 2, (width - columns) // 2
         pixels = pixels[:, top : top + rows, left : left + columns]
-    mean = torch.tensor(processor.image_mean).view(3, 1, 1)
-    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    mean, std = torch.tensor([processor.image_mean, processor.image_std]).view(2, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
@@ -86,17 +83,16 @@ def load_image(path, processor):
 #     input ids   <s>  image image ... image  \n  What  is  this  ?  \n  a  cat  </s>
 #     labels       .     .     .         .    .    .    .    .    .  .   a  cat  </s>      "." is IGNORE
 #
-# Only the answer and its end token count in the loss. Without the end token, captions would never stop. With
-# the prompt, the loss would be lower, since prompts are soon memorized, but captions would be no better.
-
+# Only the answer and its end token count in the loss. Without the end token, captions would never stop. If
+# the prompt counted too, the loss would be lower, since prompts are soon memorized, but captions no better.
 IGNORE = -100  # the label of a token that does not count in the loss
 IMAGE = -200  # the id that stands for an image token; no vocabulary contains it
 
 
 def encode(tokenizer, text):
-    """Return the token ids of a text that is not the beginning of a sequence."""
-    # Trap: many tokenizers add a BOS token ("<s>") to every text, so turn that off. Some also put a space
-    # before the first word. So encode the text behind some other token, and drop that token's id.
+    """Return the token ids of a text in the middle of a sequence."""
+    # Trap: many tokenizers begin every text with a BOS token ("<s>"), and some with a space. BOS can be turned
+    # off. To avoid the space, put some other token before the text, and drop its id.
     return tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
 
 
@@ -112,9 +108,10 @@ def make_sequence(tokenizer, record, num_image_tokens):
         raise ValueError(f"{record['image']}: the response is empty")
     prompt = make_prompt(tokenizer, record["instruction"], num_image_tokens)
     # Trap: encoded together, the end of the prompt and the beginning of the answer could become one token,
-    # which is not there when a caption is generated. So encode the answer separately, but behind a newline
-    # so that no space is added, then cut the newline off.
-    answer = encode(tokenizer, "\n" + record["response"])[len(encode(tokenizer, "\n")) :]
+    # which is not there when a caption is generated. So encode the answer separately. Older Llama tokenizers
+    # add a space in `encode` too, but not after a newline. So put one before the answer, and drop its ids.
+    newline = encode(tokenizer, "\n")
+    answer = encode(tokenizer, "\n" + record["response"])[len(newline) :]
     answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
@@ -123,10 +120,10 @@ def collate(sequences, pad_id):
     """Pad sequences on the right: return input ids, labels and attention mask, each (B, L)."""
     ids = [torch.tensor(ids) for ids, _ in sequences]
     labels = [torch.tensor(labels) for _, labels in sequences]
-    ones = [torch.ones_like(row) for row in ids]
+    mask = [torch.ones_like(row) for row in ids]
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     # Padding on the right shifts no positions. The mask hides it from attention, and IGNORE from the loss.
-    return pad(ids, padding_value=pad_id), pad(labels, padding_value=IGNORE), pad(ones)
+    return pad(ids, padding_value=pad_id), pad(labels, padding_value=IGNORE), pad(mask)
 
 
 # ---- 4. The model: vision tower, projector, splice, loss ----
@@ -140,12 +137,12 @@ class Llava(nn.Module):
         language_model, vision_tower = settings["language_model"], settings["vision_tower"]
         self.tokenizer = AutoTokenizer.from_pretrained(language_model)
         self.language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-        # Attention as plain matrix products: simple, and fast enough for such short sequences.
+        # Attention as plain matrix products: for such short sequences, the fastest on a CPU.
         self.language_model.set_attn_implementation("eager")
         self.processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
         tower = AutoModel.from_pretrained(vision_tower, dtype=dtype)
         self.vision_tower = getattr(tower, "vision_model", tower)  # CLIP has a model for texts too
-        # Freeze both. `eval` turns off dropout and freezes batch-norm statistics, here in training too.
+        # Freeze both, in eval mode (no dropout). The projector and LoRA, added later, stay trainable.
         self.requires_grad_(False).eval()
         self.projector = None  # see `new_projector`
 
@@ -160,12 +157,12 @@ class Llava(nn.Module):
         features = outputs.hidden_states[layer]
         if features.dim() == 4:
             # A convolutional network returns maps (B, C, rows, columns): each location becomes a token.
-            # EfficientNet's hidden states stop before its final convolution; -1 means after it.
-            features = outputs.last_hidden_state if layer == -1 else features
+            if layer == -1:  # EfficientNet's hidden states lack its last map
+                features = outputs.last_hidden_state
             features = features.flatten(2).transpose(1, 2)
-        # Keep the grid (assumed square), without a CLS token before it: (B, 1 + 196, C) -> (B, 196, C).
-        side = math.isqrt(features.shape[1])
-        features = features[:, -side * side :]
+        # Drop what stands before the square grid, such as a CLS token: (B, 1 + 196, C) -> (B, 196, C).
+        side = math.isqrt(features.shape[1])  # 14, from 196 or 197
+        features = features[:, -(side**2) :]
         pool = self.settings["mm_token_pool"]
         if pool:
             # Average the grid to pool x pool. Fewer tokens are faster, but have fewer details.
@@ -186,13 +183,12 @@ class Llava(nn.Module):
     def forward(self, input_ids, labels, attention_mask, features):
         """Return the loss of a batch: the mean over the T tokens that have a label."""
         embeddings = self.splice(input_ids, features)
-        # Run the language model up to its last layer, the lm_head, which follows below.
+        # `base_model` is transformers' name for a language model without its lm_head, which follows below.
         outputs = self.language_model.base_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
         )
         # The output at position i predicts the token at i + 1. So the first token of the answer is
         # predicted at the last position of the prompt, and the last output has no target:
-        #
         #     input      ...  this  ?   \n   a    cat   </s>
         #     target      .    .    .   a    cat  </s>            (the labels, shifted by one)
         targets = labels[:, 1:]
@@ -201,19 +197,19 @@ class Llava(nn.Module):
         # The lm_head computes a number for each of V tokens. Only T positions need that. The others (over
         # 90% of a sequence with an image) are left out, which saves much time and memory.
         logits = self.language_model.get_output_embeddings()(hidden)  # (T, V)
-        return F.cross_entropy(logits.float(), targets[in_loss])  # bfloat16 is too imprecise
+        return F.cross_entropy(logits.float(), targets[in_loss])  # bfloat16 is too imprecise here
 
 
 @torch.no_grad()
 def new_projector(features, embeddings):
-    """Return a projector C -> D that fits features (images, N, C) and word embeddings (V, D)."""
-    # A random matrix would work in the end. But its outputs may be far larger or smaller than embeddings,
-    # and the first few hundred steps would do nothing but correct that.
+    """Return a projector whose outputs for features (images, N, C) are as large as embeddings (V, D)."""
+    # Those of a random matrix may be far larger or smaller, and the first few hundred training steps would do
+    # nothing but correct that.
     features, embeddings = features.flatten(0, 1).float(), embeddings.float()
     projector = nn.Linear(features.shape[1], embeddings.shape[1], device=features.device)
-    # Standardize the channels: W (f - mean) / std + b is (W / std) f + (b - (W / std) mean).
-    std = features.std(0)
-    typical_std = std.median() if std.median() > 0 else std.mean()  # 0: most channels are dead
+    # Standardize the channels, in W and b: W (f - mean) / std + b = (W / std) f + (b - (W / std) mean).
+    std = features.std(0)  # (C,)
+    typical_std = std.median() if std.median() > 0 else std.mean()  # most channels may be constant
     projector.weight /= std.clamp_min(0.1 * typical_std)  # do not amplify channels that hardly vary
     projector.bias -= projector.weight @ features.mean(0)
     scale = embeddings.std() / projector(features).std()
@@ -257,9 +253,9 @@ def add_lora(model, rank, alpha):
             names.append(name)
     if not names:
         raise ValueError("LoRA needs nn.Linear layers; this language model, like GPT-2, has none")
-    # In the format of PEFT, the usual library for adapters. It goes into the checkpoint.
-    model.adapter_config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
-    model.adapter_config["target_modules"] = names
+    # For the checkpoint: the settings as PEFT, the usual library for adapters, names them.
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names}
+    model.adapter_config = config
 
 
 # ---- 6. Training ----
@@ -273,8 +269,8 @@ def make_batches(records, batch_size):
 
 def look_up_features(model, names, folder, feature_cache):
     """Return the features (B, N, C) of image files. Those that are not in the cache are computed."""
-    # The tower is frozen, so it returns the same features in every epoch. Run it once per image. (With CLIP
-    # ViT-B/16, a thousand images take 300 MB in bfloat16. Millions should go to disk.)
+    # The tower is frozen, so it returns the same features in every epoch: run it once per image. With CLIP
+    # ViT-B/16, a thousand images take 300 MB of memory in bfloat16. Those of millions belong on a disk.
     missing = [name for name in names if name not in feature_cache]
     if missing:
         pixels = [load_image(Path(folder) / name, model.processor) for name in missing]
@@ -294,7 +290,7 @@ def train(model, batches, folder, feature_cache, steps, warmup, peak_rate):
     """Train all parameters that have `requires_grad`, and yield the loss of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    for step, records in zip(range(steps), batches):  # the range first, or zip would lose one batch
+    for step, records in zip(range(steps), batches):
         features = look_up_features(model, [r["image"] for r in records], folder, feature_cache)
         sequences = [make_sequence(model.tokenizer, r, features.shape[1]) for r in records]
         tensors = collate(sequences, pad_id=model.tokenizer.eos_token_id)
@@ -311,7 +307,7 @@ def train(model, batches, folder, feature_cache, steps, warmup, peak_rate):
 
 # ---- 7. Save and load what was trained. The frozen models are stored by name only. ----
 def adapter_weights(model):
-    """Return the weights of LoRA by their names in PEFT, which have the prefix "base_model.model."."""
+    """Return the weights of LoRA by their names in PEFT: ours, with the prefix "base_model.model."."""
     weights = model.language_model.state_dict()
     return {f"base_model.model.{name}": w for name, w in weights.items() if "lora_" in name}
 
@@ -322,7 +318,7 @@ def save(model, folder):
     save_safetensors(adapter_weights(model), folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(model.adapter_config))
     save_safetensors(model.projector.state_dict(), folder / "projector.safetensors")
-    # The package reads these copies, and every field of `config`. `load` reads "architecture" only.
+    # `load` does not need what follows, except for the settings. The package does.
     model.tokenizer.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     config = {"format_version": 2, "architecture": model.settings, "trained": "adapter"}
@@ -330,20 +326,25 @@ def save(model, folder):
 
 
 def load(folder):
-    """Load a checkpoint of this file or the package (same template and projector type) on the CPU."""
-    settings = json.loads((folder / "llava.json").read_text())["architecture"]
-    for name, supported in (("template", "bare"), ("mm_projector_type", "linear")):
-        if settings[name] != supported:
-            raise ValueError(f"{folder}: {name} must be {supported}, not {settings[name]}")
+    """Load a checkpoint of this file, or one of the package with the same choices, on the CPU."""
+    config = json.loads((folder / "llava.json").read_text())
+    settings = config["architecture"]
+    adapter_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    # The package has more choices. A model with other ones than these would compute something else here.
+    supported = {"template": "bare", "mm_projector_type": "linear", "image_aspect_ratio": "crop"}
+    supported |= {"mm_vision_select_feature": "patch", "bits": 16, "trained_tower": "off"}
+    supported |= {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    found = {**config, **settings, **adapter_config}
+    for name, value in supported.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} must be {value}, not {found[name]}, to load here")
     model = Llava(settings)
     projector = load_safetensors(folder / "projector.safetensors")
     model.projector = nn.Linear(*reversed(projector["weight"].shape))  # the weight is (D, C)
     model.projector.load_state_dict(projector)
-    adapter_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     add_lora(model, adapter_config["r"], adapter_config["lora_alpha"])
     adapter = load_safetensors(folder / "adapter" / "adapter_model.safetensors")
-    # Trap: the file lacks the frozen weights, so we need `strict=False`, which would also ignore wrong names
-    # and leave part of LoRA at its initial values. So compare the names first.
+    # Trap: the adapter lacks the frozen weights, so we need `strict=False`, which ignores wrong names too.
     if adapter.keys() != adapter_weights(model).keys():
         raise ValueError(f"{folder}: the adapter does not match {settings['language_model']}")
     adapter = {name.removeprefix("base_model.model."): w for name, w in adapter.items()}
@@ -369,13 +370,10 @@ def caption(model, path, instruction, temperature=0.0, max_new_tokens=32):
     # Use an instruction of the training data, character for character. Others make captions worse.
     prompt = make_prompt(tokenizer, instruction, features.shape[1])
     inputs = model.splice(torch.tensor([prompt], device=features.device), features)  # (1, L, D)
-    kv_cache = None
-    generated = []
+    kv_cache, generated = None, []
     while len(generated) < max_new_tokens:
-        # No padding, so no mask. Positions follow from the cache. Only the last position needs logits.
-        outputs = language_model(
-            inputs_embeds=inputs, past_key_values=kv_cache, use_cache=True, logits_to_keep=1
-        )
+        # No padding, so no mask. Positions follow from the cache.
+        outputs = language_model(inputs_embeds=inputs, past_key_values=kv_cache, use_cache=True)
         kv_cache = outputs.past_key_values
         logits = outputs.logits[0, -1].float()  # (V,), for the next token
         if temperature == 0:
@@ -410,7 +408,9 @@ def main(argv=None):
     records = read_records(args.data)
     random.seed(0)
     random.shuffle(records)
-    held_out, records = records[:8], records[8:]  # assumes that each image has one record
+    if len(records) < 9:
+        parser.error(f"--data: {args.data} has {len(records)} records; at least 9 are needed")
+    held_out, records = records[:8], records[8:]  # only right if each image has one record
     # The names of the package's checkpoints; some are LLaVA's ("mm" is multimodal).
     settings = {
         "language_model": args.language_model,
@@ -418,14 +418,14 @@ def main(argv=None):
         "mm_projector_type": "linear",  # one matrix; this file knows no other type
         "mm_vision_select_layer": args.layer,  # -1 is the last one
         "mm_token_pool": args.pool,  # 0 keeps all tokens
-        "template": "bare",  # `make_prompt`: no roles ("USER:"), one text per line
+        "template": "bare",  # the prompt of `make_prompt`, without roles such as "USER:"
         "instruction": records[0]["instruction"],  # the default of the package's `caption`
         "dtype": args.dtype,  # of the frozen weights
     }
     torch.manual_seed(0)
     model = Llava(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     feature_cache = {}
-    names = [record["image"] for record in records[:64]]
+    names = [record["image"] for record in records[:64]]  # enough for `new_projector`
     features = look_up_features(model, names, args.images, feature_cache)
     model.projector = new_projector(features, model.language_model.get_input_embeddings().weight)
     # Two stages, as in LLaVA: first the projector alone, then also the language model (here by LoRA; the paper
@@ -435,7 +435,7 @@ def main(argv=None):
         if "LoRA" in stage:
             add_lora(model, rank=16, alpha=32)
         losses = train(model, batches, args.images, feature_cache, steps, steps // 20, args.rate)
-        for step, loss in enumerate(losses, start=1):
+        for step, loss in enumerate(losses, start=1):  # a generator: each turn trains one step
             if step % 10 == 0:
                 print(f"{stage}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     save(model, args.output)

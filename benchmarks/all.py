@@ -19,19 +19,19 @@ RESULTS = HERE / "RESULTS.md"
 BENCHMARKS = ("train", "caption", "serve", "scale", "download", "clean", "convert", "metrics")
 HEAD = """# Results
 
-Both sides of each comparison are measured in one run; what counts is their ratio. `make bench` repeats all of
+Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of
 them, and the command above a table repeats that table.
 """
 
 
 def run_benchmark(name: str) -> str:
-    """Run one benchmark, print what it prints, and return it."""
+    """Run one benchmark, print its output as it appears, and return it."""
     command = [sys.executable, str(HERE / f"bench_{name}.py")]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
         for line in run.stdout or ():
             print(line, end="", flush=True)
-            # DeepSpeed prints when it is imported that there is no GPU.
+            # Leave out what DeepSpeed prints during its import: there is no GPU.
             if "real_accelerator.py" not in line:
                 lines.append(line)
     if run.returncode:

@@ -1,15 +1,23 @@
-"""Caption images three times each: our `generate`, stock LLaVA's batched `generate`, the tutorial's loop.
+"""Caption images three times each: our `generate` against stock LLaVA, the tutorial's loop, or llama.cpp.
 
     python benchmarks/bench_caption.py [--language-model FOLDER] [--images 32] [--batch 16] [--rounds 2]
+    python benchmarks/bench_caption.py --peer llama.cpp [--size 1.7b] [--samples 1]
 
-All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, and a random tower in the
-shape of CLIP ViT-B/16), the same data type (bfloat16 where this machine is fast in it), pixels and prompts.
-The length at which an image's captions end is drawn beforehand and the same for all sides. The tutorial's
-loop captions one image at a time, and encodes and prefills it again for every sample. Every run is a process
-of its own.
+All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, or random weights in the
+shape of SmolLM2-1.7B; a random tower in the shape of CLIP ViT-B/16), images and prompts. The length at which
+an image's captions end is drawn beforehand and the same for all sides. Every run is a separate process.
 
-Prints captions per second as ratios, and peak memory. The greedy captions of all sides must be the same in
-float32.
+Transformers' sides also have the same data type (bfloat16 where this machine is fast in it) and pixels. The
+tutorial's loop captions one image at a time, and encodes and prefills it again for every sample. The greedy
+captions of all these sides must be the same in float32.
+
+llama.cpp's server runs with our exported GGUF, as float16 and quantized, an empty prompt cache, the samples
+of an image as the `n` choices of one request, and 1 to 8 requests at a time, of which the best number counts.
+Its time contains a few milliseconds an image for HTTP and for decoding the image. Its captions cannot be the
+same: it samples with random numbers of its own, and resizes images in another way. The numbers of positions
+of the prompts must be equal.
+
+Prints captions per second as ratios, and peak memory; with llama.cpp, the time to the first token too.
 """
 
 from __future__ import annotations
@@ -17,13 +25,17 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peer_llama_cpp
+import serving
 from workload import (
     INSTRUCTION,
     MAX_CAPTION_LENGTH,
@@ -31,18 +43,20 @@ from workload import (
     draw_caption_lengths,
     run_child,
     stock_projector_weights,
+    write_checkpoint,
     write_data,
     write_models,
+    write_random_language_model,
 )
 
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
-SAMPLES_PER_IMAGE = 3
 TEMPERATURE = 0.7
 GREEDY_IMAGES = 8  # images whose greedy captions are compared
+FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
 OURS, STOCK, TUTORIAL = "ours", "stock, batched", "the tutorial's loop"
-SIDES = (OURS, STOCK, TUTORIAL)
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
 # (positions of the images, samples per image, temperature) -> token ids of each caption
 Generate = Callable[[list[int], int, float], list[list[int]]]
 
@@ -114,7 +128,7 @@ def make_generate(model: Any, prompt: list[int], pixels: Any, lengths: list[int]
 def make_stock_generate(
     model: Any, stock: Any, image_token: int, prompt: list[int], pixels: Any, lengths: list[int]
 ) -> Generate:
-    """Return the side of stock LLaVA."""
+    """Return a function that captions images with stock LLaVA."""
     import torch
     from transformers import StoppingCriteria
 
@@ -167,11 +181,14 @@ def make_stock_generate(
     return generate
 
 
-def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) -> dict[str, Any]:
-    """Measure one side, in a process of its own.
+def caption_all(
+    side: str, models: tuple[str, str], folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure a side that runs in Python, in a separate process.
 
     Returns:
-        "rate": captions per second; "memory": peak bytes; "greedy": captions of the first images.
+        "rate": captions per second; "memory": peak bytes; "first_token": seconds; "prompt_tokens":
+        positions of the prompt; "greedy": captions of the first images, if they are to be compared.
     """
     import torch
 
@@ -196,14 +213,21 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
     start = time.perf_counter()
     if side == TUTORIAL:
         for position in range(len(paths)):
-            for _ in range(SAMPLES_PER_IMAGE):
+            for _ in range(args.samples):
                 generate([position], 1, TEMPERATURE)
     else:
-        for first in range(0, len(paths), batch):
-            positions = list(range(first, min(first + batch, len(paths))))
-            generate(positions, SAMPLES_PER_IMAGE, TEMPERATURE)
-    rate = len(paths) * SAMPLES_PER_IMAGE / (time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for first in range(0, len(paths), args.batch):
+            positions = list(range(first, min(first + args.batch, len(paths))))
+            generate(positions, args.samples, TEMPERATURE)
+    result: dict[str, Any] = {
+        "rate": len(paths) * args.samples / (time.perf_counter() - start),
+        "memory": serving.maximum_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        # One position of the prompt is the image, which becomes several.
+        "prompt_tokens": len(prompt) - 1 + model.vision_tower.num_tokens,
+    }
+    if args.peer == LLAMA_CPP:
+        result["first_token"] = measure_first_token(model, prompt, paths)
+        return result
 
     model.float()
     if stock is not None:
@@ -213,7 +237,97 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
     greedy: list[list[int]] = []
     for group in groups:
         greedy += generate(group, 1, 0.0)
-    return {"rate": rate, "memory": memory, "greedy": greedy}
+    return result | {"greedy": greedy}
+
+
+def measure_first_token(model: Llava, prompt: list[int], paths: list[Path]) -> float:
+    """Return the median of the seconds from the bytes of an image to the first token of its caption."""
+    import torch
+
+    from llava_simplified.data.images import decode_image
+    from llava_simplified.model.generation import DecodingBatch
+    from llava_simplified.model.generation_options import GenerationOptions
+
+    seconds = []
+    for path in paths[:FIRST_TOKEN_IMAGES]:
+        content = path.read_bytes()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            pixels = model.vision_tower.transform(decode_image(content))
+            features = model.vision_tower(pixels[None])
+            # A batch that may generate one token only ends with it, and computes no other.
+            DecodingBatch(model, [prompt], features, GenerationOptions(max_new_tokens=1)).step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# ---- llama.cpp ----
+
+
+def caption_with_llama_cpp(
+    programs: Path, gguf: Path, folder: Path, samples: int, requests: int
+) -> dict[str, Any]:
+    """Measure llama.cpp with a number of requests at a time.
+
+    Returns:
+        As `caption_all`, and "requests".
+    """
+    paths = sorted(folder.glob("*.png"))
+    lengths = draw_caption_lengths(len(paths))
+    bodies = []
+    for path, length in zip(paths, lengths):
+        body = serving.make_body(path.read_bytes(), INSTRUCTION, length, samples, TEMPERATURE)
+        bodies.append(body | peer_llama_cpp.REQUEST_FIELDS)
+    command = peer_llama_cpp.server_command(programs, gguf, requests * samples)
+    with serving.running_server(command) as server:
+        serving.request_captions(server.url, bodies[0] | {"max_tokens": 2})  # warm up
+        urls = [server.url] * len(bodies)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(requests) as pool:
+            answers = list(pool.map(serving.request_captions, urls, bodies))
+        seconds = time.perf_counter() - start
+        first_tokens = []
+        for body in bodies[:FIRST_TOKEN_IMAGES]:
+            first_tokens.append(serving.measure_first_token(server.url, body))
+    for answer in answers:
+        if len(answer.texts) != samples:
+            sys.exit(f"llama.cpp has answered {len(answer.texts)} of {samples} samples of an image")
+    return {
+        "rate": len(paths) * samples / seconds,
+        "memory": server.memory[0],
+        "first_token": statistics.median(first_tokens),
+        "prompt_tokens": answers[0].prompt_tokens,
+        "requests": requests,
+    }
+
+
+def run_llama_cpp(
+    programs: Path,
+    ggufs: dict[str, Path],
+    folder: Path,
+    args: argparse.Namespace,
+    best: dict[str, dict[str, Any]],
+) -> None:
+    """Measure llama.cpp in every format, and keep the best runs in `best`.
+
+    The first call tries all numbers of requests; later ones repeat the best number.
+    """
+    for name, gguf in ggufs.items():
+        side = f"{LLAMA_CPP} {name}"
+        numbers = [best[side]["requests"]] if side in best else args.requests
+        for requests in numbers:
+            run = caption_with_llama_cpp(programs, gguf, folder, args.samples, requests)
+            keep_best(best, side, run)
+
+
+# ---- the table ----
+
+
+def keep_best(best: dict[str, dict[str, Any]], side: str, run: dict[str, Any]) -> None:
+    """Store a run of a side if it is the fastest one."""
+    print(f"{side}: {run['rate']:.2f} captions/s", file=sys.stderr, flush=True)
+    if side not in best or run["rate"] > best[side]["rate"]:
+        best[side] = run
 
 
 def run_sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -221,48 +335,92 @@ def run_sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        models = write_models(root, args.language_model)
+        language_model = args.language_model
+        if args.size == "1.7b":
+            language_model = write_random_language_model(root, language_model)
+        models = write_models(root, language_model)
         folder = root / "images"
         folder.mkdir()
         write_data(folder, args.images, 1)
+        sides = [OURS, STOCK, TUTORIAL] if args.peer == TRANSFORMERS else [OURS]
+        ggufs: dict[str, Path] = {}
+        if args.peer == LLAMA_CPP:
+            peer_llama_cpp.build_llama_cpp(args.llama_cpp)
+            version = peer_llama_cpp.server_version(args.llama_cpp)
+            print(f"llama.cpp {version}")
+            checkpoint = write_checkpoint(root, models)
+            ggufs = peer_llama_cpp.convert_checkpoint(args.llama_cpp, checkpoint, root / "gguf")
         print(
-            f"{args.images} images, {SAMPLES_PER_IMAGE} samples each, batches of {args.batch}, "
-            f"{compute_dtype()}",
+            f"{args.images} images, {args.samples} sample(s) each, batches of {args.batch}, "
+            f"{compute_dtype()}, {args.size}",
             flush=True,
         )
+        words = ["--batch", args.batch, "--samples", args.samples, "--peer", args.peer, "--run"]
         # The sides take turns, so that a busy moment of the machine does not hit one of them only.
         for _ in range(args.rounds):
-            for side in SIDES:
-                words = ["--batch", args.batch, "--run", side, *models, folder]
-                run_child(__file__, *words, name=side)
-                run = json.loads((folder / "result.json").read_text())
-                if side not in best or run["rate"] > best[side]["rate"]:
-                    best[side] = run
+            for side in sides:
+                run_child(__file__, *words, side, *models, folder, name=side)
+                keep_best(best, side, json.loads((folder / "result.json").read_text()))
+            run_llama_cpp(args.llama_cpp, ggufs, folder, args, best)
     return best
+
+
+def describe_run(run: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Return the figures of the best run of a side."""
+    text = f"{run['rate']:8.2f} captions/s   ours is {ours['rate'] / run['rate']:5.2f}x   "
+    text += f"memory {run['memory'] / 1e9:.2f} GB"
+    if "first_token" in run:
+        text += f"   first token {run['first_token']:.3f} s"
+    if "requests" in run:
+        text += f"   {run['requests']} request(s) at a time"
+    return text
 
 
 def main() -> None:
     """Run the benchmark, or one side of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, help="Folder of SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--size",
+        choices=["135m", "1.7b"],
+        default="135m",
+        help="Parameters of the language model; 1.7b has random weights (default: %(default)s)",
+    )
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=3, help="Captions per image")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peer", choices=[TRANSFORMERS, LLAMA_CPP], default=TRANSFORMERS)
+    parser.add_argument(
+        "--requests",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="Requests to llama.cpp at a time; the best number counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=peer_llama_cpp.default_folder(),
+        help="Folder of llama-server and llama-quantize, built if it is missing",
+    )
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         side, language_model, tower, folder = args.run
-        result = caption_all(side, (language_model, tower), Path(folder), args.batch)
+        result = caption_all(side, (language_model, tower), Path(folder), args)
         (Path(folder) / "result.json").write_text(json.dumps(result))
         return
     best = run_sides(args)
+    ours = best[OURS]
     for side, run in best.items():
-        ratio = best[OURS]["rate"] / run["rate"]
-        print(
-            f"{side:22}{run['rate']:8.2f} captions/s   ours is {ratio:5.2f}x   "
-            f"memory {run['memory'] / 1e9:.2f} GB"
-        )
-        if run["greedy"] != best[OURS]["greedy"]:
+        print(f"{side:22}{describe_run(run, ours)}")
+        if run["prompt_tokens"] != ours["prompt_tokens"]:
+            sys.exit(
+                f"{side}: its prompts have {run['prompt_tokens']} positions, and ours "
+                f"{ours['prompt_tokens']}; the comparison is not valid"
+            )
+        if run.get("greedy") != ours.get("greedy") and args.peer == TRANSFORMERS:
             sys.exit(f"{side}: its greedy captions differ from ours; the comparison is not valid")
 
 

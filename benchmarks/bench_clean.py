@@ -76,6 +76,7 @@ def write_images(folder: Path, count: int, photos: Path | None) -> dict[str, str
     for index in range(count):
         data = sources[index % len(sources)]
         kind = "good"
+        # Every 25th image is damaged, by each kind of damage in turn.
         if index % 25 == 7:
             kind = FAULTS[index // 25 % len(FAULTS)]
             data = damage(data, kind)

@@ -4,7 +4,7 @@
 
 The runs take turns. For each program: the time, the CPU time per response, the peak memory of all its
 processes (proportional set size: shared pages count once) and, for each URL, whether the outcome is the one
-that the server knows. img2dataset is installed into a virtual environment of its own (`--peer-venv`, created
+that the server knows. img2dataset is installed into a separate virtual environment (`--peer-venv`, created
 if it is missing). All have the same timeout, no retries, and write shards.
 """
 
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import venv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import loopback
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from peer_environment import create_peer_python, peer_cache
 
 HERE = Path(__file__).parent
 TIMEOUT = 5  # seconds
@@ -138,15 +138,6 @@ def describe_outcomes(kept: int, outcomes: int, rows: int, wrong: Counter[str]) 
 # ---- commands ----
 
 
-def create_peer_python(folder: Path) -> Path:
-    """Return the Python of img2dataset's virtual environment, which is created if it is missing."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "img2dataset==1.47.0"], check=True)
-    return python
-
-
 def make_commands(
     args: argparse.Namespace, case: str, peer: Path, tsv: Path, table: Path, count: int
 ) -> dict[str, list[str]]:
@@ -242,7 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified"
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https", help="Cases to run")
@@ -254,7 +244,8 @@ def main() -> None:
     parser.add_argument(
         "--concurrency",
         default="256",
-        help="Our setting, for each of the two shards in flight (default: %(default)s)",
+        help="--concurrency of `llava download`, which applies to each of its two shards in flight "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--tutorial",
@@ -262,9 +253,9 @@ def main() -> None:
         default=True,
         help="Run the tutorial's downloader, too (http only)",
     )
-    parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
+    parser.add_argument("--peer-venv", type=Path, default=peer_cache() / "img2dataset")
     args = parser.parse_args()
-    peer = create_peer_python(args.peer_venv)
+    peer = create_peer_python(args.peer_venv, ["img2dataset==1.47.0"])
     for case in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             run_case(case, args, peer, Path(folder))

@@ -1,15 +1,15 @@
-"""Prove and measure everything on a GPU, in less than eight minutes, without a download.
+"""Verify and measure everything on a GPU, in less than eight minutes, without a download.
 
     python benchmarks/bench_gpu.py [--output gpu.json] [--sections exactness training ...]
     python benchmarks/bench_gpu.py --tiny        # the same on a CPU, with tiny shapes: does it run?
 
 Needs a checkout of this repository, PyTorch with CUDA, and Transformers; sections that train need PEFT and
-Accelerate, too. Nothing is installed or downloaded: all models are random, in the shapes of Mistral-7B and CLIP
-ViT-B/16, and are made on the device.
+Accelerate, too. Nothing is installed or downloaded: all models have random weights and the shapes of Mistral-7B and CLIP
+ViT-B/16, and are created on the device.
 
-Each section is a process of its own with a time limit. A section that fails, runs out of memory or is killed at
-its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section; beside it,
-a `.log` has the warnings of all sections.
+Each section runs in a separate process with a time limit. If a section fails, runs out of memory or
+is killed at its limit, its measurements so far are kept, and the other sections still run. `--output` is rewritten after
+every section; a `.log` file beside it has the warnings of all sections.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SECTIONS = {
 }
 TIME_LIMIT = 470  # seconds for all sections
 START_LIMIT = 90  # seconds for the imports of a section; only the first one has to wait for them
-# Packages that the measured code imports, but does not need here.
+# Packages that the measured code imports, but does not use here.
 OPTIONAL_PACKAGES = ("simplejpeg",)
 
 
@@ -118,14 +118,14 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the result file, which is complete at any time."""
+    """Write the result file atomically, so that it is valid even if the process is killed."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     temporary.replace(path)
 
 
 def append_log(path: Path, section: str, log: Path) -> None:
-    """Append what a section wrote to its standard error: warnings say which fast path was not taken."""
+    """Append what a section wrote to its standard error: warnings name the fast paths that were not used."""
     if log.exists():
         with path.open("a", encoding="utf-8") as stream:
             stream.write(f"== {section}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
@@ -181,7 +181,7 @@ class Children:
             process.stdin.write(f"{limit}\n")
             process.stdin.close()
         except BrokenPipeError:
-            pass  # It has ended already; the log says why.
+            pass  # It has ended already; the log has the reason.
         following = self._next(section)
         if following:
             self._waiting[following] = self._start(following)
@@ -271,6 +271,7 @@ def import_section(section: str) -> Any:
     for folder in (str(ROOT), str(Path(__file__).parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
+    # An empty module in place of a missing package, so that modules that import it can be imported.
     for package in OPTIONAL_PACKAGES:
         if package not in sys.modules and importlib.util.find_spec(package) is None:
             sys.modules[package] = types.ModuleType(package)

@@ -1,13 +1,13 @@
-"""`llava serve` with many clients, without and with a share of hostile ones.
+"""Measure `llava serve` with many clients, first all healthy, then together with hostile ones.
 
     python benchmarks/bench_hostile.py [--clients 200] [--seconds 300] [--hostile 0.1]
 
-A tiny random model on this machine. Healthy clients ask for greedy captions of eight images, again and again, and compare each
-answer with the one that the idle server gave. The same healthy clients are measured alone, and then beside the hostile ones, which
-send damaged and huge requests, image bombs and extreme options, and leave connections half-open or answers unread.
+The server runs a tiny random model. Healthy clients request greedy captions of eight images, again and again, and compare each
+answer with that of the idle server. They are measured alone, and then together with hostile clients, which send damaged and huge
+requests, image bombs and extreme options, and leave connections half-open or answers unread.
 
-Prints the answers that were lost or changed, the latency, its ratio at 95 %, and the peak of the server's memory. The exit status is
-1 if an answer was lost or changed, or if hostile clients more than double the latency at 95 %.
+Prints the number of lost and changed answers, the latency, its ratio at the 95th percentile, and the peak of the server's memory.
+The exit status is 1 if an answer was lost or changed, or if hostile clients more than double the latency at the 95th percentile.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Proces
 
 
 def draw_images() -> list[bytes]:
-    """Return images of coarse colours."""
+    """Return PNG files with a few smooth patches of random colors."""
     generator = np.random.default_rng(0)
     files = []
     for _ in range(NUM_IMAGES):
@@ -185,7 +185,7 @@ def make_bomb() -> bytes:
 
 
 def hostile_bodies(image: bytes) -> list[bytes]:
-    """Return bodies that are wrong, huge, or ask for too much."""
+    """Return request bodies that are invalid, huge, or request too much."""
     text = [{"role": "user", "content": "x"}]
     bodies: list[Any] = [
         make_body(make_bomb()),
@@ -274,7 +274,7 @@ async def run_phase(
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        # The server is idle: these are the answers that neighbours must not change.
+        # The answers of the idle server. Requests of other clients must not change them.
         expected = [(await ask(session, make_body(image)))[1] for image in images]
         watching = asyncio.create_task(watch_memory(process, outcomes))
         end = time.monotonic() + seconds
@@ -297,7 +297,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=200, help="Clients (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="Seconds of each phase (default: %(default)s)"
+        "--seconds", type=float, default=300, help="Duration of each phase in seconds"
     )
     parser.add_argument(
         "--hostile", type=float, default=0.1, help="Share of hostile clients (default: %(default)s)"
@@ -309,7 +309,7 @@ def main() -> int:
         checkpoint = write_checkpoint(Path(root))
         phases = []
         for number in (0, hostile):
-            # Each phase has a server of its own, so that the memory of one does not hide that of the other.
+            # Start a new server for each phase, so that its memory does not include that of the phase before.
             with running_server(checkpoint, 2 * args.clients) as (process, url):
                 phases.append(asyncio.run(run_phase(process, url, healthy, number, args.seconds)))
     alone, attacked = phases

@@ -48,8 +48,8 @@ def make_corpus(num_images: int, num_references: int) -> tuple[list[str], list[l
         for position, _ in enumerate(words):
             if draw.random() <= 0.1:
                 words[position] = f"thing{int(draw.expovariate(1 / 2000))}"
-        # The last word is a noun: whether a single letter keeps its full stop depends, in the Java
-        # tokenizer, on the next caption.
+        # End with a noun, and not with a single letter such as "B.": in the Java tokenizer, the next caption decides
+        # whether a single letter keeps its full stop.
         sentence = " ".join([*words, "field"]).capitalize()
         return sentence + draw.choice([".", "", ",", " ."])
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_scale.py [--records 1000 10000 100000] [--steps 300] [--workers 1]
 
 Synthetic captions of 64 images, and tiny models of the real classes: what remains is the handling of
-records. Each size is a process of its own. Prints samples per second and the private memory of the processes
+records. Each size runs in a separate process. Prints samples per second and the private memory of the processes
 (RssAnon; memory that a forked worker shares with the trainer counts for both) as ratios to the smallest size,
 and the seconds from the start of the command to the first step. The speed is that of the best tenth of the
 steps, because other processes only make steps slower. `--records 3300000` is as large as Conceptual Captions.
@@ -105,7 +105,7 @@ def run_training(words: list[str], started: float) -> dict[str, float]:
 def measure(
     folder: Path, models: tuple[str, str], records: Path, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Train on a file of records, in a process of its own."""
+    """Train on a file of records, in a separate process."""
     options = {
         "model_name_or_path": models[0],
         "vision_tower": models[1],

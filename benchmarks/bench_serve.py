@@ -1,126 +1,161 @@
-"""`llava serve` with batched requests, against the same server answering one request at a time.
+"""`llava serve` with batched requests, against itself with one request at a time, or against llama.cpp.
 
     python benchmarks/bench_serve.py [--language-model FOLDER] [--clients 1 4 16] [--requests 24]
+    python benchmarks/bench_serve.py --peer llama.cpp [--size 1.7b]
 
-SmolLM2-135M (downloaded if no folder is given) and a random tower in the shape of CLIP ViT-B/16, in bfloat16
-where this machine is fast in it. The maximum length of each answer is drawn beforehand and the same for both
-sides. Each client sends its next request when it has its answer. The sides are processes of their own.
+SmolLM2-135M (downloaded if no folder is given), or random weights in the shape of SmolLM2-1.7B, and a random
+tower in the shape of CLIP ViT-B/16, in bfloat16 where this machine is fast in it. The maximum length of each
+answer is drawn beforehand and the same for all sides. Each client sends its next request when it has its
+answer. The sides are processes of their own.
 
-Prints the latency at the median and at 95 %, and the ratios of the sides.
+llama.cpp's server runs with our exported GGUF, as float16 and quantized, with an empty prompt cache. How many
+requests it answers at a time is a setting of the server: 1 to 8 are tried for each number of clients, and the
+one with the most answers per second counts.
+
+Prints the latency at the median and at 95 %, the answers per second, the time to the first token of a single
+client, peak memory, and the ratios of the sides.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import json
-import os
-import socket
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from workload import compute_dtype, draw_caption_lengths, write_data, write_models
+import peer_llama_cpp
+from serving import make_body, measure_first_token, request_captions, running_server
+from workload import (
+    INSTRUCTION,
+    draw_caption_lengths,
+    write_checkpoint,
+    write_data,
+    write_models,
+    write_random_language_model,
+)
+
+FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
+ITSELF, LLAMA_CPP = "itself", "llama.cpp"
+OURS = "llava serve"
+Bodies = Sequence[dict[str, Any]]
 
 
 class Latency(NamedTuple):
-    """Seconds per answer at the median and at 95 %, and answers per second of all clients."""
+    """What clients measure.
+
+    Attributes:
+        median: Seconds per answer.
+        p95: Seconds per answer that 95 % of the answers do not exceed.
+        rate: Answers per second of all clients.
+    """
 
     median: float
     p95: float
     rate: float
 
 
-def write_checkpoint(root: Path, language_model: Path | None) -> Path:
-    """Write a checkpoint with a random projector, and return its folder."""
-    import torch
+class Side(NamedTuple):
+    """What was measured of one server.
 
-    from llava_simplified.model.build import build_model
-    from llava_simplified.model.checkpoint import save_checkpoint
-    from llava_simplified.model.config import LlavaConfig, TrainedParts
+    Attributes:
+        latencies: By the number of clients.
+        first_token: Seconds to the first token for a single client.
+        memory: Peak bytes.
+    """
 
-    text, tower = write_models(root, language_model)
-    torch.manual_seed(1)
-    config = LlavaConfig(
-        str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=compute_dtype()
-    )
-    save_checkpoint(build_model(config), root / "model", config, TrainedParts())
-    return root / "model"
+    latencies: dict[int, Latency]
+    first_token: float
+    memory: int
 
 
-@contextmanager
-def running_server(checkpoint: Path, batch_size: int) -> Iterator[str]:
-    """Run `llava serve` on a free port; yield its URL when it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint)]
-    command += ["--port", str(port), "--no-page"]
-    command += ["--batch-size", str(batch_size), "--timeout", "600"]
-    environment = dict(os.environ, LLAVA_API_KEY="")
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(process, url)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
-    """Return when the server answers; exit if it has ended."""
-    while process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health").close()
-            return
-        except urllib.error.URLError:
-            time.sleep(0.2)
-    sys.exit("The server did not start.")
-
-
-def request_caption(url: str, image: bytes, max_tokens: int) -> float:
-    """Request one caption, and return the seconds until the answer is complete."""
-    data_uri = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": data_uri}}]
-    body = {
-        "model": "model",
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": max_tokens,
-    }
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
-    request.add_header("content-type", "application/json")
+def measure_clients(url: str, bodies: Bodies, clients: int) -> Latency:
+    """Send the requests with several clients at once."""
+    urls = [url] * len(bodies)
     start = time.perf_counter()
-    with urllib.request.urlopen(request) as response:
-        json.load(response)
-    return time.perf_counter() - start
-
-
-def measure(url: str, images: Sequence[bytes], num_clients: int) -> Latency:
-    """Caption images with several clients at once."""
-    urls = [url] * len(images)
-    lengths = draw_caption_lengths(len(images))
-    start = time.perf_counter()
-    with ThreadPoolExecutor(num_clients) as pool:
-        seconds = list(pool.map(request_caption, urls, images, lengths))
-    rate = len(images) / (time.perf_counter() - start)
-    median, p95 = np.percentile(seconds, [50, 95])
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(request_captions, urls, bodies))
+    rate = len(bodies) / (time.perf_counter() - start)
+    median, p95 = np.percentile([answer.seconds for answer in answers], [50, 95])
     return Latency(float(median), float(p95), rate)
+
+
+def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namespace) -> Side:
+    """Run a server, and measure it with every number of clients."""
+    latencies = {}
+    with running_server(command) as server:
+        request_captions(server.url, bodies[0] | {"max_tokens": 4})  # warm up
+        for clients in args.clients:
+            count = max(args.requests, 2 * clients)
+            latencies[clients] = measure_clients(server.url, bodies[:count], clients)
+        seconds = []
+        for body in bodies[:FIRST_TOKEN_IMAGES]:
+            seconds.append(measure_first_token(server.url, body))
+    return Side(latencies, statistics.median(seconds), server.memory[0])
+
+
+def our_command(checkpoint: Path, batch_size: int) -> list[str]:
+    """Return the command of our server, without a port."""
+    command = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint)]
+    return [*command, "--no-page", "--batch-size", str(batch_size), "--timeout", "600"]
+
+
+def measure_llama_cpp(
+    checkpoint: Path, folder: Path, bodies: Bodies, args: argparse.Namespace
+) -> dict[str, Side]:
+    """Measure llama.cpp in every format, with the best number of requests at a time for each latency."""
+    programs = peer_llama_cpp.build_llama_cpp(args.llama_cpp)
+    print(f"llama.cpp {peer_llama_cpp.server_version(programs)}")
+    bodies = [body | peer_llama_cpp.REQUEST_FIELDS for body in bodies]
+    sides = {}
+    for name, gguf in peer_llama_cpp.convert_checkpoint(programs, checkpoint, folder).items():
+        runs = []
+        for sequences in args.sequences:
+            command = peer_llama_cpp.server_command(programs, gguf, sequences)
+            runs.append(measure_server(command, bodies, args))
+        latencies = {}
+        for clients in args.clients:
+            latencies[clients] = max(
+                (run.latencies[clients] for run in runs), key=lambda latency: latency.rate
+            )
+        # The memory is that of the server with the most requests at a time, as ours is.
+        first_token = min(run.first_token for run in runs)
+        sides[f"{LLAMA_CPP} {name}"] = Side(latencies, first_token, runs[-1].memory)
+    return sides
+
+
+def print_table(sides: dict[str, Side], clients: Sequence[int]) -> None:
+    """Print the measurements of all sides, and the ratios to ours."""
+    ours = sides[OURS]
+    for name, side in sides.items():
+        print(f"{name}: first token {side.first_token:.3f} s, memory {side.memory / 1e9:.2f} GB")
+    for count in clients:
+        own = ours.latencies[count]
+        for name, side in sides.items():
+            latency = side.latencies[count]
+            print(
+                f"{count:3} clients   {name:22} p50 {latency.median:6.2f} s "
+                f"({latency.median / own.median:.2f}x)   p95 {latency.p95:6.2f} s "
+                f"({latency.p95 / own.p95:.2f}x)   {latency.rate:5.2f} answers/s "
+                f"({latency.rate / own.rate:.2f}x)"
+            )
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, help="Folder of SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--size",
+        choices=["135m", "1.7b"],
+        default="135m",
+        help="Parameters of the language model; 1.7b has random weights (default: %(default)s)",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument(
         "--requests",
@@ -128,30 +163,42 @@ def main() -> None:
         default=24,
         help="Minimum number of requests; at least two per client (default: %(default)s)",
     )
+    parser.add_argument("--peer", choices=[ITSELF, LLAMA_CPP], default=ITSELF)
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="Requests that llama.cpp answers at a time; the best counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=peer_llama_cpp.default_folder(),
+        help="Folder of llama-server and llama-quantize, built if it is missing",
+    )
     args = parser.parse_args()
-    results: dict[int, dict[int, Latency]] = {clients: {} for clients in args.clients}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        checkpoint = write_checkpoint(root, args.language_model)
+        language_model = args.language_model
+        if args.size == "1.7b":
+            language_model = write_random_language_model(root, language_model)
+        checkpoint = write_checkpoint(root, write_models(root, language_model))
         num_images = max(args.requests, 2 * max(args.clients))
         folder = root / "images"
         folder.mkdir()
         write_data(folder, num_images, 1)
-        images = [(folder / f"{index}.png").read_bytes() for index in range(num_images)]
-        for batch_size in (16, 1):
-            with running_server(checkpoint, batch_size) as url:
-                request_caption(url, images[0], 4)  # warm up
-                for clients in args.clients:
-                    count = max(args.requests, 2 * clients)
-                    results[clients][batch_size] = measure(url, images[:count], clients)
-    for clients, by_batch_size in results.items():
-        batched, single = by_batch_size[16], by_batch_size[1]
-        print(
-            f"{clients:3} clients   p50 {batched.median:6.2f} s   p95 {batched.p95:6.2f} s   "
-            f"{batched.rate:5.2f} answers/s   one at a time: "
-            f"{single.median / batched.median:.2f}x the latency (p50), "
-            f"{single.p95 / batched.p95:.2f}x (p95), {single.rate / batched.rate:.2f}x the answers"
-        )
+        bodies = []
+        for index, length in enumerate(draw_caption_lengths(num_images)):
+            image = (folder / f"{index}.png").read_bytes()
+            bodies.append(make_body(image, INSTRUCTION, length))
+        sides = {OURS: measure_server(our_command(checkpoint, 16), bodies, args)}
+        if args.peer == ITSELF:
+            one = measure_server(our_command(checkpoint, 1), bodies, args)
+            sides["one at a time"] = one
+        else:
+            sides |= measure_llama_cpp(checkpoint, root / "gguf", bodies, args)
+    print_table(sides, args.clients)
 
 
 if __name__ == "__main__":

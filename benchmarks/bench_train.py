@@ -5,7 +5,7 @@
 All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, and a random tower in the
 shape of CLIP ViT-B/16), images of 224 pixels, tokens, optimizer and number of updates. Frozen weights are
 bfloat16, with bfloat16 autocast (float32 on a machine that is slow in bfloat16). The losses of the first
-step must agree. Every run is a process of its own, measured from its third step on, input included.
+step must agree. Every run is a separate process, measured from its third step on, including the input.
 
 Prints captions per second and peak memory as ratios, and the share of the speed that a large matrix product
 reaches on this machine.
@@ -250,7 +250,7 @@ def train_trl(folder: Path, models: Models, batch: int, steps: int) -> None:
 
 
 def record_steps(steps: list[tuple[float, float]]) -> None:
-    """Append the start time and the loss of each training step, of whatever subclass of Trainer."""
+    """Append the start time and the loss of each training step, of any subclass of Trainer."""
     import torch
     import transformers
 
@@ -281,7 +281,7 @@ def measure_matmul() -> float:
 
 
 def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) -> dict[str, Any]:
-    """Measure one side, in a process of its own.
+    """Measure one side, in a separate process.
 
     Returns:
         "seconds" per step, the first "loss", peak "memory", and the machine's "limit" in FLOP/s.
@@ -379,7 +379,7 @@ def run_sides(
 def print_table(
     results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float
 ) -> None:
-    """Print the best run of each side; exit if a side does not train the same."""
+    """Print the best run of each side; exit if the first loss of a side differs."""
     best = {}
     limits = []
     for name, runs in results.items():
@@ -428,7 +428,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        # Libraries print while they load; only the tables are the result.
+        # Standard output is for the tables only, but libraries print while they load.
         with contextlib.redirect_stdout(sys.stderr):
             language_model, tower = write_models(root, args.language_model)
         models = (str(language_model), str(tower))

@@ -1,8 +1,9 @@
-"""Section "captioning" of `bench_gpu.py`: captions per second and memory, beside stock LLaVA's `generate`.
+"""Section "captioning" of `bench_gpu.py`: captions per second and memory, compared with stock LLaVA's `generate`.
 
-Both sides have the same weights, in bfloat16, without adapters, and the same images and prompts. The
-length at which the captions of an image end is drawn beforehand. Every run is made twice, and the second
-one is measured: the first one compiles, records graphs and allocates.
+Both sides have the same weights in bfloat16, without adapters, and the same images and prompts. The weights
+are random, so the model would not end its captions. Their lengths are therefore drawn beforehand, equal for
+both sides. Every batch is generated twice, and the second run is measured: the first one compiles, records
+CUDA graphs and allocates memory.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def run(workload: Workload, report: Report) -> None:
             side = partial(measure_stock, workload, model, stock, batch, samples)
             theirs = report.attempt(f"stock generate, {name}", side)
             _add_ratio(report, name, ours, theirs)
+    # The two phases of our side separately, against what the device can do.
     batch = sizes[0][0]
     report.attempt(
         f"prefill, batch {batch}", partial(measure_prefill, workload, model, batch, limits)
@@ -57,8 +59,8 @@ def run(workload: Workload, report: Report) -> None:
             partial(measure_decode, workload, model, batch, limits),
         )
     if workload.is_tiny:
-        return  # A CPU would compile for minutes.
-    # Compiles the whole model, which takes a minute or so.
+        return  # compiling for a CPU would take minutes
+    # A static cache makes `generate` compile the whole model, which takes about a minute.
     compiled = partial(
         measure_stock, workload, model, stock, batch, 1, cache_implementation="static"
     )
@@ -66,6 +68,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def _add_ratio(report: Report, name: str, ours: Values | None, stock: Values | None) -> None:
+    # A side that failed has no values.
     if ours and stock:
         ratio = ours["captions/s"] / stock["captions/s"]
         report.add(f"ours / stock, {name}", ratio=ratio)
@@ -75,7 +78,7 @@ def _add_ratio(report: Report, name: str, ours: Values | None, stock: Values | N
 
 
 def measure_twice(workload: Workload, run_batch: Callable[[], int]) -> Values:
-    """Run a batch twice; measure the second run.
+    """Run a batch twice, and measure the second run.
 
     Args:
         workload: The device.
@@ -93,7 +96,7 @@ def measure_twice(workload: Workload, run_batch: Callable[[], int]) -> Values:
 
 
 def make_inputs(workload: Workload, count: int) -> tuple[torch.Tensor, list[int]]:
-    """Return images, uint8, in the host's memory, and the length of the captions of each."""
+    """Return uint8 images in the memory of the CPU, and the caption length of each."""
     images = list(make_images(workload).values())
     pixels = torch.stack([images[index % len(images)] for index in range(count)])
     return pixels, draw_caption_lengths(count)
@@ -102,9 +105,10 @@ def make_inputs(workload: Workload, count: int) -> tuple[torch.Tensor, list[int]
 def start_batch(
     model: Llava, pixels: torch.Tensor, lengths: list[int], samples: int
 ) -> DecodingBatch:
-    """Encode the images, and prefill."""
+    """Encode the images, and prefill the KV cache."""
     options = []
     for length in lengths:
+        # Equal minimum and maximum: a caption ends at exactly this length.
         option = GenerationOptions(
             max_new_tokens=length,
             min_new_tokens=length,
@@ -148,10 +152,12 @@ def measure_stock(
 ) -> Values:
     """Caption a batch with `LlavaForConditionalGeneration.generate`."""
     pixels, lengths = make_inputs(workload, count)
+    # Stock LLaVA expects one placeholder for each image token, ours expects one for each image.
     prompt = caption_prompt(model)
     place = prompt.index(IMAGE_INDEX)
     image = [stock.config.image_token_id] * model.vision_tower.num_tokens
     ids = torch.tensor(prompt[:place] + image + prompt[place + 1 :], device=model.device)
+    # `generate` has one maximum for the whole batch. A stopping criterion ends each caption at its own length.
     limits = torch.tensor(lengths, device=model.device) + len(ids)
 
     def run_batch() -> int:
@@ -177,7 +183,7 @@ def measure_stock(
     return measure_twice(workload, run_batch)
 
 
-# ---- prefill and decode apart ----
+# ---- prefill and decode separately ----
 
 
 def language_model_weights(model: Llava) -> tuple[int, int]:
@@ -185,17 +191,22 @@ def language_model_weights(model: Llava) -> tuple[int, int]:
     head = model.language_model.get_output_embeddings().weight.numel()
     embeddings = model.language_model.get_input_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in model.language_model.parameters())
-    tied = model.language_model.config.tie_word_embeddings
-    return total - embeddings - (0 if tied else head), head
+    layers = total - embeddings
+    # A tied lm_head is the embedding table itself, which is subtracted already.
+    if not model.language_model.config.tie_word_embeddings:
+        layers -= head
+    return layers, head
 
 
 def measure_prefill(workload: Workload, model: Llava, count: int, limits: Limits) -> Values:
-    """Encode and prefill a batch; the share of the speed of a large matrix product."""
+    """Encode and prefill a batch, and compare the FLOP/s with those of a large matrix product."""
     pixels, lengths = make_inputs(workload, count)
     values = measure_twice(workload, lambda: len(start_batch(model, pixels, lengths, 1).active))
     layers, head = language_model_weights(model)
     tower = sum(parameter.numel() for parameter in model.vision_tower.parameters())
+    # The placeholder of the image becomes `num_tokens` positions.
     positions = len(caption_prompt(model)) - 1 + model.vision_tower.num_tokens
+    # A weight costs two FLOPs per position (multiply, add). The lm_head is needed at the last position only.
     flops = 2 * count * (positions * layers + head + model.vision_tower.num_tokens * tower)
     rate = flops / values["seconds"]
     return {
@@ -206,13 +217,14 @@ def measure_prefill(workload: Workload, model: Llava, count: int, limits: Limits
 
 
 def measure_decode(workload: Workload, model: Llava, count: int, limits: Limits) -> Values:
-    """Decode with a full batch; the share of the memory bandwidth.
+    """Decode with a full batch, and compare the bytes per second with the memory bandwidth.
 
-    Counted are the bytes that a step cannot avoid: the weights, and the keys and values.
+    Only bytes that every step must read are counted: the weights, and the keys and values.
     """
     steps = workload.pick(24, 3)
     warm_up = 3
     pixels, _ = make_inputs(workload, count)
+    # Long enough captions, so that none ends while it is measured.
     batch = start_batch(model, pixels, [steps + warm_up + 2] * count, 1)
     for _ in range(warm_up):
         batch.step()
@@ -222,13 +234,16 @@ def measure_decode(workload: Workload, model: Llava, count: int, limits: Limits)
         batch.step()
     workload.synchronize()
     seconds = (time.perf_counter() - start) / steps
+    # Free the buffers for the next measurement.
     for sequence_id in list(batch.active):
         batch.cancel(sequence_id)
 
     config = model.language_model.config
     itemsize = model.language_model.dtype.itemsize
+    # Length of the KV cache in the middle of the measurement.
     positions = len(caption_prompt(model)) - 1 + model.vision_tower.num_tokens + warm_up + steps / 2
     head_size = config.hidden_size // config.num_attention_heads
+    # 2: keys and values.
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
     layers, head = language_model_weights(model)
     num_bytes = itemsize * (layers + head + count * positions * per_position)

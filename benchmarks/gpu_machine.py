@@ -1,4 +1,8 @@
-"""Section "machine" of `bench_gpu.py`: versions, the device, and its limits."""
+"""Section "machine" of `bench_gpu.py`: versions, the device, and the speed that it reaches at best.
+
+Other sections divide their FLOP/s and bytes/s by these limits. They are measured and not taken from a data sheet, so
+that the shares are those of what the machine really reaches (with its power limit, and its other users).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch
 from gpu_models import Workload
 from gpu_report import Report, Values
 
+# Packages whose version affects the measurements. Some of them are optional.
 PACKAGES = (
     "torch",
     "transformers",
@@ -58,20 +63,27 @@ def describe_device(workload: Workload) -> Values:
 
 
 class Limits(NamedTuple):
-    """What this device reaches: FLOP/s of a large matrix product, bytes/s of a copy (read and written)."""
+    """The measured limits of the device.
+
+    Attributes:
+        flops: FLOP/s of a large matrix product.
+        bandwidth: Bytes per second, read and written, of a copy within the device's memory.
+    """
 
     flops: float
     bandwidth: float
 
     @classmethod
     def measure(cls, workload: Workload) -> Limits:
-        """Measure both."""
+        """Measure both limits."""
+        # Large enough to use all of the GPU, and to take much longer than the launch of a kernel.
         size = workload.pick(8192, 256)
         matrix = torch.randn(size, size, device=workload.device, dtype=workload.dtype)
         product = torch.empty_like(matrix)
         seconds = _best(workload, partial(torch.mm, matrix, matrix, out=product))
         flops = 2 * size**3 / seconds
 
+        # Much larger than the caches of the device.
         source = torch.empty(
             workload.pick(1 << 31, 1 << 20), device=workload.device, dtype=torch.int8
         )
@@ -86,6 +98,7 @@ class Limits(NamedTuple):
 def _best(workload: Workload, work: Callable[[], object]) -> float:
     """Return the seconds of the fastest of several calls."""
     seconds = float("inf")
+    # The first calls are slow, since they load kernels and raise the clock.
     for _ in range(8):
         workload.synchronize()
         start = time.perf_counter()

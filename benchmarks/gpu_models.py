@@ -1,4 +1,7 @@
-"""Random models of real shapes, and data for them, made in memory: what `bench_gpu.py` computes on."""
+"""Models with random weights and real shapes, and data for them, for `bench_gpu.py`.
+
+Nothing is downloaded. The speed does not depend on the values of the weights.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,18 @@ from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import Message
 
+# The chat template of Mistral, without its spaces.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# A token is a byte, so texts are short: the prompt has about 20 tokens, a caption 12 with its end.
+# The tokenizer has one token per byte, so texts are short: the prompt has about 20 tokens, a caption about 12 with
+# its end token, as in Conceptual Captions.
 INSTRUCTION = "Say:"
 CAPTION_LENGTHS = (8, 15)  # characters
 
+# Fields of a model's config.
 Shape = dict[str, Any]
 
 CLIP_B16: Shape = {
@@ -66,7 +72,7 @@ LLAMA_1B: Shape = {
     "num_hidden_layers": 16,
     "tie_word_embeddings": True,
 }
-# For comparisons in float64: every mechanism of the 7B model, little work.
+# For comparisons in float64, which are slow: the architecture of the 7B model, but smaller.
 SMALL: Shape = {
     **MISTRAL_7B,
     "vocab_size": 4096,
@@ -75,9 +81,10 @@ SMALL: Shape = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    # Large, so that images and positions decide what is generated.
+    # With small random weights, the model would generate the same text for all images.
     "initializer_range": 0.1,
 }
+# For tests on a CPU.
 TINY: Shape = {
     **SMALL,
     "vocab_size": 320,
@@ -98,11 +105,11 @@ TINY_CLIP: Shape = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What the sections compute on.
+    """The device and the sizes of all models.
 
     Attributes:
         device: "cuda", or "cpu" for the tiny shapes.
-        is_tiny: Shapes for a test instead of real ones.
+        is_tiny: Use tiny shapes, for a test, instead of real ones.
     """
 
     device: torch.device
@@ -110,19 +117,19 @@ class Workload:
 
     @property
     def large(self) -> Shape:
-        return TINY if self.is_tiny else MISTRAL_7B
+        return self.pick(MISTRAL_7B, TINY)
 
     @property
     def medium(self) -> Shape:
-        return TINY if self.is_tiny else LLAMA_1B
+        return self.pick(LLAMA_1B, TINY)
 
     @property
     def small(self) -> Shape:
-        return TINY if self.is_tiny else SMALL
+        return self.pick(SMALL, TINY)
 
     @property
     def vision(self) -> Shape:
-        return TINY_CLIP if self.is_tiny else CLIP_B16
+        return self.pick(CLIP_B16, TINY_CLIP)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,13 +141,15 @@ class Workload:
         return tiny if self.is_tiny else real
 
     def synchronize(self) -> None:
-        """Wait for the device, before the clock is read."""
+        """Wait until the device has finished, before reading the clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def peak_memory(self) -> int | None:
-        """Return the largest number of bytes that tensors have had on the GPU."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        """Return the peak of the bytes in tensors on the GPU; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated()
 
 
 # ---- models ----
@@ -149,7 +158,7 @@ class Workload:
 def build(
     workload: Workload, text: Shape, dtype: torch.dtype | None = None, **options: Any
 ) -> Llava:
-    """Build a model with random weights, on the device; the same weights at every call.
+    """Build a model with random weights on the device. Every call returns the same weights.
 
     Args:
         workload: The device and the vision tower's shape.
@@ -169,7 +178,7 @@ def build(
         )
     tower = VisionTower(vision_model.to(dtype), image_transform(workload))
     for parameter in projector.parameters():
-        # As large as token embeddings are with this initialization.
+        # Image tokens should be about as large as token embeddings with this initialization.
         nn.init.normal_(parameter, std=0.1)
     return Llava(tower, projector, language_model, make_tokenizer()).eval()
 
@@ -200,7 +209,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def to_stock(model: Llava) -> Any:
-    """Return the same weights as a `LlavaForConditionalGeneration`; its image token is the last one."""
+    """Return a `LlavaForConditionalGeneration` with the same weights. Its image token is the last of the vocabulary."""
     language_model: Any = model.language_model
     tower = model.vision_tower.model
     dtype = language_model.dtype
@@ -210,7 +219,7 @@ def to_stock(model: Llava) -> Any:
         image_token_id=language_model.config.vocab_size - 1,
         vision_feature_layer=-2,
     )
-    # Do not allocate the weights, which are those of `model`.
+    # Do not allocate weights: they are replaced by those of `model`.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(config)
     stock.model.vision_tower = tower
@@ -223,7 +232,7 @@ def to_stock(model: Llava) -> Any:
 
 
 def write_folders(folder: Path, workload: Workload, text: Shape) -> tuple[str, str]:
-    """Write configs and tokenizer, without weights, for `llava plan` and for checkpoints.
+    """Write configs and tokenizer without weights. `llava plan` and checkpoints need these folders.
 
     Returns:
         The folders of language model and tower.
@@ -260,7 +269,7 @@ def make_records(count: int, captions: int) -> list[Record]:
     """Return records of random captions.
 
     Args:
-        count: Number of records. There are `NUM_IMAGES` images, which repeat.
+        count: Number of records, which repeat `NUM_IMAGES` images.
         captions: Captions per image.
     """
     draw = random.Random(0)
@@ -276,7 +285,7 @@ def make_records(count: int, captions: int) -> list[Record]:
     return records
 
 
-NUM_IMAGES = 32
+NUM_IMAGES = 32  # different images; records repeat them
 
 
 def make_images(workload: Workload) -> dict[str, torch.Tensor]:

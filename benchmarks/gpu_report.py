@@ -1,4 +1,4 @@
-"""The measurements of one section of `bench_gpu.py`: printed, and written to a file as each is made."""
+"""Print each measurement of a section of `bench_gpu.py`, and append it to a file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Report:
     """Collects the measurements of a section.
 
     Args:
-        path: A file of JSON lines, one per measurement. It is complete up to the last measurement, even if
-            the process is killed.
-        time_limit: Seconds of the section. `attempt` skips what would exceed it.
+        path: A file of JSON lines, one per measurement. Each one is written immediately, so that none is lost
+            if the process is killed.
+        time_limit: Maximum seconds of the section. `attempt` skips measurements that would exceed it.
     """
 
     def __init__(self, path: Path, time_limit: float) -> None:
@@ -42,7 +42,7 @@ class Report:
     def attempt(
         self, name: str, measure: Callable[[], Values], seconds: float = 0
     ) -> Values | None:
-        """Make a measurement; a failure is one, too, and ends nothing else.
+        """Make a measurement, and write its values. A failure is written too, and the section continues.
 
         Args:
             name: What is measured.
@@ -62,6 +62,7 @@ class Report:
             self.add(name, failed="out of memory")
             return None
         except ModuleNotFoundError as error:
+            # An optional package.
             missing = f"{error.name} is not installed; run pip install {error.name}"
             self.add(name, skipped=missing)
             return None
@@ -71,13 +72,15 @@ class Report:
             self.add(name, failed=f"{type(error).__name__}: {error} ({where})"[:600])
             return None
         finally:
+            # The next measurement must not run out of memory because of this one.
             free_memory()
         self.add(name, **values)
         return values
 
 
 def free_memory() -> None:
-    """Return the memory of objects that are no longer used to the device."""
+    """Return the memory of unused objects to the device."""
+    # Models are in reference cycles, which only the garbage collector frees.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Section "resume" of `bench_gpu.py`: save and load a LoRA checkpoint, and continue the run."""
+"""Section "resume" of `bench_gpu.py`: time to save and load a LoRA checkpoint, and exactness of a resumed run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def measure(workload: Workload) -> Values:
-    """Train 3 steps; then continue from the checkpoint of step 2 with a new model, and compare."""
+    """Train 3 steps. Then continue from the checkpoint of step 2 with a new model, and compare the weights."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         values, expected = _train_and_save(workload, folder / "run")
+        # Free the first model, because two would not fit into the memory.
         free_memory()
         checkpoint = folder / "run" / f"checkpoint-{STEPS - 1}"
         resumed, actual = _resume(workload, checkpoint, folder / "resumed")
         sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+    # On a GPU, some kernels add numbers in a random order, so the difference need not be exactly 0.
     differences = [relative_difference(actual[name], weight) for name, weight in expected.items()]
     return {
         **values,
@@ -40,6 +42,7 @@ def measure(workload: Workload) -> Values:
 
 
 def _options(workload: Workload, **changes: Any) -> dict[str, Any]:
+    """Return the options that both runs share, and some more."""
     return {
         "max_steps": STEPS,
         "per_device_train_batch_size": workload.pick(8, 2),
@@ -49,6 +52,7 @@ def _options(workload: Workload, **changes: Any) -> dict[str, Any]:
 
 
 def _trained_weights(model: Any) -> dict[str, Any]:
+    """Return copies of the trained weights on the CPU."""
     weights = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -57,6 +61,11 @@ def _trained_weights(model: Any) -> dict[str, Any]:
 
 
 def _train_and_save(workload: Workload, folder: Path) -> tuple[Values, dict[str, Any]]:
+    """Train all steps, and save a checkpoint before the last one.
+
+    Returns:
+        The seconds of saving, and the trained weights at the end.
+    """
     model = build_adapted(workload, workload.large)
     options = _options(workload, save_strategy="steps", save_steps=STEPS - 1)
     trainer = build_our_trainer(
@@ -70,6 +79,7 @@ def _train_and_save(workload: Workload, folder: Path) -> tuple[Values, dict[str,
         workload.synchronize()
         start = time.perf_counter()
         save(*args, **kwargs)
+        # The trainer saves once more at the end. Count the first checkpoint only.
         seconds = seconds or time.perf_counter() - start
 
     trainer._save_checkpoint = timed_save
@@ -78,6 +88,11 @@ def _train_and_save(workload: Workload, folder: Path) -> tuple[Values, dict[str,
 
 
 def _resume(workload: Workload, checkpoint: Path, folder: Path) -> tuple[Values, dict[str, Any]]:
+    """Build a new model, load the checkpoint, and train the last step.
+
+    Returns:
+        The seconds of building and loading, and the trained weights at the end.
+    """
     from llava_simplified.model.checkpoint import load_trained_weights
 
     start = time.perf_counter()

@@ -1,6 +1,7 @@
-"""Section "serving" of `bench_gpu.py`: the engine of `llava serve` under several clients.
+"""Section "serving" of `bench_gpu.py`: the engine of `llava serve` with several clients at the same time.
 
-Each client sends its next request when it has its answer. HTTP is not part of it.
+Each client sends its next request as soon as it has the answer to the last one. The clients call the engine directly,
+without HTTP.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BATCH_SIZE = 64
 
 @dataclass
 class Answers:
-    """What all clients have received."""
+    """The answers that all clients have received: their number, their tokens, and the time to the first token of each."""
 
     count: int = 0
     tokens: int = 0
@@ -39,7 +40,8 @@ def run(workload: Workload, report: Report) -> None:
     model = build(workload, workload.large).requires_grad_(False)
     seconds = workload.pick(30.0, 0.3)
     client_numbers = workload.pick((1, 16, 64), (1, 3))
-    # Warm up with the largest batch first: smaller ones use its memory, so their graphs stay valid.
+    # Warm up with the largest batch first. It allocates memory that the smaller ones use too. In the opposite order,
+    # each larger batch would allocate new memory, and invalidate the graphs that were recorded before.
     for clients in reversed(client_numbers):
         asyncio.run(serve(workload, model, clients, workload.pick(2.0, 0.1)))
     for clients in client_numbers:
@@ -51,7 +53,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 async def serve(workload: Workload, model: Llava, clients: int, seconds: float) -> Values:
-    """Run clients for some seconds."""
+    """Run clients for some seconds, and return the throughput and the time to the first token."""
     pixels = [image.permute(1, 2, 0).numpy() for image in make_images(workload).values()]
     answers = Answers()
     async with Engine(model, batch_size=BATCH_SIZE, max_queue=BATCH_SIZE) as engine:
@@ -72,11 +74,13 @@ async def serve(workload: Workload, model: Llava, clients: int, seconds: float) 
 async def client(
     engine: Engine, number: int, pixels: list[np.ndarray], end: float, answers: Answers
 ) -> None:
-    """Send requests one after the other until `end`; at least one."""
+    """Send requests one after the other until `end`, at least one."""
+    # Each client draws other images and lengths, but the same ones in every run.
     draw = random.Random(number)
     lengths = draw_caption_lengths(100)
     while True:
         length = draw.choice(lengths)
+        # With random weights, answers would not end. So set their exact length.
         options = GenerationOptions(max_new_tokens=length, min_new_tokens=length)
         await ask(engine, draw.choice(pixels), options, answers)
         if time.perf_counter() >= end:

@@ -1,9 +1,9 @@
-"""Section "training" of `bench_gpu.py`: captions per second, FLOP/s and memory, beside Trainer + PEFT.
+"""Section "training" of `bench_gpu.py`: captions per second, FLOP/s and memory, compared with Trainer + PEFT.
 
-Both sides train LoRA adapters and a projector on the same random model, in bfloat16 with frozen weights in
-bfloat16, under `transformers.Trainer`, from images that are decoded already. Ours gets uint8 pixels, as
-its data pipeline delivers them; stock LLaVA gets normalized float32 pixels, as its processor delivers
-them. Each side tries batches of decreasing size until one fits.
+Both sides train LoRA adapters and a projector of the same random model with `transformers.Trainer`. They
+compute in bfloat16 and have their frozen weights in bfloat16. The images are decoded before: ours are
+uint8 pixels, as our data pipeline returns them, those of stock LLaVA are normalized float32 pixels, as its
+processor returns them. Each side tries batches of decreasing size until one fits into memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(workload: Workload, report: Report) -> None:
     limits = Limits.measure(workload)
     report.add("limits", **limits.as_values())
     results: dict[str, Values | None] = {}
-    # (name, captions per image, gradient checkpointing), the numbers of images in a batch.
+    # Name, captions per image, gradient checkpointing, and the batch sizes (in images) to try.
     sides: list[tuple[str, int, bool, list[int]]] = [
         ("1 caption", 1, False, workload.pick([64, 32, 16, 8], [2])),
         ("5 captions", 5, False, workload.pick([16, 8, 4], [2])),
@@ -73,12 +73,13 @@ def run(workload: Workload, report: Report) -> None:
         measure = partial(measure_stock, workload, batches, checkpointing)
         results[name] = report.attempt(f"{name}, Trainer + PEFT", measure, workload.pick(10, 0))
     add_ratios(report, results)
-    # Between these two sizes of the step lies the forecast of the memory.
+    # Further measurements of our side.
     report.attempt("forecast of `llava plan`", partial(compare_plan, workload, results))
     report.attempt("synchronizations in a step", partial(count_synchronizations, workload))
     report.attempt("full fine-tuning, 1B", partial(measure_full, workload, limits), 12)
     if workload.is_tiny:
-        return  # The others need a GPU, or compile for a minute.
+        return  # the others need a GPU, or compile for a minute
+    # Compiled layers need a little more memory, so do not try the largest batch.
     batches = sides[0][3][1:]
     compiled = partial(measure_ours, workload, limits, 1, batches, compile_layers=True)
     report.attempt("ours, 1 caption, compiled layers", compiled, 30)
@@ -87,12 +88,12 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def add_ratios(report: Report, results: dict[str, Values | None]) -> None:
-    """Compare each side of ours with the faster of stock's."""
+    """Write our speed / stock's speed. Each side counts with its faster run: with checkpointing, or without."""
     stock = [results["stock"], results["stock, checkpointing"]]
     rates = [values["captions/s"] for values in stock if values]
     if not rates:
         return
-    # Stock LLaVA trains each caption as a sequence of its own: its speed is that of one caption.
+    # Stock LLaVA trains each caption as a separate sequence. With five captions, its captions/s stay the same.
     for captions in ("1 caption", "5 captions"):
         ours = [results[captions], results[f"{captions}, checkpointing"]]
         own_rates = [values["captions/s"] for values in ours if values]
@@ -178,10 +179,23 @@ def measure_ours(
     parts: str = "adapter",
     **options: Any,
 ) -> Values:
-    """Train a few steps with the largest batch that fits."""
+    """Train a few steps with the largest batch that fits into memory.
+
+    Args:
+        workload: The device and the shapes.
+        limits: The limits of the device.
+        captions: Captions per image.
+        batches: Batch sizes to try, in images.
+        build_model: Builds the model; by default one with LoRA adapters.
+        parts: "adapter", or "full" if all weights of the language model are trained.
+        **options: Further training options.
+    """
 
     def train(batch: int) -> Values:
-        model = build_model() if build_model else build_adapted(workload, workload.large)
+        if build_model is not None:
+            model = build_model()
+        else:
+            model = build_adapted(workload, workload.large)
         with tempfile.TemporaryDirectory() as folder:
             args = make_arguments(folder, workload, per_device_train_batch_size=batch, **options)
             trainer = build_our_trainer(workload, model, args, captions, parts)
@@ -231,6 +245,7 @@ def measure_qlora(workload: Workload, limits: Limits) -> Values:
                 compute_dtype=torch.bfloat16,
                 quant_type="nf4",
             )
+            # The weight is quantized when it is moved to the device, below.
             quantized.load_state_dict({"weight": linear.weight.data.cpu()})
             lm.set_submodule(name, quantized.to(workload.device))
         freeze(model, TrainedParts("adapter"))
@@ -249,6 +264,7 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
     from peft import LoraConfig, get_peft_model
 
     images = make_images(workload)
+    # A small model, only for its image transform and tokenizer.
     template = build(workload, workload.small)
     transform = template.vision_tower.transform
     normalized = {name: transform.normalize(pixels) for name, pixels in images.items()}
@@ -265,9 +281,11 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
             modules_to_save=["multi_modal_projector"],
         )
         adapted: Any = get_peft_model(stock, config)
+        # Trained weights in float32, as on our side.
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        # Checkpointing needs an input with a gradient.
         if checkpointing:
             adapted.enable_input_require_grads()
         samples = stock_samples(model, prompt, image_token, batch * 8)
@@ -348,7 +366,7 @@ def with_largest_batch(batches: Sequence[int], train: Callable[[int], Values]) -
             return train(batch)
         except torch.OutOfMemoryError:
             pass
-        # Outside of the handler, whose exception keeps the tensors of its frames alive.
+        # Do this outside the handler: while the exception exists, its frames keep their tensors alive.
         free_memory()
     return train(batches[-1])
 
@@ -390,9 +408,14 @@ def time_steps(workload: Workload, trainer: Any, captions: int) -> Values:
 def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float:
     """Return the FLOPs that a step needs, with shared prompts and logits at trained positions only.
 
-    A weight costs two FLOPs per position (multiply, add) in each of: forward, gradient of the input,
-    gradient of the weight. Frozen weights have the first two, the frozen tower the first one.
-    Recomputation of gradient checkpointing is not counted. Of attention, the half below the diagonal is.
+    A weight costs two FLOPs per position (multiply, add) in each of these passes:
+
+        forward                  all weights
+        gradient of the input    all weights but those of the frozen tower
+        gradient of the weight   trained weights
+
+    The recomputation of gradient checkpointing is not counted. Of attention, only the half below the diagonal is
+    counted, because a token attends to earlier ones only.
     """
     language_model: Any = model.language_model
     config = language_model.config
@@ -408,6 +431,7 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
     patches = model.vision_tower.num_tokens
     prefix = len(caption_prompt(model)) - 1 + patches
 
+    # Count trained positions, and pairs of positions that attend to each other.
     trained = attended = 0.0
     for record in make_records(NUM_IMAGES, captions):
         attended += prefix**2 / 2
@@ -417,9 +441,10 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
             attended += length * (prefix + length / 2)
     trained, attended = trained * images / NUM_IMAGES, attended * images / NUM_IMAGES
     positions = images * prefix + trained
+    # FLOPs per weight and position: forward and gradient of the input, and of trained weights also their gradient.
     passes = 4 if adapted else 6
     layers = positions * (passes * frozen + 6 * adapter)
-    # Scores and weighted sums, in forward and twice in backward.
+    # Two products (scores, and weighted sums of values), each one in forward and two in backward.
     attention = 12 * attended * config.hidden_size * config.num_hidden_layers
     return layers + attention + passes * trained * head.numel() + 2 * images * patches * tower
 
@@ -428,7 +453,7 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
 
 
 def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Values:
-    """The memory that `llava plan` forecasts, and the measured peak."""
+    """Compare the memory that `llava plan` forecasts with the measured peak."""
     import json
 
     from llava_simplified.training.plan import make_plan
@@ -438,7 +463,7 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
     for name, captions, checkpointing in workload.pick(sides, sides[1:]):
         measured = results.get(name)
         if measured is None:
-            continue
+            continue  # no batch size did fit
         with tempfile.TemporaryDirectory() as folder:
             models = write_folders(Path(folder), workload, workload.large)
             rows = []
@@ -467,7 +492,7 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
 
 @contextmanager
 def recorded_synchronizations() -> Iterator[list[str]]:
-    """Yield a list of the places where the host waits for the GPU within the `with` block."""
+    """Yield a list. After the `with` block, it contains the lines of code that have waited for the GPU."""
     places: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -482,7 +507,7 @@ def recorded_synchronizations() -> Iterator[list[str]]:
 
 
 def count_synchronizations(workload: Workload) -> Values:
-    """Count where the host waits for the GPU in a training step."""
+    """Count how often, and where, Python waits for the GPU in a training step."""
     if workload.device.type != "cuda":
         return {"skipped": "there are none on a CPU"}
     model = build_adapted(workload, workload.small)
@@ -495,6 +520,7 @@ def count_synchronizations(workload: Workload) -> Values:
         def training_step(model: nn.Module, *rest: Any) -> torch.Tensor:
             with recorded_synchronizations() as found:
                 loss = step(model, *rest)
+            # The first steps wait for compilation and for memory.
             if trainer.state.global_step >= WARM_UP_STEPS:
                 places.extend(found)
             return loss

@@ -1,4 +1,4 @@
-"""A web server on this machine that misbehaves in every way that matters, and knows what it did.
+"""A web server on this machine that misbehaves in every way that matters, and records what it has sent.
 
 The first part of a URL's path is what happens, the second is which image:
 `http://127.0.3.7:8000/ok/123.jpg`. `expected(kind, number)` is the outcome that a downloader should report.
@@ -319,7 +319,7 @@ def trust_store(folder: Path) -> Path:
 
 @contextmanager
 def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
-    """Run the server in a process of its own, and yield its port."""
+    """Run the server in a separate process, and yield its port."""
     command = [sys.executable, str(Path(__file__).resolve()), "--latency", str(latency)]
     if tls:
         command += ["--tls", str(tls)]

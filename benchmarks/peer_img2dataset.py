@@ -1,4 +1,4 @@
-"""img2dataset as its README runs it, in a virtual environment of its own. Started by bench_download.py.
+"""img2dataset as its README runs it, in a separate virtual environment. Started by bench_download.py.
 
     python peer_img2dataset.py URLS.parquet OUTPUT THREADS SIDE SHARD_SIZE TIMEOUT
 

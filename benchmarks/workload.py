@@ -58,6 +58,71 @@ def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]
     return language_model or fetch().language_model, tower
 
 
+def write_random_language_model(folder: Path, tokenizer: Path | None) -> Path:
+    """Write a language model with random weights in the shape of SmolLM2-1.7B, and return its folder.
+
+    What is random does not matter for speed and memory. With 1.7 billion parameters, decoding is bound by
+    reading the weights.
+
+    Args:
+        folder: Where to write it.
+        tokenizer: Folder of SmolLM2-135M-Instruct, which has the same tokenizer; downloaded if None.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from llava_simplified.demo.assets import fetch
+
+    source = tokenizer or fetch().language_model
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 130000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, compute_dtype()))
+    try:
+        model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    target = folder / "language_model_1.7b"
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return target
+
+
+def write_checkpoint(root: Path, models: tuple[Path, Path]) -> Path:
+    """Write a checkpoint with a random projector, and return its folder.
+
+    Args:
+        root: An existing folder.
+        models: Folders of the language model and of the vision tower.
+    """
+    import torch
+
+    from llava_simplified.model.build import build_model
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import LlavaConfig, TrainedParts
+
+    text, tower = models
+    torch.manual_seed(1)
+    config = LlavaConfig(
+        str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=compute_dtype()
+    )
+    save_checkpoint(build_model(config), root / "model", config, TrainedParts())
+    return root / "model"
+
+
 def write_data(folder: Path, images: int, captions: int) -> None:
     """Write `train.json`, and images that need no resizing (which is measured by bench_clean.py).
 
@@ -116,7 +181,7 @@ def stock_projector_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_child(script: str, *words: object, name: str) -> str:
-    """Run a script in a process of its own, and return what it prints.
+    """Run a script in a separate process, and return what it prints.
 
     Args:
         script: Path of the script.

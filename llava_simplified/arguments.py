@@ -59,7 +59,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Keep all entries of a batch: it has more than the forward arguments of a text model.
         self.remove_unused_columns = False
         self.average_tokens_across_devices = True
-        # Such values end the run (see `LlavaTrainer`). The filter would read every loss from the GPU.
+        # `LlavaTrainer` ends the run at a NaN or an infinity. This filter would read every loss from the GPU.
         self.logging_nan_inf_filter = False
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
@@ -105,6 +105,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         self.dataloader_pin_memory = False
 
     def _use_cpu(self) -> None:
+        """Adapt the options to a machine without an accelerator."""
         # Set this explicitly; otherwise several processes would each train separately.
         self.use_cpu = True
         if self.tf32:

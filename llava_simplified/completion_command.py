@@ -57,8 +57,8 @@ def build_llava_parser() -> argparse.ArgumentParser:
         command_parser = resolve(command.parser)()
         # Set the attribute by which shtab completes the value as a path.
         for action in command_parser._actions:
-            # Arguments without a name are paths too, unless they are one of several words. They must complete
-            # to something: zsh would not insert an option while it describes them.
+            # Positional arguments are paths too, unless they have choices. zsh needs a completion for them: without
+            # one, it would show their description instead of completing options.
             is_argument = not action.option_strings and not action.choices
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY

@@ -1,4 +1,11 @@
-"""`--data` of `llava train`, `encode` and `plan`: records from any source, and defaults if no model is named."""
+"""`--data` of `llava train`, `encode` and `plan`: read any source, and choose defaults if no model is named.
+
+The option is replaced by other options before the command parses them:
+
+    --data photos/        -> --train_data_path, --train_image_folder
+    and without a model   -> also the small models of `llava demo`, the recipe `small_folder`, and a suitable number of
+                             epochs
+"""
 
 from __future__ import annotations
 
@@ -11,10 +18,11 @@ from llava_simplified.small_models import small_models
 
 logger = logging.getLogger(__name__)
 
-# Used if neither a model nor a recipe is named.
+# The recipe for runs without a model and without --config.
 SMALL_RECIPE = "small_folder"
 _MODEL_OPTIONS = ("model_name_or_path", "vision_tower", "init_from")
-# Number of samples that a run on a small folder sees, for 40 to 400 records: some minutes on two CPU cores.
+# Number of samples to train on in all epochs together: some minutes on two CPU cores. Limited by the minimum and
+# maximum of epochs, it holds for 40 to 400 records.
 _SAMPLES = 1200
 _EPOCHS = (3, 30)
 
@@ -23,8 +31,8 @@ class DataOptions(NamedTuple):
     """The options that follow from `--data`.
 
     Attributes:
-        recipe: A recipe of the package, which has the lowest precedence; "" for none.
-        options: Option names and values.
+        recipe: Name of a recipe of the package, whose values all other options override; "" for none.
+        options: Values by option name.
     """
 
     recipe: str
@@ -32,7 +40,7 @@ class DataOptions(NamedTuple):
 
 
 def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
-    """Return the options that follow from `--data`, without those that were given.
+    """Return the options that follow from `--data`. Options that the user passed are left out.
 
     Args:
         given: All options of the command line and of its `--config`, with their values.
@@ -47,39 +55,48 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
     if given.keys() & {"train_data_path", "data_path"}:
         raise ValueError("--data and --train_data_path both name the training data. Pass only one.")
     is_small = not given.keys() & {*_MODEL_OPTIONS, "config"}
-    # Before the source is read, which may take minutes.
-    options = _small_model_options() if is_small else {}
+    # Check that the models exist before the source is read, which may take minutes.
+    options: dict[str, str] = {}
+    if is_small:
+        options = _small_model_options()
 
     from llava_simplified.prepare.data_cache import prepare_data
 
-    folder = given.get("train_image_folder") or given.get("image_folder")
+    folder = None
+    folders = given.get("train_image_folder") or given.get("image_folder")
+    if folders:
+        folder = folders[0]
     sidecar = ",".join(given.get("sidecar", []))
-    data = prepare_data(source, folder[0] if folder else None, sidecar)
+    data = prepare_data(source, folder, sidecar)
     options["train_data_path"] = str(data.records)
     options["train_image_folder"] = str(data.image_folder)
     if is_small:
         options["num_train_epochs"] = str(_choose_epochs(data.num_records))
         options["output_dir"] = str(Path("output") / _name_of(source))
-    options = {name: value for name, value in options.items() if name not in given}
-    if is_small:
-        if "max_steps" in given:
-            options.pop("num_train_epochs", None)
-        chosen = " ".join(f"--{name} {value}" for name, value in options.items())
-        logger.info(
-            "No model is named, so the run starts from the small models of `llava demo`, with the recipe %s and %s",
-            SMALL_RECIPE,
-            chosen,
-        )
-    return DataOptions(SMALL_RECIPE if is_small else "", options)
+    # The user's options take precedence.
+    for name in given:
+        options.pop(name, None)
+    if not is_small:
+        return DataOptions("", options)
+    if "max_steps" in given:
+        options.pop("num_train_epochs", None)
+    chosen = " ".join(f"--{name} {value}" for name, value in options.items())
+    logger.info(
+        "No model is named, so the run starts from the small models of `llava demo`, with the recipe %s and %s",
+        SMALL_RECIPE,
+        chosen,
+    )
+    return DataOptions(SMALL_RECIPE, options)
 
 
 def _small_model_options() -> dict[str, str]:
+    """Return the options that name the demo's models; raise ValueError if the models do not exist."""
     models = small_models()
     if not all(folder.is_dir() for folder in models):
         raise ValueError(
-            "--data without --model_name_or_path starts from the small models of `llava demo`, which are not on this "
-            f"machine ({models.language_model.parent}). Download them with `llava demo --download-only`, or name a model "
-            "with --model_name_or_path and --vision_tower."
+            "--data without --model_name_or_path starts from the small models of `llava demo`, but "
+            f"{models.language_model.parent} does not contain them. Download them with `llava demo --download-only`, or "
+            "choose a model with --model_name_or_path and --vision_tower."
         )
     return {
         "model_name_or_path": str(models.language_model),
@@ -88,13 +105,22 @@ def _small_model_options() -> dict[str, str]:
 
 
 def _choose_epochs(num_records: int) -> int:
-    """Return the number of epochs: many for few records, because the projector starts from random weights."""
+    """Return the number of epochs: the more, the fewer records there are.
+
+    The projector starts from random weights, so it needs a number of steps even for few records.
+    """
     fewest, most = _EPOCHS
-    return max(fewest, min(most, round(_SAMPLES / max(1, num_records))))
+    epochs = round(_SAMPLES / max(1, num_records))
+    return max(fewest, min(most, epochs))
 
 
 def _name_of(source: str) -> str:
     """Return a name for the output folder: that of the folder or file, without suffixes and wildcards."""
-    path = Path(source.partition("?")[0]) if "://" in source else Path(source).absolute()
-    name = path.name if path.is_dir() else path.name.partition(".")[0]
+    if "://" in source:
+        path = Path(source.partition("?")[0])  # without the query of a URL
+    else:
+        path = Path(source).absolute()
+    name = path.name
+    if not path.is_dir():
+        name = name.partition(".")[0]
     return name.replace("*", "").strip() or "model"

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
+
+from llava_simplified.foreign_files import read_json_object, shorten
+
+# Entries of a config.json that say how many modules a model has. Building a billion of them would take for ever, even
+# without weights.
+_COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|experts|blocks|stages)$")
+_MAX_COUNT = 10_000
 
 
 def check_model_name(name_or_path: str | Path) -> None:
     """Raise ValueError if a name is neither a folder nor can be a repository on the Hub.
 
-    Libraries take every name that is no folder for a repository, and then complain about its form. A
+    Libraries assume that every name that is not a folder is a repository, and then report that its form is invalid. A
     mistyped path deserves a message about the path.
     """
     name = str(name_or_path)
@@ -34,3 +43,47 @@ def check_model_name(name_or_path: str | Path) -> None:
             f"{name}: no such folder. Check the path, or pass the name of a model on the Hugging Face Hub, such as "
             "openai/clip-vit-base-patch16."
         ) from None
+
+
+def check_model_config(name_or_path: str | Path) -> None:
+    """Check the `config.json` of a model, as far as Transformers does not: its size, and the number of modules.
+
+    A file that does not exist is left to Transformers, which explains what is missing.
+
+    Raises:
+        ValueError: The file is too large, is no JSON object, or describes a model of millions of modules.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(
+            str(name_or_path),
+            "config.json",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # there is no such repository
+        return
+    if path is not None:
+        check_module_counts(read_json_object(Path(path)), path)
+
+
+def check_module_counts(config: Any, path: str | Path) -> None:
+    """Raise ValueError if a config, or one within it, describes a model of millions of modules.
+
+    Args:
+        config: The content of a `config.json`, nested as JSON is.
+        path: The file, for the message.
+    """
+    if isinstance(config, list):
+        for value in config:
+            check_module_counts(value, path)
+    if not isinstance(config, dict):
+        return
+    for name, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        is_count = _COUNT.search(name) is not None
+        if is_count and any(isinstance(count, int) and count > _MAX_COUNT for count in counts):
+            raise ValueError(f"{path}: {name}={shorten(value)}; the maximum is {_MAX_COUNT}")
+        check_module_counts(value, path)

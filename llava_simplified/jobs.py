@@ -14,7 +14,7 @@ mistake. All of them use the tools of this module for the same guarantees:
   an incomplete output never has the final name.
 - **Progress.** `Progress` prints the progress of the job: on one line of a terminal, or as an occasional log line.
 
-A job that uses them looks like this::
+A job uses them like this::
 
     with exclusive_lock(work / "job.lock", output):
         check_settings(work / "settings.json", settings, output)
@@ -51,6 +51,8 @@ LOCK_TIMEOUT = 8.0
 # Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
 # one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
 SURROGATES_AS_ESCAPES = "backslashreplace"
+# Seconds between attempts to rename a folder on Windows.
+_RENAME_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 # Held by `read_at` while it moves the position of a file.
 _READING = threading.Lock()
 
@@ -363,16 +365,43 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         yield part
         use_default_permissions(part)
-        part.rename(target)
+        rename_folder(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def rename_folder(folder: Path, target: Path) -> None:
+    """Rename a folder.
+
+    Windows refuses it while a file within is open, and programs that scan new files (against viruses, for a search)
+    open them for a moment. So try again for some seconds there.
+    """
+    for seconds in _RENAME_PAUSES if sys.platform == "win32" else ():
+        with contextlib.suppress(PermissionError):
+            folder.rename(target)
+            return
+        time.sleep(seconds)
+    folder.rename(target)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Rename a folder to `target`. A folder of that name is deleted, but only when the new one is in its place.
+
+    Whenever the process is killed, one of the two is complete: at `target`, or beside it with the suffix ".old".
+    """
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        rename_folder(target, old)
+    rename_folder(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def use_default_permissions(folder: Path) -> None:
     """Give everything in a folder the permissions that new files and folders have: those of the umask.
 
-    Files of safetensors and `tempfile` can be read by their owner alone, whatever the umask is. Published like that,
-    a model could not be served by another user.
+    safetensors and `tempfile` create files that only their owner can read, whatever the umask is. Without this
+    function, another user could not serve the model.
 
     Args:
         folder: A folder that `mkdir` has created. Its own permissions show what the umask is; asking the operating
@@ -459,6 +488,7 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
+        """Print the progress line: replace it on a terminal, else append a line."""
         line = escape_control_characters(self.line())
         if self._terminal:
             # Return to the start of the line, and erase the rest of a longer previous line.

@@ -172,7 +172,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def escape_control_characters(text: str) -> str:
     """Replace the characters that control a terminal by their escapes, for example "\\x1b".
 
-    Messages contain file names, captions and headers, which may be anybody's. A terminal would execute control
+    Messages contain file names, captions and headers, which may come from anybody. A terminal would execute control
     sequences in them: change colors, the title and the clipboard, or overwrite other lines. Line breaks and tabs are kept.
     """
     return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
@@ -280,6 +280,17 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
         help="Bits per weight of the language model (default: as in training)",
     )
     add_trust_option(parser)
+
+
+def checkpoint_options(args: Any) -> dict[str, Any]:
+    """Return the values of `add_checkpoint_options`, under the names that `CaptionJob` has for them.
+
+    Args:
+        args: A namespace, or any object with these attributes. A checkpoint that is not given becomes "".
+    """
+    names = ("model_base", "vision_tower", "bits", "trust_remote_code")
+    values = {name: getattr(args, name) for name in names}
+    return {"model_path": args.model_path or "", **values}
 
 
 def add_base_model_options(parser: Any) -> None:

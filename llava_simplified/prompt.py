@@ -157,7 +157,7 @@ Part: TypeAlias = "int | str | Slot | ImageSlot"
 
 
 class Shape(NamedTuple):
-    """What a template sees of a turn: everything except the texts.
+    """The properties of a turn that decide how a template renders it: everything except the texts.
 
     Attributes:
         role: "system", "user" or "assistant".
@@ -285,7 +285,7 @@ class Prompt:
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         if normalizer is None:
             return 1.0
-        # One character of 3 bytes, 18 characters in the Unicode forms NFKC and NFKD: the most of all.
+        # No character expands more: its 3 bytes become 18 characters in the Unicode forms NFKC and NFKD.
         longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
         return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
 
@@ -554,10 +554,10 @@ class Prompt:
                     messages,
                     chat_template=self._template,
                     tokenize=False,
-                    # For Qwen 3 and others: no reasoning before the caption.
+                    # Turn off the reasoning of Qwen 3 and others, which would precede the caption.
                     enable_thinking=False,
                 )
-            # A template is code of the checkpoint's author: it may raise anything.
+            # A template is code of the checkpoint's author, and may raise any exception.
             except Exception as error:  # noqa: BLE001
                 problem = f"{type(error).__name__}: {error}"
                 continue

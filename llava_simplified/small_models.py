@@ -1,4 +1,4 @@
-"""Where `llava demo` keeps its small pretrained models, which `llava train --data` starts from by default."""
+"""The folders of the demo's small pretrained models, from which `llava train --data` starts by default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that is built. Increment it when the output of a builder changes.
+# Part of the path of everything that `llava demo` builds. Increment it when the result of building changes.
 LAYOUT = "demo-v1"
 
 

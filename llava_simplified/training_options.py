@@ -26,7 +26,7 @@ from llava_simplified.options import normalize_spelling
 class ModelArguments:
     """Options for the parts of the model, and for which of them are trained."""
 
-    # Without a default: nobody should download 14 GB because an option is missing.
+    # This has no default: a forgotten option should not start a download of 14 GB.
     model_name_or_path: str = field(
         default="",
         metadata={
@@ -37,10 +37,11 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False,
         metadata={
-            "help": "Run the Python code that the language model or its tokenizer comes with; whoever "
-            "wrote it can then do what you can do on this machine"
+            "help": "Run the Python code that the language model or its tokenizer comes with; its author "
+            "can then do whatever you can do on this machine"
         },
     )
+    # The vision tower, and what the projector makes of its features.
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -150,7 +151,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        # One spelling of the same options: a resumed run compares them.
+        # Normalize the text, because a resumed run compares it with the stored one.
         options = parse_lora_options(self.lora_options)
         self.lora_options = json.dumps(options, sort_keys=True) if options else ""
 
@@ -170,10 +171,11 @@ class DataArguments:
     sidecar: str = field(
         default="",
         metadata={
-            "help": "Sidecars of the images of --data: txt, caption (default: both), or lines if each line is a caption; "
-            "caption,lines is possible too"
+            "help": "Which text files beside the images of --data are read: txt or caption (default: both); with `lines`, "
+            "each line is a separate caption (combine them: caption,lines)"
         },
     )
+    # Files of records. `data` sets the two options for training if it is given.
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -228,6 +230,7 @@ class DataArguments:
         default=8.0,
         metadata={"help": "Maximum size of the cache in GB with --cache_vision_features auto"},
     )
+    # A few bad images or records are tolerated. Many mean that something is wrong with the data or the options.
     max_bad_images: float = field(
         default=0.01,
         metadata={"help": "Maximum fraction of unreadable images; above it, training stops"},
@@ -265,6 +268,7 @@ class TrainingDefaults:
             "the command line has precedence"
         },
     )
+    # Learning rates: each part can have its own.
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate"})
     mm_projector_lr: float | None = field(
         default=None,
@@ -295,19 +299,50 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
-    # Training on rewards, see `training.policy_trainer`.
+    # Training on rewards and preference pairs, see `training.policy_trainer` and `training.preference_trainer`.
     objective: str = field(
         default="sft",
         metadata={
-            "help": "What to train on: sft (the responses), or scst, rloo or grpo (the rewards of sampled captions), which "
-            "start from --init_from"
+            "help": "What to train on: sft (the responses), or, starting from --init_from: scst, rloo or grpo (the rewards of "
+            "sampled captions), or dpo (preference pairs, the keys chosen and rejected)"
         },
     )
     reward: str = field(
         default="cider",
         metadata={
             "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
-            "length, or module:function"
+            "length, clipscore, qa, or module:function"
+        },
+    )
+    reward_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes that run the reward module:function; 0 runs it in the training process, without "
+            "a timeout"
+        },
+    )
+    reward_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Maximum duration in seconds of the rewards of module:function for a step, and of a request of qa"
+        },
+    )
+    reward_clip: str = field(
+        default="", metadata={"help": "Folder of a CLIP model, for the reward clipscore"}
+    )
+    reward_endpoint: str = field(
+        default="",
+        metadata={
+            "help": "Base URL of a server with OpenAI's API, such as http://127.0.0.1:8000/v1, for the reward qa"
+        },
+    )
+    reward_endpoint_model: str = field(
+        default="", metadata={"help": "Name of the model on --reward_endpoint"}
+    )
+    reward_tries: int = field(
+        default=1,
+        metadata={
+            "help": "How often qa asks each question, each time with its options in another order"
         },
     )
     num_samples: int = field(
@@ -328,6 +363,26 @@ class TrainingDefaults:
             "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
         },
     )
+    dpo_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the tie to the weights at the start with --objective dpo; a smaller value lets the model "
+            "move further away"
+        },
+    )
+    dpo_label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Assumed share of pairs whose chosen and rejected answers are swapped, below 0.5"
+        },
+    )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the supervised loss that is added: of the responses, with dpo of the chosen answer"
+        },
+    )
+    # Checks before and during the run.
     preflight: str = field(
         default="auto",
         metadata={
@@ -486,13 +541,22 @@ HELP_GROUPS = {
         "preflight",
         "resume_from_checkpoint",
     ),
-    "Rewards": (
+    "Rewards and preferences": (
         "objective",
         "reward",
+        "reward_workers",
+        "reward_timeout",
+        "reward_clip",
+        "reward_endpoint",
+        "reward_endpoint_model",
+        "reward_tries",
         "num_samples",
         "sample_temperature",
         "sample_max_tokens",
         "kl_coef",
+        "dpo_beta",
+        "dpo_label_smoothing",
+        "sft_weight",
     ),
     "Evaluation and checkpoints": (
         "eval_strategy",
@@ -534,14 +598,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show the other options of transformers.TrainingArguments too, and exit",
     )
-    own = {
-        option.name: option
-        for arguments in (ModelArguments, DataArguments, TrainingDefaults)
-        for option in fields(arguments)
-    }
+    own: dict[str, Field[Any]] = {}
+    for arguments in (ModelArguments, DataArguments, TrainingDefaults):
+        for option in fields(arguments):
+            own[option.name] = option
     for heading, names in HELP_GROUPS.items():
         group = parser.add_argument_group(heading)
         for name in names:
+            # An option of this package, or one of transformers.
             if name in own:
                 _add_option(group, name, _default_of(own[name]), own[name].metadata["help"])
             else:
@@ -562,7 +626,9 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
     # Escape %, because argparse formats help texts with %, as in "%(default)s".
     text = help_text.replace("%", "%%")
     if default not in (None, ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = default
+        if isinstance(default, list):
+            shown = " ".join(map(str, default))
         text += f" (default: {shown})"
     # Dataclass fields have no metavar: use the last word of the option's name.
     metavar = name.rpartition("_")[2].upper()
@@ -596,6 +662,7 @@ def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Other options of transformers.TrainingArguments")
     inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
     for action in inherited._actions:
+        # Skip options that the parser has already.
         shown = [name for name in action.option_strings if name in parser._option_string_actions]
         if not shown and action.dest not in INHERITED:
             group._add_action(action)

@@ -162,8 +162,8 @@ def tune_malloc(threshold: int) -> None:
 def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
     """Yield an event loop for network connections. At the end its tasks are cancelled, and it is closed.
 
-    It is a loop of selectors on every system: aiodns, which resolves the names of hosts, does not accept the usual one
-    of Windows.
+    It is a selector event loop on every system, because aiodns, which resolves host names, does not support the default
+    loop of Windows.
 
     Args:
         connections: Maximum number of connections at the same time.
@@ -171,7 +171,7 @@ def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
     Raises:
         ValueError: This system cannot wait for so many connections.
     """
-    # Imported here, because most commands start no event loop.
+    # Import this here, because most commands need no event loop.
     import asyncio
 
     if sys.platform == "win32" and connections > _MAX_WINDOWS_CONNECTIONS:
@@ -250,6 +250,7 @@ class LocalBackend:
         self._idle: list[_Worker] = []
 
     def _start_worker(self) -> _Worker:
+        """Start a worker process, connected by a pipe."""
         our_end, their_end = self._context.Pipe()
         process = self._context.Process(
             target=_run_worker,
@@ -303,7 +304,7 @@ def _parent_is_alive(parent: int) -> bool:
         parent: Its process id.
     """
     process = multiprocessing.parent_process()
-    # On Windows, the id of the parent stays the same after its death; a handle of it does not lie.
+    # On Windows, `getppid` returns the same id after the parent has ended. A handle of the parent is reliable.
     if sys.platform == "win32" and process is not None:
         return process.is_alive()
     return os.getppid() == parent

@@ -25,14 +25,16 @@ SCORES_OF_TEXTS = [
         "rouge",
     )
 ]
+# Training asks a server for rewards, in the way in which `captioning` asks it for captions.
+CLIENT_OF_SERVERS = ["captioning/endpoint_client", "captioning/endpoint_options"]
 ORDER = [
-    ("options", "extras", "hub"),
-    ("jobs", "workers", "recipes", "small_models", "foreign_files"),
+    ("options", "extras", "foreign_files"),
+    ("hub", "jobs", "workers", "recipes", "small_models"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
     ("model",),
-    ("training_options", "data_option"),
+    ("training_options", "data_option", *CLIENT_OF_SERVERS),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),

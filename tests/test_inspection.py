@@ -43,6 +43,28 @@ def read_totals(output: str) -> dict[str, tuple[str, ...]]:
 # ---- samples ----
 
 
+def test_inspect_shows_both_answers_of_a_pair(
+    models_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    row = make_row("", chosen="a red car", rejected="two dogs")
+    del row["response"]
+    data = write_rows(tmp_path, row, {**row, "rejected": "a red car"})
+    options = ["--data", data, "--model_name_or_path", models_folder / "mistral"]
+    assert inspect(*options, "--vision_tower", models_folder / "clip") == 1
+    output = capsys.readouterr().out
+    lines = [line.split() for line in output.splitlines()]
+    tokens = [line for line in lines if len(line) == 4 and line[0].isdigit()]
+    answers = [[line for line in tokens if line[-1] == kind] for kind in ("yes", "rejected")]
+    texts = ["".join(line[1] for line in answer) for answer in answers]
+    assert texts == ["␣a␣red␣car</s>", "␣two␣dogs</s>"]
+    # Both follow the same prompt.
+    assert answers[0][0][0] == answers[1][0][0]
+    assert "row 1: both answers of the pair are equal" in output
+    totals = read_totals(output)
+    assert totals["preference pairs"] == ("1", "1")
+    assert totals["examples"] == ("2", "2")
+
+
 def test_inspect_shows_a_sample_token_by_token(
     models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:

@@ -28,6 +28,8 @@ from llava_simplified.jobs import (
     format_duration,
     read_json_lines,
     remove_temporary_files,
+    rename_folder,
+    replace_folder,
 )
 
 
@@ -281,6 +283,58 @@ def test_atomic_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
         (part / "file").write_text("x")
         raise RuntimeError("disk")
     assert names_in(tmp_path) == {"out"}
+
+
+def test_replace_folder_keeps_the_old_one_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "checkpoint", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path == new:
+            raise OSError("the disk fails")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for_new)
+        with pytest.raises(OSError, match="disk"):
+            replace_folder(new, old)
+    assert names_in(tmp_path) == {".checkpoint.old", "new"}
+    assert names_in(tmp_path / ".checkpoint.old") == {"checkpoint"}
+
+    replace_folder(new, old)
+    assert names_in(tmp_path) == {"checkpoint"}
+    assert names_in(old) == {"new"}
+
+
+@pytest.mark.parametrize("attempts", [2, 100])
+def test_rename_folder_waits_for_programs_that_scan_it_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: int
+) -> None:
+    (tmp_path / "a").mkdir()
+    rename = Path.rename
+    refused: list[Path] = []
+
+    def refuse_at_first(path: Path, target: Path) -> Path:
+        if len(refused) < attempts:
+            refused.append(path)
+            raise PermissionError("a file in it is open")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.sys, "platform", "win32")
+        patch.setattr(jobs.time, "sleep", lambda seconds: None)
+        patch.setattr(Path, "rename", refuse_at_first)
+        if attempts == 100:
+            with pytest.raises(PermissionError):
+                rename_folder(tmp_path / "a", tmp_path / "b")
+        else:
+            rename_folder(tmp_path / "a", tmp_path / "b")
+    assert names_in(tmp_path) == ({"a"} if attempts == 100 else {"b"})
 
 
 def test_remove_temporary_files_removes_those_of_one_output(tmp_path: Path) -> None:

@@ -500,17 +500,58 @@ def test_unusable_records_are_refused(
             one_file.make_sequence(tokenizer, row, 4)
 
 
-def test_checkpoints_with_other_choices_are_refused(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def saved_checkpoint(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A checkpoint of the file."""
     data, images = data_folder / "train.json", data_folder / "images"
-    model = make_model(make_case(models_folder, "llama", "clip", data, images))
-    for name, value in (("template", "chat"), ("mm_projector_type", "mlp2x_gelu")):
-        model.settings = {**model.settings, "template": "bare", "mm_projector_type": "linear"}
-        model.settings[name] = value
-        one_file.save(model, tmp_path / name)
-        with pytest.raises(ValueError, match=name):
-            one_file.load(tmp_path / name)
+    folder = tmp_path_factory.mktemp("one-file") / "checkpoint"
+    one_file.save(make_model(make_case(models_folder, "llama", "clip", data, images)), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("llava.json", "template", "chat"),
+        ("llava.json", "mm_projector_type", "mlp2x_gelu"),
+        ("llava.json", "mm_vision_select_feature", "cls_patch"),
+        ("llava.json", "image_aspect_ratio", "pad"),
+        ("llava.json", "trained_tower", "full"),
+        ("adapter/adapter_config.json", "use_rslora", True),
+        ("adapter/adapter_config.json", "alpha_pattern", {"q_proj": 2}),
+    ],
+)
+def test_checkpoints_with_other_choices_are_refused(
+    file: str,
+    name: str,
+    value: Any,
+    saved_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    """They would load without an error, and compute something else."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved_checkpoint, folder)
+    config = json.loads((folder / file).read_text())
+    of_architecture = file == "llava.json" and name != "trained_tower"
+    entries = config["architecture"] if of_architecture else config
+    entries[name] = value
+    (folder / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=name):
+        one_file.load(folder)
+
+
+def test_main_refuses_too_few_records(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command_line(models_folder, data_folder, tmp_path / "model")
+    records = json.loads((data_folder / "train.json").read_text())[:8]
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(records))
+    with pytest.raises(SystemExit):
+        one_file.main([*words, "--data", str(few)])
+    assert str(few) in capsys.readouterr().err
 
 
 def test_lora_refuses_language_models_without_linear_layers() -> None:

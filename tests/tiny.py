@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 if TYPE_CHECKING:
+    from llava_simplified.model.config import LlavaConfig
     from llava_simplified.model.llava import Llava
 
 CAPTIONS = [
@@ -169,6 +172,53 @@ def save_vision_model(kind: str, folder: Path) -> str:
     return str(folder)
 
 
+def build_llava(
+    models_folder: Path, language_model: str = "mistral", tower: str = "clip", **config: Any
+) -> Llava:
+    """Build a model in evaluation mode, with image tokens that are large enough to matter.
+
+    With PyTorch's default initialization these random models would ignore their images.
+
+    Args:
+        models_folder: The fixture.
+        language_model: Kind of the language model.
+        tower: Kind of the vision tower.
+        config: More fields of `LlavaConfig`.
+    """
+    from llava_simplified.model.build import build_model
+
+    torch.manual_seed(2)
+    model = build_model(_llava_config(models_folder, language_model, tower, **config))
+    for parameter in model.projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def save_llava(
+    models_folder: Path,
+    folder: Path,
+    language_model: str = "mistral",
+    tower: str = "clip",
+    **config: Any,
+) -> Path:
+    """Write the model of `build_llava` as a checkpoint, and return its folder."""
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import TrainedParts
+
+    model = build_llava(models_folder, language_model, tower, **config).requires_grad_(False)
+    llava_config = _llava_config(models_folder, language_model, tower, **config)
+    save_checkpoint(model, folder, llava_config, TrainedParts())
+    return folder
+
+
+def _llava_config(
+    models_folder: Path, language_model: str, tower: str, **config: Any
+) -> LlavaConfig:
+    from llava_simplified.model.config import LlavaConfig
+
+    return LlavaConfig(str(models_folder / language_model), str(models_folder / tower), **config)
+
+
 @contextmanager
 def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
     """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
@@ -187,3 +237,81 @@ def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def looping(model: Llava, text: str) -> Iterator[None]:
+    """Let the language model repeat a text without end once it has begun: each token leads to the next one.
+
+    The tokens of the text must differ. What the model generates after other tokens does not change.
+    """
+    from llava_simplified.model.generation import DecodingBatch
+
+    first = model.prompt.encode_start(text)
+    # The first word has another token when there is a space before it.
+    ids = model.prompt.encode_start(f"{text} {text}")
+    assert ids[: len(first)] == first
+    assert len(set(ids[len(first) :])) == len(ids) - len(first)
+    following = dict(pairwise([*ids, ids[len(first)]]))
+
+    def force(logits: torch.Tensor, newest: Iterable[int]) -> None:
+        for row, token in enumerate(newest):
+            if token in following:
+                logits[row, following[token]] = 1e4
+
+    def force_step(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("input_ids") is not None:  # the prefill has embeddings instead
+            force(output.logits[:, -1], kwargs["input_ids"][:, -1].tolist())
+
+    prefill = DecodingBatch._prefill
+
+    def forced_prefill(batch: DecodingBatch, prompts: Any, image_features: Any) -> tuple:
+        outputs = prefill(batch, prompts, image_features)
+        force(outputs[2], [prompt[-1] for prompt in prompts])
+        return outputs
+
+    handle = model.language_model.register_forward_hook(force_step, with_kwargs=True)
+    DecodingBatch._prefill = forced_prefill
+    try:
+        yield
+    finally:
+        handle.remove()
+        DecodingBatch._prefill = prefill
+
+
+def save_tiny_clip(
+    folder: Path,
+) -> tuple[transformers.CLIPModel, PreTrainedTokenizerFast, CLIPImageProcessorPil]:
+    """Write a random CLIP model of two layers to a folder; return its parts."""
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text_config = {
+        **size,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 64,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision_config = {**size, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(
+        text_config=text_config, vision_config=vision_config, projection_dim=8
+    )
+    clip = transformers.CLIPModel(config).eval()
+    for parameter in clip.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)  # large enough that the words matter
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(folder)
+    return clip, tokenizer, processor

@@ -1,8 +1,8 @@
 """The commands `llava caption`, `llava predict` and `llava chat`.
 
 `predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation.
-`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Heavy modules are
-imported only after the arguments are parsed.
+`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Modules that take long
+to import are imported only after the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from llava_simplified.options import (
     add_image_folder_option,
     add_limit_option,
     add_shards_option,
+    checkpoint_options,
     print_text,
 )
 from llava_simplified.prompt import Message
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Repeated words that end a caption. Lists of similar things ("red hair, red eyes") repeat fewer.
+# Number of repeated words that end a caption. Lists of similar things ("red hair, red eyes") repeat fewer words.
 DEFAULT_LOOP_GUARD = 8
 
 
@@ -151,10 +152,16 @@ def _add_text_options(parser: CommandParser) -> None:
         metavar="TEXT",
         help="Text with {caption}, {tags} (from the .txt file beside the image), {name} and {folder}",
     )
-    group.add_argument("--prefix", default="", help="Text to put before each caption, as it is")
-    group.add_argument("--suffix", default="", help="Text to put after each caption, as it is")
     group.add_argument(
-        "--max-words", type=int, help="Maximum number of generated words, prefix and template aside"
+        "--prefix", default="", help="Text to put before each caption; no space is added"
+    )
+    group.add_argument(
+        "--suffix", default="", help="Text to put after each caption; no space is added"
+    )
+    group.add_argument(
+        "--max-words",
+        type=int,
+        help="Maximum number of generated words, not counting prefix, suffix and template",
     )
     group.add_argument(
         "--loop-guard",
@@ -314,6 +321,7 @@ def _read_line(prompt: str) -> str:
 
 
 def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> GenerationOptions:
+    """Return the generation options of a command line."""
     from llava_simplified.model.generation_options import GenerationOptions
 
     return GenerationOptions(
@@ -331,7 +339,8 @@ def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> 
 
 
 def _is_image(source: str) -> bool:
-    # Imported here because the module imports numpy and Pillow.
+    """Return whether a source is a single image file, judging by its suffix."""
+    # Import this here, because the module imports numpy and Pillow.
     from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 
     path = Path(source)
@@ -386,7 +395,7 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
             if getattr(args, option) is not None:
                 raise ValueError(f"--{option}: this option is for sidecar files; pass --write txt.")
         return None
-    # A sidecar file holds one caption.
+    # A sidecar file contains one caption.
     if args.trials > 1:
         raise ValueError(f"--trials {args.trials}: with --write, an image has one caption.")
     if len(args.instructions) > 1:
@@ -400,7 +409,10 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
         raise ValueError(
             f"--output {args.output}: with --write, this is a folder for caption files."
         )
-    separator = ", " if args.separator is None else args.separator.replace("\\n", "\n")
+    separator = ", "
+    if args.separator is not None:
+        # Shells pass "\n" as two characters.
+        separator = args.separator.replace("\\n", "\n")
     return SidecarOptions(
         suffix=f".{args.write}",
         existing=args.existing or "skip",
@@ -412,7 +424,7 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
 def _check_tags(
     sidecars: SidecarOptions, text: TextOptions, prompts: Sequence[WeightedPrompt]
 ) -> None:
-    """Refuse {tags} where the file that they are read from is skipped, or is what the caption is added to.
+    """Check that {tags} make sense if captions are written into the same files that contain the tags.
 
     Raises:
         ValueError: The tags would always be empty, or would be written twice.
@@ -458,13 +470,14 @@ def _caption_on_terminal(
 
     pixels = load_pixels(image)  # load it before the model, so that a wrong path fails immediately
     model = load_model(args)
-    generation: dict[str, Any] = asdict(options)
+    generation: dict[str, Any] = asdict(replace(options, loop_guard=style.text.loop_guard))
     count = generation.pop("num_return_sequences")
     instructions = args.instructions or [model.instruction]
     folder = str(Path(image).parent.absolute())
     name = Path(image).name
     if style.prompts:
         instructions = [prompt_chooser(style.prompts, folder, options.seed or 0)(name)]
+    # One image is printed and not written, so there are no sidecar files.
     finisher = CaptionFinisher(style.text, None, folder)
     for instruction in instructions:
         # Stream only a single caption without beam search: the result of beam search is known only at
@@ -477,7 +490,10 @@ def _caption_on_terminal(
             captions = model.caption(
                 [pixels], instruction, num_return_sequences=count, **generation
             )[0]
-            for caption in [captions] if count == 1 else captions:
+            # `caption` returns a string if one caption was requested, otherwise a list.
+            if count == 1:
+                captions = [captions]
+            for caption in captions:
                 print_text(finisher.finish_text(name, caption).text)
     return 0
 
@@ -500,6 +516,7 @@ def _print_captions_of_endpoint(
         instructions = [chooser(image.name)]
     records, folder = open_inputs(args.sources, None, instructions)
     finisher = CaptionFinisher(style.text, None, folder)
+    # There is one record for each instruction.
     status = 0
     indices = range(len(records))
     for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
@@ -556,6 +573,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
+    # With a server, this process needs no GPU, and does not import torch.
     if style.endpoint is None:
         _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)
@@ -618,17 +636,13 @@ def _make_job(
         if review:
             review = review.with_name(f"{review.stem}{name_of_slice}{review.suffix}")
     return CaptionJob(
-        model_path=args.model_path or "",
-        # A single one as 0.1.0 has stored it, whose jobs continue.
+        **checkpoint_options(args),
+        # Store a single source as a string, like version 0.1.0, so that its unfinished jobs can continue.
         source=sources[0] if len(sources) == 1 else tuple(sources),
         output=str(output),
         options=options,
         instructions=tuple(args.instructions),
         image_folder=args.image_folder,
-        model_base=args.model_base,
-        vision_tower=args.vision_tower,
-        bits=args.bits,
-        trust_remote_code=args.trust_remote_code,
         limit=args.limit,
         batch_size=args.batch_size,
         chunk=slice_index,

@@ -1,4 +1,4 @@
-"""Records and outcomes -> the rows of an output file, whatever has generated the captions."""
+"""The rows of an output file, from records and their captions or errors, for local models and for servers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def failed_row(index: int, record: Record | ValueError, error: object) -> Row:
     Args:
         index: Index of the record.
         record: The record, or the reason why the row is none.
-        error: Why it has no caption; ignored for a row that is no record.
+        error: Why it has no caption; ignored for a row that is not a record.
     """
     if isinstance(record, ValueError):
         return {"index": index, "image": None, "error": str(record)}

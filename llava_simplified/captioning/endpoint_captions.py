@@ -3,9 +3,8 @@
     records --> workers: read image, shrink, base64 (threads) --> slots: requests in flight --> order --> rows
 
 There are twice as many workers as slots. While `concurrency` requests are in flight, the images of as many further
-records are prepared, so that a slot that becomes free is used immediately. Nothing is kept of a record that has been
-yielded, and at most `WINDOW` records per slot wait for one that comes before them: memory does not depend on the number
-of records.
+records are prepared, so that a free slot is used immediately. Memory does not grow with the number of records: finished
+records are forgotten once they were yielded, and at most `WINDOW` finished records per slot wait for an earlier one.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from llava_simplified.workers import count_cpus, event_loop
 
 logger = logging.getLogger(__name__)
 
-# Records per slot that may wait for a slow one before them. They are texts, of about a kilobyte each.
+# Maximum number of finished records per slot that wait for an earlier, slower one. Each takes about a kilobyte.
 WINDOW = 64
 
 _MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png"}
@@ -58,18 +57,18 @@ def caption_at_endpoint(
         record that cannot be captioned, with the reason.
 
     Raises:
-        EndpointError: The job cannot go on: a wrong setting, a server that is gone, or too many failures.
+        EndpointError: The job cannot continue: a setting is wrong, the server is gone, or it failed too often.
         ValueError: An option cannot be expressed in a request.
     """
-    # Options that cannot be expressed in a request are refused here, before anything is sent.
+    # This raises ValueError for options that cannot be expressed in a request, before anything is sent.
     captioner = _EndpointCaptioner(records, image_folder, options, endpoint, indices)
-    # The loop runs only while the next rows are awaited; the caller writes them in between.
+    # The event loop runs only while this generator waits for the next rows. In between, the caller writes them.
     try:
         with event_loop(endpoint.concurrency) as loop:
             workers = loop.create_task(captioner.run_workers())
             while (rows := loop.run_until_complete(captioner.next_rows())) is not None:
                 yield rows
-            # Raise the error that has ended the workers, if any.
+            # If an error has stopped the workers, raise it here.
             loop.run_until_complete(workers)
     finally:
         captioner.close()
@@ -102,13 +101,13 @@ class _EndpointCaptioner:
         self._client = EndpointClient(endpoint, options)
         self._matches = NameMatches()
         self._issue_counts: Counter[str] = Counter()
-        # Decoding releases Python's lock, so that all CPUs decode.
+        # Threads suffice to use all CPUs, because decoding releases Python's global lock.
         self._readers = ThreadPoolExecutor(count_cpus())
-        # None follows the last result.
+        # The results, in the order in which they finish; None after the last one.
         self._results: asyncio.Queue[_Result | None] = asyncio.Queue()
         self._window = asyncio.Semaphore(WINDOW * endpoint.concurrency)
         self._positions = iter(range(len(indices)))
-        # Results that wait for one before them, by position, and the position of that one.
+        # Results that wait for an earlier one, by position; and the position of the result to return next.
         self._waiting: dict[int, _Result] = {}
         self._next_position = 0
 
@@ -124,7 +123,7 @@ class _EndpointCaptioner:
             result = await self._results.get()
             if result is None:
                 return None
-            # Answers come in any order.
+            # Results arrive in any order. Return all that have no gap before them.
             self._waiting[result.position] = result
             while self._next_position in self._waiting:
                 self._add_rows(self._waiting.pop(self._next_position), rows, failed_rows)
@@ -138,13 +137,13 @@ class _EndpointCaptioner:
         if isinstance(result.outcome, ValueError):
             row = failed_row(index, result.record, result.outcome)
             if isinstance(result.outcome, RecordError):
-                row["kind"] = result.outcome.kind  # decides whether another run tries again
+                row["kind"] = result.outcome.kind  # another run retries some kinds
             failed_rows.append(row)
             return
         assert isinstance(result.record, Record)  # others have no captions
         for choice in result.outcome:
             row = prediction_row(index, result.record, choice.text)
-            # "stop", the usual reason, is left out: rows of a local model have none either.
+            # Leave out the usual reason, "stop": rows of a local model have no reason either.
             if choice.finish_reason == "length":
                 row["finish_reason"] = "length"
                 self._issue_counts["cut at --max-new-tokens"] += 1
@@ -155,9 +154,9 @@ class _EndpointCaptioner:
     # ---- workers ----
 
     async def run_workers(self) -> None:
-        """Run all workers, and put None into the result queue when they have ended.
+        """Run all workers. When they have ended, put None into the result queue as the end marker.
 
-        None is the end marker. It is also put there if an error has ended the workers.
+        It is also put there if an error has stopped the workers, so that `next_rows` does not wait forever.
         """
         # Twice as many as slots; see the top of this module.
         count = min(2 * self._endpoint.concurrency, len(self._indices))
@@ -178,8 +177,8 @@ class _EndpointCaptioner:
     async def _work(self) -> None:
         """Caption one record after the other."""
         while True:
-            # Acquire a slot of the window before taking a record. Otherwise the record that all others wait for
-            # could be left without a slot.
+            # Acquire a place in the window before choosing a record. In the other order, this worker could choose
+            # the record that all finished ones wait for, and then find no place: a deadlock.
             await self._window.acquire()
             position = next(self._positions, None)
             if position is None:
@@ -188,7 +187,8 @@ class _EndpointCaptioner:
             self._results.put_nowait(await self._caption(position))
 
     async def _caption(self, position: int) -> _Result:
-        # Parse on the event loop's thread: record files are not thread-safe.
+        """Caption one record; its own errors become its outcome."""
+        # Parse in the event loop's thread, because record files are not thread-safe.
         record = parse_record(self._records, self._indices[position])
         if isinstance(record, ValueError):
             return _Result(position, record, record)
@@ -196,7 +196,7 @@ class _EndpointCaptioner:
         try:
             messages = await loop.run_in_executor(self._readers, self._messages, record)
             return _Result(position, record, await self._client.complete(messages))
-        # ImageError: the image cannot be read. EndpointError is not among them: it ends the job.
+        # The record fails. An EndpointError is not caught, because it stops the job.
         except (RecordError, ImageError) as error:
             return _Result(position, record, error)
 
@@ -213,18 +213,18 @@ class _EndpointCaptioner:
         return [self._message(turn, images) for turn in record.turns]
 
     def _message(self, turn: Message, images: Iterator[str]) -> dict[str, Any]:
-        # In other turns than the user's, the placeholder is text.
+        """Return one turn as a message, with the images at their placeholders as data URLs."""
+        # Only user turns contain images. Elsewhere, the placeholder is ordinary text.
         if turn.role != "user" or IMAGE_PLACEHOLDER not in turn.content:
             return {"role": turn.role, "content": turn.content}
         parts: list[dict[str, Any]] = []
-        # There is one image between two neighboring texts.
+        # Split the text at the placeholders: an image precedes every part but the first. Line breaks next to a
+        # placeholder belong to it, and are not sent.
         texts = turn.content.split(IMAGE_PLACEHOLDER)
         for number, text in enumerate(texts):
-            if number:
+            if number > 0:
                 url = self._data_url(next(images))
                 parts.append({"type": "image_url", "image_url": {"url": url}})
-            # The line breaks around a placeholder are part of its text form.
-            if number:
                 text = text.removeprefix("\n")
             if number < len(texts) - 1:
                 text = text.removesuffix("\n")
@@ -233,8 +233,9 @@ class _EndpointCaptioner:
         return {"role": turn.role, "content": parts}
 
     def _data_url(self, name: str) -> str:
+        """Return an image as a data URL, shrunk to `max_side`."""
         data = read_image_bytes(name, self._image_folder, self._matches)
-        # Decode as strictly as for a local model: a damaged image is never sent.
+        # Decode it as strictly as for a local model, so that no damaged image is sent.
         image = portable_image(data, self._endpoint.max_side)
         encoded = base64.b64encode(image.data).decode("ascii")
         return f"data:{_MEDIA_TYPES[image.suffix]};base64,{encoded}"
@@ -242,7 +243,7 @@ class _EndpointCaptioner:
     # ---- summary ----
 
     def log_summary(self) -> None:
-        """Log what is unusual about the captions of this run."""
+        """Log how many captions are incomplete, empty or failed, and images that were found under other names."""
         if self._matches.describe():
             logger.warning("%s", self._matches.describe())
         counts = self._issue_counts + self._client.failures

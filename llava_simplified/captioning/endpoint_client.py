@@ -1,17 +1,15 @@
-"""Send chat completions to a server with OpenAI's API, and classify every answer.
+"""Request chat completions from a server with OpenAI's API, and decide what follows from each answer.
 
-How an answer is treated:
+    answer                                           meaning                    what happens
+    200 with choices                                 success                    return the captions
+    429, 503, 529, connection refused, no route      busy, or starting          pause all requests, then repeat
+    5xx, 408, timeout, cut off, not JSON             error of the server        repeat, at most `retries` times
+    other 4xx                                        error of the record        the record fails
+    401, 402, 404, 405, redirect, wrong certificate  error of the command line  the job stops
+    200 with a refusal                               the model refuses          the record fails
 
-    answer                                          whose fault     what happens
-    200 with choices                                                the captions
-    429, 503, 529, connection refused, no route     nobody's        all requests pause; then the same request again
-    5xx, 408, timeout, cut off, not JSON            the server's    the same request again, `retries` times
-    other 4xx                                       the record's    the record fails
-    401, 402, 404, 405, redirect, wrong certificate the command's   the job stops
-    an answer that is a refusal                     the model's     the record fails
-
-A pause belongs to the server, not to a record: it is as long as `Retry-After` requests, or doubles with each round. It ends
-the job only if there is no other answer for `max_wait` seconds, so that a server may restart in the middle of a job.
+A pause applies to all requests. It is as long as `Retry-After` says, or twice as long as the pause before. The job stops
+only if the server is unavailable for `max_wait` seconds, so that a server can be restarted during a job.
 """
 
 from __future__ import annotations
@@ -35,26 +33,26 @@ from llava_simplified.prepare.fetch import TIMEOUT_ERRORS, parse_retry_after
 
 logger = logging.getLogger(__name__)
 
-# Kinds of failed records that another run tries again. The others are the fault of the record or of the model.
+# Kinds of failed records that another run tries again. Others would fail again, because of the record or the model.
 SERVER_FAILURES = ("http_error", "timeout", "connection", "bad_answer")
 
 MIN_PAUSE = 0.1  # seconds; `Retry-After: 0` must not become a busy loop
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled with every further one
 MAX_PAUSE = 30.0
 CONNECT_TIMEOUT = 20.0
-# No caption is that long. It protects the memory from an answer without an end.
+# Far longer than any caption. It protects the memory from a server that never stops sending.
 MAX_ANSWER_BYTES = 16_000_000
 MAX_MESSAGE_LENGTH = 300
 
 # llama-server answers 503 while it loads its model; some hosted services answer 529 when they are overloaded.
 _BUSY_STATUSES = (429, 503, 529)
 _TRANSIENT_STATUSES = (408, 425)
-# The address, the key or the name of the model is wrong, or the account is empty: no record would succeed.
+# The address, the key or the name of the model is wrong, or there is no credit left. All records would fail.
 _FATAL_STATUSES = (401, 402, 404, 405)
 
 
 class EndpointError(ValueError):
-    """The job cannot go on: a wrong setting, a server that is gone, or too many failures."""
+    """The job cannot continue: a setting is wrong, the server is gone, or it failed too often."""
 
 
 class RecordError(ValueError):
@@ -128,9 +126,10 @@ class EndpointClient:
 
     async def __aenter__(self) -> EndpointClient:
         self._session = aiohttp.ClientSession(
-            # `_slots` limits the connections. The system resolves the one name, as for all other programs.
-            # Every request has a connection of its own: on a shared one, what a broken server or proxy sends too
-            # much would be taken for the answer to the next request, and captions would get to other images.
+            # limit: `_slots` limits the connections already. resolver: that of the system, as other programs use.
+            # force_close: a connection is never reused. If a broken server or proxy sent more data than one
+            # answer, the rest would be read as the answer to the next request, and images would get the
+            # captions of others.
             connector=aiohttp.TCPConnector(
                 limit=0, force_close=True, resolver=aiohttp.ThreadedResolver()
             ),
@@ -150,13 +149,13 @@ class EndpointClient:
     async def complete(self, messages: Sequence[Mapping[str, Any]]) -> list[Choice]:
         """Return `num_return_sequences` answers to a conversation.
 
-        Servers that ignore or refuse the field `n` are asked several times.
+        If the server ignores or rejects the field `n`, several requests with one answer each are sent.
 
         Raises:
-            RecordError: The record has no answer. It is counted.
-            EndpointError: The job cannot go on.
+            RecordError: The record fails. It is counted in `failures`.
+            EndpointError: The job cannot continue.
         """
-        # Count here and not where errors are raised: `_complete` repeats some requests without `n`.
+        # Count failures here, and not where they are raised, because `_complete` repeats some requests without `n`.
         try:
             return await self._complete(messages)
         except RecordError as error:
@@ -164,6 +163,7 @@ class EndpointClient:
             raise
 
     async def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        """Collect the answers; see `complete`."""
         choices: list[Choice] = []
         max_n = self._max_n
         while len(choices) < self._num_choices:
@@ -171,7 +171,7 @@ class EndpointClient:
             body = {**self._fields, "messages": messages}
             if n > 1:
                 body["n"] = n
-            # The same seed would give the same text again.
+            # Change the seed, or the server would generate the same text again.
             if "seed" in body and choices:
                 body["seed"] += len(choices)
             try:
@@ -179,11 +179,11 @@ class EndpointClient:
             except RecordError as error:
                 if n == 1 or error.kind != "rejected":
                     raise
-                max_n = 1  # perhaps because of `n`
+                max_n = 1  # `n` may be the reason, so try without it
                 continue
-            # More answers than requested would make too many rows for this record.
+            # Ignore additional answers: each record has `num_return_sequences` rows.
             choices += answer[:n]
-            # Only now it is known that `n` was the reason, and not the image.
+            # The request has succeeded without `n`, so `n` was the reason for the rejection, and not the image.
             if max_n < self._max_n:
                 logger.info("The server accepts one answer per request only (n=1).")
                 self._max_n = max_n
@@ -196,7 +196,7 @@ class EndpointClient:
             EndpointError: The server has failed more than `max_failures` records.
         """
         self.failures[error.kind] += 1
-        # What the model refuses is not a failure of the server.
+        # Refusals of the model are not failures of the server.
         failed = self.failures.total() - self.failures["refused"]
         if failed > self.endpoint.max_failures:
             kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.failures.items())
@@ -230,7 +230,7 @@ class EndpointClient:
         """Send a request, and repeat it while the server is busy or unreachable."""
         while True:
             while (pause := self._resume_at - time.monotonic()) > 0:
-                # Spread the requests: if all were sent at the same moment, the same ones would be refused again.
+                # Do not send all requests at the same moment: a server with a short queue would reject most of them.
                 await asyncio.sleep(pause + random.uniform(0, MIN_PAUSE))
             # A pause may begin while the request is in flight; see `_pause`.
             sent_at = time.monotonic()
@@ -256,16 +256,16 @@ class EndpointClient:
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
         if waited > max_wait or (error.retry_after or 0) > max_wait:
-            asked = (
-                f", and requests a pause of {error.retry_after:g} s" if error.retry_after else ""
-            )
+            asked = ""
+            if error.retry_after:
+                asked = f", and requests a pause of {error.retry_after:g} s"
             raise EndpointError(
                 f"--endpoint {self.endpoint.url}: {error}{asked}; it was unavailable for {waited:.0f} s. "
                 f"The same command continues; --max-wait {max_wait:g} is the limit in seconds."
             )
         if error.retry_after is not None:
             self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))
-        # Ignore failures of requests that were sent before the last pause ended.
+        # Requests that were sent before the last pause ended do not prolong it.
         elif sent_at >= self._resume_at:
             self._resume_at = now + min(MAX_PAUSE, FIRST_PAUSE * 2**self._pause_rounds)
             self._pause_rounds += 1
@@ -277,12 +277,12 @@ class EndpointClient:
             _UnavailableError, _TransientError, RecordError, EndpointError: See the top of this module.
         """
         url = self.endpoint.completions_url
-        # A redirected POST would become a GET, or send the key to another host.
+        # Do not follow redirects: a POST could become a GET, or the key could be sent to another host.
         try:
             async with self._session.post(url, data=data, allow_redirects=False) as response:
                 answer = await _read_answer(response)
         except TIMEOUT_ERRORS as error:
-            # The name does not resolve in time, or no host answers at the address.
+            # The name was not resolved in time, or no host answers at the address.
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise _UnavailableError(f"no connection within {CONNECT_TIMEOUT:g} s") from None
             raise _TransientError(
@@ -290,22 +290,24 @@ class EndpointClient:
             ) from None
         except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError) as error:
             raise EndpointError(f"--endpoint {self.endpoint.url}: {error}") from None
-        # Must follow the errors of TLS, which are derived from it.
+        # This clause must follow that of TLS errors, which are subclasses of this error.
         except aiohttp.ClientConnectorError as error:
             raise _UnavailableError(f"no connection ({error.strerror or error})") from None
         except (aiohttp.ClientError, OSError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_LENGTH]
             raise _TransientError("connection", f"the answer was cut off: {reason}") from None
         self._check_status(response, answer)
-        # Also after an answer that cannot be parsed: the server is there.
+        # The server is available, even if its answer cannot be parsed.
         self._unavailable_since = None
         return parse_choices(answer)
 
     def _check_status(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
+        """Raise the error that belongs to a status other than 200, see the top of this module."""
         status = response.status
         if status == 200:
             return
-        # The body of an error is more specific than its status, but proxies send web pages.
+        # The body describes an error better than the status does. `error_message` shortens it, since proxies send
+        # whole web pages.
         message = f"status {status}: {error_message(answer) or response.reason}"
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:
@@ -314,7 +316,7 @@ class EndpointClient:
         if 300 <= status < 400:
             target = response.headers.get("Location", "another address")
             raise EndpointError(f"--endpoint {self.endpoint.url}: redirects to {target!r:.200}")
-        # A server that has answered before and forbids one request forbids this content.
+        # 403 means a wrong key, unless the server has accepted the key before. Then it forbids this content.
         if status in _FATAL_STATUSES or (status == 403 and not self._has_answered):
             raise EndpointError(self._describe_fatal(status, message))
         if 400 <= status < 500 and status not in _TRANSIENT_STATUSES:
@@ -322,6 +324,7 @@ class EndpointClient:
         raise _TransientError("http_error", message, retry_after)
 
     def _describe_fatal(self, status: int, message: str) -> str:
+        """Return the message of an error that stops the job, with the options to check."""
         url = self.endpoint.url
         if status in (401, 403):
             variable = self.endpoint.api_key_env
@@ -339,7 +342,7 @@ class EndpointClient:
 
 
 async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
-    # `response.read()` has no limit.
+    """Return the body of a response, up to `MAX_ANSWER_BYTES`; `response.read()` has no limit."""
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_any():
@@ -351,11 +354,11 @@ async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
 
 
 def parse_choices(data: bytes) -> list[Choice]:
-    """Return the choices of a chat completion, of which there is at least one.
+    """Return the choices of a chat completion, at least one.
 
     Raises:
-        RecordError: "refused": the model, or a filter of the server, refuses to answer.
-        _TransientError: "bad_answer": the data is something else.
+        RecordError: The model, or a content filter, refuses to answer (kind "refused").
+        _TransientError: The data is not a chat completion (kind "bad_answer").
     """
     try:
         answer = json.loads(data)
@@ -371,10 +374,11 @@ def parse_choices(data: bytes) -> list[Choice]:
 
 
 def _parse_choice(choice: object) -> Choice:
+    """Return one choice of an answer; see `parse_choices` for the errors."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")
-    # The finish reason is optional. Ignore it if it is not a string.
+    # Optional, and ignored if it is not a string.
     finish_reason = choice.get("finish_reason")
     # OpenAI's models give the reason of a refusal in `refusal`, filters only in `finish_reason`.
     refusal = message.get("refusal")
@@ -384,11 +388,12 @@ def _parse_choice(choice: object) -> Choice:
             f"refused by the model or a content filter: {shorten(refusal or finish_reason)}",
         )
     content = message.get("content")
-    # Null is what some servers send for an empty text.
+    # Some servers send null for an empty text.
     if not isinstance(content, str | None):
         raise _TransientError("bad_answer", f"the content is not a string: {shorten(content)}")
-    is_known = isinstance(finish_reason, str)
-    return Choice((content or "").strip(), finish_reason if is_known else None)
+    if not isinstance(finish_reason, str):
+        finish_reason = None
+    return Choice((content or "").strip(), finish_reason)
 
 
 def error_message(data: bytes) -> str:

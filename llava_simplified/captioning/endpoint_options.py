@@ -1,6 +1,6 @@
-"""Options of `llava caption --endpoint`, and how generation options are written into a request.
+"""Options of `llava caption --endpoint`, and the conversion of generation options to fields of a request.
 
-Nothing heavy is imported here, so that parsers can use it.
+This module imports nothing large, because command-line parsers import it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 from llava_simplified.model.generation_options import GenerationOptions
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
-_MAX_SIDE = 65_500  # pixels of a JPEG
-# Fields of a request that this program depends on.
+_MAX_SIDE = 65_500  # pixels; the limit of the JPEG format
+# Fields of a request that `--extra-body` must not change, because reading the answers depends on them.
 _OWN_FIELDS = ("model", "messages", "n", "stream")
-# Generation options that OpenAI's API has no field for, with the values that have no effect.
+# Generation options without a field in OpenAI's API, with the value that turns each one off.
 _UNSUPPORTED: dict[str, Any] = {
     "min_new_tokens": 0,
     "num_beams": 1,
@@ -61,7 +61,7 @@ class EndpointOptions:
 
     def __post_init__(self) -> None:
         _check_url(self.url)
-        # Each with its minimum and maximum.
+        # Integer options, with minimum and maximum.
         ranges = {
             "concurrency": (1, math.inf),
             "max_side": (1, _MAX_SIDE),
@@ -73,7 +73,7 @@ class EndpointOptions:
             if not minimum <= value <= maximum:
                 upper = f" and at most {maximum}" if maximum < math.inf else ""
                 raise ValueError(f"{_option(name)} {value}: must be at least {minimum}{upper}")
-        # Written so that NaN is refused too.
+        # This form of the comparison refuses NaN too.
         for name in ("timeout", "max_wait"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{_option(name)} {getattr(self, name)}: must be above 0 seconds")
@@ -104,7 +104,10 @@ class EndpointOptions:
         return extra
 
     def job_settings(self) -> dict[str, Any]:
-        """Return the options that affect the captions. A job may be continued with a server of another address."""
+        """Return the options that affect captions. A job cannot continue if they change.
+
+        The address is not among them, so a job can continue with another server of the same model.
+        """
         return {
             "model": self.model,
             "max_side": self.max_side,
@@ -118,17 +121,18 @@ class EndpointOptions:
         Raises:
             ValueError: A variable was named, and it is not set.
         """
-        # Keys that were read from a file often end with a line break.
+        # Remove the line break that keys from a file often end with.
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_VARIABLE:
             raise ValueError(f"--api-key-env {self.api_key_env}: this variable is not set")
-        # Anything else could add headers to the request.
+        # The key becomes part of a header. A line break in it could add further headers.
         if not key.isascii() or not key.isprintable():
             raise ValueError(f"--api-key-env {self.api_key_env}: the key has invalid characters")
         return key
 
 
 def _option(name: str) -> str:
+    """Return the command-line option of a field: `--max-side` for `max_side`."""
     return "--" + name.replace("_", "-")
 
 
@@ -252,7 +256,7 @@ def parse_endpoint_options(
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"{_option(name)} {reason}.")
 
-    # An option that is ignored is an error: the captions would not be what was asked for.
+    # Refuse options that would be ignored, because the captions would not be what the user expects.
     if not args.endpoint:
         if not args.model_path:
             raise ValueError("--model-path is required, or --endpoint for a model on a server.")
@@ -295,7 +299,7 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         "max_tokens": options.max_new_tokens,
         "temperature": options.temperature,
     }
-    # Leave out fields without an effect: not all servers support all fields.
+    # Send only what differs from the default, because not every server knows all of these fields.
     if options.top_p != 1:
         body["top_p"] = options.top_p
     if options.top_k:
@@ -306,6 +310,6 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         body["seed"] = options.seed
     if endpoint.stop:
         body["stop"] = list(endpoint.stop)
-    # Last, so that the user's fields win.
+    # Last, so that the user's fields take precedence.
     body.update(endpoint.extra_fields())
     return {name: value for name, value in body.items() if value is not None}

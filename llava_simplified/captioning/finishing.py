@@ -1,18 +1,18 @@
-"""What happens to captions between the generator and the journal: finish their texts, write sidecar files.
+"""From generated rows to the journal and to sidecar files: finish the texts, and write the files.
 
     generated rows --finish--> rows, with the plan of each sidecar file --> journal
                                                                               |
                                                                write --> sidecar files
 
-A caller appends the finished rows to its journal before it calls `write`, and calls `resume` with the rows of the
-journal when a job continues (see `sidecars` for the reason).
+The caller appends the finished rows to its journal before it calls `write`. When a job continues, it calls `resume`
+with the rows of the journal. The module `sidecars` explains why.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from llava_simplified.captioning.caption_text import (
@@ -41,11 +41,10 @@ class CaptionFinisher:
         text: How captions are finished.
         sidecars: Where and how sidecar files are written; None for none.
         image_folder: Folder that the image names are relative to.
-        images: Names of all images, for sidecar files that several would share; may be empty without
-            sidecar files.
+        images: Names of all images, to find those with the same sidecar file; only needed for sidecar files.
 
     Attributes:
-        kept: Images that already have a sidecar file, which stays as it is.
+        kept: Images that already have a sidecar file, which is left alone.
         counts: Number of sidecar files that were "written", and "changed" by another program.
     """
 
@@ -65,20 +64,25 @@ class CaptionFinisher:
         if sidecars is not None:
             self._writer = SidecarWriter(sidecars, image_folder, images)
 
-    def admit(self, images: Sequence[tuple[int, str]]) -> tuple[list[int], list[Row]]:
-        """Leave out the images that keep their sidecar file, or cannot have one.
+    def admit(
+        self, images: Iterable[tuple[int, str]], max_images: int | None = None
+    ) -> tuple[list[int], list[Row]]:
+        """Filter out the images that keep their sidecar file, or cannot have one.
 
         Args:
-            images: Index and name of the images that are not captioned yet.
+            images: Index and name of each image without a caption.
+            max_images: Stop after this many images that do not keep a file; None for all images.
 
         Returns:
-            The indices of the images to caption, and a row with the reason for each that cannot be.
+            The indices of the images to caption, and a row with the reason for each image that fails.
         """
         if self._writer is None:
             return [index for index, _ in images], []
         admitted: list[int] = []
         failures: list[Row] = []
         for index, image in images:
+            if max_images is not None and len(admitted) + len(failures) >= max_images:
+                break
             if self._writer.is_kept(image):
                 self.kept.append(image)
                 continue
@@ -93,8 +97,9 @@ class CaptionFinisher:
         """Finish one caption.
 
         Raises:
-            SidecarError: The template has {tags}, and the file that they are in cannot be read.
+            SidecarError: The template has {tags}, and the file with the tags cannot be read.
         """
+        # Read the file only if the template needs it.
         tags = ""
         if self._needs_tags and image:
             tags = read_tags(image, self._image_folder)
@@ -108,6 +113,7 @@ class CaptionFinisher:
             The rows for the journal, and one row with the reason for each record that cannot be written.
         """
         finished: list[Row] = []
+        # By index: a record with several captions fails once.
         failures: dict[int, Row] = {}
         for row in rows:
             try:
@@ -115,6 +121,7 @@ class CaptionFinisher:
             except SidecarError as error:
                 failures[row["index"]] = _failure(row["index"], row["image"], str(error))
                 continue
+            # Another program has written the file while the image was captioned.
             if new_row is None:
                 self.kept.append(row["image"])
             else:
@@ -142,9 +149,9 @@ class CaptionFinisher:
         return failures
 
     def resume(self, rows: Iterable[Row]) -> list[Row]:
-        """Write the sidecar files that a killed job has announced in its journal, but not written.
+        """Write the sidecar files that are in the journal of a killed job, but were not written.
 
-        Files that were changed since then stay as they are.
+        Files that were changed since then are left alone.
 
         Returns:
             A row with the reason for each file that cannot be written.
@@ -165,7 +172,7 @@ class CaptionFinisher:
         return {image: self._writer.existing_text(image) for image in self.kept}
 
     def describe(self) -> str:
-        """Return a sentence about the sidecar files; empty for a job without."""
+        """Return a sentence on the number of sidecar files; empty for a job without them."""
         if self._writer is None:
             return ""
         parts = [f"{self.counts['written']:,} written"]
@@ -177,19 +184,21 @@ class CaptionFinisher:
 
     def _finish_row(self, row: Row) -> Row | None:
         """Return a row with its finished caption; None if the image keeps an existing sidecar file."""
-        image: str = row["image"] or ""  # a record may be text alone
+        image: str = row["image"] or ""  # None in a record without images
         caption, ended_by = self.finish_text(image, row["pred_output"])
         row = {**row, "pred_output": caption}
         if ended_by:
             row["ended_by"] = ended_by
         if self._writer is None:
             return row
+        # An empty file would look like a caption to the next run, which would then skip the image.
         if not caption:
             raise SidecarError("the model generated no text")
         plan = self._writer.plan(image, caption)
         return None if plan is None else {**row, "sidecar": plan}
 
     def _write_row(self, row: Row, *, resumed: bool) -> bool:
+        """Write the sidecar file of a row, if it has one; return False if another program has changed the file."""
         if self._writer is None or "sidecar" not in row:
             return True
         is_written = self._writer.write(
@@ -200,7 +209,7 @@ class CaptionFinisher:
 
 
 def count_shortened(rows: Iterable[Row]) -> Counter[str]:
-    """Count the captions that were ended by "loop" or "max_words"."""
+    """Count the shortened captions by reason: "loop" or "max_words"."""
     return Counter(row["ended_by"] for row in rows if row.get("ended_by"))
 
 

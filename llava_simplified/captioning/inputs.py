@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
+from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
@@ -69,13 +68,18 @@ class ImageRecords(Sequence[Record]):
         Args:
             known: Number by image name. If no image was added or removed, nothing changes.
         """
-        new_names = [name for name in self.names if name not in known]
-        taken = set(known.values())
-        free = (number for number in count() if number not in taken)
-        numbered = {number: name for name, number in known.items()}
-        numbered.update(zip(free, new_names))
-        # Numbers that no image has: images that were removed before they were captioned.
-        self.names = [numbered.get(number, "") for number in range(max(numbered, default=-1) + 1)]
+        name_of = {number: name for name, number in known.items()}
+        number = 0
+        for name in self.names:
+            if name in known:
+                continue
+            # A new image gets the next free number.
+            while number in name_of:
+                number += 1
+            name_of[number] = name
+        # A number without an image is that of an image which was removed before it was captioned.
+        num_images = max(name_of, default=-1) + 1
+        self.names = [name_of.get(number, "") for number in range(num_images)]
 
     def name_at(self, number: int) -> str | None:
         """Return the name of the image with a number; None if there are fewer images."""
@@ -125,7 +129,7 @@ def open_inputs(
     if records_files and len(sources) > 1:
         raise ValueError(
             f"{records_files[0]}: a file of records must be the only input. Caption each file with "
-            "an --output of its own."
+            "a separate --output."
         )
     # Check only the suffix, so that a missing file of records is reported as such.
     if records_files:
@@ -136,7 +140,7 @@ def open_inputs(
                 "remove the option."
             )
         # Accept records without responses, since this command generates them.
-        # A row that is no record is set aside when its turn comes, unless all are.
+        # Rows that are not records are set aside during the job. It is an error only if no row is a record.
         return open_data(
             source,
             image_folder,
@@ -144,6 +148,7 @@ def open_inputs(
             require_responses=False,
             max_bad_records=ALL_RECORDS,
         )
+    # Otherwise the source is images, folders, shards or patterns.
     found = [_find_some_images(name) for name in sources]
     names, folder = found[0].names, found[0].folder
     if len(found) > 1:
@@ -167,7 +172,11 @@ class FoundImages(NamedTuple):
 
 
 def _find_some_images(source: str) -> FoundImages:
-    """Return the images of a source, of which there must be at least one; name what is left out."""
+    """Return the images of a source, and log the other files that it contains.
+
+    Raises:
+        ValueError: The source contains no image.
+    """
     found = find_images(source)
     counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
     if not found.names:
@@ -188,13 +197,19 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     paths: dict[Path, None] = {}  # ordered
     for images in found:
         folder = images.folder.absolute()
-        paths.update((folder / name, None) for name in images.names)
+        # Names with ".." would lead out of the common folder. Only they are resolved, because that takes a system
+        # call for each part, and a name that is a link stays one.
+        for name in images.names:
+            path = folder / name
+            if ".." in path.parts:
+                path = path.parent.resolve() / path.name
+            paths[path] = None
     try:
         common = Path(os.path.commonpath([path.parent for path in paths]))
     except ValueError:
         drives = ", ".join(sorted({path.drive for path in paths}))
         raise ValueError(
-            f"the images are on several drives ({drives}): caption those of each drive by themselves."
+            f"the images are on several drives ({drives}); caption each drive with a separate command."
         ) from None
     return [path.relative_to(common).as_posix() for path in paths], common
 
@@ -202,9 +217,9 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
 def find_images(source: str) -> FoundImages:
     """Find the images of a file, folder, shard or glob pattern.
 
-    The source is a file, folder, shard or glob pattern, or several of these. A single file is treated as an
-    image whatever its suffix is. Of several files, only those are used that have the suffix of an image
-    or shard, or that have no suffix and begin with the bytes of an image.
+    A single file is treated as an image, even if it has another suffix. In a folder or a pattern, images are the
+    files with the suffix of an image, and files without a suffix that begin with the bytes of an image. All images
+    of a shard are included.
     """
     path = Path(source)
     files, folder = _list_files(path)
@@ -231,8 +246,8 @@ def find_images(source: str) -> FoundImages:
             image_stems.append(hash(str(file.with_suffix(""))))
         elif file.suffix in SIDECAR_SUFFIXES:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
-        elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
-            skipped[file.suffix.lower() or "no suffix"] += 1
+        elif Path(SIDECAR_JOURNAL).stem not in file.name:
+            skipped[_describe_other(file)] += 1
     # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at
     # once; it is imported here, because the parser of the command imports this module.
     import numpy as np
@@ -250,8 +265,8 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
         return _files_below(path), path
     if path.is_file():
         return [path], path.parent
-    # Use the module glob, because Path.glob does not support absolute patterns.
-    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    matches, fixed_folder = expand_pattern(str(path))
+    files = sorted(map(Path, matches))
     # Image names are resolved relative to this folder. With a wrong folder, a name could match a
     # different file, for example one in the current directory.
     folder = Path()
@@ -261,7 +276,7 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
         if files:
             folder = Path(os.path.commonpath([file.parent for file in files]))
     elif path.is_absolute():
-        folder = _fixed_folder(path)
+        folder = fixed_folder
     return files, folder
 
 
@@ -271,7 +286,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     Symbolic links to folders are not followed, to avoid infinite recursion.
     """
     try:
-        # As paths are compared: "a/b.jpg" comes before "a.jpg", because "a" does.
+        # The order of comparing paths by their parts: "a/b.jpg" is before "a.jpg", because "a" is before "a.jpg".
         names = sorted(os.listdir(folder), key=os.path.normcase)  # noqa: PTH208
     except PermissionError as error:
         logger.warning("%s: left out: %s", folder, error.strerror)
@@ -284,14 +299,14 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _fixed_folder(pattern: Path) -> Path:
-    """Return the folder at the beginning of a glob pattern, up to its first wildcard."""
-    parts = []
-    for part in pattern.parent.parts:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
+def _describe_other(file: Path) -> str:
+    """Return how counts call what is neither an image nor a sidecar."""
+    if file.is_file():
+        return file.suffix.lower() or "no suffix"
+    kind = "folder" if file.is_dir() else "special file"
+    if file.is_symlink():
+        return f"link to a {kind}" if file.exists() else "broken link"
+    return kind
 
 
 def _has_image(file: Path) -> bool:

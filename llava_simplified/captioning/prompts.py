@@ -5,8 +5,8 @@
     1 | Describe this image. Its tags are: {tags}
     0.5 | Which {folder} does {name} show?
 
-Varied prompts make the captions of a data set varied. The choice depends only on the seed and on the name of
-the image, so that it does not change when a job is continued, split or run again with more images.
+Several prompts make the captions of a data set more varied. The choice depends only on the seed and on the name
+of the image. It stays the same when a job continues, is split, or runs again with more images.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
     """Read a prompt file; see the module's docstring.
 
     Raises:
-        ValueError: The file contains no prompt, a weight without a prompt, an unknown field or no UTF-8.
+        ValueError: The file is not UTF-8, contains no prompt, a weight without a prompt, or an unknown field.
     """
     prompts: list[WeightedPrompt] = []
     for number, line in enumerate(read_text_lines(path, "--prompt-file"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"--prompt-file {path}, line {number}"
+        weight, text = 1.0, line.strip()
         weighted = _WEIGHTED.fullmatch(line)
-        weight = float(weighted[1]) if weighted else 1.0
-        text = (weighted[2] if weighted else line).strip()
+        if weighted:
+            weight, text = float(weighted[1]), weighted[2].strip()
         if not text:
             raise ValueError(f"{where}: there is no prompt after the weight")
         check_fields(text, IMAGE_FIELDS, where)
@@ -71,7 +72,7 @@ def read_text_lines(path: str | Path, option: str) -> list[str]:
         ValueError: The file cannot be read, or is not UTF-8.
     """
     try:
-        # Only line feeds separate lines: other separators of Unicode may be part of a text.
+        # Split at line feeds only, unlike `splitlines`: Unicode has other separators, which may occur in a text.
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None
@@ -88,26 +89,28 @@ def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> W
         image: Name of the image, relative to the image folder.
         seed: Random seed.
     """
-    # A hash instead of a generator: the choice for an image must not depend on the images before it.
+    # Use a hash as the random number. A random generator would make the choice depend on the images before.
     name = image.encode(errors="surrogateescape")
     digest = hashlib.sha256(f"{seed}|".encode() + name).digest()
-    point = int.from_bytes(digest[:8], "big") / 2**64 * sum(weight for weight, _ in prompts)
-    chosen = prompts[0]
-    for prompt in prompts:
-        if prompt.weight > 0:
-            chosen = prompt
-            point -= prompt.weight
-        if prompt.weight > 0 and point < 0:
-            break
-    return chosen
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    # Imagine the weights as segments of a line, one after the other: return the prompt in whose segment the point
+    # is. Rounding could put the point behind the last segment; then the last prompt is returned.
+    candidates = [prompt for prompt in prompts if prompt.weight > 0]
+    point = fraction * sum(prompt.weight for prompt in prompts)
+    for prompt in candidates:
+        point -= prompt.weight
+        if point < 0:
+            return prompt
+    return candidates[-1]
 
 
 def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "") -> str:
     """Return the text of a prompt for an image; the arguments are those of `image_fields`."""
     fields = image_fields(image, folder, tags)
-    # A file may be called "<image>.jpg". Only the prompt itself determines where the image is.
-    disarmed = IMAGE_PLACEHOLDER.strip("<>")
-    fields = {name: value.replace(IMAGE_PLACEHOLDER, disarmed) for name, value in fields.items()}
+    # A file may be called "<image>.jpg". Remove the brackets, because only the prompt itself may contain placeholders.
+    without_brackets = IMAGE_PLACEHOLDER.strip("<>")
+    for name, value in fields.items():
+        fields[name] = value.replace(IMAGE_PLACEHOLDER, without_brackets)
     return fill_fields(prompt.text, fields)
 
 
@@ -123,10 +126,11 @@ def prompt_chooser(
     """
 
     def prompt_of(image: str) -> str:
+        """Return the prompt of an image."""
         prompt = choose_prompt(prompts, image, seed)
         tags = ""
         if "tags" in field_names(prompt.text):
-            # A prompt may do without tags, or with some wrong characters.
+            # A prompt without tags, or with some wrong characters, is better than no caption.
             tags = read_tags(image, folder, strict=False)
         return fill_prompt(prompt, image, folder, tags)
 

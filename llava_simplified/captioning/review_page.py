@@ -1,7 +1,7 @@
-"""The page of `--review`: all images of a job with their captions, to be searched and filtered.
+"""The page of `--review`: all images of a job with their captions, with a search field and filters.
 
-One HTML file shows up to `CARDS_PER_PAGE` images and contains them as thumbnails; larger jobs get several files, with
-links from each to the others. Nothing is loaded from elsewhere.
+An HTML file shows up to `CARDS_PER_PAGE` images, whose thumbnails it contains. Larger jobs get several files, which link
+to each other. The files load nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class ReviewItem:
     Attributes:
         image: Name of the image.
         kind: One of `KINDS`.
-        captions: The texts by their instruction; the instruction of a kept text is empty.
+        captions: The texts of each instruction; the instruction of a kept text is "".
         error: Why there is no caption.
     """
 
@@ -61,35 +62,40 @@ def write_review(
     """Write the pages of a job.
 
     Args:
-        path: The first page; the second of `review.html` is `review-2.html`.
+        path: The first page, such as review.html; the second one is review-2.html.
         image_folder: Folder that the image names are relative to.
         rows: Prediction rows.
         failures: Rows with an error instead of a caption.
         kept: Text of the sidecar files that existed before, by image.
 
     Returns:
-        The pages.
+        The paths of the pages.
     """
     items = collect_items(rows, failures, kept)
+    # Write at least one page, even if there are no images.
     first = Path(path)
     starts = range(0, max(1, len(items)), CARDS_PER_PAGE)
     paths = [first]
     for number in range(2, len(starts) + 1):
         paths.append(first.with_name(f"{first.stem}-{number}{first.suffix}"))
     tiles = _count_kinds(items)
+    # Thumbnails exist for one page at a time, so memory does not grow with the number of images.
     for page, start in zip(paths, starts):
         shown = items[start : start + CARDS_PER_PAGE]
+        names = [item.image for item in shown]
         with ThreadPoolExecutor() as pool:
-            thumbnails = list(
-                pool.map(lambda item: _read_thumbnail(item.image, image_folder), shown)
-            )
+            thumbnails = list(pool.map(_read_thumbnail, names, repeat(image_folder)))
+        used_kinds: dict[str, str] = {}
+        for kind, label in KINDS.items():
+            if _has_kind(shown, kind):
+                used_kinds[kind] = label
         write_page(
             page,
             "captioning/review_page.html",
             title=f"Captions of {Path(image_folder).name}",
             tiles=tiles,
             links=_page_links(page, paths, len(items)),
-            kinds={kind: label for kind, label in KINDS.items() if _has_kind(shown, kind)},
+            kinds=used_kinds,
             labels=KINDS,
             cards=list(zip(shown, thumbnails)),
         )
@@ -106,14 +112,14 @@ def collect_items(
     for row in rows:
         item = items.setdefault(row["image"] or "", ReviewItem(row["image"] or ""))
         item.captions.setdefault(row["instruction"], []).append(row["pred_output"])
-        # Of several captions, one that was shortened is what a reviewer looks for.
+        # If one of several captions was shortened, its filter must show the image.
         if row.get("ended_by"):
             item.kind = row["ended_by"]
     for image, text in kept.items():
         items[image] = ReviewItem(image, "kept", {"": [text]})
     for row in failures:
         name = row["image"] or f"index {row['index']}"
-        # An image whose sidecar file could not be written has a caption all the same.
+        # The item may exist already: if only its sidecar file could not be written, an image has captions too.
         item = items.setdefault(name, ReviewItem(name))
         item.kind = "failed"
         item.error = row["error"]
@@ -125,7 +131,7 @@ def _has_kind(items: Sequence[ReviewItem], kind: str) -> bool:
 
 
 def _count_kinds(items: Sequence[ReviewItem]) -> list[Tile]:
-    """Return a tile for each kind that occurs."""
+    """Return a tile with the number of images, and one for each kind that occurs."""
     tiles = [Tile("images", f"{len(items):,}")]
     for kind, label in KINDS.items():
         count = sum(item.kind == kind for item in items)

@@ -23,7 +23,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +51,7 @@ from llava_simplified.jobs import (
 )
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.options import checkpoint_options
 
 # torch is imported when a model is loaded: with `--endpoint`, this process has none.
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class CaptionJob:
         output: A .jsonl file; with any other suffix, the output is a JSON array. The journal of a job with
             `sidecars`: a name is that of a file in the folder of the images.
         options: Generation options; `num_return_sequences` is the number of captions per record.
-        limit: Caption only the first N records.
+        limit: Caption only the first N records; with `sidecars`, the first N images that do not keep a file.
         batch_size: Records per batch.
         chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
             record `chunk`. (The names are stored in the settings of unfinished jobs.)
@@ -272,7 +273,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
 
 
 def _forget_server_failures(failures: Path) -> None:
-    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    """Remove the failures that a server caused from the file, so that this run tries these records again."""
     # aiohttp, which the module imports, is an optional package.
     from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
 
@@ -327,7 +328,7 @@ def _remove_unused(settings: dict[str, Any]) -> None:
         del settings["text"]
     if settings["sidecars"] is None:
         del settings["sidecars"]
-    for name in ("start_with", "forbid"):
+    for name in ("start_with", "forbid", "loop_guard"):
         if not settings["options"][name]:
             del settings["options"][name]
 
@@ -372,7 +373,7 @@ def _caption_remaining(
         failures.append(rows)
         failed.update((row["index"], row.get("image")) for row in rows)
 
-    # Sidecar files that are announced in the journal, except those that could not be written then.
+    # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them now.
     if job.sidecars is not None:
         fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
@@ -380,7 +381,7 @@ def _caption_remaining(
         if job.chunks == 1:
             _renumber(records, finished, failed)
         indices = records.indices()
-    if job.limit:
+    if job.limit and job.sidecars is None:
         indices = indices[: job.limit]
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
@@ -388,26 +389,40 @@ def _caption_remaining(
     remaining: Sequence[int] = array(
         "q", (index for index in indices if index not in finished and index not in failed)
     )
+    num_finished = len(indices) - len(remaining)
+    num_records = len(indices)
     if isinstance(records, ImageRecords) and job.sidecars is not None:
-        # There is one prompt for each image, so that records have the numbers of their images.
-        remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
+        # With sidecar files, each image has one prompt, so the index of a record is that of its image.
+        images = ((index, records.names[index]) for index in remaining)
+        remaining, refused = finisher.admit(images, _images_left(job, num_finished))
+        num_records = num_finished + len(remaining) + len(refused) + len(finisher.kept)
         fail(refused)
 
-    initial = len(indices) - len(remaining)
+    initial = num_records - len(remaining)
     if initial:
-        logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
+        logger.info("Continuing %s: %s of %s records are done.", job.output, initial, num_records)
     show_progress = logger.isEnabledFor(logging.INFO)
-    with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
+    with Progress(num_records, "records", initial, enabled=show_progress) as progress:
         for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
             # If the process is killed between these writes, the next run tries the failed records again,
-            # and they fail again; and it writes the sidecar files that the journal announces.
+            # and they fail again; and it writes the missing sidecar files of the captions in the journal.
             finished_rows, unfinished_rows = finisher.finish(rows)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
             num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
             progress.update(num_done, f"{len(failed):,} failed" if failed else "")
-    return CaptionCounts(len(indices) - len(failed), len(failed))
+    return CaptionCounts(num_records - len(failed), len(failed))
+
+
+def _images_left(job: CaptionJob, num_finished: int) -> int | None:
+    """Return how many images of its slice a job with sidecar files may still caption; None: all of them.
+
+    Images that keep their sidecar file do not count for `--limit`: the next run captions other images.
+    """
+    if not job.limit:
+        return None
+    return len(range(job.chunk, job.limit, job.chunks)) - num_finished
 
 
 def _caption_batches(
@@ -419,7 +434,9 @@ def _caption_batches(
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield the rows of records in their order, from the model, or from the server if there is none."""
     if model is not None:
-        return caption_records(model, records, folder, job.options, job.batch_size, indices)
+        # A sequence ends where its finished text would be cut.
+        options = replace(job.options, loop_guard=job.text.loop_guard)
+        return caption_records(model, records, folder, options, job.batch_size, indices)
 
     from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
 
@@ -431,7 +448,7 @@ def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
     """Give each image the number that it has in the journals; see `ImageRecords.renumber`."""
     per_image = len(records.instructions)
     numbered = chain.from_iterable(part.items() for part in done)
-    # Usually nothing was added or removed. Then nothing is built, which would take gigabytes for millions of images.
+    # Usually no image was added or removed. Return before building `known`, which takes gigabytes for millions of images.
     if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
         return
     known: dict[str, int] = {}
@@ -457,7 +474,9 @@ def _finished_records(
     end = 0  # end of the last complete record in bytes
     for row, position in read_json_lines(journal.path):
         # Count consecutive rows with the same index: the rows of one record are adjacent.
-        rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
+        if row["index"] != last_index:
+            rows_of_record = 0
+        rows_of_record += 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
             finished[last_index] = _image_in_memory(row, records)
@@ -467,7 +486,7 @@ def _finished_records(
 
 
 def _image_in_memory(row: Row, records: Sequence[Record]) -> str | None:
-    """Return the image of a row, if possible as the string that `records` has, to keep it only once."""
+    """Return the image of a row; if `records` contains an equal string, that one, to store it only once."""
     if not isinstance(records, ImageRecords):
         return None
     image: str | None = row.get("image")
@@ -493,7 +512,7 @@ def _publish_array(files: JobFiles) -> None:
 
 def _remove_journal(files: JobFiles) -> None:
     """Delete the working files of a job whose captions are in sidecar files."""
-    # The journal first, as in `_publish_array`.
+    # Delete the journal first, for the same reason as in `_publish_array`.
     files.journal.unlink()
     files.settings.unlink()
 
@@ -502,13 +521,8 @@ def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
     """Load the model of a job or of a command line."""
     from llava_simplified.model.llava import Llava
 
-    return Llava.from_pretrained(
-        checkpoint.model_path,
-        model_base=checkpoint.model_base,
-        vision_tower=checkpoint.vision_tower,
-        bits=checkpoint.bits,
-        trust_remote_code=checkpoint.trust_remote_code,
-    )
+    options = checkpoint_options(checkpoint)
+    return Llava.from_pretrained(options.pop("model_path"), **options)
 
 
 # ---- records -> captions ----
@@ -569,7 +583,7 @@ def _in_record_order(
     window: Sequence[Record | ValueError],
     batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Convert outcomes, which come by position in the window, to rows in the order of the records."""
+    """Convert outcomes to rows, in the order of the records. Outcomes arrive in any order, by their position."""
     waiting: dict[int, Outcome] = {}
     position = 0  # of the next record to yield
     for batch in batches:

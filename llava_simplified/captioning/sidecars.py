@@ -1,21 +1,21 @@
-"""Sidecar files: the caption of `cats/a.jpg` in the text file `cats/a.txt`, as trainers of diffusion models read it.
+"""Sidecar files: the caption of `cats/a.jpg` in the text file `cats/a.txt`, the format that diffusion trainers read.
 
-Each file is written under a temporary name and renamed, so that it always has its old or its new contents. A job
-that appends must also know after a kill whether it has appended already. Therefore each text is announced in the
-journal of the job (`jobs.Journal`) before the file is touched, with the digests of both contents:
+Each file is written under a temporary name and then renamed, so that it always has its old or its new contents. A job
+that appends to files, and is killed, must know afterward which files it has changed already. It therefore writes what
+it is about to do into its journal (`jobs.Journal`) before it changes a file, with digests of both contents:
 
     journal   {"image": "a.jpg", "pred_output": "a cat", "sidecar": {"before": "5f3a...", "after": "c071..."}}
-    file      digest is "before"     not written yet: write it
-              digest is "after"      written: nothing to do
-              any other digest       another program has changed it since: do not write
+    file      digest is "before"     it was not written: write it
+              digest is "after"      it was written: nothing to do
+              any other digest       another program has changed it since: leave it alone
 
-A caller does this for each batch::
+The caller does this for each batch::
 
     plans = [writer.plan(image, text) for image, text in batch]
     journal.append(...)                   # with the plans
     for ...: writer.write(image, text, plan)
 
-and, when a job continues, calls `write` again for each row of the journal.
+When a job continues, the caller repeats `write` for each row of the journal.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from llava_simplified.data.names import windows_problem
 from llava_simplified.jobs import atomic_file, remove_temporary_files
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
-# The journal of a job that writes sidecar files; other files of the job have longer names. It is hidden, so that no
-# reader of the folder takes it for data.
+# The journal of a job that writes sidecar files. The names of the job's other files begin with this name. They are
+# hidden files, so that no program that reads the folder mistakes them for data.
 SIDECAR_JOURNAL = ".llava-caption.jsonl"
-TAGS_SUFFIX = ".txt"  # {tags} are read from this file beside the image
+TAGS_SUFFIX = ".txt"  # of the file beside the image that contains its {tags}
 EXISTING_POLICIES = ("skip", "overwrite", "append", "prepend")
 
 _BYTE_ORDER_MARKS = (
@@ -48,7 +48,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Errors that concern one file or folder. Others, such as a full disk, concern all that follow.
+# Errors of one file or folder. Other errors, such as a full disk, would also occur for all files that follow.
 _ERRORS_OF_ONE_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP),
@@ -67,7 +67,7 @@ class SidecarOptions:
         suffix: Suffix of the files, ".txt" or ".caption".
         existing: What to do with an image that has such a file: "skip" (leave both alone), "overwrite",
             "append" or "prepend" the caption.
-        output: Folder for the files, which mirrors the sub-folders of the images; None for beside the images.
+        output: Folder for the files, with the same subfolders as the images; None puts them beside the images.
         separator: Text between the existing text and the caption.
     """
 
@@ -78,7 +78,7 @@ class SidecarOptions:
 
 
 class SidecarPlan(TypedDict):
-    """Digests of a file's contents: `before` it is written (None if there is no file), and `after`."""
+    """Digests of a file's contents before and after it is written; `before` is None if there is no file yet."""
 
     before: str | None
     after: str
@@ -120,9 +120,9 @@ def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
 
 
 def join_texts(existing: str, caption: str, options: SidecarOptions, newline: str = "\n") -> str:
-    """Return the text of a file to which a caption is appended, or in which it is prepended.
+    """Return an existing text with a caption appended or prepended.
 
-    The existing text, and the line end after it, stay as they are.
+    The existing text and the line break after it are not changed.
     """
     caption = caption.replace("\n", newline)
     separator = options.separator.replace("\n", newline)
@@ -135,7 +135,7 @@ def join_texts(existing: str, caption: str, options: SidecarOptions, newline: st
 
 
 def _join_neatly(body: str, separator: str, caption: str) -> str:
-    """Return separator and caption, without the comma if the body ends with one."""
+    """Return separator and caption. If the body already ends with the separator's comma, do not repeat it."""
     visible = separator.rstrip()
     if visible and body.endswith(visible):
         separator = separator[len(visible) :]
@@ -154,7 +154,7 @@ def new_contents(
     text = caption + "\n"
     if existing and options.existing in ("append", "prepend"):
         old_text, form = decode_sidecar(existing, path)
-        # A file of white space alone contains no caption, but it has a form.
+        # Keep the encoding and line ends of the existing file, even if it contains only white space.
         text = caption.replace("\n", form.newline) + form.newline
         if old_text.strip():
             text = join_texts(old_text, caption, options, form.newline)
@@ -165,17 +165,17 @@ def new_contents(
 
 
 def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> str:
-    """Return what stands in the .txt file beside an image, for {tags}; empty without a file.
+    """Return the contents of the .txt file beside an image, for {tags}; empty if there is no such file.
 
-    White space and commas around it are removed.
+    White space and commas at both ends are removed.
 
     Args:
         image: Name of the image, relative to the image folder. An image in a shard has no such file.
         image_folder: The image folder.
-        strict: False to replace what is not UTF-8, and to ignore a file that cannot be read.
+        strict: If False, bytes that are not UTF-8 are replaced, and files that cannot be read count as missing.
 
     Raises:
-        SidecarError: The file cannot be read.
+        SidecarError: `strict` is True, and the file cannot be read.
     """
     file_name, key = split_shard_name(image)
     if key is not None:
@@ -207,7 +207,7 @@ class SidecarWriter:
     Args:
         options: Where and how to write.
         image_folder: Folder that the names are relative to.
-        images: Names of all images of the job, to find those that would share a file.
+        images: Names of all images of the job, to find images with the same sidecar file (a.jpg and a.png).
     """
 
     def __init__(
@@ -235,8 +235,8 @@ class SidecarWriter:
         if key is None:
             return file.with_suffix(self.options.suffix)
         if self.options.output is None:
-            raise SidecarError("an image in a shard has no place for a sidecar file; pass --output")
-        # The key comes from the archive, and must not lead out of the folder.
+            raise SidecarError("an image in a shard cannot have a file beside it; pass --output")
+        # The key comes from the archive, so it is untrusted: it must not lead out of the folder.
         parts = re.split(r"[/\\]", key)
         if ".." in parts or key.startswith("/") or re.match("[A-Za-z]:", key):
             raise SidecarError(f"the key {key!r} is not safe as a file name")
@@ -248,7 +248,7 @@ class SidecarWriter:
         return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
 
     def is_kept(self, image: str) -> bool:
-        """Return whether an image keeps its sidecar file: one exists, and the policy is "skip"."""
+        """Return whether a sidecar file exists and is left alone, because the policy is "skip"."""
         if self.options.existing != "skip":
             return False
         try:
@@ -265,7 +265,7 @@ class SidecarWriter:
             return ""
 
     def problem(self, image: str) -> str:
-        """Return why no sidecar file can be written for an image; empty if nothing is known against it."""
+        """Return why no sidecar file can be written for an image; empty if none of the checks fails."""
         if image in self._conflicts:
             return self._conflicts[image]
         try:
@@ -276,6 +276,7 @@ class SidecarWriter:
             return f"the sidecar file would replace the image itself, {path}"
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is not a regular file"
+        # Check each folder only once.
         if path.parent not in self._folder_problems:
             self._folder_problems[path.parent] = folder_problem(path.parent)
         return self._folder_problems[path.parent]
@@ -284,7 +285,7 @@ class SidecarWriter:
         """Return what writing a text will change, for the journal.
 
         Returns:
-            The plan; None if the image has got a file in the meantime, and the policy is "skip".
+            The plan; None if a file exists by now, and the policy is "skip".
 
         Raises:
             SidecarError: The existing file cannot be read, or the text cannot be added to it.
@@ -301,12 +302,12 @@ class SidecarWriter:
 
         Args:
             image: Name of the image.
-            text: The caption, finished.
-            plan: What `plan` has returned for it.
-            resumed: True if a killed process may have left its temporary file.
+            text: The finished caption.
+            plan: The result of `plan` for this image and text.
+            resumed: True if a killed process may have left a temporary file, which is removed then.
 
         Returns:
-            False if another program has changed the file since it was planned. It is not written then.
+            False if another program has changed the file since it was planned; then nothing is written.
 
         Raises:
             SidecarError: The file cannot be written.
@@ -326,16 +327,17 @@ class SidecarWriter:
         return True
 
     def _find_conflicts(self, images: Iterable[str]) -> dict[str, str]:
-        """Return the images that would share a sidecar file with others, and the reason for each."""
+        """Return the images whose sidecar file is also that of another image, and a message for each."""
+        # The first image with each path, and all images of the paths that occur several times.
         first: dict[str, str] = {}
         sharing: dict[str, list[str]] = {}
         for image in images:
             try:
-                place = _comparable(self.path(image))
+                path = _comparable(self.path(image))
             except SidecarError:
-                continue
-            if first.setdefault(place, image) != image:
-                sharing.setdefault(place, [first[place]]).append(image)
+                continue  # reported by `problem`
+            if first.setdefault(path, image) != image:
+                sharing.setdefault(path, [first[path]]).append(image)
         conflicts: dict[str, str] = {}
         for names in sharing.values():
             reason = (
@@ -355,6 +357,7 @@ def _comparable(path: Path) -> str:
 
 def folder_problem(folder: Path) -> str:
     """Return why no file can be created in a folder, which may not exist yet; empty if it can."""
+    # Check the nearest parent folder that exists.
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -377,6 +380,7 @@ def _read(path: Path) -> bytes | None:
 
 def _replace_file(path: Path, data: bytes, resumed: bool) -> None:
     """Write a file atomically. A link stays a link, and a file keeps its permissions."""
+    # Renaming onto a link would replace the link, so write to the file that it points to.
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     if resumed:
@@ -389,7 +393,7 @@ def _replace_file(path: Path, data: bytes, resumed: bool) -> None:
 
 
 def _as_sidecar_error(error: OSError, path: Path) -> OSError | SidecarError:
-    """Return an error that concerns this file alone as a `SidecarError`, any other as it is."""
+    """Convert an error of this file alone to a `SidecarError`, so that the job continues; return others unchanged."""
     if error.errno in _ERRORS_OF_ONE_FILE:
         return SidecarError(f"{path}: {error.strerror}")
     return error

@@ -1,4 +1,4 @@
-"""Chat rows of other programs -> rows in LLaVA's form, with `images` and `conversations`.
+"""Convert chat rows of other programs to LLaVA's form, with `images` and `conversations`.
 
     {"images": ["0.jpg"],                                         TRL, ms-swift, LLaMA-Factory, mlx-vlm
      "messages": [{"role": "user", "content": "<image>What is this?"},
@@ -12,9 +12,9 @@
     {"images": ["0.jpg"],                                         FineVision, The Cauldron
      "texts": [{"user": "What is this?", "assistant": "a cat"}, ...]}
 
-    {"conversations": [...], "system": "You answer briefly."}     LLaMA-Factory: the system turn in a key of its own
+    {"conversations": [...], "system": "You answer briefly."}     LLaMA-Factory: the system turn has its own key
 
-An image part becomes `<image>` on a line of its own. Turns whose content is a text are not changed.
+An image part becomes `<image>` on a separate line. Turns whose content is a text are not changed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llava_simplified.data.unsupported import check_turn_keys
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
@@ -60,7 +61,7 @@ def plain_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     turns = _list_turns(row, where)
     conversations = []
     for number, (role, content) in enumerate(turns):
-        text = _join_parts(content, images, f"{where}: turn {number}")
+        text = join_parts(content, images, f"{where}: turn {number}")
         conversations.append({"from": role, "value": text})
     plain = {key: value for key, value in row.items() if key not in _TURN_KEYS}
     plain["conversations"] = conversations
@@ -91,22 +92,27 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
             turns.append(("user", pair["user"]))
             turns.append(("assistant", pair.get("assistant")))
         return turns
-    key = "messages" if row.get("messages") is not None else "conversations"
+    key = "conversations"
+    if row.get("messages") is not None:
+        key = "messages"
     if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
             raise ValueError(f"{where}: turn {number} of {key!r} must be an object")
-        is_named = "role" in turn
-        turns.append((turn["role"], turn.get("content")) if is_named else _llava_turn(turn))
+        check_turn_keys(turn, where)
+        turns.append(turn_of(turn))
     return turns
 
 
-def _llava_turn(turn: Mapping[str, Any]) -> tuple[Any, Any]:
+def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return role and content of a turn, with the keys of chats or those of LLaVA."""
+    if "role" in turn:
+        return turn["role"], turn.get("content")
     return turn.get("from"), turn.get("value")
 
 
-def _join_parts(content: object, images: list[Any], where: str) -> object:
+def join_parts(content: object, images: list[Any], where: str) -> object:
     """Return the text of a turn, with `<image>` for each image part.
 
     Args:
@@ -125,27 +131,35 @@ def _join_parts(content: object, images: list[Any], where: str) -> object:
         kind = part.get("type") or _kind_of(part)
         if kind == "text":
             words = _text_of(part, where)
-            # An image is on its own line, as in LLaVA's data.
-            separator = "\n" if text.endswith(IMAGE_PLACEHOLDER) else ""
-            text += separator + words
+            # Put images on separate lines, as in LLaVA's data.
+            if text.endswith(IMAGE_PLACEHOLDER):
+                text += "\n"
+            text += words
         elif kind in _IMAGE_PARTS:
             images.append(_image_reference(part, where))
-            separator = "\n" if text and not text.endswith("\n") else ""
-            text += separator + IMAGE_PLACEHOLDER
+            if text and not text.endswith("\n"):
+                text += "\n"
+            text += IMAGE_PLACEHOLDER
         else:
             raise ValueError(
                 f"{where}: a part of the type {kind!r} is not supported, only text and image"
             )
-    # As `insert_image_placeholders` does.
-    return f"{text}\n" if text.endswith(IMAGE_PLACEHOLDER) else text
+    # `insert_image_placeholders` adds a line break to a placeholder at the end, too.
+    if text.endswith(IMAGE_PLACEHOLDER):
+        text += "\n"
+    return text
 
 
 def _kind_of(part: Mapping[str, Any]) -> str:
     """Return the type of a part that does not name it: {"image": "0.jpg"}, {"text": "What?"}."""
-    return next((key for key in ("text", *_IMAGE_PARTS) if part.get(key) is not None), "")
+    for key in ("text", *_IMAGE_PARTS):
+        if part.get(key) is not None:
+            return key
+    return ""
 
 
 def _text_of(part: Mapping[str, Any], where: str) -> str:
+    """Return the text of a part, under the key `text` or `content`."""
     text = part.get("text")
     if text is None:
         text = part.get("content")
@@ -183,6 +197,7 @@ def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> lis
     if not isinstance(listed, list):
         listed = [listed]
     listed = [path_of_image(image) for image in listed]
+    # A part is an image of its own, or refers to an image in the list: by its index (int), or to the next one (None).
     own = [part for part in parts if not isinstance(part, int | None)]
     if own and (listed or len(own) < len(parts)):
         raise ValueError(

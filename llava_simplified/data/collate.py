@@ -27,7 +27,7 @@ in a caption that follows 196 patches, 94 % of the positions are not trained.
 
 Training several continuations of one prompt as branches of one sequence is prior work: Molmo and Molmo2 ("message
 trees"), PrefixGrouper, flash-preference, unsloth's GRPO, NeMo Automodel. What is special here: the first token of every
-branch is trained too, and images are part of the prefix, so that loss and gradients equal those of separate sequences.
+branch is trained too, and images are part of the prefix, so loss and gradients equal those of separate sequences.
 
 **Who attends to whom.** Three integers per position describe all attention masks:
 
@@ -173,7 +173,7 @@ def find_image_positions(input_ids: torch.Tensor) -> torch.Tensor:
     """Return the indices of the image placeholders in the flattened token ids.
 
     Call it where the token ids are made, on the host: the number of placeholders is unknown to the host if the ids are on a
-    GPU, so that it would have to wait for it.
+    GPU, so it would have to wait for it.
 
     Args:
         input_ids: int64 (batch, length).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from llava_simplified.data.records import (
     response_problem,
 )
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt, TokenizedPrompt
 
 MIN_ANSWER_TOKENS = 2  # one token and the end token
 
@@ -135,6 +135,7 @@ class CaptionDataset(Dataset[Example]):
         return np.fromiter(self._iter_lengths(tokens_per_image), np.int32, len(self))
 
     def _iter_lengths(self, tokens_per_image: int) -> Iterator[int]:
+        """Yield the number of positions of each example, without reading images."""
         for index in range(len(self)):
             record, responses = self.locate(index)
             input_ids = self.tokenize(record, responses).input_ids
@@ -196,20 +197,11 @@ class CaptionDataset(Dataset[Example]):
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
-        warnings: list[str] = []
-        prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
+        prefix, answers, warnings = self.tokenize_answers(record, responses)
         input_ids = list(prefix.input_ids)
         labels = list(prefix.labels)
         branches = [0] * len(input_ids)
-        # Every answer may have as many tokens as if it were the only one after the prompt.
-        room = self.max_length - len(prefix.input_ids)
-        for number, (answer, text) in enumerate(zip(answers, responses), start=1):
-            if len(answer) > room:
-                answer = self._truncate(record, text, room)
-                warnings.append(
-                    f"truncated answer, {record.id}: prompt and answer are longer than "
-                    f"--model_max_length {self.max_length}"
-                )
+        for number, answer in enumerate(answers, start=1):
             input_ids += answer
             labels += answer  # every token of an answer is trained, its end token included
             branches += [number] * len(answer)
@@ -220,6 +212,31 @@ class CaptionDataset(Dataset[Example]):
             branches=branches if len(answers) > 1 else None,
             id=record.id,  # the trainer names it if its loss is not finite
         )
+
+    def tokenize_answers(
+        self, record: Record, responses: Sequence[str]
+    ) -> tuple[TokenizedPrompt, list[list[int]], list[str]]:
+        """Return the prompt, the token ids of each answer, and a warning for each answer that is truncated.
+
+        Args:
+            record: The record.
+            responses: The answers. Each is truncated to `max_length` separately.
+
+        Raises:
+            ValueError: An answer is empty, or the prompt leaves no room for it.
+        """
+        warnings: list[str] = []
+        prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
+        # Every answer may have as many tokens as if it were the only one after the prompt.
+        room = self.max_length - len(prefix.input_ids)
+        for number, text in enumerate(responses):
+            if len(answers[number]) > room:
+                answers[number] = self._truncate(record, text, room)
+                warnings.append(
+                    f"truncated answer, {record.id}: prompt and answer are longer than "
+                    f"--model_max_length {self.max_length}"
+                )
+        return prefix, answers, warnings
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
         """Return the token ids of as many whole words as fit, and the end token.
@@ -273,18 +290,23 @@ def load_record_images(
 
 
 def set_bad_records_aside(
-    records: Records, max_bad_records: float, prompt: Prompt | None = None, max_length: int = 0
+    records: Records,
+    max_bad_records: float,
+    prompt: Prompt | None = None,
+    max_length: int = 0,
+    problem_of: Callable[[Record], str] = response_problem,
 ) -> Records:
     """Return the records that can be trained on, so that none of them ends a run in the middle.
 
-    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, so that
-    most prompts are known to be short enough.
+    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, which
+    shows for most prompts that they are short enough.
 
     Args:
         records: All records.
         max_bad_records: Largest share of them that may be left out, `--max_bad_records`.
         prompt: Renders text to token ids; without it, only the records themselves are checked.
         max_length: Maximum number of tokens, `--model_max_length`. Prompts that leave no room for an answer are bad.
+        problem_of: Returns why a record cannot be trained on; empty if it can.
 
     Raises:
         ValueError: More cannot be used. The message names the first of them.
@@ -296,7 +318,7 @@ def set_bad_records_aside(
     for index in range(len(records)):
         try:
             record = records[index]
-            problem = response_problem(record)
+            problem = problem_of(record)
             if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
                 problem = problem or _no_room(record, max_length)
         except ValueError as error:
@@ -311,7 +333,7 @@ def set_bad_records_aside(
 class _PromptLengths:
     """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
 
-    TOKENS_AT_BOUNDARIES = 4  # a turn
+    TOKENS_AT_BOUNDARIES = 4  # for each turn, see `fit`
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
@@ -330,7 +352,7 @@ class _PromptLengths:
             self._template_lengths[roles] = self._length(turns, record.id)
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
         most = self._template_lengths[roles] + self._max_expansion * num_bytes
-        # The template's own text may be cut otherwise where it meets another text than "x".
+        # Beside another text than "x", a few more tokens may be needed for the text of the template.
         if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
             return True
         return self._length(record.turns, record.id) <= max_tokens

@@ -7,9 +7,9 @@ Such an image is named by the file and its row: `train.parquet#7`; if a row has 
     list<struct<bytes, path>>    several
     binary, list<binary>         the same without paths, under a usual name
 
-Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded;
-only if some are not, bytes are read to find out which. Arrow files are memory-mapped, so that bytes that are not looked
-at are not read.
+Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded.
+Only if some are not, bytes are read to find out which ones. Arrow files are memory-mapped, so bytes that nobody accesses
+are not read either.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ _IMAGE_COLUMN_NAMES = {
     *("jpe", "jfif", "heic", "heif"),
     *("image", "images", "img", "picture", "photo", "data", "content", "bytes", "image_bytes"),
 }
+# Number of rows to read at a time, without and with the bytes of their images (a few hundred kilobytes each).
 _BATCH_ROWS = 1024
-_BATCH_ROWS_WITH_BYTES = 32  # of a few hundred kilobytes each
-_ARROW_FILE_MAGIC = b"ARROW1"  # of the format with an index; `datasets` writes the one without
+_BATCH_ROWS_WITH_BYTES = 32
+# First bytes of an Arrow file with an index. `datasets` writes streams, which have none.
+_ARROW_FILE_MAGIC = b"ARROW1"
 
 
 class ImageColumn(NamedTuple):
@@ -54,8 +56,8 @@ class ImageColumn(NamedTuple):
 def find_image_column(schema: pa.Schema) -> ImageColumn | None:
     """Return the column of images, or None.
 
-    A struct with `bytes` (as in Hugging Face datasets) precedes a binary column with a usual name. Other binary columns
-    can be hashes or embeddings.
+    It is the first struct with `bytes` (as in Hugging Face datasets), or else the first binary column with a usual name.
+    Other binary columns can be hashes or embeddings.
     """
     by_name: ImageColumn | None = None
     for field in schema:
@@ -79,10 +81,13 @@ def _value_type(data_type: pa.DataType) -> tuple[pa.DataType, bool]:
         or pa.types.is_large_list(data_type)
         or pa.types.is_fixed_size_list(data_type)
     )
-    return (data_type.value_type, True) if is_list else (data_type, False)
+    if is_list:
+        return data_type.value_type, True
+    return data_type, False
 
 
 def _member_types(data_type: pa.DataType) -> dict[str, pa.DataType]:
+    """Return the types of a struct's members by name; {} for other types."""
     import pyarrow as pa
 
     if not pa.types.is_struct(data_type):
@@ -120,7 +125,11 @@ class ColumnarFile:
         self.image_column = find_image_column(schema)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
-        """Yield batches of the columns `names` and, where it is needed, of the images; and whether all are embedded."""
+        """Yield batches of rows, and whether it is known that all of their images are embedded.
+
+        Args:
+            names: Columns to read. The column of images is added where it must be read.
+        """
         raise NotImplementedError
 
     def rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -128,7 +137,10 @@ class ColumnarFile:
         start = 0
         for batch, are_embedded in self.batches(names):
             table = batch.select([name for name in batch.schema.names if name in names])
-            rows = table.to_pylist() if table.num_columns else [{} for _ in range(batch.num_rows)]
+            rows = table.to_pylist()
+            # A table without columns has no rows.
+            if not table.num_columns:
+                rows = [{} for _ in range(batch.num_rows)]
             if self.image_column is not None:
                 self._add_images(rows, batch, start, are_embedded)
             yield from rows
@@ -137,13 +149,20 @@ class ColumnarFile:
     def _add_images(
         self, rows: list[dict[str, Any]], batch: pa.RecordBatch, start: int, are_embedded: bool
     ) -> None:
-        """Set `image` or `images` of each row."""
+        """Set `image` or `images` of each row.
+
+        Args:
+            rows: The rows of the batch.
+            batch: The batch, with the column of images unless all are embedded.
+            start: Number of the first row in the file.
+            are_embedded: All images are embedded.
+        """
         column = self.image_column
         assert column is not None
+        # The number of images in each row, and the names of all images of the batch in one list.
         lengths = [1] * len(rows)
-        if column.name not in batch.schema.names:
-            names: list[str | None] = [None] * len(rows)
-        else:
+        names: list[str | None] = [None] * len(rows)
+        if column.name in batch.schema.names:
             array = batch.column(column.name)
             if column.is_list:
                 lengths = [length or 0 for length in array.value_lengths().to_pylist()]
@@ -151,16 +170,16 @@ class ColumnarFile:
             names = _paths_without_bytes(array, are_embedded)
         position = 0
         for number, (row, length) in enumerate(zip(rows, lengths), start):
-            images = []
-            for index in range(length):
-                embedded = (
-                    f"{self.name}#{number}/{index}" if column.is_list else f"{self.name}#{number}"
-                )
-                name = names[position + index]
-                images.append(embedded if name is None else name)
+            images: list[str] = []
+            for index, name in enumerate(names[position : position + length]):
+                if name is None:  # embedded
+                    name = f"{self.name}#{number}"
+                    if column.is_list:
+                        name += f"/{index}"
+                # An image without bytes and path does not exist.
+                if name:
+                    images.append(name)
             position += length
-            # Without bytes and path, there is no image.
-            images = [image for image in images if image]
             if column.is_list:
                 row["images"] = images
             elif images:
@@ -181,7 +200,10 @@ def _paths_without_bytes(array: pa.Array, are_embedded: bool) -> list[str | None
     paths: list[str | None] = [None] * len(array)
     if array.type.get_field_index("path") >= 0:
         paths = pc.struct_field(array, "path").to_pylist()
-    return [None if has_bytes else path or "" for has_bytes, path in zip(have_bytes, paths)]
+    names: list[str | None] = []
+    for has_bytes, path in zip(have_bytes, paths):
+        names.append(None if has_bytes else path or "")
+    return names
 
 
 class ParquetRows(ColumnarFile):
@@ -208,10 +230,11 @@ class ParquetRows(ColumnarFile):
         if self.image_column is not None:
             are_embedded = self._all_have_bytes()
             leaves = self._image_leaves()
-            # The number of images of a row is that of its paths.
             paths = [leaf for leaf in leaves if leaf.rpartition(".")[2] == "path"]
             if are_embedded and paths:
-                columns += paths if self.image_column.is_list else []
+                # Do not read the bytes. The paths in a list show how many images a row has.
+                if self.image_column.is_list:
+                    columns += paths
             elif self.image_column.is_list or not are_embedded:
                 columns += leaves
                 batch_rows = _BATCH_ROWS_WITH_BYTES
@@ -262,7 +285,7 @@ class ArrowRows(ColumnarFile):
     def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """See `ColumnarFile.batches`."""
         for batch in _arrow_batches(self._path):
-            # Slices, because text becomes Python objects, and a batch may have any number of rows.
+            # Yield slices: a batch may have any number of rows, and the caller converts texts to Python objects.
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 yield batch.slice(start, _BATCH_ROWS), False
 
@@ -275,6 +298,7 @@ def _arrow_schema(path: Path) -> pa.Schema:
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file, and free the mapped memory after each."""
     import pyarrow as pa
 
     with path.open("rb") as file:
@@ -286,7 +310,7 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
         batches = map(reader.get_batch, range(reader.num_record_batches))
     for batch in batches:
         yield batch
-        # The kernel counts every page that was read as memory of the process, until it is told that they are done with.
+        # The kernel counts every page that was read as memory of the process. Tell it that these can be dropped.
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -325,7 +349,7 @@ def read_embedded_image(path: Path, key: str) -> bytes:
         if values is None or not 0 <= int(position) < len(values):
             raise ValueError(f"{path}: row {row} has no image {position}")
         value = values[int(position)]
-    # Only now: the other images of the row need not be copied.
+    # Convert only this image to Python objects, because that copies its bytes.
     image = value.as_py()
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes):
@@ -373,7 +397,7 @@ def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
 
 @lru_cache(maxsize=64)
 def _arrow_image_column(path: Path, _modified_ns: int) -> pa.ChunkedArray:
-    """Map the image column of an Arrow file into memory. Bytes are read from the disk when an image is."""
+    """Map the image column of an Arrow file into memory. The bytes of an image are read from the disk on access."""
     import pyarrow as pa
 
     reader = _open_arrow(pa.memory_map(str(path)), path)

@@ -133,6 +133,7 @@ def _listed(folder: Path) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=16)
 def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
+    """Return the file names of a folder by their normalized names, with and without suffix; {} if it has too many."""
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, start=1):
@@ -147,7 +148,7 @@ def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
 
 
 class NameMatches:
-    """Which rule found how many images, and which name led to which file. Several threads may add images.
+    """Counts how many images each rule found, and which name led to which file. Several threads may add images.
 
     Attributes:
         rules: Number of images by rule.
@@ -155,9 +156,8 @@ class NameMatches:
 
     def __init__(self) -> None:
         self.rules: Counter[str] = Counter()
-        self._names: dict[
-            tuple[Path, str | None], str
-        ] = {}  # of files that were not found by `exact`
+        # (path, key) of an image -> the name that led to it; without the images that were found by "exact".
+        self._names: dict[tuple[Path, str | None], str] = {}
         self._lock = Lock()
 
     def add(self, name: str, located: LocatedFile) -> None:
@@ -191,7 +191,7 @@ def _two_names(first: str, second: str, path: Path) -> AmbiguousNameError:
 def check_distinct(names: Iterable[str], folder: Path) -> None:
     """Check that no two names lead to one file, for names that are not found by `exact`.
 
-    Only names that end with the same part can do so, so that no file is looked up in the usual case.
+    Only names that end with the same part can do so, so no file is looked up in the usual case.
 
     Raises:
         AmbiguousNameError: Two names lead to one file.

@@ -1,6 +1,6 @@
 """Name the format of a file by its first bytes, and copy a file without its metadata.
 
-Metadata never decide over pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
+Metadata never affect the pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
 them is decoded instead.
 """
 
@@ -52,7 +52,7 @@ _DECODED = re.compile(
 )
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that decide over pixels, transparency and orientation, and those of an animation.
+# Chunks of a PNG that affect pixels, transparency and orientation, and those of an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 # Chunks of a WebP with pixels, transparency or an animation, and its header.
 _WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
@@ -106,7 +106,47 @@ def without_metadata(data: bytes) -> bytes:
     return data
 
 
+_GIF_COMMENT = b"!\xfe"
+# What a GIF has behind its header; everything else between blocks is skipped.
+_GIF_BLOCK = re.compile(rb"[!,;]")
+
+
+def without_gif_comments(data: bytes) -> bytes:
+    """Return a GIF without its comments, or the same file if it has none.
+
+    Pillow appends each part of a comment to all before it, which takes minutes for a comment of some megabytes.
+    """
+    if not data.startswith(b"GIF8") or _GIF_COMMENT not in data:
+        return data
+    kept = []
+    start = 0  # of what is kept next
+    position = 13 + _palette_size(data, 10)
+    # label (1 byte) | kind or size and place (1 or 9) | palette, code size (1), if an image | parts: size (1), data | 0
+    while block := _GIF_BLOCK.search(data, position):
+        is_comment = data.startswith(_GIF_COMMENT, block.start())
+        if is_comment:
+            kept.append(data[start : block.start()])
+        if block[0] == b";":
+            break
+        position = block.end() + 1
+        if block[0] == b",":
+            position = block.end() + 10 + _palette_size(data, block.end() + 8)
+        while position < len(data) and data[position]:
+            position += data[position] + 1
+        position += 1
+        if is_comment:
+            start = position
+    return b"".join([*kept, data[start:]])
+
+
+def _palette_size(data: bytes, flags_position: int) -> int:
+    """Return the number of bytes of a palette of a GIF, from the byte that says whether there is one."""
+    flags = data[flags_position] if flags_position < len(data) else 0
+    return 3 << ((flags & 7) + 1) if flags & 128 else 0
+
+
 def _png_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a PNG that affect the pixels."""
     # length (4 bytes) | name (4) | data | checksum (4)
     parts = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
@@ -125,6 +165,7 @@ def _png_without_metadata(data: bytes) -> bytes:
 
 
 def _webp_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a WebP file that affect the pixels, and adapt its header."""
     parts = []
     has_exif = False
     position = 12
@@ -159,7 +200,7 @@ def _tiff_without_metadata(data: bytes) -> bytes:
             (tag,) = struct.unpack_from(f"{order}H", data, offset)
             if tag in _TIFF_TAGS:
                 entries.append(data[offset : offset + _TIFF_ENTRY])
-    except struct.error:  # the directory is cut off: the decoder says so
+    except struct.error:  # the directory is cut off; the decoder reports it
         return data
     # The number of entries, the entries, and the position of the next directory: there is none.
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)

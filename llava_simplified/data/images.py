@@ -7,9 +7,9 @@ is checked in the header before pixels are allocated, and a file whose pixels ar
 shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` tells them apart.
+Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
 
-**Metadata never decide over pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
+**Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
 again (`image_formats.without_metadata`).
 
 **One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
@@ -43,10 +43,19 @@ from llava_simplified.data.image_folder import (
     locate_file,
     split_shard_name,
 )
-from llava_simplified.data.image_formats import sniff_format, without_metadata
+from llava_simplified.data.image_formats import (
+    sniff_format,
+    without_gif_comments,
+    without_metadata,
+)
 from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.data.shards import read_shard_image
+from llava_simplified.data.tiff_directories import (
+    MAX_DIRECTORIES,
+    has_many_directories,
+    limit_directories,
+)
 from llava_simplified.extras import MissingExtraError
 
 # torch is not imported: it takes two seconds, and the downloader decodes without it.
@@ -63,6 +72,8 @@ DECODE_BYTES_PER_PIXEL = 16
 # ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
 MAX_JPEG_SCANS = 500
 MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
+# Pillow decodes run lengths of a BMP in Python, and up to 255 rows of zeros for four bytes of the file.
+MAX_RLE_PIXELS = 10_000_000
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_QUALITY = 95  # of images that `shrink_image` encodes
@@ -82,10 +93,13 @@ _ORIENTATIONS = {
 }
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 _MAX_SIXTEEN_BITS = 65_535
+_RLE_COMPRESSIONS = (1, 2)  # of a BMP
+_RLE_MAX_ROWS = 255  # that one code of a BMP skips
 
 Result = TypeVar("Result")
 
 Image.init()  # Import Pillow's plugins before workers are forked, so that they share the memory.
+limit_directories()
 
 
 class ImageError(ValueError):
@@ -93,7 +107,7 @@ class ImageError(ValueError):
 
     Attributes:
         kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
-            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds reasons of its own.
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds further reasons.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -193,6 +207,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    """Convert an image array of another kind to uint8 RGB."""
     channels = array.shape[2] if array.ndim == 3 else 1
     has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
     if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
@@ -323,7 +338,7 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Return whether every program decodes an opened image alike: upright, opaque, 8 bits, one frame."""
+    """Return whether all programs decode an opened image in the same way: upright, opaque, 8 bits, one frame."""
     with _decoder_errors(image.format):
         if image.format == "PNG":
             image.load()  # metadata may follow the pixels
@@ -379,11 +394,13 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if a frame after the first is damaged so that they cannot be counted.
+        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because one after the first is damaged.
     """
 
     def count(file: bytes) -> int:
         image = _open_image(file, max_pixels)
+        if image.format == "TIFF" and has_many_directories(file):
+            return MAX_DIRECTORIES  # or more
         with _decoder_errors(image.format):
             return int(getattr(image, "n_frames", 1))
 
@@ -447,8 +464,13 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
     """
     image: Image.Image | None = None
+    # Pillow reads every segment in front of the pixels of a JPEG in Python, so count them first.
+    try:
+        scans = jpeg_segments.count_scans(data) if data.startswith(b"\xff\xd8") else 0
+    except ValueError as error:
+        raise ImageError("too_large", f"the JPEG has {error}") from None
     with _decoder_errors("header"), suppress(UnidentifiedImageError):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_gif_comments(data)), formats=FORMATS)
     if image is None:
         image = _open_other_format(data)
     pixels = image.width * image.height
@@ -458,14 +480,18 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
             f"the image has {image.width}x{image.height} pixels; the limit is {max_pixels}",
         )
     # MPO: several JPEGs in one file, as phones and 3D cameras write them. The first is decoded.
-    if image.format in ("JPEG", "MPO"):
-        scans = jpeg_segments.count_scans(data)
-        allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
-        if scans > allowed:
-            raise ImageError(
-                "too_large",
-                f"the JPEG has {scans} scans; the limit for {image.width}x{image.height} pixels is {allowed}",
-            )
+    allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
+    if scans > allowed:
+        raise ImageError(
+            "too_large",
+            f"the JPEG has {scans} scans; the limit for {image.width}x{image.height} pixels is {allowed}",
+        )
+    is_rle = image.format == "BMP" and image.info.get("compression") in _RLE_COMPRESSIONS
+    if is_rle and image.width * (image.height + _RLE_MAX_ROWS) > MAX_RLE_PIXELS:
+        raise ImageError(
+            "too_large",
+            f"the BMP has {image.width}x{image.height} pixels as run lengths; the limit is {MAX_RLE_PIXELS}",
+        )
     return image
 
 
@@ -532,7 +558,7 @@ def _decode_pixels(
     if not _is_strict(image):
         with _decoder_errors(image.format):
             return _to_pixels(image)
-    # Not Pillow's `exif_transpose`: it writes the EXIF anew, which fails for damaged ones.
+    # Do not use Pillow's `exif_transpose`: it also rewrites the EXIF data, which fails if they are damaged.
     pixels = _decode_jpeg(data, min_size)
     orientation = _read_orientation(image)
     if orientation not in _ORIENTATIONS:
@@ -541,6 +567,7 @@ def _decode_pixels(
 
 
 def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
+    """Decode a JPEG strictly; it is shrunk while decoding, but not below `min_size` (height, width)."""
     min_height, min_width = min_size
     with _decoder_errors("JPEG"):
         return simplejpeg.decode_jpeg(
@@ -596,6 +623,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
+        # A PNG may declare one shade of gray transparent.
+        if isinstance(image.info.get("transparency"), int):
+            values = np.where(values == image.info["transparency"], _MAX_SIXTEEN_BITS, values)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)
@@ -609,6 +639,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image from the Lab color space."""
     from PIL import ImageCms
 
     lab = ImageCms.createProfile("LAB")

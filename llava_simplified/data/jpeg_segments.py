@@ -1,6 +1,6 @@
 """JPEG files as segments: which of libjpeg's warnings are harmless, and a copy of a file without their causes.
 
-A JPEG file is a chain of segments. Only the tables, the frame header and the scans decide over pixels:
+A JPEG file is a chain of segments. Only the tables, the frame header and the scans affect the pixels:
 
     SOI | APP0 JFIF | APP1 EXIF | ... | DQT | SOF | DHT | SOS header, entropy-coded data | ... | EOI
           ^^^^^^^^^^^^^^^^^^^^^^^^^^^ metadata                    ^ FF is followed by 00 or by a restart marker
@@ -34,6 +34,9 @@ DAMAGING_WARNINGS = (
     "Corrupt JPEG data: found marker",  # ... instead of a restart marker
     "Inconsistent progression sequence",
 )
+
+# An ordinary file has some 20 segments; 65 kB of metadata each, and as many scans as are decoded.
+MAX_SEGMENTS = 20_000
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # TEM, restart markers, SOI, EOI: without a length
@@ -76,7 +79,7 @@ def segments(data: bytes) -> Iterator[Segment]:
             if marker == _EOI:
                 return
             continue
-        # The length counts its own two bytes, so that less than 2 is damage.
+        # The length counts its own two bytes, so less than 2 is damage.
         length = int.from_bytes(data[position : position + 2], "big")
         body = data[position + 2 : position + length]
         position += max(length, 2)
@@ -90,12 +93,23 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 
 def count_scans(data: bytes) -> int:
-    """Return the number of scans of a JPEG file. Each is decoded over the whole image."""
+    """Return the number of scans of a JPEG file. Each is decoded over the whole image.
+
+    Raises:
+        ValueError: The file has more than `MAX_SEGMENTS` segments.
+    """
     # Counting two bytes takes a tenth of a millisecond per megabyte. Metadata may contain them, but rarely often.
     at_most = data.count(bytes([0xFF, _SOS]))
-    if at_most < 20:
+    # FF is a marker, unless 00 follows.
+    may_have_many = data.count(b"\xff") - data.count(b"\xff\0") > MAX_SEGMENTS
+    if at_most < 20 and not may_have_many:
         return at_most
-    return sum(segment.marker == _SOS for segment in segments(data))
+    scans = 0
+    for number, segment in enumerate(segments(data)):
+        if number == MAX_SEGMENTS:
+            raise ValueError(f"more than {MAX_SEGMENTS} segments")
+        scans += segment.marker == _SOS
+    return scans
 
 
 def is_harmless(warning: str) -> bool:
@@ -104,10 +118,10 @@ def is_harmless(warning: str) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a copy of a JPEG file without metadata and without what libjpeg warns of needlessly.
+    """Return a copy of a JPEG file without metadata, and without harmless faults that libjpeg warns of.
 
-    The pixels are the same. Dropped are comments, application segments and bytes between segments. Two application
-    segments decide over colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
+    The pixels are the same. Comments, application segments and bytes between segments are dropped. Two application
+    segments affect the colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
     one that readers assume). Scans of sequential files get the parameters that the specification demands.
     """
     parts = []

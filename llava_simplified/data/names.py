@@ -1,4 +1,4 @@
-"""Which image does a name mean? The one rule by which names of images are matched in the whole package.
+"""Match names of images: the one rule that the whole package uses.
 
 The same image has different names in different files: a record contains `/home/ann/photos/cats/1.jpg`, the image folder
 contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`. What these names share is their end. So
@@ -19,9 +19,11 @@ silently replaced by a different one.
 
 from __future__ import annotations
 
+import glob
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 _ARCHIVE_SUFFIXES = (
@@ -32,7 +34,7 @@ _ARCHIVE_SUFFIXES = (
 _MAX_SHOWN_NAMES = 3
 # `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\\\?\\C:\\photos\\1.jpg
 _DRIVE = re.compile(r"(?:[\\/]{2}[?.][\\/])?[A-Za-z]:(?=[\\/])")
-# Windows reserves these names for devices, whatever their suffix is: "nul.txt" is no file.
+# Windows reserves these names for devices, whatever their suffix is: "nul.txt" cannot be a file.
 _WINDOWS_DEVICES = re.compile(
     r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3]) *(?:\..*)?",
     re.IGNORECASE,
@@ -80,7 +82,7 @@ def _split_key(name: str) -> tuple[str, str]:
 
 
 def windows_problem(part: str) -> str:
-    """Return why Windows cannot hold a file or folder of this name; empty if it can.
+    """Return why Windows does not allow a file or folder with this name; empty if it does.
 
     Args:
         part: One part of a path.
@@ -95,6 +97,29 @@ def windows_problem(part: str) -> str:
     return ""
 
 
+def expand_pattern(pattern: str) -> tuple[list[str], Path]:
+    """Return the files and folders that a glob pattern matches, sorted, and the folder before its first wildcard.
+
+    Brackets in the name of an existing folder stand for themselves: albums are called `trip [2020]`. As a wildcard, that
+    name would match the folder `trip 2` instead, and never its own.
+    """
+    folder = Path()
+    escaped = []
+    *folders, last = Path(pattern).parts
+    for position, part in enumerate(folders):
+        is_literal = not {"*", "?"}.intersection(part)
+        if "[" in part:
+            is_literal = is_literal and (folder / part).is_dir()
+        if not is_literal:
+            escaped += folders[position:]
+            break
+        folder /= part
+        escaped.append(glob.escape(part))
+    # Not `Path.glob`, which does not support absolute patterns.
+    paths = glob.glob(str(Path(*escaped, last)), recursive=True)  # noqa: PTH207
+    return sorted(paths), folder
+
+
 def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
     """Yield the ends of a name in whole parts, the longest (the name itself) first, the base name last."""
     parts = name_parts(name)
@@ -103,7 +128,7 @@ def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
 
 
 class NameIndex:
-    """Names that others are matched with. A look-up takes constant time, however many names there are.
+    """Names that others are matched with. A look-up takes constant time.
 
     Args:
         names: The names. One that is given twice counts once.
@@ -156,7 +181,7 @@ def match_name(name: str, candidates: Iterable[str]) -> NameMatch | None:
 
 
 def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
-    """Match many names, each with a name of its own.
+    """Match many names, each with a different name.
 
     Args:
         names: The names. One that occurs several times is the same image.
@@ -186,6 +211,7 @@ def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
 
 
 def _the_only(matching: list[str], name: str) -> str:
+    """Return the only match; raise AmbiguousNameError if there are several."""
     if len(matching) == 1:
         return matching[0]
     shown = ", ".join(map(repr, matching[:_MAX_SHOWN_NAMES]))

@@ -99,7 +99,7 @@ def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
     except AmbiguousNameError as error:
         raise ValueError(f"{records.rows.name}: {error}") from error
     logger.warning(
-        "%s: the image names are not those in %s, but match by their ends. %s",
+        "%s: some images were found in %s under other names. %s",
         records.rows.name,
         folder,
         description,

@@ -25,7 +25,7 @@ class PixelBudget:
         self._max_pixels = max_pixels
         self._in_flight = 0
         self._has_room = threading.Condition()
-        # Held by the next image to be admitted: a large one must not wait for ever while small ones pass it.
+        # Held by the next image to be admitted: a large one must not wait forever while small ones pass it.
         self._turn = threading.Lock()
 
     @contextmanager

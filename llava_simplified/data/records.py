@@ -1,6 +1,7 @@
 """Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`):
+Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`), and preference pairs with
+the keys `chosen` and `rejected` in place of `response` (see `preference_rows`):
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -11,7 +12,6 @@ Three JSON formats are supported, beside the chat rows of other programs (see `c
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,23 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
+from llava_simplified.data.preference_rows import is_pair, plain_pair
+from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.unsupported import (
+    check_placeholders,
+    check_row_keys,
+    check_turn_keys,
+)
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 logger = logging.getLogger(__name__)
 
-MAX_CHECKED_ROWS = 20_000  # rows that `open_records` parses before it returns: under a second
+MAX_CHECKED_ROWS = (
+    20_000  # rows that `open_records` parses before it returns, in less than a second
+)
+# Role of a turn in LLaVA's `conversations` -> role of a message.
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "user": "user",
@@ -34,34 +44,8 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-# A budget is a share of at least this many: a few bad records among the first hundred prove nothing.
+# `BadRecords` tolerates a share of at least this number of records. A small file would not be allowed even one.
 MIN_RECORDS_OF_BUDGET = 100
-# Keys of media other than images, in the rows of other programs. Such a row would be trained on without them.
-_OTHER_MEDIA_KEY = re.compile(
-    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
-    re.IGNORECASE,
-)
-# Other keys for an image. The row would train as text.
-_OTHER_IMAGE_KEY = re.compile(
-    r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
-    r"|images?_?(path|file|filename|name|url)s?|pixel_values",
-    re.IGNORECASE,
-)
-_OTHER_MEDIA_FILE = re.compile(
-    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
-    re.IGNORECASE,
-)
-# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. HTML is told apart by its end tag.
-_OTHER_PLACEHOLDER = re.compile(
-    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
-    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
-    re.IGNORECASE,
-)
-
-_RECORD_KEYS = {
-    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +57,18 @@ class Record:
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
         responses: The alternatives for the last answer (several captions of one image). A record without responses can
-            be captioned, but not trained on.
+            be captioned, but not trained on. Of a preference pair, the chosen answer.
         id: File name and row number, for messages: "train.json row 7".
+        rejected: The rejected answer of a preference pair; None for other records.
+        questions: Multiple-choice questions about the image, which only the reward `qa` uses.
     """
 
     images: tuple[str, ...]
     turns: tuple[Message, ...]
     responses: tuple[str, ...]
     id: str
+    rejected: str | None = None
+    questions: tuple[Question, ...] = ()
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
@@ -96,27 +84,50 @@ class Record:
         """
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
-        if is_chat(row):
+        # Convert the rows of other programs first, so that one parser suffices.
+        rejected = None
+        if is_pair(row):
+            row = plain_pair(row, where)
+            rejected = row["rejected"]
+        elif is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
-        _check_media_keys(row, images, where)
+        check_row_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
             turns, responses = _parse_instruction(row, where)
-        _check_texts(images, turns, responses, where)
+        if rejected is not None:
+            _check_open_question(responses, where)
+            responses = (row["chosen"],)
+        _check_texts(images, turns, (*responses, rejected or ""), where)
         return cls(
             images=images,
             turns=_place_images(turns, responses, len(images), where),
             responses=responses,
             id=where,
+            rejected=rejected,
+            questions=parse_questions(row.get(QUESTIONS_KEY, []), where),
+        )
+
+
+def _check_open_question(responses: Sequence[str], where: str) -> None:
+    """Refuse a pair whose prompt is answered already: it is unclear which answer belongs to it.
+
+    Raises:
+        ValueError: There is a response.
+    """
+    if responses:
+        raise ValueError(
+            f"{where}: 'chosen' and 'rejected' are the answers, but there is another one, {responses[0]!r:.80}; "
+            "remove the pair or the answer"
         )
 
 
 def _place_images(
     turns: Sequence[Message], responses: Sequence[str], count: int, where: str
 ) -> tuple[Message, ...]:
-    """Insert placeholders if there are none; refuse images in the turns of others than the user.
+    """Insert placeholders if there are none. Refuse images in turns of the system and the assistant.
 
     Raises:
         ValueError: See `insert_image_placeholders`; or the missing placeholders are in other turns.
@@ -141,12 +152,16 @@ def image_names(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
-    # Rows of text alone have no key, null or an empty value, by their source.
-    given = [row[key] for key in ("image", "images") if row.get(key)]
-    given = [
-        list(map(path_of_image, value)) if isinstance(value, list) else path_of_image(value)
-        for value in given
-    ]
+    given: list[Any] = []
+    for key in ("image", "images"):
+        value = row.get(key)
+        # In rows of text alone, the key is missing, or its value is null or empty.
+        if not value:
+            continue
+        if isinstance(value, list):
+            given.append([path_of_image(image) for image in value])
+        else:
+            given.append(path_of_image(value))
     if not given:
         return ()
     value = given[0]
@@ -163,33 +178,6 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
-    """Refuse a row that contains something which training would silently leave out.
-
-    Raises:
-        ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
-    """
-    for key, value in row.items():
-        # Empty values have no effect: tables of several media have a column for each.
-        if not value or key in _RECORD_KEYS:
-            continue
-        is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
-        if is_media and _OTHER_MEDIA_KEY.fullmatch(key):
-            raise ValueError(
-                f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-        if images:
-            continue  # other keys describe the image, such as the URL that it came from
-        if is_media and _OTHER_IMAGE_KEY.fullmatch(key):
-            raise ValueError(f"{where}: the key {key!r} is not read; rename it to 'image'")
-        if isinstance(value, str) and _OTHER_MEDIA_FILE.search(value):
-            raise ValueError(
-                f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-
-
 def _check_texts(
     images: Sequence[str], turns: Sequence[Message], responses: Sequence[str], where: str
 ) -> None:
@@ -199,26 +187,16 @@ def _check_texts(
         ValueError: A text contains half of a surrogate pair, or a user's turn another program's placeholder.
     """
     for text in (*images, *(turn.content for turn in turns), *responses):
-        # JSON can express one half of a character beyond U+FFFF, which is no character. UTF-8 cannot.
+        # JSON can express half of a surrogate pair, which is not a character. UTF-8 cannot.
         if not text.isascii() and _is_not_unicode(text):
             raise ValueError(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
             )
-    for turn in turns:
-        # Elsewhere a placeholder is text, as `<image>` is.
-        if turn.role != "user" or "<" not in turn.content:
-            continue
-        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
-            tag = match["tag"]
-            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
-                continue
-            raise ValueError(
-                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
-                "and other media must be removed"
-            )
+    check_placeholders(turns, where)
 
 
 def _is_not_unicode(text: str) -> bool:
+    """Return whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -242,6 +220,11 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     responses: Any = []
     if "responses" in row:
         responses = row["responses"]
+        single = row.get("response")
+        if single and isinstance(responses, list) and single not in responses:
+            raise ValueError(
+                f"{where}: 'response' is none of the 'responses'; remove one of the two keys"
+            )
     elif "response" in row:
         responses = [row["response"]]
     if not _is_list_of_strings(responses):
@@ -259,15 +242,15 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
+    # Check the order of the roles: an optional system turn, then user and assistant in turn.
     roles = [turn.role for turn in turns]
     if roles[0] == "system":
         roles = roles[1:]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., "
-            f"and a system turn comes first; "
-            f"they are {', '.join(roles)}"
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., after an "
+            f"optional system turn; they are {', '.join(roles)}"
         )
     last = turns[-1]
     if last.role == "assistant":
@@ -285,6 +268,7 @@ def _parse_turn(turn: Any, number: int, where: str) -> Message:
             f"{where}: turn {number} of 'conversations' needs the keys 'from' "
             f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
         )
+    check_turn_keys(turn, where)
     return Message(_ROLES[role], turn["value"])
 
 
@@ -374,13 +358,25 @@ class Records(Sequence[Record]):
 
 
 def response_problem(record: Record) -> str:
-    """Return why a record cannot be trained on for its responses; empty if it can."""
+    """Return what is wrong with the responses of a record, if it is used for training; empty if nothing is."""
     if record.responses and all(text.strip() for text in record.responses):
         return ""
     return (
         f"{record.id}: no response to train on, or an empty one. "
         "`llava clean` sets such records aside."
     )
+
+
+def pair_problem(record: Record) -> str:
+    """Return why a record cannot be trained on as a preference pair; empty if it can."""
+    if record.rejected is None:
+        return f"{record.id}: no preference pair; --objective dpo needs the keys 'chosen' and 'rejected'"
+    chosen, rejected = record.responses[0].strip(), record.rejected.strip()
+    if not chosen or not rejected:
+        return f"{record.id}: an answer of the pair is empty"
+    if chosen == rejected:
+        return f"{record.id}: both answers of the pair are equal, so neither is better"
+    return ""
 
 
 class BadRecords:
@@ -438,7 +434,7 @@ def open_records(
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
         require_responses: Reject rows without a response, or with an empty one.
-        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
+        max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
 
     Raises:
         ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.

@@ -263,6 +263,7 @@ def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
 
 
 def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
+    """Yield the items of a JSON object; the elements of its arrays one by one."""
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
         key, _, _ = scanner.read_value()
@@ -281,8 +282,8 @@ class _JsonScanner:
                          ^ base           ^ base + position
         text             |<--------- in memory ---------->|
 
-    Bytes are decoded as Latin-1, where every byte is one character, so that positions in the text are positions in
-    the file. JSON's own characters are the same in Latin-1 and UTF-8. Values with non-ASCII characters are parsed a
+    Bytes are decoded as Latin-1, where every byte is one character, so positions in the text are positions in the
+    file. JSON's own characters are the same in Latin-1 and UTF-8. Values with non-ASCII characters are parsed a
     second time, from UTF-8.
     """
 
@@ -300,7 +301,7 @@ class _JsonScanner:
 
     @property
     def file_position(self) -> int:
-        """How far the file is parsed, in bytes."""
+        """Number of bytes of the file that are parsed."""
         return self.base + self.position
 
     def _read_more(self) -> bool:

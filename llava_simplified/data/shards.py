@@ -24,6 +24,7 @@ Parquet files (as on the Hugging Face hub), see `embedded_images`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -45,6 +46,7 @@ IMAGE_SUFFIXES = (
 )
 _MANIFEST_COLUMNS = ["key", "offset", "length"]  # the columns that the index needs
 _BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
+_MAX_HEADER_BYTES = 1_000_000
 END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)
 
 
@@ -183,6 +185,16 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         )
 
 
+class _HeaderFile(io.FileIO):
+    """A tar archive of which only headers are read. An extended one may claim to have any size."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read at most `size` bytes."""
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {size} bytes")
+        return super().read(size) or b""
+
+
 def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
     """Iterate over the headers of a tar archive.
 
@@ -191,14 +203,15 @@ def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
     """
     last_good = "the beginning"
     try:
-        with tarfile.open(path, "r:") as archive:
+        with _HeaderFile(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 yield member
                 last_good = f"member {member.name!r}"
                 # Discard the headers, which tarfile keeps: gigabytes for a large archive.
                 archive.members.clear()  # type: ignore[attr-defined]
-    # Also catch ValueError and OverflowError, because tarfile does not check the numbers in extended headers.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    # Also catch ValueError and OverflowError, because tarfile does not check the numbers in extended headers, and
+    # RecursionError for a thousand of these in a row.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not a complete tar: {error}, after {last_good}") from None
 
 

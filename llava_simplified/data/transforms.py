@@ -122,6 +122,7 @@ class ImageTransform:
 
     @classmethod
     def _of_processor(cls, processor: ImageProcessor, name_or_path: str | Path) -> ImageTransform:
+        """Return the transform that computes what an image processor of Transformers does."""
         if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
                 f"{name_or_path}: image processors that do not rescale and normalize are not "
@@ -322,7 +323,7 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
 
     file_name = "preprocessor_config.json"
     try:
-        # Look for the file first, for a clear error: AutoImageProcessor would go on to try other files.
+        # Look for the file first, for a clear error: AutoImageProcessor would try other files next.
         utils.cached_file(str(name_or_path), file_name)
         # The Pillow backend does not need torchvision.
         return AutoImageProcessor.from_pretrained(
@@ -346,7 +347,7 @@ def processor_pads_to_square(processor: ImageProcessor) -> bool:
 def _check_padding(
     processor: ImageProcessor, image_aspect_ratio: str, name_or_path: str | Path
 ) -> None:
-    """Raise ValueError if a processor adds borders, but not those of `image_aspect_ratio`."""
+    """Raise ValueError if a processor adds borders that `image_aspect_ratio` does not describe."""
     if not getattr(processor, "do_pad", False):
         return
     if not processor_pads_to_square(processor):
@@ -360,7 +361,7 @@ def _check_padding(
 
 def _mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """Return the color of the borders: the mean of an image processor, rounded down as LLaVA-1.5 does."""
-    # Processors with a rescale_factor of their own may have a mean outside of the range of pixels.
+    # With an unusual rescale_factor, the mean of a processor may be outside the range of pixels.
     red, green, blue = (min(max(int(channel * 255), 0), 255) for channel in mean)
     return red, green, blue
 
@@ -393,7 +394,7 @@ def _resize_and_crop(
     if not crop_fraction:
         raise ValueError(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
-            "so that images would have different sizes; this is not supported"
+            "so images would have different sizes; this is not supported"
         )
     # This is ConvNeXt's processor. Its `size` is that of the crop; from 384 pixels on, images are stretched instead.
     square = (shorter_side, shorter_side)

@@ -6,26 +6,35 @@ would run on your own data.
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
-import shutil
-import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.demo.demo_images import NUM_HELD_OUT
+from llava_simplified.demo.demo_options import (
+    evaluate_words,
+    llava_word,
+    model_words,
+    number_of_steps,
+    option_words,
+    predict_words,
+    training_words,
+)
 from llava_simplified.demo.demo_steps import Demo, Step
 from llava_simplified.demo.progress import captioning_progress, training_progress
+from llava_simplified.demo.reward_demo import EXPECTED_SECONDS as REWARD_SECONDS
+from llava_simplified.demo.reward_demo import FOLDER as REWARD_FOLDER
+from llava_simplified.demo.reward_demo import NUM_STEPS as NUM_REWARD_STEPS
+from llava_simplified.demo.reward_demo import (
+    check_finished,
+    plan_reward_steps,
+    summarize_rewards,
+)
 from llava_simplified.demo.terminal import redirect_output
-from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.jobs import format_duration
 from llava_simplified.options import CommandParser, add_limit_option, print_text, quote_words
-from llava_simplified.recipes import resolve_recipe
-
-logger = logging.getLogger(__name__)
 
 
 def build_parser() -> CommandParser:
@@ -45,10 +54,16 @@ def build_parser() -> CommandParser:
         default=Path("output/demo"),
         help="Output folder (default: %(default)s)",
     )
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--long",
         action="store_true",
         help="Train three times as long, for better captions",
+    )
+    kinds.add_argument(
+        "--reward",
+        action="store_true",
+        help="Train the model of a finished demo further, on the rewards of its captions",
     )
     parser.add_argument(
         "--max-steps",
@@ -74,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
             f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}"
         )
         return 0
+    return _run_reward_demo(args) if args.reward else _run_demo(args)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -92,6 +111,24 @@ def main(argv: list[str] | None = None) -> int:
         if status:
             return status
         terminal.print(summarize(output, time.monotonic() - start))
+    return 0
+
+
+def _run_reward_demo(args: argparse.Namespace) -> int:
+    check_finished(args.output)
+    folder: Path = args.output / REWARD_FOLDER
+    folder.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with redirect_output(folder / "log.txt") as terminal:
+        demo = Demo(folder, terminal, NUM_REWARD_STEPS, REWARD_SECONDS)
+        assets = demo.download(args.cache_dir)
+        steps = plan_reward_steps(
+            assets, args.output, max_steps=args.max_steps, seed=args.seed, limit=args.limit
+        )
+        status = demo.run(assets, steps)
+        if status:
+            return status
+        terminal.print(summarize_rewards(args.output, time.monotonic() - start))
     return 0
 
 
@@ -114,50 +151,29 @@ def plan_steps(
         seed: Seed of the training.
         limit: Maximum number of images to caption, or None.
     """
-    # Options that several commands share.
-    models = _options(
-        model_name_or_path=assets.language_model,
-        vision_tower=assets.vision_tower,
-    )
-    records = _options(
-        train_data_path=assets.train_json,
-        train_image_folder=assets.images,
-        eval_data_path=assets.preview_json,
-        val_image_folder=assets.images,
-    )
-    train = [*models, *records, "--seed", str(seed), *_training_options()]
+    train = training_words(assets, seed)
     projector = output / "projector"
     model = output / "model"
     predictions = output / "predictions.json"
-    projector_steps = _number_of_steps("demo_projector", max_steps)
-    model_steps = _number_of_steps(recipe, max_steps)
+    projector_steps = number_of_steps("demo_projector", max_steps)
+    model_steps = number_of_steps(recipe, max_steps)
     num_images = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
 
     # Repeat the options of the recipes that affect the tokens: 3 x 3 image tokens, and a template without
     # roles. `llava inspect` does not read recipes.
     inspect = ["inspect", "--data", str(assets.train_json), "--image_folder", str(assets.images)]
-    inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *models]
+    inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *model_words(assets)]
 
     # Train in LLaVA's two stages. The first stage trains only the projector: an adapter that is trained
     # from the start would adapt to the image tokens of a random projector.
     stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", str(projector)]
-    stage1 += _options(max_steps=projector_steps)
+    stage1 += option_words(max_steps=projector_steps)
     stage2 = ["train", "--config", recipe, "--pretrain_mm_mlp_adapter", str(projector), *train]
-    stage2 += _options(output_dir=model, max_steps=model_steps)
+    stage2 += option_words(output_dir=model, max_steps=model_steps)
 
-    # Decode greedily, because each image has one right answer. 24 tokens are enough for the names.
-    predict = ["predict", "--model-path", str(model), "--data-path", str(assets.val_json)]
-    predict += ["--image-folder", str(assets.images), "--temperature", "0"]
-    predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", str(predictions)]
-    if limit:
-        predict += ["--limit", str(limit)]
-
-    # Pass --train-captions, so that the report distinguishes copied captions from new ones. Pass --no-java
-    # to skip the metrics that require Java.
-    evaluate = ["evaluate", str(predictions), "--train-captions", str(assets.train_json)]
-    evaluate += ["--image-folder", str(assets.images), "--model-path", str(model)]
-    evaluate += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
-    evaluate += ["--no-java", "--title", "LLaVA Simplified: captions of unseen images"]
+    predict = predict_words(assets, model, predictions, limit)
+    evaluate = evaluate_words(assets, [predictions], model, output)
+    evaluate += ["--title", "LLaVA Simplified: captions of unseen images"]
 
     return [
         Step("Inspect the tokens of a training sample", inspect, seconds=8),
@@ -185,41 +201,6 @@ def plan_steps(
     ]
 
 
-def _options(**values: object) -> list[str]:
-    """Return command-line options: `_options(max_steps=5)` is ["--max_steps", "5"]."""
-    argv: list[str] = []
-    for name, value in values.items():
-        argv += [f"--{name}", str(value)]
-    return argv
-
-
-def _number_of_steps(recipe: str, max_steps: int | None) -> int:
-    """Return the number of steps of a recipe, at most `max_steps`."""
-    steps: int = yaml.safe_load(resolve_recipe(recipe).read_text(encoding="utf-8"))["max_steps"]
-    return steps if max_steps is None else min(steps, max_steps)
-
-
-def _training_options() -> list[str]:
-    """Return the options that adapt the recipes to this machine."""
-    import torch
-
-    from llava_simplified.training.kernels import can_compile
-
-    argv: list[str] = []
-    # torch.compile generates C++ code for the CPU.
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if not can_compile("cpu" if accelerator is None else accelerator.type):
-        logger.info(
-            "There is no compiler (C++ for the CPU, Triton for a GPU), so layers are not compiled. Training takes "
-            "50 % longer."
-        )
-        argv += _options(compile_layers=False)
-    if not torch.accelerator.is_available() and not has_fast_bfloat16():
-        logger.info("bfloat16 is slow on this CPU. Training uses float32.")
-        argv += _options(bf16=False)
-    return argv
-
-
 def summarize(output: Path, seconds: float) -> str:
     """Return the final output of the demo: scores, paths, and three commands to try next.
 
@@ -233,10 +214,7 @@ def summarize(output: Path, seconds: float) -> str:
     # Show the shuffled scores too: they are what the model would reach without using the image.
     mean = first_scores["mean"]
     shuffled = first_scores["shuffled"]
-    llava = "llava"
-    if shutil.which(llava) is None:  # the virtual environment is not activated
-        llava = str(Path(sys.executable).with_name(llava))
-    llava = quote_words([llava])
+    llava = llava_word()
     model = quote_words([str(output / "model")])
     lines = [
         "",

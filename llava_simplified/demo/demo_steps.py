@@ -1,7 +1,7 @@
 """Run the steps of the demo one after the other, and show their progress.
 
-A thread follows the files that the running command writes, and redraws a line in the terminal and `report.html`. The
-commands themselves know nothing of the demo.
+A thread reads the files that the running command writes, and updates a line in the terminal and `report.html`. The
+commands are the ordinary ones of `llava`, without any code for the demo.
 """
 
 from __future__ import annotations
@@ -60,17 +60,27 @@ class Demo:
     Args:
         output: Output folder.
         terminal: Where progress is shown. It escapes control characters.
+        num_steps: Number of steps, with the download.
+        expected_seconds: Expected duration of all steps after the download.
     """
 
-    def __init__(self, output: Path, terminal: Terminal) -> None:
+    def __init__(
+        self,
+        output: Path,
+        terminal: Terminal,
+        num_steps: int = NUM_STEPS,
+        expected_seconds: float = EXPECTED_SECONDS,
+    ) -> None:
         self.output = output
         self.terminal = terminal
+        self.num_steps = num_steps
+        self.expected_seconds = expected_seconds
         self.durations: list[float] = []  # seconds, of the finished steps
 
     def download(self, cache_dir: Path | None) -> DemoAssets:
         """Run the first step, and return the models and images."""
         self.terminal.print(f"The output of all commands is written to {self.output / 'log.txt'}.")
-        self._announce(0, DOWNLOAD, NUM_STEPS)
+        self._announce(0, DOWNLOAD, self.num_steps)
         watcher = Watcher(self, [DOWNLOAD], 0, None)
         with watcher:
             assets = fetch(cache_dir)
@@ -83,12 +93,13 @@ class Demo:
         Returns:
             The exit status of the first command that failed, or 0.
         """
+        # The download is number 0, and has finished already.
         steps = [DOWNLOAD, *commands]
         finished = FinishedSteps(self.output / "finished_steps.json")
         for index, step in enumerate(commands, 1):
             if finished.contains(index, step.argv):
                 self._announce(index, step, len(steps))
-                self.terminal.print("  done before")
+                self.terminal.print("  already done")
                 self.durations.append(0.0)
                 continue
             argv = [*step.argv, *self._resume_options(step, finished.started)]
@@ -115,7 +126,7 @@ class Demo:
         """
         if step.run_folder is None:
             return []
-        # Captions of the model that this run replaces.
+        # Delete unfinished captions of the model that this run replaces.
         for part in self.output.glob("*.part*"):
             part.unlink()
         if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
@@ -130,13 +141,16 @@ class Demo:
                 shutil.rmtree(checkpoint)
 
     def _announce(self, index: int, step: Step, total: int) -> None:
+        """Print the number and the title of a step."""
         self.terminal.print(f"\n[{index + 1}/{total}] {step.title}")
 
     def _finish(self, watcher: Watcher) -> None:
+        """Record and print the duration of a step."""
         self.durations.append(watcher.seconds)
         self.terminal.print(f"  done in {format_duration(watcher.seconds)}")
 
     def _describe_failure(self, step: Step, status: int) -> None:
+        """Print which command failed, and the end of its log."""
         log = self.output / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
         self.terminal.print(
@@ -148,12 +162,12 @@ class Demo:
 
 
 class FinishedSteps:
-    """Which commands have finished? A second demo skips them.
+    """Remembers which commands have finished, so that a second demo skips them.
 
     A command counts as finished only if its arguments and those of all commands before it are the same.
 
     Args:
-        path: JSON file, in which this is remembered.
+        path: JSON file with the commands.
 
     Attributes:
         finished: Arguments of the finished commands, in order.
@@ -174,13 +188,13 @@ class FinishedSteps:
         return len(self.finished) >= index and self.finished[index - 1] == list(argv)
 
     def start(self, index: int, argv: Sequence[str]) -> None:
-        """Command `index` starts: forget it and all after it, which depend on its output."""
+        """Remember that command `index` was started. Forget it and all later ones, which depend on its output."""
         self.finished = self.finished[: index - 1]
         self.started = list(argv)
         self._save()
 
     def add(self, index: int, argv: Sequence[str]) -> None:
-        """Command `index` has finished."""
+        """Remember that command `index` has finished."""
         self.finished = [*self.finished[: index - 1], list(argv)]
         self._save()
 
@@ -229,6 +243,7 @@ class Watcher:
         self.seconds = time.monotonic() - self._start
 
     def _follow(self) -> None:
+        """Update terminal and report until the block ends; runs in the thread."""
         next_report = 0.0
         while not self._stop.wait(self.REDRAW_SECONDS):
             elapsed = time.monotonic() - self._start
@@ -242,18 +257,20 @@ class Watcher:
 
     def _time_left(self, elapsed: float, fraction: float) -> str:
         """Return the time until the end of the demo in words: measured for this step, expected for the others."""
-        # Measure when the fraction changes: between two changes, it would seem that the step slows down.
+        # Estimate the duration only when the fraction changes. Between two changes, the estimate would keep growing.
         if fraction > max(self._fraction, 0.02):
             self._expected = elapsed / fraction
             self._fraction = fraction
         expected = self._expected
-        # How fast is this machine? The download depends on the network instead.
+        # Compare the durations so far with the planned ones, to learn how fast this machine is. Leave out the download,
+        # which depends on the network.
         measured = sum(self.demo.durations[1:]) + expected
         planned = sum(step.seconds for step in self.steps[1 : self.index + 1]) or expected
         later = sum(step.seconds for step in self.steps[self.index + 1 :])
         seconds = max(expected - elapsed, 0.0) + later * measured / planned
-        if len(self.steps) < NUM_STEPS:
-            seconds += EXPECTED_SECONDS
+        # During the download, the other steps are not known yet.
+        if len(self.steps) < self.demo.num_steps:
+            seconds += self.demo.expected_seconds
         if seconds < 60:
             return "less than a minute left"
         minutes = round(seconds / 60)
@@ -271,14 +288,15 @@ class Watcher:
         first_step, rows = next(iter(captions.items()))
         print_line = self.demo.terminal.print
         print_line(
-            f"  After {first_step} steps, the model says about drawings that it has not seen:"
+            f"  After {first_step} steps, these are captions of drawings that are not in the training data:"
         )
         for row in rows[:PRINTED_CAPTIONS]:
             print_line(f"    {row.caption[:44]:<46}(right: {row.reference[:40]})")
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
-        # Imported here, because `llava demo --help` imports this module.
+        """Write `report.html` with the states of all steps."""
+        # Import this here, because `llava demo --help` imports this module and must be fast.
         from llava_simplified.demo.live_report import StepRow, write_live_report
 
         assert self.images is not None

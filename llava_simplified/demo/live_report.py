@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_simplified.data.images import decode_image, read_image_bytes
-from llava_simplified.demo.progress import CaptionRow, read_eval_captions, read_losses
+from llava_simplified.demo.progress import CaptionRow, read_curves, read_eval_captions
 from llava_simplified.html_report import Chart, Thumbnail, line_chart, make_thumbnail, render_report
 from llava_simplified.jobs import atomic_file
 
@@ -64,7 +64,7 @@ def write_live_report(
     captions: dict[int, list[CaptionRow]] = {}
     charts = []
     for name, folder in runs.items():
-        charts += _loss_charts(name, folder)
+        charts += _charts(name, folder)
         # Only one of the runs captions validation images.
         captions |= read_eval_captions(folder)
     shown = dict(list(captions.items())[-SHOWN_EVALUATIONS:])
@@ -84,8 +84,11 @@ def write_live_report(
         part.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _loss_charts(name: str, folder: Path) -> list[Chart]:
-    curves = {label: points for label, points in read_losses(folder).items() if points}
+def _charts(name: str, folder: Path) -> list[Chart]:
+    """Return the curves of a training run: its losses, or its reward."""
+    curves = {label: points for label, points in read_curves(folder).items() if points}
+    if "reward" in curves:
+        return [line_chart(name, "reward of sampled captions", {"reward": curves["reward"]})]
     if not curves:
         return []
     return [line_chart(name, "loss, nats per token", curves)]

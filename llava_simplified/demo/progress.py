@@ -1,4 +1,4 @@
-"""How far is a command of the demo? Read from the files that the command writes while it runs."""
+"""The progress of a command of the demo, read from the files that the command writes while it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ReadProgress = Callable[[], Progress]
 
 
 class CaptionRow(NamedTuple):
-    """One validation image, and what the model says about it."""
+    """One validation image, its generated caption, and a reference."""
 
     image: str
     caption: str
@@ -44,11 +44,14 @@ def training_progress(folder: Path, max_steps: int) -> Progress:
         folder: Output folder of the run.
         max_steps: Number of steps of the run.
     """
-    losses = read_losses(folder)["training"]
-    if not losses:
+    curves = read_curves(folder)
+    # With rewards, the loss has no meaning of its own.
+    shown = "reward" if curves["reward"] else "training"
+    if not curves[shown]:
         return NOT_STARTED
-    step, loss = losses[-1]
-    return Progress(step / max_steps, f"step {step:.0f} of {max_steps}, loss {loss:.2f}")
+    step, value = curves[shown][-1]
+    name = "reward" if shown == "reward" else "loss"
+    return Progress(step / max_steps, f"step {step:.0f} of {max_steps}, {name} {value:.2f}")
 
 
 def captioning_progress(predictions: Path, total: int) -> Progress:
@@ -58,6 +61,7 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
         predictions: Output file. Until it is complete, the captions are in a file beside it.
         total: Number of images.
     """
+    # The journal has one line per caption.
     journal = predictions.with_name(f"{predictions.name}.part.jsonl")
     try:
         done = journal.read_bytes().count(b"\n")
@@ -66,13 +70,14 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
     return Progress(min(done / total, 1.0), f"{done} of {total} images")
 
 
-def read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (step, loss) of a run by the name of the curve, "training" or "validation"."""
+def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return the points (step, value) of a run by the name of the curve: "training", "validation", "reward"."""
+    names = ("training", "validation", "reward")
     log = folder / TRAINING_LOG
     if not log.is_file():
-        return {"training": [], "validation": []}
+        return {name: [] for name in names}
     curves = read_training_log(log)
-    return {name: curves[name] for name in ("training", "validation")}
+    return {name: curves[name] for name in names}
 
 
 def read_eval_captions(folder: Path) -> dict[int, list[CaptionRow]]:

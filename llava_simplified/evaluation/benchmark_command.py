@@ -1,4 +1,4 @@
-"""`llava benchmark`: caption a benchmark with the settings of the literature, score it, and write a report.
+"""`llava benchmark`: caption a published benchmark with the usual settings, score the captions, write a report.
 
 Files in the output folder:
 
@@ -38,6 +38,7 @@ from llava_simplified.options import (
     add_batch_size_option,
     add_checkpoint_options,
     add_limit_option,
+    checkpoint_options,
     print_text,
 )
 
@@ -54,8 +55,8 @@ logger = logging.getLogger(__name__)
 
 BENCHMARK_NAMES = ("coco", "nocaps", "flickr30k", "textcaps")
 
-# Greedy as in lmms-eval's captioning tasks (temperature 0, 64 tokens); beam search as BLIP-2 reports captions (5 beams,
-# 30 tokens, length penalty 1).
+# Greedy search with the settings of lmms-eval's captioning tasks (temperature 0, 64 tokens). Beam search with those
+# of the BLIP-2 paper (5 beams, 30 tokens, length penalty 1).
 DECODINGS = {
     "greedy": GenerationOptions(max_new_tokens=64, seed=0),
     "beam": GenerationOptions(max_new_tokens=30, num_beams=5, seed=0),
@@ -83,11 +84,11 @@ def build_parser() -> CommandParser:
         "--decoding",
         action="append",
         choices=list(DECODINGS),
-        help="Decoding of the captions; repeat the option for both (default: both, with --endpoint greedy)",
+        help="Decoding of the captions; repeat the option for both (default: both; greedy with --endpoint)",
     )
     parser.add_argument(
         "--instruction",
-        help="Instruction about each image (default: the instruction of the checkpoint)",
+        help="Instruction for every image (default: the instruction of the checkpoint)",
     )
     parser.add_argument(
         "--output",
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava benchmark`.
 
     Returns:
-        The exit status: 1 if an image has no caption, so that the scores are not those of the whole benchmark.
+        The exit status: 1 if an image has no caption, so the scores are not those of the whole benchmark.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -127,12 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     images = benchmark.images[: args.limit]
     output = args.output or Path("benchmarks") / f"{benchmark.name}-{benchmark.split}"
     output.mkdir(parents=True, exist_ok=True)
-    # The captions are a job of `llava caption` on a file of records, so that they continue and are checked as there.
+    # Caption as `llava caption` does, from a file of records. Thus an interrupted benchmark continues, and changed
+    # settings are noticed.
     records = output / "records.jsonl"
     _write_records(records, images, instruction)
     settings = _describe_settings(args, benchmark, len(images), instruction)
 
-    # Whatever is finished is not done again: only captions take long.
+    # Finished captions are not generated again. Scores are always computed anew, which takes little time.
     num_failed = _caption_all(args, decodings, records, output, endpoint)
     runs = _score_all(args, decodings, output, benchmark)
     _add_notes(runs, benchmark, len(images))
@@ -161,18 +163,21 @@ def _choose_decodings(chosen: Sequence[str] | None, endpoint: EndpointOptions | 
 
 
 def _instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> str:
-    """Return the instruction about each image: a model is asked what it was trained for."""
+    """Return the instruction for every image: by default the one that the model was trained with."""
     if args.instruction:
         return str(args.instruction)
     if endpoint is not None:
         return DEFAULT_INSTRUCTION
-    # Read it from the config, so that the records can be written before the model is loaded.
+    # Read it from llava.json, because the records are written before the model is loaded.
     architecture = read_checkpoint_config(Path(args.model_path))["architecture"]
     return str(architecture.get("instruction", DEFAULT_INSTRUCTION))
 
 
 def _write_records(path: Path, images: Sequence[BenchmarkImage], instruction: str) -> None:
-    """Write the records of the images, unless the file has them already: a new file would be another job."""
+    """Write the records of the images, unless the file contains the same records already.
+
+    The modification time must stay the same: it is a setting of the job, which continues only with equal settings.
+    """
     lines = []
     for image in images:
         row = {
@@ -221,19 +226,16 @@ def _caption_all(
     most_failed = 0
     for name in decodings:
         job: CaptionJob = CaptionJob(
-            model_path=args.model_path or "",
+            **checkpoint_options(args),
             source=str(records),
             output=str(output / f"{name}.jsonl"),
             options=DECODINGS[name],
             image_folder=str(args.folder),
-            model_base=args.model_base,
-            vision_tower=args.vision_tower,
-            bits=args.bits,
-            trust_remote_code=args.trust_remote_code,
             batch_size=args.batch_size,
             endpoint=endpoint,
         )
-        if endpoint is None and model is None:  # both decodings use the same one
+        # Load the model once, for both decodings.
+        if endpoint is None and model is None:
             model = load_model(job)
         counts = caption_file(job, model)
         if not counts.captioned:
@@ -257,12 +259,12 @@ def _score_all(
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.predictions import read_predictions
 
-    # Read them once: those of COCO have hundreds of megabytes.
+    # Read the annotations once: those of COCO have hundreds of megabytes.
     instances = read_instances(benchmark.instances) if benchmark.instances else None
     samples_of: dict[str, list[Sample]] = {}
     for name in decodings:
         samples_of[name] = read_predictions(output / f"{name}.jsonl").samples
-    # An image can fail with one decoding only, and scores of different images cannot be compared.
+    # An image can fail with one decoding only. Scores on different images could not be compared.
     common = set.intersection(*({s.image for s in samples} for samples in samples_of.values()))
     runs = []
     for name, samples in samples_of.items():
@@ -274,7 +276,7 @@ def _score_all(
 def _score(
     args: argparse.Namespace, samples: Sequence[Sample], instances: References | None = None
 ) -> Evaluation:
-    """Score samples; with CHAIR, if the objects of the images are annotated."""
+    """Score samples. CHAIR is computed if the objects of the images are annotated."""
     from llava_simplified.evaluation.chair import annotated_objects
     from llava_simplified.evaluation.metrics import evaluate
     from llava_simplified.evaluation.predictions import read_sample_images
@@ -294,8 +296,8 @@ def _score(
 
 
 def _add_notes(runs: Sequence[Run], benchmark: BenchmarkSet, num_images: int) -> None:
-    """Say what the scores leave out, before all other notes."""
-    # What is missing from the folder comes first: it explains why captions are missing.
+    """Put notes on missing images before all other notes of the runs."""
+    # First the images that are missing from the folder, as they explain why captions are missing.
     notes = list(benchmark.notes)
     if num_images < len(benchmark.images):
         notes.append(f"--limit: only the first {num_images} of {len(benchmark.images)} images")
@@ -310,7 +312,10 @@ def _add_notes(runs: Sequence[Run], benchmark: BenchmarkSet, num_images: int) ->
 def _score_domains(
     args: argparse.Namespace, runs: Sequence[Run], benchmark: BenchmarkSet
 ) -> dict[str, dict[str, Evaluation]]:
-    """Return the scores by run and domain. Each domain is a set of its own, with CIDEr's frequencies of it."""
+    """Return the scores by run and domain.
+
+    Each domain is scored as a set of its own: CIDEr's document frequencies are those of the domain.
+    """
     from llava_simplified.evaluation.benchmark_sets import images_by_domain
 
     groups: dict[str, dict[str, Evaluation]] = {}
@@ -348,13 +353,14 @@ def _write_results(
         for domain, result in domains.items():
             print_text(f"{run.name}, {domain}: {format_table(result)}")
         scores[run.name]["domains"] = {name: to_json(domains[name]) for name in domains}
+    # Compare each further decoding with the first one.
     for run in runs[1:]:
         first = runs[0]
         comparison = compare_runs(first.samples, first.result, run.samples, run.result)
         comparisons[run.name] = comparison
         scores[run.name]["compared with"] = comparison_to_json(first, comparison)
 
-    # Names and captions are readable in the file, in any language.
+    # Do not escape characters of other languages, so that people can read the file.
     content = {"settings": dict(settings), "runs": scores}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (output / "scores.json").write_text(replace_surrogates(text), encoding="utf-8")

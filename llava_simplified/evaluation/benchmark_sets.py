@@ -1,12 +1,13 @@
-"""Find the images and references of captioning benchmarks in the folders in which people have them.
+"""Find the images and references of captioning benchmarks, in the folder structures that are in use.
 
     coco         dataset_coco.json (Karpathy's splits), val2014/, train2014/; or annotations/captions_val2017.json, val2017/
     flickr30k    dataset_flickr30k.json, flickr30k-images/
     nocaps       nocaps_val_4500_captions.json, images/
     textcaps     TextCaps_0.1_val.json, train_images/
 
-The files may be in the folder itself or in one of its folders. A file is recognized by its name, and images by the names
-that the file gives; those of COCO are found under their names of 2014 and of 2017.
+The files may be in the folder itself or in one of its subfolders. They are recognized by their names. Images are found by
+the names in the file; those of COCO also by their other name, since the releases of 2014 and 2017 name the same image
+differently.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-# How the domains of nocaps are called in the literature, and in which order they are shown.
+# Name of each domain of nocaps in its files -> name in papers, in the order of papers.
 _DOMAINS = {
     "in-domain": "in-domain",
     "near-domain": "near-domain",
@@ -66,7 +67,7 @@ class BenchmarkSet:
 
 
 class _Entry(NamedTuple):
-    """An image as a file describes it: the names that it may have, the likeliest first."""
+    """An image as a file describes it, with its possible file names, the likeliest first."""
 
     names: tuple[str, ...]
     references: tuple[str, ...]
@@ -74,7 +75,7 @@ class _Entry(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """One form of a split: the file, its reader, and the folders that may contain the images."""
+    """Where a split is: the file with the references, its reader, and the folders that may contain the images."""
 
     file: str
     read: Callable[[Any, str], Iterator[_Entry]]
@@ -88,7 +89,6 @@ class _Source(NamedTuple):
 def _read_karpathy(content: Any, split: str) -> Iterator[_Entry]:
     """Read dataset_coco.json or dataset_flickr30k.json: `{"images": [{"filename", "split", "sentences"}]}`."""
     for image in content["images"]:
-        # "restval" is a part of the training split.
         if image["split"] != split:
             continue
         names = [image["filename"]]
@@ -96,12 +96,17 @@ def _read_karpathy(content: Any, split: str) -> Iterator[_Entry]:
             names.insert(0, f"{image['filepath']}/{image['filename']}")
         if "cocoid" in image:
             names += _coco_2017_names(image["cocoid"])
-        texts = [sentence["raw"] for sentence in image["sentences"]]
+        texts = []
+        for sentence in image["sentences"]:
+            texts.append(sentence["raw"])
         yield _Entry(tuple(names), tuple(texts))
 
 
 def _coco_2017_names(image_id: int) -> Iterator[str]:
-    """Yield the names of an image of COCO in the folders of 2017, which have the images of 2014 in other splits."""
+    """Yield the possible names of an image of COCO in the release of 2017.
+
+    It has the images of 2014, but some of them in the other split.
+    """
     name = f"{image_id:012}.jpg"
     for folder in _COCO_2017_FOLDERS:
         yield f"{folder}/{name}"
@@ -110,13 +115,13 @@ def _coco_2017_names(image_id: int) -> Iterator[str]:
 
 def _read_coco(content: Any, split: str) -> Iterator[_Entry]:
     """Read a COCO caption file: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`."""
-    # An annotation of an image that is not listed is an error, since its captions would be lost.
+    # An annotation of an image that is not listed raises KeyError, because its caption would be lost.
     captions: dict[object, list[str]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
     for image in content["images"]:
         domain = str(image.get("domain", ""))
-        if domain:  # of nocaps
+        if domain:  # only nocaps has domains
             domain = _DOMAINS[domain]
         # The folder of an official split of COCO has the name of the split.
         name = PurePosixPath(image["file_name"]).name
@@ -131,9 +136,10 @@ def _read_textcaps(content: Any, split: str) -> Iterator[_Entry]:
     for row in content["data"]:
         image_id = row["image_id"]
         known = references.setdefault(image_id, [])
-        # Every row repeats the captions of its image; some versions have only that of the row.
-        texts = row.get("reference_strs") or [row["caption_str"]]
-        known += [text for text in texts if text not in known]
+        # Every row contains all captions of its image. In some versions of the file, it contains only one of them.
+        for text in row.get("reference_strs") or [row["caption_str"]]:
+            if text not in known:
+                known.append(text)
         name = f"{image_id}.jpg"
         names[image_id] = (name, row.get("image_path") or name)
     for image_id, texts in references.items():
@@ -142,6 +148,7 @@ def _read_textcaps(content: Any, split: str) -> Iterator[_Entry]:
 
 # ---- benchmarks ----
 
+# Folders of the images. Copies of the data sets from different sites have different ones.
 _ANYWHERE = ("", "images")
 _COCO_FOLDERS = (*_ANYWHERE, "train2014", "val2014")
 _FLICKR_FOLDERS = (
@@ -193,7 +200,7 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     Raises:
         ValueError: The split does not exist, a file is missing or has another form, or no image is in the folder.
     """
-    # The order of a benchmark's splits tells which one is the default.
+    # The first split is the default.
     splits = BENCHMARKS[name]
     split = split or next(iter(splits))
     if split not in splits:
@@ -203,50 +210,56 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     source = splits[split]
     path = _find_file(folder, source.file)
     if path is None:
-        # People often have the files of another split: say so, instead of scoring something else.
-        present = [other for other in splits if _find_file(folder, splits[other].file)]
-        hint = f" The folder has the files of --split {present[0]}." if present else ""
+        # The folder often has the files of another split. Suggest that split, but do not silently use it.
+        hint = ""
+        for other, other_source in splits.items():
+            if not hint and _find_file(folder, other_source.file):
+                hint = f" The folder has the files of --split {other}."
         raise ValueError(
             f"{folder}: {source.file}, which has the references of {name} ({split}), is neither in the "
-            f"folder nor in one of its folders.{hint}"
+            f"folder nor in one of its subfolders.{hint}"
         )
     entries = _read_entries(path, source, split)
     images, num_missing = _locate_images(entries, folder, source.image_folders)
     notes = []
     if num_missing:
-        # Their records name a file that does not exist, so that captioning counts and lists them.
+        # They keep their records. Captioning will count and list them, as their files do not exist.
         notes.append(f"{num_missing} of {len(images)} images of the benchmark are not in {folder}")
     if name == "nocaps" and not any(entry.domain for entry in entries):
-        notes.append(f"{path.name} names no domains, so that there are no scores by domain")
-    instances = _find_file(folder, source.instances) if source.instances else None
+        notes.append(f"{path.name} names no domains, so there are no scores by domain")
+    instances: tuple[Path, ...] = ()
+    if source.instances:
+        found = _find_file(folder, source.instances)
+        instances = (found,) if found else ()
     return BenchmarkSet(
         name=name,
         split=split,
         folder=folder,
         images=images,
         source=path,
-        instances=(instances,) if instances else (),
+        instances=instances,
         notes=notes,
     )
 
 
 def _find_file(folder: Path, name: str) -> Path | None:
-    """Return the file of a name in a folder, or else in one of its folders.
+    """Return the file with this name in a folder, or else in one of its subfolders; None if there is none.
 
     Raises:
-        ValueError: Several of its folders contain such a file.
+        ValueError: Several subfolders contain such a file.
     """
     if (folder / name).is_file():
         return folder / name
     found = sorted(path for path in folder.glob(f"*/{name}") if path.is_file())
     if len(found) > 1:
         raise ValueError(
-            f"{folder}: {found[0]} and {found[1]} could both be meant; put one of them into the folder itself."
+            f"{folder}: found both {found[0]} and {found[1]}; move the right one into the folder itself."
         )
     return found[0] if found else None
 
 
 def _read_entries(path: Path, source: _Source, split: str) -> list[_Entry]:
+    """Read and check the images of a split; raise ValueError if the file has another form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = list(source.read(content, split))
@@ -264,6 +277,7 @@ def _read_entries(path: Path, source: _Source, split: str) -> list[_Entry]:
 
 
 def _check_entry(entry: _Entry) -> None:
+    """Raise an error unless names and references are texts, and one reference is not empty."""
     for text in (*entry.names, *entry.references):
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {text!r}")
@@ -286,7 +300,7 @@ def _locate_images(
         if path is None:
             num_missing += 1
             path = entry.names[0]
-        # Empty captions occur in published files; an image keeps its other ones.
+        # Published files contain some empty captions. Drop them; `_check_entry` has found one that is not empty.
         references = tuple(text for text in entry.references if text.strip())
         images.append(BenchmarkImage(path, references, entry.domain))
     if num_missing == len(entries):
@@ -299,8 +313,9 @@ def _locate_images(
 
 
 def _locate_image(names: Sequence[str], folder: Path, image_folders: Sequence[str]) -> str | None:
+    """Return the path of the first of these names that exists, relative to the folder; None if none exists."""
     for name in names:
-        # The file comes from others: a name must not lead out of the folder.
+        # The file is untrusted: a name such as "../../secret.png" must not lead out of the folder.
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"the image name {name!r} leads out of the folder.")
@@ -312,10 +327,13 @@ def _locate_image(names: Sequence[str], folder: Path, image_folders: Sequence[st
 
 
 def images_by_domain(images: Sequence[BenchmarkImage]) -> Mapping[str, set[str]]:
-    """Return the names of the images of each domain, in the order of the literature; empty without domains."""
+    """Return the names of the images of each domain, in the order of papers; empty if there are no domains."""
+    found: dict[str, set[str]] = {}
+    for image in images:
+        found.setdefault(image.domain, set()).add(image.image)
+    # Sort the domains. Without domains, the only key is "", which is left out.
     by_domain: dict[str, set[str]] = {}
     for domain in _DOMAINS.values():
-        names = {image.image for image in images if image.domain == domain}
-        if names:
-            by_domain[domain] = names
+        if domain in found:
+            by_domain[domain] = found[domain]
     return by_domain

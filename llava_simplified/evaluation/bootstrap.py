@@ -154,10 +154,12 @@ def _resample(
     """
     generator = np.random.default_rng(seed)
     probabilities = [1 / num_images] * num_images
+    # Number of resamples at a time.
     chunk = max(1, MAX_DRAWS // num_images)
     scores = [np.empty((resamples, len(column.statistics))) for column in columns]
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
+        # How many times each resample draws each image.
         draws = generator.multinomial(num_images, probabilities, size=size).astype(float)
         for column, target in zip(columns, scores):
             # (size, images) @ (images, k) for each trial -> (size, trials + 1, k)
@@ -167,6 +169,7 @@ def _resample(
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> Score:
+    """Return a score with the interval of its values on the resamples; without one if there are no resamples."""
     if not len(resampled):
         return Score(float(value))
     low, high = np.percentile(resampled, INTERVAL_PERCENTILES)

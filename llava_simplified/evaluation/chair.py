@@ -29,7 +29,8 @@ from llava_simplified.evaluation.bootstrap import Metric
 from llava_simplified.evaluation.references import References
 
 _VOCABULARY = "coco_objects.yaml"
-# A hyphen joins words: a "man-made" lake is no man. Punctuation is a token, so that "hot, dog" is no hot dog.
+# A hyphenated word is one token: "man-made" does not mention a man. Punctuation marks are tokens: "hot, dog"
+# does not mention a hot dog.
 _TOKEN = re.compile(r"\w+(?:[-/]\w+)*|[^\w\s]")
 _MAX_SHOWN = 3
 
@@ -38,9 +39,9 @@ class Vocabulary(NamedTuple):
     """The words of `coco_objects.yaml`.
 
     Attributes:
-        category_of: Category by word; a category is a word of its own.
-        double_words: What two adjacent words are read as, by both words and the space between them.
-        singular_of: Singular of each plural form of a word above.
+        category_of: Category of each word, such as "puppy" -> "dog". The categories themselves are words too.
+        double_words: Single word that replaces a pair of adjacent words, such as "baby elephant" -> "elephant".
+        singular_of: Singular of each plural form of the words above.
     """
 
     category_of: dict[str, str]
@@ -62,8 +63,8 @@ def load_vocabulary() -> Vocabulary:
         for word in words:
             double_words[f"{qualifier} {word}"] = word
 
-    # Only the plurals of known words matter, so they are listed instead of guessing the singular of any word:
-    # "glasses" and "buses" need no rules that would cut "bus" and "glass".
+    # Derive the plural of each known word, instead of guessing the singular of every word of a caption: a rule
+    # that turns "dogs" into "dog" would also turn "bus" into "bu".
     known = set(category_of)
     for pair in double_words:
         known.update(pair.split())
@@ -95,7 +96,7 @@ def mentioned_objects(caption: str) -> list[str]:
     for token in _TOKEN.findall(caption.lower()):
         tokens.append(vocabulary.singular_of.get(token, token))
     words = _join_double_words(tokens, vocabulary.double_words)
-    # "The seat of the toilet" is no chair.
+    # "seat" usually means a chair, but not in "the seat of the toilet".
     if "toilet" in words:
         words = [word for word in words if word != "seat"]
     return [vocabulary.category_of[word] for word in words if word in vocabulary.category_of]
@@ -130,7 +131,7 @@ def chair_metrics(
     """
     counts = np.zeros((len(captions), len(references), 2))  # hallucinated, mentioned
     for image, group in enumerate(references):
-        # What people wrote counts as much as what they outlined: small objects are often only in one of both.
+        # Annotations miss some objects, mostly small ones, which the references may mention.
         present = set(annotated[image])
         for reference in group:
             present.update(mentioned_objects(reference))
@@ -139,6 +140,7 @@ def chair_metrics(
             hallucinated = [name for name in mentions if name not in present]
             counts[trial, image] = len(hallucinated), len(mentions)
 
+    # Bootstrap resamples sum these arrays over images; the functions turn the sums into scores. Lower is better.
     has_hallucination = (counts[..., :1] > 0).astype(float)
     return [
         Metric(("CHAIRs",), has_hallucination, lambda sums, images: sums / images, True),
@@ -147,7 +149,7 @@ def chair_metrics(
 
 
 def _share_of_mentions(sums: np.ndarray, num_images: int) -> np.ndarray:
-    """Return hallucinated / mentioned; 0 if nothing is mentioned. The number of images does not count."""
+    """Return hallucinated / mentioned; 0 if nothing is mentioned. `num_images` is not used."""
     hallucinated = sums[..., :1]
     mentioned = sums[..., 1:]
     return np.divide(hallucinated, mentioned, out=np.zeros_like(hallucinated), where=mentioned > 0)
@@ -163,10 +165,10 @@ def read_instances(paths: Sequence[Path]) -> References:
         paths: Files of `{"images", "annotations", "categories"}`. The images of Karpathy's splits are in two of them.
 
     Returns:
-        The categories of each image, which are found in the same way as its reference captions.
+        The categories of each image, in the class for reference captions, which finds them by the image's name.
 
     Raises:
-        ValueError: A file cannot be read, has another form, or has a category that is none of COCO's 80.
+        ValueError: A file cannot be read, has another form, or has a category that is not one of COCO's 80.
     """
     categories: dict[str, list[str]] = {}  # by image id
     names: dict[str, str] = {}
@@ -197,7 +199,7 @@ def _add_instances(
     for category in content["categories"]:
         name = str(category["name"])
         if known.get(name) != name:
-            raise ValueError(f"the category {name!r} is none of COCO's 80 object categories")
+            raise ValueError(f"the category {name!r} is not one of COCO's 80 object categories")
         category_names[category["id"]] = name
     for image in content["images"]:
         names[str(image["id"])] = str(image["file_name"])
@@ -217,7 +219,8 @@ def annotated_objects(images: Sequence[str], instances: References) -> list[tupl
         instances: Result of `read_instances`.
 
     Raises:
-        ValueError: An image is not in the files: without annotations, every object in it would look invented.
+        ValueError: An image is not in the files. Without its annotations, every mentioned object would count as
+            hallucinated.
     """
     objects = []
     missing = []
@@ -228,6 +231,7 @@ def annotated_objects(images: Sequence[str], instances: References) -> list[tupl
             raise ValueError(f"--instances: {error}") from None
         if match.rule == "none":
             missing.append(image)
+        # `read_instances` stores categories in the place of captions.
         objects.append(match.captions)
     if missing:
         shown = ", ".join(map(repr, missing[:_MAX_SHOWN]))

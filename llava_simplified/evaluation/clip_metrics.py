@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_model_config
+
 if TYPE_CHECKING:
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ def clip_scores(
     """
     import torch
 
-    embedder = _ClipEmbedder(model)
+    embedder = ClipEmbedder(model)
     # Embed each distinct text once, because captions and references repeat.
     texts = sorted(set().union(*captions, *references))
     row_of_text = {text: row for row, text in enumerate(texts)}
@@ -75,31 +78,44 @@ def clip_scores(
     return score, harmonic_mean
 
 
-class _ClipEmbedder:
-    """Compute normalized embeddings of texts and images, in batches, on the CPU."""
+class ClipEmbedder:
+    """Compute normalized embeddings of texts and images, in batches. They are returned on the CPU.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Folder of a `transformers.CLIPModel`.
+        device: Where the model runs.
+        option: The option that names the folder, for errors.
+
+    Raises:
+        ValueError: The folder does not contain a complete CLIP model.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device | str = "cpu", option: str = "--clip"
+    ) -> None:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            loaded = CLIPModel.from_pretrained(
-                folder, output_loading_info=True, trust_remote_code=False
-            )
-            model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
-            missing = sorted(loading_info["missing_keys"])
-            if missing:  # Transformers would only warn, and use random weights
-                raise ValueError(f"there are no weights for {missing[0]}")
-            self._model = model.eval()
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False
-            )
-            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(
-                folder, trust_remote_code=False
-            )
+            check_model_config(folder)
+            with blame_file(folder):
+                loaded = CLIPModel.from_pretrained(
+                    folder, output_loading_info=True, trust_remote_code=False
+                )
+                model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
+                missing = sorted(loading_info["missing_keys"])
+                if missing:  # Transformers would only warn, and use random weights
+                    raise ValueError(f"there are no weights for {missing[0]}")
+                self._model = model.eval().to(device)
+                self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False
+                )
+                self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(
+                    folder, trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"--clip: {folder} is not the folder of a complete CLIP model (text model, vision model, tokenizer and "
+                f"{option}: {folder} is not the folder of a complete CLIP model (text model, vision model, tokenizer and "
                 f"image processor); a vision tower is not sufficient ({reason})"
             ) from None
 
@@ -118,7 +134,7 @@ class _ClipEmbedder:
                 truncation=True,
                 max_length=limit,
                 return_tensors="pt",
-            )
+            ).to(self._model.device)
             with torch.inference_mode():
                 pooled = self._model.text_model(**inputs).pooler_output
                 parts.append(self._model.text_projection(pooled))
@@ -133,7 +149,7 @@ class _ClipEmbedder:
         parts = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = [decode_image(data) for data in images[start : start + BATCH_SIZE]]
-            inputs = self._processor(batch, return_tensors="pt")
+            inputs = self._processor(batch, return_tensors="pt").to(self._model.device)
             with torch.inference_mode():
                 pooled = self._model.vision_model(**inputs).pooler_output
                 parts.append(self._model.visual_projection(pooled))
@@ -143,4 +159,4 @@ class _ClipEmbedder:
 def _normalize(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     import torch
 
-    return torch.nn.functional.normalize(torch.cat(list(parts)).float(), dim=-1)
+    return torch.nn.functional.normalize(torch.cat(list(parts)).float().cpu(), dim=-1)

@@ -1,7 +1,8 @@
 """Compare two runs on the same images: how much do their scores differ, and on which images?
 
-Two intervals that overlap say little about the difference: most of their width is how much the images differ, which is
-the same for both runs. So each bootstrap resample is scored for both runs, and the differences give the interval.
+Whether the intervals of two runs overlap says little about their difference. Most of the width of an interval comes from
+the choice of images (some are harder than others), which is the same for both runs. So each bootstrap resample is scored
+for both runs, and the interval is that of the differences.
 
     resample       0      1      2     ...
     first run    0.61   0.58   0.64
@@ -29,8 +30,9 @@ from llava_simplified.evaluation.metrics import (
     normalize_caption,
 )
 
-RANK_METRICS = ("word F1", "CIDEr-D")  # decide, in this order, which images changed most
-_EQUAL = 1e-9  # scores that differ less differ by rounding
+# Changed images are sorted by the difference of the first metric, and by the second one if it is equal.
+RANK_METRICS = ("word F1", "CIDEr-D")
+_EQUAL = 1e-9  # smaller differences are rounding errors
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Comparison:
 
     Attributes:
         differences: By metric, in the order of `METRIC_NAMES`.
-        changed: The images with other captions, the greatest gain first, the greatest loss last.
+        changed: The images whose captions changed, the greatest gain first, the greatest loss last.
     """
 
     differences: dict[str, Difference]
@@ -82,15 +84,16 @@ class Comparison:
 
 
 def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
-    """Return samples in the order of others; None if they are not of the same images.
+    """Return samples in the order of other samples; None if their images differ.
 
-    Two programs number and name the same images in their own ways. If index and image differ, the images are matched by
-    the rule of `data/names.py`, and get the index and the name of the others.
+    Two programs may number and name the same images differently. If index or image differ, images are matched by the
+    rules of `data/names.py`, and get the index and the name in `order`.
     """
     return _align_by_key(samples, order) or _align_by_name(samples, order)
 
 
 def _align_by_key(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
+    """Match samples with equal index and image; return None if any sample of either list remains."""
     # An index can occur with several images, and an image with several instructions.
     by_key = {(sample.index, sample.image): sample for sample in samples}
     aligned = []
@@ -99,12 +102,15 @@ def _align_by_key(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sa
         if same_image is None:
             return None
         aligned.append(same_image)
-    return aligned if not by_key else None  # what is left over is not among the others
+    if by_key:
+        return None
+    return aligned
 
 
 def _align_by_name(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
+    """Match samples by the names of their images; return None unless each has exactly one counterpart."""
     by_name = {sample.image: sample for sample in order}
-    # An image with several instructions is not known by its name; a text alone has none.
+    # A name does not identify a sample if an image has several instructions, or a record has no image.
     if "" in by_name or len(by_name) != len(order) or len(samples) != len(order):
         return None
     index = NameIndex(by_name)
@@ -117,7 +123,7 @@ def _align_by_name(samples: Sequence[Sample], order: Sequence[Sample]) -> list[S
         if match is None or match.name in found:
             return None
         other = by_name[match.name]
-        # Scores against other references say nothing about the captions.
+        # Scores against different references cannot be compared.
         if set(sample.references) != set(other.references):
             return None
         found[match.name] = replace(sample, index=other.index, image=other.image)
@@ -144,7 +150,7 @@ def compare_runs(
     for name in METRIC_NAMES:
         if name not in first.mean or name not in second.mean:
             continue
-        # The runs may have different numbers of trials: an image has the mean of its trials.
+        # The runs may have different numbers of trials, so use the mean of each image's trials.
         change = second.per_image[name].mean(axis=0) - first.per_image[name].mean(axis=0)
         per_image[name] = change
         num_higher = int((change > _EQUAL).sum())
@@ -159,7 +165,7 @@ def compare_runs(
             num_equal=len(change) - num_higher - num_lower,
         )
 
-    # Other captions can have equal scores, so the captions decide which images have changed, and not the scores.
+    # Compare the captions themselves, because different captions can have equal scores.
     changed = []
     for position, (before, after) in enumerate(zip(first_samples, second_samples)):
         if _normalized(before) == _normalized(after):
@@ -178,18 +184,19 @@ def _gain(image: ChangedImage) -> list[float]:
 
 
 def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
+    """Return second minus first, with the interval of the paired bootstrap if both have resamples."""
     value = second.mean[name].value - first.mean[name].value
     before = first.resampled.get(name)
     after = second.resampled.get(name)
     if before is None or after is None or not len(before):  # no bootstrap, as for METEOR and SPICE
         return Score(value)
-    # The resamples of both runs draw the same images, so they are subtracted one by one.
+    # Resample i of both runs has the same images, so subtract the resamples pairwise.
     low, high = np.percentile(after - before, INTERVAL_PERCENTILES)
     return Score(value, float(low), float(high))
 
 
 def _normalized(sample: Sample) -> list[str]:
-    """Return the captions of an image in a form in which the order of the trials does not count."""
+    """Return the captions of an image in a form that does not depend on the order of the trials."""
     return sorted(map(normalize_caption, sample.captions))
 
 
@@ -205,14 +212,26 @@ def format_comparison(first: str, second: str, num_images: int, comparison: Comp
     lines = [["metric", "difference", "95 % interval", "better", "worse", "equal"]]
     for name, difference in comparison.differences.items():
         score = difference.score
-        interval = "" if math.isnan(score.low) else f"{score.low:+.4f} to {score.high:+.4f}"
+        interval = ""
+        if not math.isnan(score.low):
+            interval = f"{score.low:+.4f} to {score.high:+.4f}"
         counts = [difference.num_better, difference.num_worse, difference.num_equal]
         lines.append([name, f"{score.value:+.4f}", interval, *map(str, counts)])
-    # Align the columns.
-    widths = [max(map(len, column)) for column in zip(*lines)]
     rows = [f"{second} minus {first}: {num_images} images, paired bootstrap"]
+    rows += align_columns(lines)
+    rows.append(f"images whose captions changed: {len(comparison.changed)} of {num_images}")
+    return "\n".join(rows) + "\n"
+
+
+def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table as texts, with aligned columns.
+
+    Args:
+        lines: The cells of each line.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = []
     for line in lines:
         padded = [cell.ljust(width) for cell, width in zip(line, widths)]
         rows.append("  ".join(padded).rstrip())
-    rows.append(f"images with other captions: {len(comparison.changed)} of {num_images}")
-    return "\n".join(rows) + "\n"
+    return rows

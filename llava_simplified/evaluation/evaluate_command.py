@@ -43,8 +43,8 @@ def build_parser() -> CommandParser:
         type=Path,
         action="append",
         default=[],
-        help="COCO instance annotations (instances_val2014.json), for CHAIR: the objects that captions invent; "
-        "repeat the option for several files",
+        help="COCO instance annotations (instances_val2014.json), for CHAIR, the fraction of mentioned objects that "
+        "are not in the image; repeat the option for several files",
     )
     parser.add_argument(
         "--train-captions",
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         scores = {run.name: to_json(run.result) for run in runs}
         for name, comparison in comparisons.items():
             scores[name]["compared with"] = comparison_to_json(runs[0], comparison)
-        # Names and captions are readable in the file, in any language.
+        # Do not escape characters of other languages, so that people can read the file.
         text = json.dumps(scores, indent=1, ensure_ascii=False)
         args.output.write_text(replace_surrogates(text), encoding="utf-8")
         logger.info("Scores written to %s", args.output)
@@ -158,7 +158,7 @@ def _evaluate_files(
         read = read_predictions(path, references)
         samples = read.samples
         if runs:
-            # Resamples are paired by the position of the image.
+            # Put the images into the order of the first run, because paired resamples use positions.
             samples = align_samples(samples, runs[0].samples) or samples
         images: list[bytes] = []
         if args.clip:  # only CLIPScore needs the images
@@ -236,6 +236,7 @@ def _checkpoint_settings(folder: Path) -> dict[str, str]:
 
 
 def _training_log(args: argparse.Namespace) -> Path | None:
+    """Return the log for the curves in the report: `--log`, or that of the checkpoint, or None."""
     if args.log:
         return args.log
     if args.model_path:
@@ -250,22 +251,13 @@ def _training_log(args: argparse.Namespace) -> Path | None:
 
 def format_table(result: Evaluation) -> str:
     """Return the scores as text, with one line for each metric."""
+    from llava_simplified.evaluation.comparison import align_columns
     from llava_simplified.evaluation.metrics import METRIC_NAMES
 
-    several_trials = len(result.trials) > 1
-
-    # The columns after the mean and its interval.
-    columns: list[tuple[str, Scores]] = []
-    for number, scores in enumerate(result.trials, 1):
-        columns.append((f"trial {number}", scores))
-    if several_trials:
-        columns.append(("best of trials", result.best))
-    if result.shuffled:
-        columns.append(("shuffled", result.shuffled))
-    if result.unseen:
-        columns.append(("unseen only", result.unseen))
-
-    header = ["metric", "mean" if several_trials else "score", "95 % interval"]
+    columns = _further_columns(result)
+    header = ["metric", "score", "95 % interval"]
+    if len(result.trials) > 1:
+        header[1] = "mean"
     for title, _ in columns:
         header.append(title)
     lines = [header]
@@ -273,25 +265,40 @@ def format_table(result: Evaluation) -> str:
         if name not in result.mean:
             continue
         value, low, high = result.mean[name]
-        interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+        interval = ""
+        if not math.isnan(low):
+            interval = f"{low:.4f} to {high:.4f}"
         cells = [name, f"{value:.4f}", interval]
         for _, scores in columns:
             # Leave the cell empty for CLIPScore and the Java metrics, which exist for the trials only.
-            cells.append(f"{scores[name].value:.4f}" if name in scores else "")
+            cell = ""
+            if name in scores:
+                cell = f"{scores[name].value:.4f}"
+            cells.append(cell)
         lines.append(cells)
 
-    # Align the columns.
-    widths = [max(map(len, column)) for column in zip(*lines)]
     rows = [f"{result.num_images} images"]
-    for line in lines:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
-        rows.append("  ".join(padded).rstrip())
+    rows += align_columns(lines)
     for name, value in result.shares.items():
         rows.append(f"{name}: {100 * value:.1f} %")
     rows += _format_text_statistics(result)
     for note in result.notes:
         rows.append(f"note: {note}")
     return "\n".join(rows) + "\n"
+
+
+def _further_columns(result: Evaluation) -> list[tuple[str, Scores]]:
+    """Return the columns after the mean and its interval, with their titles."""
+    columns: list[tuple[str, Scores]] = []
+    for number, scores in enumerate(result.trials, 1):
+        columns.append((f"trial {number}", scores))
+    if len(result.trials) > 1:
+        columns.append(("best of trials", result.best))
+    if result.shuffled:
+        columns.append(("shuffled", result.shuffled))
+    if result.unseen:
+        columns.append(("unseen only", result.unseen))
+    return columns
 
 
 def _format_text_statistics(result: Evaluation) -> list[str]:
@@ -323,6 +330,7 @@ def to_json(result: Evaluation) -> dict[str, object]:
 
 
 def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
+    """Return each score as [value, low, high]."""
     converted: dict[str, list[float | None]] = {}
     for name, score in scores.items():
         # Replace NaN (an interval that was not computed) by null, because JSON does not support NaN.
@@ -349,5 +357,5 @@ def comparison_to_json(first: Run, comparison: Comparison) -> dict[str, object]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace half surrogate pairs, which names of files can contain and UTF-8 cannot."""
+    """Replace halves of surrogate pairs. Names of files can contain them, but UTF-8 cannot encode them."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -36,10 +36,11 @@ from llava_simplified.html_report import (
 
 # Maximum number of images in the report, which keeps the file below 10 MB.
 MAX_CARDS = 500
-MAX_PANELS = 4  # runs that have panels of their own
+MAX_PANELS = 4  # maximum number of runs with separate panels
 MAX_CHANGED = 8  # images in each list of a comparison
 CLOSE_WORD_F1 = 0.5  # minimum word F1 of a caption that is marked as "close"
 
+# Metrics that are shown in large type, compared with shuffled captions, and shown for unseen images.
 TILE_METRICS = (
     "CIDEr-D",
     "BLEU-4",
@@ -52,6 +53,7 @@ TILE_METRICS = (
 )
 SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
 UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
+# Metrics that are shown in percent.
 PERCENT_METRICS = ("exact match", "CHAIRs", "CHAIRi")
 
 # Colors of the report's style sheet.
@@ -118,7 +120,7 @@ def write_report(
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
     given_runs = runs
-    # Of checkpoints of one run, the newest is the one that matters. Other runs keep the order that the user chose.
+    # Show the newest checkpoint of a run first. Other runs keep the order in which the user named them.
     steps = training_steps([run.name for run in runs])
     if steps is not None:
         runs = list(runs)[::-1]
@@ -133,8 +135,10 @@ def write_report(
             f"{len(cards)} of {num_images} images are shown: the best, the worst, and an evenly spread "
             "selection in between"
         )
-    # Panels of more runs would fill the page; "All scores" and the charts show all of them.
-    shown = runs if len(runs) <= MAX_PANELS else runs[:1]
+    # With many runs, show panels of the first one only. The section "All scores" and the charts show all runs.
+    shown = runs
+    if len(runs) > MAX_PANELS:
+        shown = runs[:1]
     panels = _make_panels(shown)
     write_page(
         output,
@@ -159,23 +163,24 @@ def write_report(
 
 
 def _collect_notes(runs: Sequence[Run]) -> list[str]:
-    """Return the notes of all runs; one that not all of them have names its runs."""
-    # Most notes are those of all runs.
+    """Return the notes of all runs, each once. A note that only some runs have begins with their names."""
     runs_by_note: dict[str, list[str]] = {}
     for run in runs:
         for note in run.result.notes:
             runs_by_note.setdefault(note, []).append(run.name)
     notes = []
     for note, names in runs_by_note.items():
-        is_common = len(names) == len(runs)
-        notes.append(note if is_common else f"{', '.join(names)}: {note}")
+        if len(names) < len(runs):
+            note = f"{', '.join(names)}: {note}"
+        notes.append(note)
     return notes
 
 
 def _make_panels(runs: Sequence[Run]) -> list[RunPanel]:
+    """Return the panels of runs: their scores, and the words that they use too often or too rarely."""
     panels = []
     for number, run in enumerate(runs):
-        # Of a single run, the colors tell the two lists apart; of several, the runs.
+        # With a single run, the colors distinguish the two lists; with several, they distinguish the runs.
         colors = (_ORANGE, _BLUE) if len(runs) == 1 else (number, number)
         overused, underused = _word_bars(run.samples, colors)
         unseen = _unseen_scores(run.result)
@@ -204,6 +209,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
 
 def _image_key(sample: Sample) -> tuple[str, str]:
+    """Return what identifies an image in all runs."""
     return sample.index, sample.image
 
 
@@ -211,7 +217,7 @@ def _image_key(sample: Sample) -> tuple[str, str]:
 
 
 def format_score(name: str, value: float) -> str:
-    """Return a score as text: exact match in percent, others with three decimals."""
+    """Return a score as text: those of `PERCENT_METRICS` in percent, others with three decimals."""
     if name in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"
@@ -246,17 +252,18 @@ def _score_tiles(runs: Sequence[Run]) -> list[RunTile]:
 
 
 def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
-    """Return the bars that compare the scores of each image's own captions and of shuffled captions, by metric."""
+    """Return bars by metric, which compare the scores of the captions with those of shuffled captions."""
     comparison = {}
     for name in SHUFFLE_METRICS:
         # A set of one image has no shuffled scores.
         scored = [(n, run) for n, run in enumerate(runs) if name in run.result.shuffled]
-        largest = 1e-9  # all may be 0
+        # The longest bar has the largest score. All scores may be 0, so start above 0.
+        largest = 1e-9
         for _, run in scored:
             largest = max(largest, run.result.mean[name].value, run.result.shuffled[name].value)
         bars = []
         for number, run in scored:
-            # The number of colors is limited, so that the labels name the runs.
+            # There are only five colors, so name the run in the label.
             prefix = f"{run.name}: " if len(runs) > 1 else ""
             own = run.result.mean[name].value
             shuffled = run.result.shuffled[name].value
@@ -270,6 +277,7 @@ def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
 
 
 def _unseen_scores(result: Evaluation) -> str:
+    """Return the scores on unseen images as text; empty if there are none."""
     scores = []
     for name in UNSEEN_METRICS:
         if name in result.unseen:
@@ -299,6 +307,7 @@ class ScoreRow:
 
 
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
+    """Return a row for each metric, whose cells have a common axis."""
     rows = []
     for name in METRIC_NAMES:
         # The axis begins at 0, and ends slightly after the largest score or interval of all runs.
@@ -318,6 +327,7 @@ def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
 
 
 def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
+    """Return the score of one run, with its positions on the axis."""
     score = result.mean[name]
     # The interval is drawn as a bar, and the score as a dot on it.
     low, high = score.low, score.high
@@ -355,6 +365,7 @@ def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow
             for name, score in result.mean.items():
                 scores[name] = format_score(name, score.value), _format_interval(name, score)
             rows.append(GroupRow(group, run, result.num_images, scores))
+    # `sorted` is stable, so the runs of a part keep their order.
     order = list(dict.fromkeys(row.group for row in rows))
     return sorted(rows, key=lambda row: order.index(row.group))
 
@@ -404,7 +415,7 @@ class ComparisonPanel:
         rows: The differences of the metrics.
         gains: The images that gained most, the greatest gain first.
         losses: The images that lost most, the greatest loss first.
-        num_changed: Number of images with other captions.
+        num_changed: Number of images whose captions changed.
     """
 
     first: str
@@ -438,7 +449,8 @@ def _comparison_panels(
                 num_equal=difference.num_equal,
             )
             rows.append(row)
-        # Sorted from the greatest gain to the greatest loss. Images may have other captions that are as good.
+        # `changed` is sorted from the greatest gain to the greatest loss. Some images have neither: their captions
+        # changed, but not the score.
         changed = comparison.changed
         gains = [image for image in changed if image.differences[RANK_METRICS[0]] > 0]
         losses = [image for image in changed[::-1] if image.differences[RANK_METRICS[0]] < 0]
@@ -455,12 +467,13 @@ def _comparison_panels(
 
 
 def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> ChangedRow:
+    """Return an image with the captions of both runs."""
     before = first.samples[image.position]
     after = second.samples[image.position]
     return ChangedRow(
         image=before.image or f"index {before.index}",  # a record of text alone
-        # Trials often repeat a caption.
         references=before.references,
+        # Remove duplicates, since trials often repeat a caption.
         before=tuple(dict.fromkeys(before.captions)),
         after=tuple(dict.fromkeys(after.captions)),
         word_f1=image.differences[RANK_METRICS[0]],
@@ -469,7 +482,7 @@ def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> 
 
 
 def _thumbnail(image: str, folder: Path) -> Thumbnail | None:
-    """Return a small form of an image; None if there is none. The notes about the cards tell why."""
+    """Return the thumbnail of an image; None if there is none. The notes about the cards give the reason."""
     if not image:
         return None
     try:
@@ -552,9 +565,10 @@ def _make_cards(
     """Return the cards of the report, sorted by word F1 and then CIDEr-D of the headline run, best first."""
     scores = []
     for run, samples in zip(runs, aligned):
-        # The scores are in the order of the run's own samples.
+        # The scores of a run are in the order of its own samples. Put them into the order of the first run.
         positions = {_image_key(sample): i for i, sample in enumerate(run.samples)}
-        scores.append(_card_scores(run, [positions[_image_key(sample)] for sample in samples]))
+        order = [positions[_image_key(sample)] for sample in samples]
+        scores.append(_card_scores(run, order))
     # Use CIDEr-D only to break ties of word F1: in a small set, its values are not reliable.
     word_f1, cider_d, _ = scores[0]
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
@@ -577,6 +591,7 @@ _CardScores = tuple[np.ndarray, np.ndarray, np.ndarray]  # word F1, CIDEr-D, exa
 
 
 def _card_scores(run: Run, order: Sequence[int]) -> _CardScores:
+    """Return the scores of all images of a run in the given order: means over the trials, and any exact match."""
     per_image = run.result.per_image
     word_f1 = per_image["word F1"].mean(axis=0)[order]
     cider_d = per_image["CIDEr-D"].mean(axis=0)[order]
@@ -585,6 +600,7 @@ def _card_scores(run: Run, order: Sequence[int]) -> _CardScores:
 
 
 def _card_run(scores: _CardScores, position: int, sample: Sample) -> CardRun:
+    """Return the captions of one image in one run, with their scores and a verdict."""
     word_f1, cider_d, is_exact = (array[position] for array in scores)
     verdict = "wrong"
     if is_exact:
@@ -655,10 +671,16 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
 
 
 def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) -> list[Chart]:
+    """Return the curves of the training log, and the scores of checkpoints over their steps."""
     charts = []
     if log:
         curves = read_training_log(log)
         cider_points = curves.pop("CIDEr-D")
+        reward_points = curves.pop("reward")
+        if reward_points:
+            del curves["training"]  # with rewards, the loss is not that of tokens
+            reward = {"reward": reward_points}
+            charts.append(line_chart("Reward during training", "of sampled captions", reward))
         losses = {name: points for name, points in curves.items() if points}
         if losses:
             charts.append(line_chart("Loss", "nats per token", losses))

@@ -84,6 +84,7 @@ def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
 def _compute(
     name: str, scorer: _Scorer, captions: list[list[str]], references: list[list[str]]
 ) -> _JavaScores:
+    """Run one scorer on the captions of each trial, and on the best caption of each image."""
     corpus: list[float] = []
     per_image: list[list[float]] = []
 

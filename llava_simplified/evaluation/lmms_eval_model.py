@@ -12,7 +12,7 @@ a tuple:
 `images` is a function of the document, and `document` is its number in `task_dict[task][split]`. The text is
 rendered by the checkpoint's own prompt template, exactly as `Llava.caption` renders an instruction.
 
-Only lmms-eval imports this module: it is no dependency of the package.
+Only lmms-eval imports this module. The package itself does not depend on lmms-eval.
 """
 
 from __future__ import annotations
@@ -40,17 +40,22 @@ from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, cou
 
 logger = logging.getLogger(__name__)
 
-# Of requests that name no limit; what the models of lmms-eval itself use.
+# For requests without a limit. The models of lmms-eval itself have the same default.
 DEFAULT_MAX_NEW_TOKENS = 1024
 
-# Options of lmms-eval's tasks that mean the same here.
+# Options of lmms-eval's tasks that have the same name and meaning in `GenerationOptions`.
 _SAME_OPTIONS = ("min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
-_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
-_KNOWN_OPTIONS = {
-    *_SAME_OPTIONS,
-    *_SAMPLING_OPTIONS,
-    *("until", "max_new_tokens", "max_gen_toks", "do_sample"),
-}
+# Options that `_parse_options` converts.
+_CONVERTED_OPTIONS = (
+    "until",
+    "max_new_tokens",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+)
+_KNOWN_OPTIONS = {*_SAME_OPTIONS, *_CONVERTED_OPTIONS}
 
 
 class PromptSource(NamedTuple):
@@ -72,8 +77,10 @@ class PromptSource(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The request, for messages."""
-        return f"task {self.task}, document {self.doc_id}" if self.task else "request without image"
+        """How messages name the request."""
+        if not self.task:
+            return "request without image"
+        return f"task {self.task}, document {self.doc_id}"
 
 
 class GenerationJob(NamedTuple):
@@ -81,7 +88,7 @@ class GenerationJob(NamedTuple):
 
     Attributes:
         source: The prompt.
-        options: With one sequence per request that asks for the same.
+        options: Their `num_return_sequences` is the number of requests for the same prompt and options.
         until: Texts at which the answer ends.
     """
 
@@ -97,11 +104,12 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         pretrained: The checkpoint, a folder.
         batch_size: Number of images to process at a time; lmms-eval's option `--batch_size`.
         device: Where to put the model; by default the accelerator of this process if there is one.
-        max_batch_size: Not used; lmms-eval passes it to every model.
+        max_batch_size: Ignored; lmms-eval passes it to every model.
         **options: Other options of `llava_simplified.model.checkpoint.load_checkpoint`: dtype, bits, model_base, ...
     """
 
-    is_simple = True  # requests as in the module's docstring; those of "chat" models have no log-likelihoods
+    # Requests as in the module's docstring. lmms-eval's other kind ("chat") has no log-likelihoods.
+    is_simple = True
 
     def __init__(
         self,
@@ -115,13 +123,12 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"--batch_size {batch_size}: expected a number of at least 1")
         self._batch_size = int(batch_size)
-        # Without a choice, each of several processes must get an accelerator of its own.
+        # If several processes were started, each one gets its own accelerator.
         device = device or _device_of_process()
         # lmms-eval passes a folder named 7 as a number.
         self.model = Llava.from_pretrained(str(pretrained), device=device, **options)
-        self._device = (
-            self.model.device
-        )  # lmms-eval deletes the model, and then asks for the device
+        # A copy, because lmms-eval reads `device` even after it has deleted the model.
+        self._device = self.model.device
         self._warned: set[str] = set()
 
     @property
@@ -148,7 +155,8 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             ValueError: An image cannot be read, or a prompt exceeds the model's context. The message names the
                 document.
         """
-        # One seed for all, so that equal requests have equal options, and the batch size changes no answer.
+        # All requests share a seed. Thus equal requests have equal options, and become one job; and answers
+        # do not depend on the batch size.
         seed = _draw_seed()
         repetitions: dict[GenerationJob, list[int]] = {}
         for index, request in enumerate(requests):
@@ -165,7 +173,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 repeated.append(_repeat(job, len(repetitions[job])))
             for job, texts in zip(batch, self._generate_batch(repeated)):
                 indices = repetitions[job]
-                # Greedy search has one answer for all repetitions.
+                # Greedy search generates one answer; all repetitions get it.
                 if len(texts) == 1:
                     texts *= len(indices)
                 for index, text in zip(indices, texts):
@@ -173,21 +181,28 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer requests whose next text depends on the answers so far; return all answers of each.
+        """Answer requests of several rounds: the text of each round depends on the answers so far.
+
+        The task's function `doc_to_text` receives the answers, and returns the images and the text of the next
+        round, whether this was the last round, and the answers to keep (it may edit them).
 
         Args:
             requests: Instances of lmms-eval, see the module's docstring.
+
+        Returns:
+            The answers of all rounds, for each request.
         """
         results: list[list[str]] = []
         for (request,) in self._batches(requests, "Generate", batch_size=1):
-            context, gen_kwargs, doc_to_visual, doc_to_text, *place = request.args
+            context, gen_kwargs, doc_to_visual, doc_to_text, doc_id, task, split = request.args
             options, until = self._parse_options(gen_kwargs, _draw_seed())
-            document = self._document(PromptSource(context, doc_to_visual, *place))
+            document = self.task_dict[task][split][doc_id]
             answers: list[str] = []
             round_info = None
             for round_idx in count(1):
-                source = PromptSource(context, doc_to_visual, *place)
-                ((answer,),) = self._generate_batch([GenerationJob(source, options, until)])
+                source = PromptSource(context, doc_to_visual, doc_id, task, split)
+                answers_of_jobs = self._generate_batch([GenerationJob(source, options, until)])
+                answer = answers_of_jobs[0][0]
                 visuals, context, is_finished, answers, round_info = doc_to_text(
                     document,
                     previous_output=[*answers, answer],
@@ -196,19 +211,22 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 )
                 if is_finished:
                     break
+                # `PromptSource` expects a function, but the images of the next round are known already.
                 doc_to_visual = _constant(visuals)
             results.append(list(answers))
         return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return how probable the answers are, and whether each is the greedy one.
+        """Return how probable each answer is, and whether greedy search would generate it.
 
-        All answers to the same text and images are scored by one forward. The end token is not part of an answer.
+        All answers to the same text and images are scored in one forward pass. The end token is not part of an
+        answer.
 
-        Tasks of multiple choice choose the answer with the lowest value, as the models of lmms-eval return a loss.
-        Their answers are texts, and their values are negative log-likelihoods. The answers of tasks of the type
-        `loglikelihood` are functions of the document, and their values are log-likelihoods, of which lmms-eval
-        computes the perplexity.
+        lmms-eval has two kinds of tasks that send such requests, and they expect opposite signs:
+
+            kind of task      the answer is                  value                     lmms-eval computes
+            multiple choice   a text                         negative log-likelihood   the lowest one (a loss)
+            loglikelihood     a function of the document     log-likelihood            the perplexity
 
         Args:
             requests: Instances of lmms-eval, see the module's docstring.
@@ -216,13 +234,13 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: As by `generate_until`; or an answer is empty.
         """
-        # Prompt -> the requests that share it, and their answers.
+        # For each prompt: the numbers of the requests that share it, and their answers.
         answers: dict[PromptSource, list[tuple[int, str]]] = {}
         signs: list[float] = []
         for index, request in enumerate(requests):
-            # Unconditional requests of multiple choice have neither images nor a document.
-            context, continuation, *place = request.args
-            source = PromptSource(context, *place)
+            # Images and document are missing if a choice is scored without its question, to normalize scores.
+            context, continuation, *rest = request.args
+            source = PromptSource(context, *rest)
             is_choice = isinstance(continuation, str)
             signs.append(-1.0 if is_choice else 1.0)
             if not is_choice:
@@ -236,7 +254,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             for source, scores in zip(batch, score_answers(self.model, questions)):
                 for (index, _), score in zip(answers[source], scores):
                     results[index] = (signs[index] * score.log_likelihood, score.is_greedy)
-        # lmms-eval 0.7 converts a bare tuple to a string, and then fails. It takes what is in this object as it is.
+        # lmms-eval 0.7 converts a bare tuple to a string, and then fails. A tuple in this object stays a tuple.
         return [GenerationResult(text=result) for result in results]
 
     # ---- prompts ----
@@ -263,16 +281,17 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             return []
         if not isinstance(visuals, (list, tuple)):
             visuals = [visuals]
-        # Transform each image before the next one is loaded. A video or a sound is a ValueError here.
+        # Transform each image before the next one is loaded, to save memory. `load_pixels` raises ValueError for
+        # videos and sounds.
         transform = self.model.vision_tower.transform
         return [transform(load_pixels(visual)) for visual in visuals]
 
     def _place_images(self, source: PromptSource, count: int) -> str:
-        """Return the text, without its placeholders if they are not as many as the images."""
+        """Return the text; without its placeholders, if their number differs from that of the images."""
         placeholders = count_images([Message("user", source.context)])
         if placeholders in (0, count):
             return source.context
-        # Some tasks mention an image twice. Nobody knows which placeholder is which image.
+        # Some tasks mention an image twice, so it is unknown which placeholder belongs to which image.
         self._warn_once(
             f"task {source.task}: placeholders",
             f"{source.name}: the text has {placeholders} {IMAGE_PLACEHOLDER}, but there are {count} image(s). In "
@@ -283,20 +302,25 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     def _prepare_question(
         self, source: PromptSource, answers: Sequence[tuple[int, str]]
     ) -> Question:
-        """Return a prompt with the answers that are to be scored."""
+        """Return a prompt and the answers to score, tokenized."""
         turns, pixel_values = self._load(source)
-        # lmms-eval puts a space before each answer; in training, the template does that.
+        # lmms-eval puts a space before each answer. Strip it, because the prompt template adds its own.
         texts = [text.strip() for _, text in answers]
         prefix, ids = self.model.prompt.render_branches(turns, texts, source.name)
         without_end_token = [answer[:-1] for answer in ids]
-        self._check_room(source, prefix.input_ids, max(map(len, without_end_token)))
+        self._check_context(source, prefix.input_ids, max(map(len, without_end_token)))
         return Question(prefix.input_ids, without_end_token, pixel_values)
 
-    def _check_room(self, source: PromptSource, prompt: list[int], answer_tokens: int) -> int:
+    def _check_context(self, source: PromptSource, prompt: list[int], answer_tokens: int) -> int:
         """Return how many tokens fit into the context after a prompt.
 
+        Args:
+            source: The request, for the message.
+            prompt: Token ids of the prompt. Each image is one id, which stands for many tokens.
+            answer_tokens: Minimum number of tokens after the prompt.
+
         Raises:
-            ValueError: They are fewer than `answer_tokens`.
+            ValueError: Fewer than `answer_tokens` fit.
         """
         tokens_per_image = self.model.vision_tower.num_tokens
         prompt_tokens = len(prompt) + prompt.count(IMAGE_INDEX) * (tokens_per_image - 1)
@@ -315,17 +339,18 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     def _generate_batch(self, jobs: Sequence[GenerationJob]) -> list[list[str]]:
         """Return `num_return_sequences` texts for each job."""
         results: list[list[str]] = [[] for _ in jobs]
-        # Jobs with the same options are generated together: nearly always all.
+        # `generate` has one set of options for a batch. So group the jobs by their options; usually all are equal.
         groups: dict[GenerationOptions, list[int]] = {}
         prompts: list[list[int]] = []
         pixels: list[torch.Tensor | None] = []
         for number, job in enumerate(jobs):
             turns, pixel_values = self._load(job.source)
             prompt = self.model.prompt.render(turns, None, job.source.name).input_ids
-            room = self._check_room(job.source, prompt, 1)
+            max_new_tokens = self._check_context(job.source, prompt, 1)
             prompts.append(prompt)
             pixels.append(pixel_values)
-            groups.setdefault(_limit_tokens(job.options, room), []).append(number)
+            options = _limit_tokens(job.options, max_new_tokens)
+            groups.setdefault(options, []).append(number)
 
         for options, numbers in groups.items():
             prompts_of_group: list[list[int]] = []
@@ -335,7 +360,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 pixel_values = pixels[number]
                 if pixel_values is not None:
                     images.append(pixel_values)
-            # The model assigns images to placeholders by their order, whatever the number of images of a prompt.
+            # The images of all prompts, in the order of their placeholders.
             all_pixels = torch.cat(images) if images else None
             texts = generate(self.model, prompts_of_group, all_pixels, options)
             for number, answers in zip(numbers, texts):
@@ -345,9 +370,10 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     def _parse_options(
         self, gen_kwargs: Mapping[str, Any], seed: int = 0
     ) -> tuple[GenerationOptions, tuple[str, ...]]:
-        """Convert the options of a task; return them and the texts that end an answer.
+        """Convert the options of a task, and return them with the texts that end an answer.
 
-        As with the models of lmms-eval, answers are sampled if the temperature is above 0 and `do_sample` is not false.
+        Answers are sampled if `do_sample` is true, or if it is missing and the temperature is above 0, as by the
+        models of lmms-eval.
         """
         given = {name: value for name, value in gen_kwargs.items() if value is not None}
         for name in sorted(given.keys() - _KNOWN_OPTIONS):
@@ -411,22 +437,22 @@ def _repeat(job: GenerationJob, times: int) -> GenerationJob:
     return job._replace(options=options)
 
 
-def _limit_tokens(options: GenerationOptions, room: int) -> GenerationOptions:
-    """Lower the number of new tokens to what the context has room for."""
-    if options.max_new_tokens <= room:
+def _limit_tokens(options: GenerationOptions, limit: int) -> GenerationOptions:
+    """Lower the number of new tokens to the number that still fits into the context."""
+    if options.max_new_tokens <= limit:
         return options
-    fewest = min(options.min_new_tokens, room)
-    return replace(options, max_new_tokens=room, min_new_tokens=fewest)
+    fewest = min(options.min_new_tokens, limit)
+    return replace(options, max_new_tokens=limit, min_new_tokens=fewest)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
     """Return the text before the first of the texts that end an answer."""
     for end in until:
-        # Cut at every text in turn: what remains is the part before the first of them.
+        # Each cut can only shorten the text, so the order of the texts does not matter.
         text = text.partition(end)[0]
     return text.strip()
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
-    """Return a function of a document that returns the same for all."""
+    """Return a function that returns this value for every document."""
     return lambda _: value

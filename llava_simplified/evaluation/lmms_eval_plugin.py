@@ -1,7 +1,7 @@
-"""Name the model `llava_simplified` to lmms-eval, which finds this entry point by itself.
+"""The entry point by which lmms-eval finds the model `llava_simplified`.
 
-lmms-eval loads the entry points of all packages whenever it starts, so that this module is light: the model's
-class is in `lmms_eval_model`, which lmms-eval imports if the model is asked for.
+lmms-eval loads the entry points of all installed packages whenever it starts. This module therefore imports
+nothing large. The model's class is in `lmms_eval_model`, which lmms-eval imports only if the model is used.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Evaluation:
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
         counts: How predictions and references were matched, and what was left out.
         text: Length, variety and repetition of the captions; see `text_statistics`.
-        reference_text: The same of the first reference of each image, which are as many texts as one trial has.
+        reference_text: The same statistics of the first reference of each image, for comparison.
     """
 
     num_images: int
@@ -136,7 +136,7 @@ def evaluate(
     """
     _check_samples(samples)
     num_images = len(samples)
-    # The samples hold (images, trials); the metrics work on (trials, images).
+    # Samples are ordered by image and then by trial. Metrics expect (trials, images).
     num_trials = len(samples[0].captions)
     captions: list[list[str]] = [[] for _ in range(num_trials)]
     references: list[list[str]] = []
@@ -184,6 +184,7 @@ def evaluate(
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
+    """Raise ValueError unless all samples have references and equally many captions."""
     if not samples:
         raise ValueError("There are no predictions to evaluate.")
     first = samples[0]
@@ -234,6 +235,7 @@ def _score_each(
 
 
 def _tokenize_all(groups: Iterable[Iterable[str]]) -> list[list[str]]:
+    """Tokenize lists of texts, as the COCO caption server does."""
     return [list(map(tokenize, group)) for group in groups]
 
 
@@ -275,6 +277,7 @@ def _shuffle_captions(captions: list[list[str]], seed: int) -> list[list[str]]:
     """
     num_images = len(captions[0])
     circle = np.random.default_rng(seed).permutation(num_images)
+    # Example: with the circle 2, 0, 1, image 0 gets the captions of 2, image 1 those of 0, and image 2 those of 1.
     source = np.empty(num_images, dtype=int)  # the image whose captions each image gets
     source[circle] = np.roll(circle, 1)
     shuffled = []

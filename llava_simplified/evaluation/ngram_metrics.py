@@ -170,6 +170,7 @@ class _Corpus:
 
 
 def _build_corpus(captions: list[list[str]], references: list[list[str]]) -> _Corpus:
+    """Count the n-grams of all captions and references."""
     caption_words: list[list[str]] = []
     for trial in captions:
         caption_words += [caption.split() for caption in trial]
@@ -284,8 +285,8 @@ def _cider_scores(corpus: _Corpus) -> tuple[np.ndarray, np.ndarray]:
         CIDEr-D(c) = 10 * mean_n  1/m * sum_j  exp(-(l(c) - l(s_j))^2 / (2 sigma^2))
                                                 * min(g(c), g(s_j)) . g(s_j) / (|g(c)| |g(s_j)|)
 
-    The server measures the lengths l in bigrams. It does not divide the counts by the length of the text, as the paper
-    does: the cosine cancels this factor.
+    The COCO caption server measures the lengths l in bigrams. It does not divide the counts by the length of the
+    text, as the paper does: the cosine cancels this factor.
 
     Returns:
         Two arrays (captions,).

@@ -43,7 +43,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row. A COCO result has an image id, and maybe an image name; other rows have references of their own."""
+    """One row. A COCO result has an image id and no references; other rows may contain their own references."""
 
     index: str
     image: str
@@ -79,13 +79,18 @@ class _Reader:
     def __init__(self, path: Path, references: References | None) -> None:
         self.path = path
         self.references = references
+        # By index and image name of the rows.
         self.samples: dict[tuple[str, str], Sample] = {}
+        # By image name and image id: results of `References.find`.
         self.matches: dict[tuple[str, str | None], ReferenceMatch] = {}
+        # The image that has used each set of references, see `_check_first_use`.
         self.image_of_reference: dict[str, str] = {}
-        self.without_references: dict[tuple[str, str], str] = {}  # the first row of each image
+        # Place of the first row of each image without references.
+        self.without_references: dict[tuple[str, str], str] = {}
         self.num_half_surrogates = 0
 
     def add(self, value: object, where: str) -> None:
+        """Add a row. Several rows of an image become one sample with several captions."""
         row = self._parse(value, where)
         key = (row.index, row.image)
         row_references = self._find_references(row, where)
@@ -112,6 +117,7 @@ class _Reader:
         )
 
     def _parse(self, row: object, where: str) -> _Row:
+        """Check a row of either form; raise ValueError if it is not a prediction."""
         if not isinstance(row, dict):
             raise ValueError(
                 f"{where}: a prediction must be a JSON object, got {type(row).__name__}."
@@ -140,6 +146,7 @@ class _Reader:
         )
 
     def _parse_coco_result(self, row: Mapping[str, object], where: str) -> _Row:
+        """Check a row of the form {"image_id", "caption"}."""
         if self.references is None:
             raise ValueError(
                 f"{where}: this is a file of COCO results ('image_id' and 'caption'), which "
@@ -152,7 +159,7 @@ class _Reader:
                 f"{where}: 'image_id' must be a number or a text, but it is {image_id!r}."
             )
         caption = self._read_text(row, "caption", where)
-        # With its name, the report can show the image.
+        # The report needs the image's name to show the image.
         name = self.references.name_of(str(image_id))
         return _Row(str(image_id), name or str(image_id), "", caption, (), str(image_id))
 
@@ -180,9 +187,10 @@ class _Reader:
         return tuple(map(self._replace_half_surrogates, captions))
 
     def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
+        """Return the references of a row: its own ones, or those that match in the file of references."""
         if self.references is None:
             return row.own_references
-        # Most images have several rows, one for each trial.
+        # Look up each image once. With several trials, it has several rows.
         key = (row.image, row.image_id)
         match = self.matches.get(key)
         if match is None:
@@ -195,7 +203,7 @@ class _Reader:
         return match.captions
 
     def _check_first_use(self, match: ReferenceMatch, image: str, where: str) -> None:
-        """Raise a ValueError if another image has got these references: one of the two is not the image they mean."""
+        """Raise ValueError if another image matched the same references, because one of the matches is wrong."""
         if not match.captions:
             return
         first = self.image_of_reference.setdefault(match.key, image)
@@ -212,7 +220,7 @@ class _Reader:
         Raises:
             ValueError: No image has references.
         """
-        # A few images without references are counted; if all are, it is the wrong file.
+        # If some images have no references, count them. If none has any, the file of references is the wrong one.
         if self.without_references and not self.samples:
             where = next(iter(self.without_references.values()))
             _, image = next(iter(self.without_references))
@@ -233,6 +241,7 @@ class _Reader:
         return result
 
     def _describe_matches(self, references: References, result: Predictions) -> None:
+        """Add counts and notes on how references were found, and on those that were not used."""
         num_matched = dict.fromkeys(_RULE_NAMES, 0)
         by_suffix = []
         used = set()
@@ -245,7 +254,7 @@ class _Reader:
                 by_suffix.append(name)
         for rule, count in num_matched.items():
             result.counts[f"references matched by {_RULE_NAMES[rule]}"] = count
-        # An exact match needs no explanation; a match by the end of the path may not be what was meant.
+        # Tell the user about matches by the end of the path, because they could be wrong.
         if by_suffix:
             result.notes.append(
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
@@ -265,6 +274,7 @@ class _Reader:
                 result.notes.append(f"--references: {count} {text}")
 
     def _describe_rest(self, result: Predictions) -> None:
+        """Add counts and notes on images without references, and on repaired texts."""
         missing = len(self.without_references)
         result.counts["predictions without a reference"] = missing
         if missing:
@@ -280,7 +290,7 @@ class _Reader:
             )
 
 
-# How the rules are called in counts.
+# What `counts` calls each rule of `ReferenceMatch`.
 _RULE_NAMES = {
     "exact": "the whole name",
     "suffix": "the end of the path",
@@ -289,6 +299,7 @@ _RULE_NAMES = {
 
 
 def _read_string(row: Mapping[str, object], key: str, where: str) -> str:
+    """Return a string of a row; raise ValueError if it is missing or of another type."""
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(
@@ -306,8 +317,8 @@ def read_sample_images(samples: Sequence[Sample], folder: Path) -> list[bytes]:
     for sample in samples:
         if not sample.image:
             raise ValueError(
-                f"--clip: index {sample.index} has no image, so that it has no CLIPScore. Leave "
-                "out --clip, or evaluate records of text alone in a call of their own."
+                f"--clip: index {sample.index} has no image, so it has no CLIPScore. Leave "
+                "out --clip, or evaluate records without images separately."
             )
     return [read_image_bytes(sample.image, folder) for sample in samples]
 

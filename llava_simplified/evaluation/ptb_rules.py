@@ -11,7 +11,7 @@ How to read a rule:
   match, by which the rule is selected, but it is scanned again afterward.
 - A group named `two` contains two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
 - A group named `quote` is a token whose apostrophes and quotation marks are replaced by ASCII ones.
-- A group named `space` is no token.
+- A group named `space` is not a token.
 - A group named `verbatim` is a token that is not rewritten: its soft hyphens, brackets and entities stay.
 - The order of the rules matters: of two matches with the same length, the first wins.
 """
@@ -146,7 +146,7 @@ def _name_rules() -> list[str]:
     attribute = rf"(?:[A-Za-z][\w:.\-]*(?: *= *{value})?)"
     tag = rf"<(?:[!?][A-Za-z\-][^>\r\n]*|/?[A-Za-z][A-Za-z0-9_:.\-]*(?: +{attribute})* */?) *>"
     not_in_url = r" \t\n\f\r\"<>|"
-    # The last character of a URL is no punctuation mark: "see http://a.org/b."
+    # The last character of a URL is not a punctuation mark: "see http://a.org/b."
     path = rf"(?:/[^{not_in_url}()]+[^{not_in_url}.!?(){{}},\-])?"
     compound = rf"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:{initials}\.|[A-Za-z0-9\xad]+))+"
     slashed = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"

@@ -14,7 +14,7 @@ intended differences are:
 - Each caption is tokenized separately. The original reads all captions as one stream, where the first word of the next
   caption can affect whether a single letter at the end of this one keeps its full stop.
 - All line breaks (also U+000B, U+000C, U+0085, U+2028 and U+2029) are treated as spaces; the original's caller does this
-  only for "\n". In the original, the others start a new caption, so that every later caption is scored against the
+  only for "\n". In the original, the others start a new caption, so every later caption is scored against the
   references of a different image.
 - Half a surrogate pair, which cannot be passed to the original, is dropped, as is every character without a rule.
 - Python converts the tokens to lower case. The tables of Python and Java differ in letters that are newer than one of

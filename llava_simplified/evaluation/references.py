@@ -40,7 +40,7 @@ class References:
         by_name: Captions by image name. They are found by the rule of `data/names.py`.
         by_id: Captions by image id, as text.
         names: The image names by id.
-        counts: Oddities of the file that the captions come from.
+        counts: Problems of the file, by description.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ def read_references(path: Path) -> References:
 
 
 def _read_coco(content: Mapping[str, object], path: Path) -> References:
+    """Read a COCO caption file."""
     by_id: dict[str, list[str]] = {}
     names: dict[str, str] = {}
     num_without_text = 0
@@ -214,6 +215,7 @@ def _check_names(names: Mapping[str, str]) -> None:
 
 
 def _read_records(path: Path) -> References:
+    """Read the responses of a file of records as references."""
     by_name: dict[str, list[str]] = {}
     num_without_image = 0
     num_without_caption = 0

@@ -17,12 +17,12 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
     for names in (stems, folders):
         if len(set(names)) == len(names):
             return names
-    # Neither tells the files apart.
+    # Neither distinguishes the files.
     return list(map(str, paths))
 
 
 def training_steps(names: Sequence[str]) -> list[int] | None:
-    """Return the training steps of a series of checkpoints of one run; None if the names are no such series.
+    """Return the training steps of a series of checkpoints of one run; None if they are not.
 
     The names of a series end with `step-N` or `checkpoint-N`, and are equal before it.
     """
@@ -34,7 +34,7 @@ def training_steps(names: Sequence[str]) -> list[int] | None:
             return None
         prefixes.add(match[1])
         steps.append(int(match[2]))
-    # The checkpoints of two runs are no series, even if their steps differ.
+    # The checkpoints of two runs are not a series, even if their steps differ.
     return steps if len(prefixes) == 1 else None
 
 

@@ -7,7 +7,12 @@ import math
 from pathlib import Path
 
 # Name of the curve in the report, and its key in the rows of the log.
-CURVES = {"training": "loss", "validation": "eval_loss", "CIDEr-D": "eval_cider"}
+CURVES = {
+    "training": "loss",
+    "validation": "eval_loss",
+    "CIDEr-D": "eval_cider",
+    "reward": "reward",
+}
 
 
 def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:

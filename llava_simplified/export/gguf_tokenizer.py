@@ -88,6 +88,7 @@ def vocabulary_settings(model: Llava) -> Metadata:
 
 
 def _read_vocabulary(model: Llava) -> _Vocabulary:
+    """Read a BPE tokenizer; raise ValueError for other kinds."""
     tokenizer: Any = model.tokenizer
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = spec["model"]["type"]

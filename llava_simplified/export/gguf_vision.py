@@ -128,8 +128,8 @@ def _hidden_state_indices(tower: VisionTower) -> list[int]:
 def _num_blocks(tower: VisionTower) -> int:
     """Return the number of blocks to write: those below the selected layer and, if it exists, one more.
 
-    llama.cpp replaces a missing `feature_layer` by the second to last block. With one more block than
-    necessary, that is the right one.
+    If `feature_layer` is missing, llama.cpp uses the second-to-last block. One more block than necessary makes
+    that the selected one.
     """
     deepest = max(_hidden_state_indices(tower))
     return min(deepest + 1, tower.model.config.num_hidden_layers)

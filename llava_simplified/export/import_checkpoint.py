@@ -46,6 +46,8 @@ from transformers import PreTrainedTokenizerBase
 from llava_simplified.data.transforms import load_image_processor, processor_pads_to_square
 from llava_simplified.export.import_check import choose_check_images, compare_with_source
 from llava_simplified.export.stock_check import load_stock_processor
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_module_counts
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
@@ -157,7 +159,7 @@ def import_checkpoint(
 
     Raises:
         ValueError: The format of the source is unknown, weights are missing or unexpected, a required
-            option is missing, or the checkpoint computes something else than the source.
+            option is missing, or the results of the checkpoint differ from those of the source.
         FileExistsError: `output` exists already.
     """
     if output.exists():
@@ -292,6 +294,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_weight_file(path: Path) -> Weights:
+    """Read a file of tensors: safetensors, or a pickle without code."""
     from safetensors.torch import load_file
 
     try:
@@ -475,15 +478,17 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     """Build the model of a source that contains its language model."""
     from transformers import AutoConfig
 
-    settings = dict(source.config.get("text_config", source.config))
-    # Original LLaVA calls its language models "llava_mistral", "llava_llama" or just "llava".
-    model_type = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
-    settings.pop("architectures", None)
-    own_settings = {key: value for key, value in settings.items() if not key.startswith("mm_")}
-    # Build a plain language model from the remaining settings, and load the weights.
-    text_config = AutoConfig.for_model(model_type, **own_settings)
     tokenizer = _load_tokenizer(source)
-    model = build_model(config, language_model=text_config, tokenizer=tokenizer)
+    check_module_counts(source.config, source.path)
+    with blame_file(source.path):
+        settings = dict(source.config.get("text_config", source.config))
+        # Original LLaVA calls its language models "llava_mistral", "llava_llama" or just "llava".
+        model_type = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
+        settings.pop("architectures", None)
+        own_settings = {key: settings[key] for key in settings if not key.startswith("mm_")}
+        # Build a plain language model from the remaining settings, and load the weights.
+        text_config = AutoConfig.for_model(model_type, **own_settings)
+        model = build_model(config, language_model=text_config, tokenizer=tokenizer)
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         # Add the tied weight, which files contain once and a state dict twice.
@@ -553,9 +558,11 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
     """
     from transformers import AutoConfig, AutoModel
 
-    settings = dict(source.config["vision_config"])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    tower = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    check_module_counts(source.config, source.path)
+    with blame_file(source.path):
+        settings = dict(source.config["vision_config"])
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        tower = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     # Match the names without the prefix `vision_model.`, which only some versions and classes use.
     expected_names = {_without_prefix(name): name for name in tower.state_dict()}
     weights = {}

@@ -159,6 +159,7 @@ def _score_row(
 
 
 def _limitations_section(*, has_scores: bool) -> str:
+    """Return the section about the limits of the model."""
     tested = "the scores above" if has_scores else "its validation loss in training"
     return (
         "## Limitations\n\n"

@@ -458,6 +458,7 @@ def _write_processor(
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
+    _remove_automatic_bos(tokenizer)
     image_processor = AutoImageProcessor.from_pretrained(
         str(checkpoint), backend="pil", trust_remote_code=False
     )
@@ -479,6 +480,21 @@ def _write_processor(
     tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_automatic_bos(tokenizer: Any) -> None:
+    """Let a tokenizer add no BOS token to texts, because the chat template of the exported folder writes it.
+
+    `processor.apply_chat_template` would not add a second one. But `processor(text=...)` would, with a text from the
+    template, which is how JoyCaption's users call it.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("x").input_ids[0] != bos:
+        return
+    # Post-processors add special tokens, and adjust offsets, which prompts do not need.
+    tokenizer.backend_tokenizer.post_processor = None
+    if "add_bos_token" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["add_bos_token"] = False
 
 
 def to_stock_image_processor(image_processor: Any, transform: ImageTransform) -> Any:

@@ -237,7 +237,7 @@ def load_stock_processor(folder: Path) -> Any:
         processor.chat_template = processor.chat_template.get("default")
     if not getattr(processor, "patch_size", None):
         raise ValueError(
-            f"{folder}: the processor has no patch_size, so that the number of image tokens is unknown. "
+            f"{folder}: the processor has no patch_size, so the number of image tokens is unknown. "
             'Add "patch_size", "vision_feature_select_strategy" and "num_additional_image_tokens" (1 for '
             "a vision tower with a CLS token) to processor_config.json."
         )

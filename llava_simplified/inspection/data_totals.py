@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from llava_simplified.data.records import Record, Records
+from llava_simplified.data.records import Record, Records, pair_problem
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
 
 
 @dataclass
 class DataTotals:
-    """Totals of some rows. Each response of a row is one example.
+    """Totals of some rows. Each response of a row is one example, and so is each answer of a preference pair.
 
     Attributes:
         prompt: The prompt renderer of training.
@@ -21,6 +21,7 @@ class DataTotals:
         num_rows: Number of rows.
         num_trained: Number of trained tokens.
         num_images: Number of images; an image with several responses is counted once for each.
+        num_pairs: Number of preference pairs.
         lengths: Length of each example, where an image counts as one token, as in `--model_max_length`.
         expanded_lengths: Length of each example in the language model, with all tokens of its images.
         problems: Messages about rows that cannot be trained on.
@@ -31,6 +32,7 @@ class DataTotals:
     num_rows: int = 0
     num_trained: int = 0
     num_images: int = 0
+    num_pairs: int = 0
     lengths: list[int] = field(default_factory=list)
     expanded_lengths: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -45,8 +47,11 @@ class DataTotals:
         # Catch ValueError, which is raised for invalid JSON, invalid records and invalid prompts.
         try:
             record = records[index]
+            problem = "" if record.rejected is None else pair_problem(record)
+            if problem:
+                raise ValueError(problem)
             prefix, branches = self.prompt.render_branches(
-                record.turns, record.responses, record.id
+                record.turns, answers_of(record), record.id
             )
             if not branches:  # valid for captioning, but not for training
                 raise ValueError(f"{record.id}: no response to train on")
@@ -54,6 +59,7 @@ class DataTotals:
             self.problems.append(str(error))
             return None
 
+        self.num_pairs += record.rejected is not None
         # Count each response as an example with its own copy of the prompt. Training may compute the prompt once for
         # all responses (--share_prefix), which changes the cost but not these numbers.
         num_images = prefix.input_ids.count(IMAGE_INDEX)
@@ -71,6 +77,11 @@ class DataTotals:
     def num_tokens(self) -> int:
         """Return the number of tokens in the language model."""
         return sum(self.expanded_lengths)
+
+
+def answers_of(record: Record) -> tuple[str, ...]:
+    """Return the responses of a record, or both answers of a preference pair."""
+    return record.responses if record.rejected is None else (*record.responses, record.rejected)
 
 
 def totals_table(
@@ -103,6 +114,8 @@ def totals_table(
         return f"{totals.num_tokens / max(1, len(totals.lengths)):.1f}"
 
     add_row("rows", lambda totals: f"{totals.num_rows:,}")
+    if scanned.num_pairs or shown.num_pairs:
+        add_row("preference pairs", lambda totals: f"{totals.num_pairs:,}")
     add_row("examples", lambda totals: f"{len(totals.lengths):,}")
     add_row("tokens", lambda totals: f"{totals.num_tokens:,}")
     add_row("  of images", lambda totals: f"{totals.num_images * totals.tokens_per_image:,}")

@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prepare.data_cache import prepare_data
     from llava_simplified.prompt import Prompt
 
+    # Any source is converted to records first, as by `llava train --data`.
     records = Records(open_rows(prepare_data(args.data).records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _vocabulary_problems(prompt: Prompt, name_or_path: str) -> list[str]:
-    """Return a message if tokens have no row in the embedding table of the model, as far as its config is there."""
+    """Return a message if tokens have no row in the model's embedding table; none if its config is not available."""
     from llava_simplified.model.build import check_vocabulary, find_language_model_config
 
     config = find_language_model_config(name_or_path)
@@ -171,7 +172,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
         mm_token_pool=args.mm_token_pool,
         image_aspect_ratio=args.image_aspect_ratio,
     )
-    # On "meta" the tower is built from its config alone: its weights are not read.
+    # On the device "meta", the tower is built from its config, without reading its weights.
     tower = build_vision_tower(config, device="meta")
     return tower.num_tokens
 
@@ -183,6 +184,7 @@ def _show_samples(
     totals: DataTotals,
     args: argparse.Namespace,
 ) -> None:
+    """Print the first samples, and the sizes of their images if there is an image folder."""
     for index in range(min(args.count, len(records))):
         record = totals.add(records, index)
         if record is None:  # the problem is printed at the end
@@ -207,6 +209,7 @@ def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
 
 
 def _print_problems(console: Console, problems: list[str]) -> None:
+    """Print the first problems, and the number of the others."""
     from rich.text import Text
 
     # Print Text instead of str, because rich would interpret "[red]" in a caption as markup.

@@ -37,17 +37,12 @@ class SampleView:
         self._tokens_per_image = tokens_per_image
 
     def render(self, record: Record) -> Iterator[Text | Table]:
-        """Yield a heading, the tokens of the first example of a record, and its length."""
+        """Yield a heading, the tokens of the first example of a record, and its length.
+
+        Of a preference pair, the tokens of the rejected answer follow.
+        """
         input_ids, labels = self._prompt.render(record.turns, record.responses[0], record.id)
-        table = Table(
-            "position",
-            "token",
-            "id",
-            "trained",
-            box=None,
-            header_style="bold",
-            padding=(0, 2, 0, 0),
-        )
+        table = _token_table()
         # Count positions of the language model, where an image has many; `input_ids` has one entry per image.
         position = 0
         for token, label in zip(input_ids, labels):
@@ -69,18 +64,39 @@ class SampleView:
         alternatives = ""
         if len(record.responses) > 1:
             alternatives = f" (the first of {len(record.responses)} responses)"
+        if record.rejected is not None:
+            alternatives = " (a preference pair, the chosen answer first)"
         images = ", ".join(record.images) or "no image"
         heading = escape_control_characters(f"{record.id}{alternatives}  {images}")
         yield Text(heading, "bold")
         yield table
         share = num_trained / position
         yield Text(f"{position} tokens, {num_trained} trained ({share:.0%})\n")
+        if record.rejected is not None:
+            yield from self._render_rejected(record)
+
+    def _render_rejected(self, record: Record) -> Iterator[Text | Table]:
+        """Yield the tokens of the rejected answer, which follows the same prompt."""
+        rejected = record.rejected or ""
+        prefix, [answer] = self._prompt.render_branches(record.turns, [rejected], record.id)
+        position = len(prefix.input_ids)
+        if self._tokens_per_image:
+            position += prefix.input_ids.count(IMAGE_INDEX) * (self._tokens_per_image - 1)
+        table = _token_table()
+        for number, token in enumerate(answer, start=position):
+            row = (str(number), Text(self.token_text(token)), str(token), "rejected")
+            table.add_row(*row, style="bold red")
+        yield Text("the rejected answer, after the same prompt", "bold")
+        yield table
+        yield Text(f"{len(answer)} tokens\n")
 
     def _add_image(self, table: Table, position: int) -> int:
         """Add the table row of an image, and return its number of positions."""
         # Count an image as one token if the vision tower is unknown.
         count = self._tokens_per_image or 1
-        positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
+        positions = str(position)
+        if count > 1:
+            positions = f"{position}-{position + count - 1}"
         # Show the token that the chat template writes in the place of the image, if it writes one.
         name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
@@ -119,9 +135,22 @@ class SampleView:
         return lines, problems
 
 
+def _token_table() -> Table:
+    return Table(
+        "position",
+        "token",
+        "id",
+        "trained",
+        box=None,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
+
+
 def _make_visible(text: str) -> str:
-    """Escape every character that cannot be seen: also line breaks, joiners and other spaces, unlike
-    `escape_control_characters`, which keeps texts readable.
+    """Escape every character that cannot be seen, such as line breaks, joiners and unusual spaces.
+
+    `escape_control_characters` keeps these, so that texts stay readable.
     """
     # Escape single characters, so that emoji and letters of all scripts are preserved.
     characters = []

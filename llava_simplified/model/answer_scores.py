@@ -1,8 +1,8 @@
-"""Log-likelihoods of given answers, with one forward for all answers to a question.
+"""Log-likelihoods of given answers, with one forward pass for all answers to a question.
 
-Benchmarks of multiple choice compare the log-likelihoods of their choices. Image and question are the same
-for all of them, and much longer than a choice. They are computed once, and each choice is a branch that
-continues them, exactly as several captions of one image are trained (see language_model.py):
+Multiple-choice benchmarks compare the log-likelihoods of the choices. All choices share the image and the
+question, which are much longer than a choice. So image and question are computed once, and each choice is
+a branch that continues them, just as several captions of one image are trained (see language_model.py):
 
     tokens           <s>  img  img  Which  ?  |  a   cat  |  two  dogs
     branch_ids        0    0    0     0    0  |  1    1   |   2    2
@@ -48,7 +48,7 @@ class AnswerScore(NamedTuple):
 
     Attributes:
         log_likelihood: Sum of the log-probabilities of its tokens, given prompt and images.
-        is_greedy: Whether greedy search would generate exactly these tokens first.
+        is_greedy: Whether greedy search would generate an answer that begins with exactly these tokens.
     """
 
     log_likelihood: float
@@ -64,7 +64,7 @@ def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[Answ
 
     Args:
         model: The model.
-        questions: At most as many as fit into memory at a time: each is one sequence of a batch.
+        questions: A batch that fits into memory: each question is one sequence.
 
     Returns:
         For each question one score per answer.
@@ -75,13 +75,18 @@ def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[Answ
 
     scores: list[AnswerScore] = []
     with eval_mode(model):
-        # Splitting a question makes more sequences than questions. Process no more at a time than the
-        # caller asked for.
+        # A question with many answers is split into several sequences. Still process no more sequences at
+        # a time than the caller passed questions.
         for start in range(0, len(examples), len(questions)):
             scores += _score_examples(model, examples[start : start + len(questions)])
     # The scores are in the order of the answers. Cut them into one list per question.
-    remaining = iter(scores)
-    return [[next(remaining) for _ in question.answers] for question in questions]
+    by_question: list[list[AnswerScore]] = []
+    start = 0
+    for question in questions:
+        end = start + len(question.answers)
+        by_question.append(scores[start:end])
+        start = end
+    return by_question
 
 
 def _encode_questions(model: Llava, questions: Sequence[Question]) -> list[torch.Tensor | None]:
@@ -89,6 +94,7 @@ def _encode_questions(model: Llava, questions: Sequence[Question]) -> list[torch
     pixels = [question.pixel_values for question in questions if question.pixel_values is not None]
     if not pixels:
         return [None] * len(questions)
+    # Encode the images of all questions together. Then cut the result into one tensor per question.
     remaining = encode_images(model, torch.cat(pixels))
     features: list[torch.Tensor | None] = []
     for question in questions:
@@ -104,22 +110,25 @@ def _encode_questions(model: Llava, questions: Sequence[Question]) -> list[torch
 def _make_examples(
     model: Llava, question: Question, features: torch.Tensor | None
 ) -> Iterator[Example]:
-    """Yield the sequences of a question: one, unless the answers are too long together."""
+    """Yield the sequences of a question: one, unless its answers exceed `MAX_ANSWER_TOKENS`."""
+    # A limit of 0 tokens puts each answer into a sequence of its own.
     limit = MAX_ANSWER_TOKENS if supports_shared_prompts(model.language_model) else 0
-    together: list[list[int]] = []
+    group: list[list[int]] = []
+    num_tokens = 0
     for answer in question.answers:
-        if together and sum(map(len, together)) + len(answer) > limit:
-            yield _make_example(question.prompt, together, features)
-            together = []
-        together.append(answer)
-    if together:
-        yield _make_example(question.prompt, together, features)
+        if group and num_tokens + len(answer) > limit:
+            yield _make_example(question.prompt, group, features)
+            group, num_tokens = [], 0
+        group.append(answer)
+        num_tokens += len(answer)
+    if group:
+        yield _make_example(question.prompt, group, features)
 
 
 def _make_example(
     prompt: list[int], answers: list[list[int]], features: torch.Tensor | None
 ) -> Example:
-    """Return an example in which the answers are "trained", so that their logits are computed."""
+    """Return an example whose labels are the answers: the model computes logits where there are labels."""
     input_ids = list(prompt)
     labels = [IGNORE_INDEX] * len(prompt)
     branches = [0] * len(prompt)
@@ -131,7 +140,7 @@ def _make_example(
         input_ids,
         labels,
         image_features=features,
-        # One answer needs no branches, and then every kind of model accepts it.
+        # A single answer needs no branches. Without them, every kind of language model accepts the example.
         branches=branches if len(answers) > 1 else None,
     )
 
@@ -146,27 +155,31 @@ def _score_examples(model: Llava, examples: Sequence[Example]) -> list[AnswerSco
     logits = model(**tensors).logits
     labels = tensors["labels"]
 
-    # log(softmax(logits))[label], without a second tensor of the size of the logits. bfloat16 would lose
-    # the differences between similar answers.
+    # Compute log(softmax(logits))[label] as logits[label] - logsumexp(logits), which needs no second tensor
+    # of the size of the logits. In bfloat16, similar answers would get equal scores.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     label_logits = logits.gather(1, labels[:, None])[:, 0]
     log_probabilities = (label_logits - logits.logsumexp(1)).cpu().double()
     is_argmax = (logits.argmax(1) == labels).cpu()
 
+    # The model returns the labeled positions of all sequences in one row. Cut it into answers.
     lengths: list[int] = []
     for example in examples:
         lengths += _answer_lengths(example)
-    return [
-        AnswerScore(log_probability.sum().item(), bool(greedy.all()))
-        for log_probability, greedy in zip(
-            log_probabilities.split(lengths), is_argmax.split(lengths)
+    scores: list[AnswerScore] = []
+    for token_scores, matches in zip(log_probabilities.split(lengths), is_argmax.split(lengths)):
+        score = AnswerScore(
+            log_likelihood=token_scores.sum().item(),
+            is_greedy=bool(matches.all()),
         )
-    ]
+        scores.append(score)
+    return scores
 
 
 def _answer_lengths(example: Example) -> list[int]:
     """Return the number of tokens of each answer of an example."""
     if example.branches is None:
         return [sum(label != IGNORE_INDEX for label in example.labels)]
-    numbers = torch.tensor(example.branches)
-    return numbers.bincount()[1:].tolist()
+    # Count the tokens of each branch. Branch 0 is the prompt.
+    counts = torch.tensor(example.branches).bincount()
+    return counts[1:].tolist()

@@ -27,7 +27,7 @@ from transformers.utils import is_bitsandbytes_available
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.extras import install_command
 from llava_simplified.foreign_files import blame_file
-from llava_simplified.hub import check_model_name
+from llava_simplified.hub import check_model_config, check_model_name
 from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
@@ -93,7 +93,7 @@ def build_model(
             text = load_language_model(
                 str(source), dtype, config.bits, attn_implementation, trust_remote_code
             )
-        # Not `config.hidden_size`: some families (OPT) embed tokens in another width.
+        # Do not use `config.hidden_size`: in some families (OPT), token embeddings have another width.
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
     if tokenizer is None:
@@ -158,6 +158,7 @@ def load_language_model(
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
         options["quantization_config"] = quantization(bits, dtype)
+    check_model_config(name_or_path)
     with blame_file(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -166,7 +167,7 @@ def load_language_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    # Transformers would draw missing weights at random, with no more than a warning.
+    # Transformers initializes missing weights at random and only warns. Raise an error instead.
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
     for module in language_model.modules():
@@ -195,7 +196,7 @@ def load_tokenizer(
     """
     check_model_name(name_or_path)
     try:
-        # Without a value, Transformers asks on the terminal whether to run code.
+        # Pass a value for `trust_remote_code`: without one, Transformers asks on the terminal.
         with blame_file(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(
                 name_or_path, trust_remote_code=trust_remote_code, **options
@@ -209,7 +210,7 @@ def load_tokenizer(
         raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token, so that no caption would "
+            f"{name_or_path}: the tokenizer has no end-of-sequence token, so no caption would "
             "ever end; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
@@ -226,7 +227,7 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
         name: Name of the model, for the message.
 
     Raises:
-        ValueError: The tokenizer is wider than the table. The message names the first such token.
+        ValueError: A token has no row. The message names the first one.
     """
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if rows is None:
@@ -278,7 +279,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(
             f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
-    # Transformers' module imports bitsandbytes, which takes seconds.
+    # Check the backend last: the check imports bitsandbytes, which takes seconds.
     if not integrations.validate_bnb_backend_availability():
         raise ValueError(
             f"--bits {bits}: bitsandbytes does not support the devices of this machine; "
@@ -297,7 +298,9 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 def _load_transformers_config(
     name_or_path: str, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
+    """Load a model's config.json; raise ValueError if it cannot be read."""
     check_model_name(name_or_path)
+    check_model_config(name_or_path)
     try:
         with blame_file(name_or_path):
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

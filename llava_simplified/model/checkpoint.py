@@ -34,7 +34,7 @@ from transformers.utils import cached_file
 
 from llava_simplified import __version__
 from llava_simplified.foreign_files import blame_file, read_json_object, shorten
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.jobs import rename_folder, use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -80,8 +80,8 @@ def save_checkpoint(
     """Write the weights of all trained parts, and the names and digests of the frozen ones.
 
     The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
-    exists (an output folder with logs in it), the files are moved into it, `llava.json` last, so that
-    an interrupted move does not leave something that looks like a checkpoint.
+    exists (an output folder with logs in it), the files are moved into it, `llava.json` last. Without
+    that file, a folder is not a checkpoint, so an interrupted move leaves no incomplete checkpoint.
 
     Args:
         model: The model.
@@ -101,7 +101,7 @@ def save_checkpoint(
     temporary = _temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # Names begin with the attribute of `Llava` that holds the part: "projector.", "language_model.", ...
+    # Names begin with the attribute of `Llava` that contains the part: "projector.", "language_model.", ...
     weights = dict(model.state_dict() if state_dict is None else state_dict)
 
     save_file(
@@ -206,6 +206,7 @@ def load_checkpoint(
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    # What the caller passed, for `_blame_config`.
     chosen = [name for name in (model_base, vision_tower, attn_implementation) if name]
     if bits:
         chosen.append(f"--bits {bits}")
@@ -249,12 +250,12 @@ def load_checkpoint(
 
 @contextmanager
 def _blame_config(folder: Path, chosen: Sequence[str]) -> Iterator[None]:
-    """Name `llava.json` in the error that a value in it causes, such as the path of a model that has moved.
+    """Add `llava.json` to an error that one of its values causes, such as the path of a model that has moved.
 
     Args:
         folder: The checkpoint.
-        chosen: What the caller has given instead of the values in the file. Errors that name one of
-            these, or a file of the checkpoint, stay as they are.
+        chosen: Values that the caller passed instead of those in the file. Errors that contain one of
+            these, or a file of the checkpoint, are not changed.
     """
     try:
         yield
@@ -316,14 +317,14 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (list,),
     "fan_in_fan_out": (bool,),
     "task_type": (str, type(None)),
-    # Of imported adapters.
+    # These differ from the default in imported adapters, and with --lora_options.
     "use_rslora": (bool,),
     "use_dora": (bool,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "modules_to_save": (list, type(None)),
 }
-# Of `rank_pattern` and `alpha_pattern`: PEFT compares each entry with each module.
+# Maximum number of entries in `rank_pattern` and `alpha_pattern`, because PEFT compares each entry with each module.
 _MAX_PATTERNS = 1000
 # Entries that describe where the adapter comes from.
 _ADAPTER_ORIGIN = (
@@ -349,7 +350,7 @@ def read_adapter_config(
         folder: The folder of the adapter.
         accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
         pissa: The entry "pissa" of `llava.json`: values of the trained adapter, which replace those of the
-            adapter of twice the rank.
+            joined adapter (see pissa.py).
 
     Raises:
         ValueError: The file is missing or invalid, or requires something that this package does not write.
@@ -369,6 +370,7 @@ def read_adapter_config(
         )
     if pissa is not None:
         stored = {**stored, **pissa}
+    # Use the known entries. Ignore unknown ones with their default value, and refuse others.
     defaults = LoraConfig().to_dict()
     used: dict[str, Any] = {}
     for name, value in stored.items():
@@ -376,6 +378,7 @@ def read_adapter_config(
             types = _ADAPTER_TYPES[name]
             if name == "target_modules" and accept_pattern:
                 types = (list, str)
+            # `isinstance(True, int)` is true in Python.
             is_bool = isinstance(value, bool) and bool not in types
             if is_bool or not isinstance(value, types):
                 raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
@@ -416,6 +419,7 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
 def _save_adapter(
     model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
 ) -> None:
+    """Write an adapter in PEFT's format. One that was initialized by PiSSA becomes a joined adapter."""
     # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
     # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
@@ -453,8 +457,8 @@ def _read_pissa_entries(checkpoint_config: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that decide over the weights."""
-    # Not from the metadata of an installation: a checkout that is not installed has none.
+    """Return the versions of this package and of the libraries that affect the weights."""
+    # Do not read the package's own version from metadata: a checkout that is not installed has none.
     versions = {"llava-simplified": __version__}
     for name in _LIBRARIES:
         versions[name] = importlib.metadata.version(name)
@@ -462,6 +466,7 @@ def _versions() -> dict[str, str]:
 
 
 def _temporary_folder(folder: Path) -> Path:
+    """Return the path of the folder in which a checkpoint is written before it is renamed."""
     # Put it next to the target, since a rename is atomic only within one file system.
     return folder.with_name(f".{folder.name}.part{os.getpid()}")
 
@@ -470,10 +475,10 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder; or move its entries into a folder that exists."""
     use_default_permissions(temporary)
     if not folder.exists():
-        temporary.rename(folder)
+        rename_folder(temporary, folder)
         return
-    # Delete the old llava.json first: without it, a folder with a mix of old and new files (after a
-    # crash) is not taken for a checkpoint. The new one is moved last.
+    # Delete the old llava.json first, and move the new one last. After a crash in between, the folder
+    # contains old and new files, but without llava.json it does not count as a checkpoint.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
         target = folder / entry.name
@@ -488,11 +493,12 @@ def _load_trained_part(
 ) -> None:
     """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
+        # If there is no stored adapter, the fresh one stays; see `load_trained_weights`.
         if adapter.is_dir():
             _load_adapter(part, adapter, pissa)
         return
     model_class: Any = type(part)
-    # Through Transformers, since names in the file may differ from those in memory.
+    # Let Transformers load the file, because names in the file may differ from those in memory.
     with blame_file(full):
         stored, loading_info = model_class.from_pretrained(
             full, dtype=part.dtype, output_loading_info=True, trust_remote_code=False
@@ -511,7 +517,7 @@ def _with_adapter(
     with blame_file(folder / "adapter_config.json"):
         adapted = get_peft_model(model, config)
     if pissa is not None:
-        # Only now: PEFT would decompose the weights once more.
+        # Set this only after PEFT has created the adapter, or it would decompose the weights again.
         current: Any = adapted.peft_config["default"]
         current.init_lora_weights = "pissa"
     _load_adapter(adapted, folder, pissa)
@@ -548,9 +554,9 @@ def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | Non
 def _check_same_adapter(
     folder: Path, current: LoraConfig, stored: LoraConfig, is_pissa: bool
 ) -> None:
-    """Raise ValueError if a stored adapter would compute something else in the adapter of this run.
+    """Raise ValueError if a stored adapter does not fit the settings of this run's adapter.
 
-    Another rank would fail with a message about shapes, another scale would not fail at all.
+    Without this check, a different rank would raise an error about shapes, and a different scale none at all.
     """
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
@@ -564,8 +570,11 @@ def _check_same_adapter(
                 f"{name} in --lora_options"
             )
     if wants_pissa(current) != is_pissa:
-        method = "pissa" if is_pissa else True
+        method: str | bool = True
+        was = "was not"
+        if is_pissa:
+            method, was = "pissa", "was"
         entry = json.dumps({"init_lora_weights": method})
         raise ValueError(
-            f"{folder}: the adapter was {'' if is_pissa else 'not '}initialized by PiSSA; pass --lora_options '{entry}'"
+            f"{folder}: the adapter {was} initialized by PiSSA; pass --lora_options '{entry}'"
         )

@@ -7,14 +7,14 @@ four copies of the logits besides:
     logits bfloat16 -> float32 -> log-probabilities float32       forward
     gradient bfloat16 <- float32 <- gradient float32              backward
 
-Here float32 exists for one chunk of rows at a time. Saved for backward are the logits and one number per
-row, from which the gradient is computed again:
+Here, only one chunk of rows exists in float32 at a time. The forward pass saves the logits and one number
+per row, logsumexp(logits). The backward pass computes the gradient from them:
 
     loss of a row = logsumexp(logits) - logits[label]
     its gradient  = softmax(logits) - onehot(label)
 
-Fewer passes over memory are faster too, on a GPU and on a CPU. The technique is that of Liger's and
-Apple's fused losses, without a kernel of our own.
+It is also faster, on GPUs and on CPUs, because it reads and writes less memory. Liger's and Apple's fused
+losses (kernels for GPUs) use the same technique.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-# Logits (rows x vocabulary) of a chunk: 64 MB in float32. Smaller batches are one chunk.
+# Maximum number of logits (rows x vocabulary) in a chunk: 64 MB in float32.
 CHUNK_SIZE = 1 << 24
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy of each row, in float32 at least: minus the log-probability of its label.
-
-    A softmax over a large vocabulary loses too much precision in bfloat16.
+    """Return the cross entropy of each row, which is minus the log-probability of its label.
 
     Args:
         logits: (rows, vocabulary).
         labels: int64 (rows,).
 
     Returns:
-        (rows,)
+        (rows,), float32 or float64: bfloat16 is too imprecise for a softmax over a large vocabulary.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() <= CHUNK_SIZE:
@@ -48,7 +46,7 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """See the module's docstring."""
+    """The cross entropy of each row, computed in chunks of rows (see the module's docstring)."""
 
     @staticmethod
     def forward(
@@ -58,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows_per_chunk: int,
     ) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        # The logarithm of the sum of exponentials of each row.
+        # logsumexp(logits) of each row.
         normalizers = logits.new_empty(len(logits), 1, dtype=dtype)
         losses = logits.new_empty(len(logits), dtype=dtype)
         for start in range(0, len(logits), rows_per_chunk):
@@ -79,11 +77,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(logits), ctx.rows_per_chunk):
             rows = slice(start, start + ctx.rows_per_chunk)
             chunk = logits[rows].to(normalizers.dtype)
-            # This is a new tensor. Continue in place, because each operation would need another one.
+            # exp(logits - logsumexp(logits)) is the softmax. Compute it in place, without another tensor.
             grad = chunk - normalizers[rows]
-            grad.exp_()  # softmax
+            grad.exp_()
+            # Subtract the one-hot label.
             minus_one = grad.new_full((len(grad), 1), -1.0)
             grad.scatter_add_(1, labels[rows, None], minus_one)
-            # Rounded to the data type of the logits only here.
+            # The assignment rounds to the data type of the logits.
             grad_logits[rows] = grad.mul_(grad_losses[rows, None])
         return grad_logits, None, None

@@ -150,7 +150,7 @@ class TrainedParts:
         trained_tower = checkpoint_config.get("trained_tower", "off")
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
-        # Lists, for example, are no keys of a dict.
+        # Check the type first: a list, for example, cannot be looked up in a dict.
         is_text = isinstance(trained, str) and isinstance(trained_tower, str)
         if not is_text or trained not in language_model or trained_tower not in vision_tower:
             raise ValueError(

@@ -52,6 +52,7 @@ from llava_simplified.model.language_model import (
     lm_head_at_positions,
     without_peft,
 )
+from llava_simplified.model.loop_guard import is_looping
 from llava_simplified.model.protocols import CaptionModel, CausalLM
 from llava_simplified.model.sampling import draw, process_logits, prompt_hashes, random_numbers
 from llava_simplified.model.static_decoding import (
@@ -78,7 +79,8 @@ class DecodingBatch:
         batch.generated_ids  # {0: [312, 78, 2], 1: ...}
 
     A sequence keeps its id for the lifetime of the batch. Its row in the batch changes when others
-    leave.
+    leave. Sequences of one prompt that have generated the same tokens share a row: the model computes
+    it once, and each of them chooses its own next token.
 
     Args:
         model: The model, in evaluation mode (see `eval_mode`).
@@ -94,7 +96,7 @@ class DecodingBatch:
         generated_ids: Sequence id -> token ids of the answer, of finished sequences too: those of
             `GenerationOptions.start_with`, and then the generated ones. Long-running callers must delete
             the entries of sequences that they are done with.
-        active: Ids of the sequences that are not finished, by row.
+        active: Ids of the sequences that are not finished.
         errors: Sequence id -> the exception that prevented choosing a token. Such a sequence
             is finished; others continue.
     """
@@ -112,17 +114,19 @@ class DecodingBatch:
         self.active: list[int] = []
         self.errors: dict[int, Exception] = {}
         self._new_ids = count()
-        # The state of a batch of three active sequences, before a step:
+        # The state of a batch of four active sequences, before a step. Two of them are samples of one
+        # prompt that have not generated different tokens yet:
         #
-        #                   columns of the KV cache     _mask               _next_positions  _logits
-        #     row 0  id 4   . . a a a a a a             0 0 1 1 1 1 1 1     6                (3, vocab)
-        #     row 1  id 7   . . . b b b b b             0 0 0 1 1 1 1 1     5
-        #     row 2  id 8   . . . . . d d d             0 0 0 0 0 1 1 1     3
+        #                      columns of the KV cache     _mask               _next_positions  _logits
+        #     row 0  id 4      . . a a a a a a             0 0 1 1 1 1 1 1     6                (3, vocab)
+        #     row 1  id 7, 8   . . . b b b b b             0 0 0 1 1 1 1 1     5
+        #     row 2  id 9      . . . . . d d d             0 0 0 0 0 1 1 1     3
         #
         # Active sequences only, by id:
         self._options: dict[int, GenerationOptions] = {}
         self._random_numbers: dict[int, Iterator[float]] = {}
         self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
+        self._row_of: list[int] = []  # the row of each active sequence
         # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
@@ -174,6 +178,7 @@ class DecodingBatch:
         columns = mask.shape[1]
         self.leave_static_buffers()
         if self.active:
+            self._arrange_rows(list(dict.fromkeys(self._row_of)))
             longest = self._mask.sum(1).max()
             columns = max(columns, int(longest))
         if self.model.device.type == "cpu":
@@ -184,18 +189,8 @@ class DecodingBatch:
         set_cache_length(cache, columns)
         mask = pad_tensor(mask, (columns - mask.shape[1], 0))
 
-        # One row per sequence instead of one per prompt.
-        copies = [option.num_return_sequences for option in options]
-        device = self.model.device
-        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
-        prompt_of_row = to_device(prompt_of_row, device)
-        if len(prompt_of_row) > len(prompts):
-            cache.reorder_cache(prompt_of_row)
-        mask = mask[prompt_of_row]
-        next_positions = next_positions[prompt_of_row]
-        logits = logits[prompt_of_row]
-
         # Keep the old rows first, so that a join does not change the row of an active sequence.
+        first_row = len(self._logits) if self.active else 0
         if self.active:
             set_cache_length(self._cache, columns)
             append_cache_rows(self._cache, cache)
@@ -211,7 +206,9 @@ class DecodingBatch:
             self._logits = logits
 
         joined: list[int] = []
-        for option, start, prompt_hash in zip(options, starts, hashes or [b""] * len(prompts)):
+        hashes = hashes or [b""] * len(prompts)
+        for row, (option, start, prompt_hash) in enumerate(zip(options, starts, hashes), first_row):
+            self._row_of += [row] * option.num_return_sequences
             for sample in range(option.num_return_sequences):
                 sequence_id = next(self._new_ids)
                 joined.append(sequence_id)
@@ -239,23 +236,31 @@ class DecodingBatch:
         tokens = self._choose_tokens()
         generated: list[tuple[int, int]] = []
         stop_ids = set(self.model.prompt.stop_ids)
-        rows_to_keep: list[int] = []
-        for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
+        remaining: list[int] = []
+        for position, (sequence_id, token) in enumerate(zip(self.active, tokens)):
             if token is None:
                 self.errors.setdefault(sequence_id, FloatingPointError(NOT_FINITE))
                 continue
             generated.append((sequence_id, token))
-            ids = self.generated_ids[sequence_id]
-            ids.append(token)
-            num_generated = len(ids) - self._num_forced[sequence_id]
-            is_full = num_generated >= self._options[sequence_id].max_new_tokens
-            if token not in stop_ids and not is_full:
-                rows_to_keep.append(row)
+            self.generated_ids[sequence_id].append(token)
+            if token not in stop_ids and not self._is_complete(sequence_id):
+                remaining.append(position)
         # Remove finished sequences before the next forward, so that it computes nothing for them.
-        self._keep_rows(rows_to_keep)
+        self._keep(remaining)
         if self.active:
             self._decode()
         return generated
+
+    def _is_complete(self, sequence_id: int) -> bool:
+        """Return whether a sequence ends without an end token: it has all its tokens, or repeats itself."""
+        ids = self.generated_ids[sequence_id]
+        options = self._options[sequence_id]
+        num_generated = len(ids) - self._num_forced[sequence_id]
+        if num_generated >= options.max_new_tokens:
+            return True
+        if not options.loop_guard or num_generated < options.min_new_tokens:
+            return False
+        return is_looping(self.model.prompt, ids, options.loop_guard)
 
     def raise_errors(self) -> None:
         """Raise the first of `errors`, for callers to whom the failure of one sequence is fatal.
@@ -270,9 +275,9 @@ class DecodingBatch:
     def cancel(self, sequence_id: int) -> None:
         """Finish a sequence now. Has no effect on one that is finished already."""
         if sequence_id in self.active:
-            row = self.active.index(sequence_id)
-            others = [other for other in range(len(self.active)) if other != row]
-            self._keep_rows(others)
+            position = self.active.index(sequence_id)
+            others = [other for other in range(len(self.active)) if other != position]
+            self._keep(others)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], image_features: torch.Tensor | None
@@ -308,7 +313,8 @@ class DecodingBatch:
         newest = [self.generated_ids[sequence_id][-1] for sequence_id in self.active]
         if self._decode_in_static_buffers(newest):
             return
-        new_column = self._mask.new_ones(len(self.active), 1)
+        newest = self._split_rows(newest)
+        new_column = self._mask.new_ones(len(newest), 1)
         self._mask = torch.cat([self._mask, new_column], dim=1)
         # A pure state-space model (Mamba) caches no columns, so there is nothing to mask.
         attention_mask = self._mask if has_key_value_columns(self._cache) else None
@@ -322,6 +328,46 @@ class DecodingBatch:
         self._logits = outputs.logits[:, -1]
         self._next_positions = self._next_positions + 1
 
+    # Three samples of one prompt, "a", "a" and "my", before and after a step:
+    #
+    #     row 0  id 7, 8, 9   . p p p         row 0  id 7, 8   . p p p  a
+    #                                    ->   row 1  id 9      . p p p  my
+    #
+    # On a CPU, the time of a step is nearly proportional to its rows, and samples of a model that is
+    # certain begin alike. On a GPU it would make no difference, and buffers have a fixed number of rows.
+    def _split_rows(self, newest: Sequence[int]) -> list[int]:
+        """Give sequences of one row that have chosen different tokens rows of their own.
+
+        Args:
+            newest: The newest token of each active sequence.
+
+        Returns:
+            The newest token of each row.
+        """
+        choices = list(zip(self._row_of, newest))
+        distinct = {choice: row for row, choice in enumerate(dict.fromkeys(choices))}
+        self._arrange_rows([row for row, _ in distinct], keep_logits=False)
+        self._row_of = [distinct[choice] for choice in choices]
+        return [token for _, token in distinct]
+
+    def _arrange_rows(self, rows: Sequence[int], keep_logits: bool = True) -> None:
+        """Select rows, in this order; a row may occur several times.
+
+        Args:
+            rows: Numbers of the current rows.
+            keep_logits: False if the next step computes them anyway.
+        """
+        if list(rows) == list(range(len(self._mask))):
+            return
+        index = to_device(torch.tensor(rows, dtype=torch.long), self.model.device)
+        self._mask = self._mask[index]
+        self._next_positions = self._next_positions[index]
+        self._cache.reorder_cache(index)
+        if keep_logits:
+            self._logits = self._logits[index]
+            new_row = {row: position for position, row in enumerate(rows)}
+            self._row_of = [new_row[row] for row in self._row_of]
+
     # ---- the same on a GPU ----
 
     def _decode_in_static_buffers(self, newest: list[int]) -> bool:
@@ -333,6 +379,9 @@ class DecodingBatch:
             self.leave_static_buffers()
         try:
             if not decoder.is_loaded(self):
+                # The buffers have a row for each sequence.
+                self._arrange_rows(self._row_of, keep_logits=False)
+                self._row_of = list(range(len(self.active)))
                 state = DecodingState(self._cache, self._mask, self._next_positions)
                 decoder.load(self, state, self._most_remaining_tokens())
                 self._cache = None
@@ -362,27 +411,29 @@ class DecodingBatch:
             remaining.append(self._options[sequence_id].max_new_tokens - generated)
         return max(remaining)
 
-    def _keep_rows(self, rows: list[int]) -> None:
-        """Remove all other rows from the batch."""
-        if len(rows) == len(self.active):
+    def _keep(self, positions: list[int]) -> None:
+        """Remove all other sequences from the batch.
+
+        Args:
+            positions: Indices into `active`.
+        """
+        if len(positions) == len(self.active):
             return
         before = self.active
-        self.active = [before[row] for row in rows]
+        self.active = [before[position] for position in positions]
         for sequence_id in set(before) - set(self.active):
             del self._options[sequence_id]
             del self._num_forced[sequence_id]
             self._random_numbers.pop(sequence_id, None)
-        index = to_device(torch.tensor(rows, dtype=torch.long), self.model.device)
-        self._logits = self._logits[index]
+        self._row_of = [self._row_of[position] for position in positions]
         if self._static_decoder is not None and self._static_decoder.is_loaded(self):
-            self._static_decoder.keep_rows(rows)
-            return
-        self._mask = self._mask[index]
-        self._next_positions = self._next_positions[index]
-        if self.active:
-            self._cache.reorder_cache(index)
-        else:
+            index = to_device(torch.tensor(positions, dtype=torch.long), self.model.device)
+            self._logits = self._logits[index]
+            self._row_of = list(range(len(positions)))
+            self._static_decoder.keep_rows(positions)
+        elif not self.active:
             self._cache = None  # Frees its memory.
+        # Rows of finished sequences are removed by the next step, together with splitting others.
 
     def _choose_tokens(self) -> list[int | None]:
         """Return the next token of every active sequence, chosen under its own options.
@@ -393,52 +444,60 @@ class DecodingBatch:
         # Sequences with equal options and lengths are processed together, which is all of them in
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
-        for row, sequence_id in enumerate(self.active):
-            group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
-            groups.setdefault(group, []).append(row)
+        for position, sequence_id in enumerate(self.active):
+            key = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
+            groups.setdefault(key, []).append(position)
 
         order: list[int] = []
         tokens: list[torch.Tensor] = []
-        for (options, _), rows in groups.items():
+        for (options, _), group in groups.items():
             # Draw first, so that a second attempt has the same numbers.
-            numbers = self._draw_numbers(rows, options)
+            numbers = self._draw_numbers(group, options)
             try:
-                tokens.append(self._choose_together(rows, options, numbers))
+                tokens.append(self._choose_together(group, options, numbers))
             except Exception:  # noqa: BLE001 - no failure may end the other sequences
-                # Repeat the attempt row by row to find the row at fault.
-                for position, row in enumerate(rows):
-                    number = None if numbers is None else numbers[position : position + 1]
-                    tokens.append(self._choose_alone(row, options, number))
-            order += rows
+                # Repeat the attempt one by one to find the sequence at fault.
+                for index, position in enumerate(group):
+                    number = None if numbers is None else numbers[index : index + 1]
+                    tokens.append(self._choose_alone(position, options, number))
+            order += group
 
         # Read the tokens of all groups together: this waits for the device.
         chosen: list[int | None] = [None] * len(self.active)
-        for row, token in zip(order, torch.cat(tokens).tolist()):
-            chosen[row] = None if token == _NO_TOKEN else token
+        for position, token in zip(order, torch.cat(tokens).tolist()):
+            chosen[position] = None if token == _NO_TOKEN else token
         return chosen
 
-    def _draw_numbers(self, rows: list[int], options: GenerationOptions) -> torch.Tensor | None:
-        """Return a random number per row, on the device; None for greedy search."""
+    def _draw_numbers(
+        self, positions: list[int], options: GenerationOptions
+    ) -> torch.Tensor | None:
+        """Return a random number per sequence, on the device; None for greedy search."""
         if not options.temperature:
             return None
-        numbers = [next(self._random_numbers[self.active[row]]) for row in rows]
+        numbers = [next(self._random_numbers[self.active[position]]) for position in positions]
         return to_device(torch.tensor(numbers), self.model.device)
 
     def _choose_together(
-        self, rows: list[int], options: GenerationOptions, numbers: torch.Tensor | None
+        self, positions: list[int], options: GenerationOptions, numbers: torch.Tensor | None
     ) -> torch.Tensor:
-        """Choose the next token of rows with equal options and lengths.
+        """Choose the next token of sequences with equal options and lengths.
+
+        Args:
+            positions: Indices into `active`.
+            options: Their options.
+            numbers: Their random numbers.
 
         Returns:
-            int64 (rows,) on the device, `_NO_TOKEN` where the logits are not finite.
+            int64 (sequences,) on the device, `_NO_TOKEN` where the logits are not finite.
         """
-        ids = [self.active[row] for row in rows]
+        ids = [self.active[position] for position in positions]
         answers = [self.generated_ids[i] for i in ids]
         logits = self._logits
-        if len(rows) < len(self.active):
+        rows = [self._row_of[position] for position in positions]
+        if rows != list(range(len(logits))):
             logits = logits[to_device(torch.tensor(rows), logits.device)]
         logits = logits.float()
-        # Equal options have an equal `start_with`, so that all of these rows have generated as many tokens.
+        # Equal options have an equal `start_with`, so all of these rows have generated as many tokens.
         if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
             stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
             logits = logits.index_fill(1, stop_ids, -torch.inf)
@@ -456,13 +515,13 @@ class DecodingBatch:
         return tokens.where(is_finite, _NO_TOKEN)
 
     def _choose_alone(
-        self, row: int, options: GenerationOptions, number: torch.Tensor | None
+        self, position: int, options: GenerationOptions, number: torch.Tensor | None
     ) -> torch.Tensor:
-        """Choose the next token of one row. Store an exception in `errors`."""
+        """Choose the next token of one sequence. Store an exception in `errors`."""
         try:
-            return self._choose_together([row], options, number)
+            return self._choose_together([position], options, number)
         except Exception as error:  # noqa: BLE001
-            self.errors[self.active[row]] = error
+            self.errors[self.active[position]] = error
             return torch.full((1,), _NO_TOKEN, device=self.model.device)
 
 

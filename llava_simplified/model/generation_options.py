@@ -29,6 +29,9 @@ class GenerationOptions:
         start_with: Text that every sequence begins with; it is part of the result. `max_new_tokens` counts
             what is generated after it.
         forbid: Words and phrases that are never generated; see `llava_simplified.model.forbidden_words`.
+        loop_guard: End a sequence in which at least this many words repeat the words directly before them; see
+            `llava_simplified.model.loop_guard`. The repeated words are part of the result. 0: never. Beam search
+            ignores it.
     """
 
     max_new_tokens: int = 64
@@ -43,6 +46,7 @@ class GenerationOptions:
     seed: int | None = None
     start_with: str = ""
     forbid: tuple[str, ...] = ()
+    loop_guard: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.forbid, str):
@@ -60,6 +64,7 @@ class GenerationOptions:
             "top_k": (self.top_k >= 0, "must be at least 0"),
             "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
             "num_beams": (self.num_beams >= 1, "must be at least 1"),
+            "loop_guard": (self.loop_guard >= 0, "must be at least 0"),
         }
         for name, (fulfilled, requirement) in requirements.items():
             # The requirements are written so that NaN fails them: every comparison with NaN is false.

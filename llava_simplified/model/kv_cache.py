@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 # Two operations suffice: bring both caches to the same length, by adding or removing hidden columns on
 # the left (`set_cache_length`); then concatenate along the batch (`append_cache_rows`). Removing is as
 # important as adding: once the longest sequence has left, the next join removes its columns. Otherwise
-# a batch that never empties would grow for ever.
+# a batch that never empties would grow forever.
 #
 # Shifting columns does not change the positions of tokens: rotary embeddings are applied to keys before
 # they are cached, using `position_ids` that count each sequence's own tokens, not columns.

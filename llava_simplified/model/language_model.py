@@ -119,7 +119,7 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
 #        car           x    x    x    x                    x   x
 #
 # A token attends to the prefix and to its own branch, and the positions of a branch continue after the
-# prefix. Each caption therefore gets exactly the result that it would get in a sequence of its own.
+# prefix. Each caption therefore gets exactly the result that it would get in a separate sequence.
 # Packing uses the same mask, with several segments in a row.
 #
 # The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
@@ -306,9 +306,9 @@ def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:
     """Return the arguments of a variable-length flash kernel, which uses lengths instead of a mask.
 
     The rows are concatenated, and a new sequence begins wherever the segment id changes. The padding of
-    a row is a sequence of its own.
+    a row is a separate sequence.
     """
-    # Prepend -1, which is no segment id: the first token of every row then begins a sequence.
+    # Prepend -1, which is not a segment id: the first token of every row then begins a sequence.
     before = segment_ids.new_full((len(segment_ids), 1), -1)
     starts = segment_ids.diff(dim=1, prepend=before).flatten().nonzero().flatten()
     boundaries = pad_tensor(starts, (0, 1), value=segment_ids.numel()).int()

@@ -222,6 +222,7 @@ def _adapt(
     task_type: str | None,
     fields: Mapping[str, Any] | None = None,
 ) -> PeftModel:
+    """Add LoRA adapters to the layers with these names."""
     if not layers:
         raise ValueError(
             f"LoRA does not support {type(model).__name__}, which has no linear layers; train all its "

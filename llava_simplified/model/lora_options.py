@@ -1,8 +1,8 @@
 """The fields of PEFT's `LoraConfig` that `--lora_options` accepts, and why it refuses the others.
 
-Whatever is accepted must keep three promises: a checkpoint loads with the same logits, merging and
-exporting keep the logits, and a resumed run is the same run. This module imports neither torch nor PEFT,
-so that a misspelled name is an error within a second.
+A field is accepted only if three things stay true: a checkpoint loads with the same logits; merging and
+exporting do not change them; and a resumed run computes the same as an uninterrupted one. This module
+imports neither torch nor PEFT, so that a misspelled name is reported within a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
 }
-# Fields that have an option of their own: one thing has one name.
+# Fields that have their own option, so that there is only one way to set them.
 _OWN_OPTIONS = {
     "r": "--lora_r",
     "lora_alpha": "--lora_alpha",
@@ -33,9 +33,10 @@ _OWN_OPTIONS = {
     "bias": "--lora_bias",
 }
 _SET_HERE = "LLaVA Simplified sets it"
-_NOT_MERGED = "it cannot be merged exactly, so that the model could not be exported"
+_NOT_MERGED = "it cannot be merged exactly, so the model could not be exported"
 _NOT_LINEAR = "only linear layers of the language model have adapters here"
 _NO_DATA = "initializations from data or gradients are not supported; pass init_lora_weights pissa"
+# All other fields of `LoraConfig`, with the reason why they are refused.
 _REFUSED = {
     "task_type": _SET_HERE,
     "peft_type": _SET_HERE,
@@ -68,8 +69,8 @@ _REFUSED = {
     "megatron_config": "models of Megatron are not supported",
     "megatron_core": "models of Megatron are not supported",
 }
-# Values of `init_lora_weights` that change the frozen weights. An adapter alone does not contain the change.
-# That of PiSSA is undone in checkpoints, see pissa.py.
+# Values of `init_lora_weights` that change the frozen weights. The adapter in a checkpoint does not contain that
+# change. Only PiSSA is supported, whose checkpoints are converted (see pissa.py).
 CHANGES_FROZEN_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INIT_FORMAT = re.compile(r"gaussian|pissa|pissa_niter_[1-9][0-9]*")
 # Booleans in YAML files arrive as strings, because `off` is a value of other options.
@@ -77,7 +78,7 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False,
 
 
 def parse_lora_options(text: str) -> dict[str, Any]:
-    """Parse and check the value of `--lora_options`. `null` means that an entry is not given.
+    """Parse and check the value of `--lora_options`. Entries with the value `null` are ignored.
 
     Args:
         text: A JSON mapping of fields of `LoraConfig` to values; an empty string means none.
@@ -131,6 +132,7 @@ def _check_name(name: str) -> None:
 def _check_value(name: str, value: Any) -> Any:
     """Return a value with the type of its field; raise ValueError if it is invalid."""
     types = _ACCEPTED[name]
+    # Booleans from YAML files are strings here, see `_BOOLEANS`.
     if bool in types and isinstance(value, str):
         value = _BOOLEANS.get(value.lower(), value)
     if not _has_type(value, types):
@@ -139,6 +141,7 @@ def _check_value(name: str, value: Any) -> Any:
     if name == "init_lora_weights":
         _check_initialization(value)
     elif name == "layers_to_transform":
+        # A single number is accepted too, as by PEFT.
         value = _as_list(value)
         _check_all(name, value, "layer numbers from 0", lambda v: _is_number(v, int) and v >= 0)
     elif name == "rank_pattern":
@@ -164,7 +167,7 @@ _TYPE_NAMES = {
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
-    # In Python, True is an integer.
+    # `isinstance(True, int)` is true in Python, so check booleans separately.
     if isinstance(value, bool):
         return bool in types
     return isinstance(value, types)
@@ -175,6 +178,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_number(value: Any, kind: type) -> bool:
+    """Return whether a value is an int, or also a float if `kind` is float; booleans are not."""
     accepted = (int, float) if kind is float else (int,)
     return isinstance(value, accepted) and not isinstance(value, bool)
 

@@ -1,9 +1,9 @@
 """Select the layers that `--lora_options` names, among the linear layers of the language model.
 
-PEFT's rules are kept: an entry of a list matches a layer's name or its end ("q_proj"), a string is a
-regular expression for the whole name, and "all-linear" means all. But what matches nothing, or something
-other than a linear layer, is an error here. Checkpoints store the full names that were found, so that no
-pattern can match another layer in another model.
+The rules are those of PEFT: an entry of a list matches a layer with this name, or whose name ends with it
+("q_proj"); a string is a regular expression for the whole name; and "all-linear" means all. Unlike PEFT,
+an entry that matches no layer, or something other than a linear layer, is an error. Checkpoints store
+the full names of the layers, because a pattern could match other layers in another version of the model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def select_layers(
     Raises:
         ValueError: An entry matches no layer, or a module that cannot have an adapter; or none is left.
     """
+    # Start from the targets, then remove what the other two options exclude.
     targets = options.get("target_modules", "all-linear")
     chosen = list(linear)
     if targets != "all-linear":
@@ -47,7 +48,8 @@ def expand_pattern(name: str, pattern: Mapping[str, Any], layers: Sequence[str])
 
     Args:
         name: The field, for messages.
-        pattern: Values by name or regular expression; the first that matches counts, as in PEFT.
+        pattern: Values by name or regular expression. If several match a layer, it gets the value of the first,
+            as in PEFT.
         layers: Full names of the adapted layers.
 
     Raises:
@@ -60,7 +62,7 @@ def expand_pattern(name: str, pattern: Mapping[str, Any], layers: Sequence[str])
         if not matched:
             raise ValueError(_no_match(name, key, layers))
         for layer in matched:
-            expanded.setdefault(layer, value)
+            expanded.setdefault(layer, value)  # an earlier entry takes precedence
     return expanded
 
 
@@ -76,6 +78,7 @@ def _match(
             expressions[entry] = _compile(field, rf"(.*\.)?{re.escape(entry)}")
     matched: set[str] = set()
     for entry, expression in expressions.items():
+        # Refuse an entry that also matches another kind of module: PEFT would adapt some of them, such as embeddings.
         wrong = [name for name in others if expression.fullmatch(name)]
         if wrong:
             raise ValueError(
@@ -90,6 +93,7 @@ def _match(
 
 
 def _no_match(field: str, entry: str, layers: Sequence[str]) -> str:
+    """Return the message for an entry that matches nothing, with the last parts of the layers' names."""
     endings = sorted({layer.rpartition(".")[2] for layer in layers})
     return (
         f"--lora_options: {field} {entry!r} matches no linear layer of the language model"
@@ -98,6 +102,7 @@ def _no_match(field: str, entry: str, layers: Sequence[str]) -> str:
 
 
 def _compile(field: str, expression: str) -> re.Pattern[str]:
+    """Compile a regular expression; raise ValueError if it is not one."""
     try:
         return re.compile(expression)
     except re.error as error:
@@ -108,9 +113,12 @@ def _compile(field: str, expression: str) -> re.Pattern[str]:
 
 def _select_numbers(layers: Sequence[str], numbers: Sequence[int]) -> list[str]:
     """Return the layers of the numbered blocks ("layers.3.mlp" belongs to block 3)."""
-    # The first number of a name: experts inside of a block have numbers, too.
-    numbered = {layer: re.search(r"(?<=\.)\d+(?=\.)", layer) for layer in layers}
-    blocks = {layer: int(match[0]) for layer, match in numbered.items() if match}
+    blocks: dict[str, int] = {}
+    for layer in layers:
+        # The first number is that of the block. Experts inside a block have numbers too.
+        match = re.search(r"(?<=\.)\d+(?=\.)", layer)
+        if match:
+            blocks[layer] = int(match[0])
     missing = sorted(set(numbers) - set(blocks.values()))
     if missing:
         last = max(blocks.values(), default=0)

@@ -6,14 +6,14 @@ trained, and freezes what is left (s is the scale of the adapter):
     W = W_rest + s B0 A0            before the first step
     W_rest + s B A                  after training
 
-An adapter (A, B) alone would be wrong: it fits W_rest, but everybody has W. A checkpoint therefore
-contains an adapter of twice the rank, which fits W and which any tool can load:
+A checkpoint cannot contain just A and B: they must be added to W_rest, but other tools only have W. It
+therefore contains a "joined" adapter of twice the rank, which is added to W:
 
     W_rest + s B A  =  W + s [B, -B0] [A; A0]
 
-The two halves are all that a resumed run needs, too: `split` separates them, and `subtract` computes
-W_rest in the same way as in the first run, so that it is the same bit for bit. Converted in this way,
-DoRA still normalizes the same sum, and rsLoRA has the same scale (see `joined_config`).
+To resume a run, `split` separates the two halves, and `subtract` computes W_rest again, with the same
+operations as in the first run, so that it is equal bit by bit. The joined adapter also works with DoRA
+(which normalizes the same sum) and with rsLoRA (see `joined_config`).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from llava_simplified.model.peft_names import LoraConfig, LoraLayer, PeftModel, 
 
 Weights = dict[str, torch.Tensor]
 
-# The fields of `LoraConfig` that differ between the trained adapter and that of twice the rank.
+# The fields of `LoraConfig` that differ between the trained adapter and the joined one.
 SCALED_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
 def wants_pissa(config: LoraConfig) -> bool:
-    """Return whether an adapter is (to be) initialized by PiSSA."""
+    """Return whether the config of an adapter asks for PiSSA."""
     method = config.init_lora_weights
     return isinstance(method, str) and method.startswith("pissa")
 
 
 def initial_weights(model: Any) -> Weights | None:
-    """Return A0 and B0 of a model's adapter by their names in files; None without PiSSA.
+    """Return A0 and B0 of a model's adapter, by their names in checkpoints; None without PiSSA.
 
-    They are no parameters: they are neither trained, nor sharded, nor moved to the device.
+    They are not parameters, so they are neither trained, nor sharded, nor moved to the device.
     """
     weights: Weights | None = getattr(model, "pissa_initial_weights", None)
     return weights
@@ -49,10 +49,10 @@ def initial_weights(model: Any) -> Weights | None:
 
 @torch.no_grad()
 def initialize(model: Any) -> None:
-    """Start an adapter from the frozen weights, and subtract that from them; nothing unless its config asks for it.
+    """Move the principal part of the frozen weights into a new adapter, if its config asks for PiSSA.
 
     Args:
-        model: A model with a new adapter. Nothing is done if a checkpoint has been loaded into it.
+        model: A model with an adapter. If a checkpoint has been loaded into it, nothing is changed.
 
     Raises:
         ValueError: The rank is larger than that of a layer.
@@ -64,13 +64,16 @@ def initialize(model: Any) -> None:
         return
     initial: Weights = {}
     for name, layer in _adapted_layers(model):
-        rank, largest = layer.r["default"], min(layer.in_features, layer.out_features)
-        if rank > largest:
+        rank = layer.r["default"]
+        num_singular_values = min(layer.in_features, layer.out_features)
+        if rank > num_singular_values:
             raise ValueError(
-                f"--lora_options: PiSSA cannot start with rank {rank} in {name}, which has {largest} singular values; "
-                f"pass --lora_r {largest}"
+                f"--lora_options: PiSSA cannot start with rank {rank} in {name}, which has {num_singular_values} "
+                f"singular values; pass --lora_r {num_singular_values}"
             )
+        # PEFT sets A and B, and subtracts their product from the frozen weight.
         layer.pissa_init("default", config.init_lora_weights)
+        # Keep copies of A0 and B0, which training will change.
         for matrix in ("lora_A", "lora_B"):
             weight = getattr(layer, matrix)["default"].weight
             initial[f"{name}.{matrix}.weight"] = weight.detach().cpu().clone().contiguous()
@@ -79,7 +82,11 @@ def initialize(model: Any) -> None:
 
 @torch.no_grad()
 def subtract(model: PeftModel, initial: Weights) -> None:
-    """Subtract s B0 A0 from the frozen weights, as PEFT does when it initializes an adapter."""
+    """Subtract s B0 A0 from the frozen weights, as PEFT does when it initializes an adapter.
+
+    Raises:
+        RuntimeError: It has been subtracted already; a second time would corrupt the weights.
+    """
     if initial_weights(model) is not None:
         raise RuntimeError("the principal part has been subtracted from the frozen weights already")
     for name, layer in _adapted_layers(model):
@@ -87,17 +94,17 @@ def subtract(model: PeftModel, initial: Weights) -> None:
         lora_a = initial[f"{name}.lora_A.weight"].to(base.weight.device)
         lora_b = initial[f"{name}.lora_B.weight"].to(base.weight.device)
         weight = transpose(base.weight.data.float(), layer.fan_in_fan_out)
-        # The same operations in the same order as in `pissa_init`.
+        # Same operations in the same order as in PEFT's `pissa_init`, for the same rounding errors.
         weight = weight - layer.scaling["default"] * lora_b @ lora_a
         base.weight.data = transpose(weight.to(base.weight.dtype), layer.fan_in_fan_out)
     _keep(model, initial)
 
 
 def join(weights: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> Weights:
-    """Return the adapter of twice the rank, which fits the original weights.
+    """Return the joined adapter, of twice the rank, which is added to the original weights.
 
     Args:
-        weights: The trained adapter: A (r, in) and B (out, r), and what else it has.
+        weights: The trained adapter: A (r, in) and B (out, r), and other weights (of DoRA), which stay as they are.
         initial: A0 and B0.
     """
     joined = dict(weights)
@@ -113,6 +120,7 @@ def join(weights: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor
 def split(joined: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:
     """Return the trained adapter, and A0 and B0: the reverse of `join`."""
     weights, initial = dict(joined), {}
+    # The first half of the rank is trained, the second one is A0 and -B0.
     for name, weight in joined.items():
         if name.endswith("lora_A.weight"):
             rank = weight.shape[0] // 2
@@ -126,19 +134,18 @@ def split(joined: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:
 
 
 def scaled_fields(config: LoraConfig) -> dict[str, Any]:
-    """Return the entries of a config that `joined_config` changes, for the checkpoint."""
+    """Return the entries of a config that `joined_config` changes. The checkpoint stores them, to resume."""
     return {name: getattr(config, name) for name in SCALED_FIELDS}
 
 
 def joined_config(trained: Mapping[str, Any], use_rslora: bool) -> dict[str, Any]:
-    """Return the entries of the config of the adapter of twice the rank, which has the same scale.
-
-    The scale is alpha / r, and alpha / sqrt(r) with rsLoRA.
+    """Return the config entries of the joined adapter: twice the rank, but the same scale.
 
     Args:
         trained: The result of `scaled_fields`.
         use_rslora: The adapter is scaled as in rsLoRA.
     """
+    # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA. As r doubles, alpha must grow by this factor.
     factor = math.sqrt(2) if use_rslora else 2
     return {
         "r": 2 * trained["r"],
@@ -149,7 +156,7 @@ def joined_config(trained: Mapping[str, Any], use_rslora: bool) -> dict[str, Any
 
 
 def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Return the adapted layers, with the names that their weights have in files."""
+    """Yield the adapted layers, with their names in checkpoints."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module

@@ -1,9 +1,9 @@
 """The decoding step on GPUs: a KV cache of fixed size, and a CUDA graph of the whole step.
 
 Decoding one token is little work for a GPU: it reads the weights once. But the step consists of a
-thousand small kernels, and Python needs longer to launch them than the GPU to run them. A CUDA graph
-records all launches of a step once and repeats them with a single call. What a graph repeats are
-addresses and shapes, so neither may change from step to step:
+thousand small kernels, and Python needs more time to launch them than the GPU needs to run them. A CUDA
+graph records all launches of a step once, and repeats them with a single call. It repeats them with the
+same addresses and shapes, so neither may change from step to step:
 
     DynamicCache (CPU)         a new, longer tensor in every step; one row per active sequence
     static buffers (GPU)       tensors of a fixed size; each step writes one more column
@@ -13,21 +13,23 @@ addresses and shapes, so neither may change from step to step:
     slot 1  . . . . . b b b b b b b b b b b b b b b b b b b b b b b        b          - - - - -
     slot 2  - - - - - - - - - - - - - - - - - - - - - - - - - - - -        -          - - - - -
 
-Sizes are rounded up (`num_slots`, `num_columns`), so that a few graphs serve all batches. The slot of a
-finished sequence stays, and is computed in vain, until half of the slots are free; then the sequences
-move together. When sequences join, the contents go back into a `DynamicCache` (`unload`), to which
-`DecodingBatch` appends the new rows as usual, and return with the next step.
+(Letters are tokens of a sequence, "." is padding, "-" is unused.) Sizes are rounded up (`num_slots`,
+`num_columns`), so that few graphs are needed for batches of all sizes. The slot of a finished sequence
+stays and is computed in vain, until half of the slots are free. Then the remaining sequences move to
+buffers with half as many slots. When new sequences join, the contents go back into a `DynamicCache`
+(`unload`), to which `DecodingBatch` appends the new rows as usual. The next step loads them again.
 
-All sequences write the same column, because the rows are aligned at their newest token. The number of
-the column is a tensor, which the graph itself increments.
+All sequences write the same column, because the rows are aligned at their newest token. The index of the
+column is a tensor, which the graph itself increments.
 
-Nothing here changes what is computed. If a model does not support it, or the graph cannot be recorded,
-`DecodingBatch` continues with the `DynamicCache`, and a warning says why.
+The results are the same as without graphs. If a model does not support static buffers, or the graph cannot
+be recorded, `DecodingBatch` continues with the `DynamicCache`, and a warning gives the reason.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,22 +53,22 @@ from llava_simplified.model.protocols import CaptionModel, CausalLM
 
 logger = logging.getLogger(__name__)
 
-# Columns are rounded up to a multiple of this, and of a quarter of their number's power of two.
+# The number of columns is rounded up to a multiple of this; of larger steps for long sequences.
 COLUMN_STEP = 64
-# Columns that are reserved for new tokens, at most.
+# Maximum number of columns to reserve for new tokens.
 RESERVED_COLUMNS = 64
-# The largest part of the free memory that the buffers may take. The next batch is prefilled beside them.
+# Maximum share of the free memory for the buffers. The rest is needed to prefill the next batch.
 MEMORY_SHARE = 0.25
-# Runs of a step before it is recorded: libraries allocate workspaces when they are called first.
+# Runs of a step before it is recorded: libraries allocate their workspaces in the first calls.
 WARM_UP_RUNS = 2
 
 
 class StaticDecodingError(RuntimeError):
-    """The step cannot run in static buffers; the message says why."""
+    """The step cannot run in static buffers; the message gives the reason."""
 
 
 class BuffersTooLargeError(StaticDecodingError):
-    """A batch is too large for the memory that is free; smaller ones may not be."""
+    """This batch is too large for the free memory. A smaller one may fit."""
 
 
 def num_slots(rows: int) -> int:
@@ -76,8 +78,10 @@ def num_slots(rows: int) -> int:
 
 def num_columns(length: int) -> int:
     """Return the number of columns of a buffer for this many tokens."""
-    step = max(COLUMN_STEP, (1 << length.bit_length()) // 8)
-    return -(-length // step) * step
+    # Of long sequences, at most a fifth of the columns is unused.
+    next_power = 1 << length.bit_length()
+    step = max(COLUMN_STEP, next_power // 8)
+    return math.ceil(length / step) * step
 
 
 # ---- attention of one new token ----
@@ -92,9 +96,9 @@ def grouped_decode_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one query position, without a copy of keys and values for grouped-query attention.
+    """Grouped-query attention of one query position, without a copy of keys and values for each query head.
 
-    The query heads that share a key head become query positions of this head.
+    Query heads that share a key head are passed to PyTorch as several query positions of that head.
 
     Args:
         module: The attention layer; not used.
@@ -155,8 +159,8 @@ class _StaticLayer(CacheLayerMixin):
         self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
 
-    # Transformers asks for these to build positions and masks, which are both given. The names differ
-    # between its versions.
+    # Transformers calls these to build positions and masks. Both are given, so the values do not matter. The
+    # names differ between its versions.
     def lazy_initialization(self, *_: Any, **__: Any) -> None: ...
 
     def get_seq_length(self, *_: Any) -> int:
@@ -173,7 +177,7 @@ class _StaticLayer(CacheLayerMixin):
 
 
 class _Storage:
-    """The memory of keys and values. Buffers of all sizes are views of it; one is in use at a time."""
+    """The memory of keys and values. Buffers of all sizes are views of it, of which one is in use at a time."""
 
     def __init__(self, layers: Sequence[Any], slots: int, columns: int) -> None:
         self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -186,6 +190,7 @@ class _Storage:
             values = layer.values.new_zeros(cells * value_size)
             self.flat.append((keys, values))
             self.shapes.append((heads, key_size, value_size))
+        # Any shape with at most this many cells fits, whatever its number of slots.
         self.capacity = slots * columns
         self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in self.flat)
 
@@ -253,7 +258,7 @@ class StaticDecoder:
 
     Args:
         model: The model.
-        use_graphs: Record the steps as CUDA graphs. Without, they run as usual, which tests need.
+        use_graphs: Record the steps as CUDA graphs. False runs them one by one, for tests on a CPU.
     """
 
     def __init__(self, model: CaptionModel, use_graphs: bool) -> None:
@@ -263,6 +268,7 @@ class StaticDecoder:
         self._storage: _Storage | None = None
         self._buffers: dict[tuple[int, int], _Buffers] = {}
         self._graph_pool: Any = None
+        # Identifies the weights that the graphs were recorded with; see `_forget_changed_weights`.
         self._weights_key: Any = None
         self._has_warned = False
         # The batch that is loaded:
@@ -276,7 +282,7 @@ class StaticDecoder:
         return self._owner is not None and self._owner() is owner
 
     def load(self, owner: Any, state: DecodingState, remaining: int) -> None:
-        """Move the state of a batch into the buffers. Another batch that is there moves out.
+        """Move the state of a batch into the buffers. A batch that is there already moves out.
 
         Args:
             owner: The batch. Its method `leave_static_buffers` is called to move it out.
@@ -287,7 +293,7 @@ class StaticDecoder:
             StaticDecodingError: The cache is not supported, or the buffers would be too large
                 (`BuffersTooLargeError`). The state is unchanged.
         """
-        # Two generators may take turns, for example.
+        # This happens if two generators take turns, for example.
         previous = None if self._owner is None else self._owner()
         if previous is not None:
             previous.leave_static_buffers()
@@ -295,7 +301,7 @@ class StaticDecoder:
         self._forget_changed_weights()
 
         rows, length = state.mask.shape
-        # At least one column, for the step that follows.
+        # Reserve at least one column, for the step that follows.
         reserved = min(max(remaining, 1), RESERVED_COLUMNS)
         slots, columns = num_slots(rows), num_columns(length + reserved)
         buffers = self._prepare_buffers(state.cache.layers, slots, columns)
@@ -303,8 +309,8 @@ class StaticDecoder:
         for layer, source in zip(buffers.cache.layers, state.cache.layers):
             _fill(layer.keys, source.keys, self._length)
             _fill(layer.values, source.values, self._length)
-            source.keys = source.values = None  # Frees the memory.
-        self._fill_small(buffers, state.mask.bool(), state.next_positions)
+            source.keys = source.values = None  # free the memory
+        self._fill_mask_and_positions(buffers, state.mask.bool(), state.next_positions)
         self._current = buffers
         self._slots = list(range(rows))
         self._owner = weakref.ref(owner)
@@ -331,7 +337,7 @@ class StaticDecoder:
         self._slots = []
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Remove all other rows of the batch; see `DecodingBatch._keep_rows`."""
+        """Remove all other rows of the batch; see `DecodingBatch._keep`."""
         self._slots = [self._slots[row] for row in rows]
         if not rows:
             self.release()
@@ -351,7 +357,7 @@ class StaticDecoder:
         """
         assert self._current is not None and not self.is_full
         buffers = self._current
-        # Free slots get the token 0. Their results are never read.
+        # Free slots get the token 0; their results are never read.
         padded = torch.zeros(buffers.slots, 1, dtype=torch.long)
         padded[self._slots, 0] = torch.tensor(token_ids)
         buffers.token_ids.copy_(to_device(padded, buffers.token_ids.device))
@@ -375,10 +381,10 @@ class StaticDecoder:
     # ---- the step ----
 
     def _forward(self, buffers: _Buffers) -> torch.Tensor:
-        """Run the step: everything here is recorded, so nothing may depend on values on the host."""
+        """Run the step. It is recorded, so no operation may depend on a value in Python that changes."""
         model = self._require_model()
         language_model = model.language_model
-        # In all slots, used or not: a row without any visible column would become NaN.
+        # Also in free slots: the attention of a row without any unmasked column would be NaN.
         buffers.mask.index_fill_(1, buffers.column, True)
         with _grouped_attention(language_model):
             outputs = language_model(
@@ -388,7 +394,7 @@ class StaticDecoder:
                 use_cache=True,
                 **{self._cache_kwarg_name: buffers.cache},
             )
-        # In place, so that the next replay finds the new values at the same addresses.
+        # Change them in place, so that the next replay reads the new values at the same addresses.
         buffers.positions += 1
         buffers.column += 1
         return outputs.logits[:, -1]
@@ -404,7 +410,8 @@ class StaticDecoder:
         for layer_type in layer_types:
             attends = buffers.mask
             if layer_type == "sliding_attention" and window and window < buffers.columns:
-                # The tokens of a row are in consecutive columns: distances are those of the positions.
+                # The tokens of a row are in consecutive columns, so the distance of two columns is that of their
+                # positions.
                 index = torch.arange(buffers.columns, device=attends.device)
                 attends = attends & (buffers.column - index < window)
             bias = torch.zeros_like(attends, dtype=dtype).masked_fill(~attends, -torch.inf)
@@ -412,13 +419,14 @@ class StaticDecoder:
         return masks.popitem()[1] if len(masks) == 1 else masks
 
     def _record(self, buffers: _Buffers) -> None:
-        """Record the step as a CUDA graph. Recording runs nothing."""
+        """Record the step as a CUDA graph, without running it."""
         device = buffers.mask.device
-        # What the warm-up changes. The keys and values that it writes are written again later.
+        # The warm-up changes these tensors, so restore them. It also writes keys and values into the next column,
+        # which the real step overwrites.
         state = (buffers.mask, buffers.column, buffers.positions)
         saved = [tensor.clone() for tensor in state]
         try:
-            # As CUDA requires, warm up on another stream than the current one.
+            # CUDA requires that the warm-up runs on another stream than the current one.
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
@@ -428,7 +436,7 @@ class StaticDecoder:
                         tensor.copy_(value)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads (that read images, for example) may use CUDA meanwhile.
+            # Other threads may use CUDA while this one records, to copy images for example.
             with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 logits = self._forward(buffers)
         except RuntimeError as error:
@@ -436,7 +444,7 @@ class StaticDecoder:
                 tensor.copy_(value)
             raise StaticDecodingError(f"the step cannot be recorded ({error})") from error
         buffers.graph, buffers.logits = graph, logits
-        # All graphs share the memory of their intermediate results: one runs at a time.
+        # All graphs share the memory of their intermediate results, because only one runs at a time.
         self._graph_pool = graph.pool()
 
     # ---- buffers ----
@@ -451,7 +459,10 @@ class StaticDecoder:
         return to_device(torch.tensor(self._slots), self._current.mask.device)
 
     def _forget_changed_weights(self) -> None:
-        """Drop the graphs if weights have moved or adapters were switched: they contain addresses."""
+        """Drop the graphs if weights have moved, or adapters were enabled, disabled or merged.
+
+        Graphs contain the addresses of the weights, and the adapters that were active.
+        """
         language_model = self._require_model().language_model
         addresses = [parameter.data_ptr() for parameter in language_model.parameters()]
         adapters = []
@@ -465,10 +476,10 @@ class StaticDecoder:
             self._weights_key = key
 
     def _prepare_buffers(self, layers: Sequence[Any], slots: int, columns: int) -> _Buffers:
-        """Return the buffers of this size; allocate more memory if it does not suffice.
+        """Return the buffers of this size. More memory is allocated if they do not fit into the storage.
 
         Args:
-            layers: Layers of a cache, with keys and values, for their shapes.
+            layers: Layers of a cache. Only the shapes of their keys and values are used.
             slots: Number of slots.
             columns: Number of columns.
 
@@ -478,7 +489,7 @@ class StaticDecoder:
         if self._storage is None or self._storage.capacity < slots * columns:
             own = 0 if self._storage is None else self._storage.nbytes
             _check_memory(layers, slots, columns, own)
-            # Free the old memory first. Graphs contain its addresses.
+            # Free the old memory before allocating more. The graphs are useless then: they contain its addresses.
             self._drop_buffers()
             self._storage = None
             self._storage = _Storage(layers, slots, columns)
@@ -492,6 +503,7 @@ class StaticDecoder:
         self._graph_pool = None
 
     def _create_buffers(self, storage: _Storage, slots: int, columns: int) -> _Buffers:
+        """Create buffers whose keys and values are views of the storage."""
         device = storage.flat[0][0].device
         column = torch.zeros(1, dtype=torch.long, device=device)
         layers: list[Any] = [
@@ -505,9 +517,10 @@ class StaticDecoder:
             positions=torch.zeros(slots, 1, dtype=torch.long, device=device),
         )
 
-    def _fill_small(
+    def _fill_mask_and_positions(
         self, buffers: _Buffers, mask: torch.Tensor, next_positions: torch.Tensor
     ) -> None:
+        """Set the mask, the positions and the next column; free slots get zeros."""
         rows, length = mask.shape
         buffers.mask.zero_()
         buffers.mask[:rows, :length] = mask
@@ -524,12 +537,13 @@ class StaticDecoder:
         mask = old.mask[:, :length].index_select(0, index)
         positions = old.positions[:, 0].index_select(0, index)
         for source, target in zip(old.cache.layers, new.cache.layers):
-            # Copy before writing.
+            # `index_select` copies. Without a copy, writing could overwrite rows that are not read yet, because old
+            # and new buffers share their memory.
             keys = source.keys[:, :, :length].index_select(0, index)
             values = source.values[:, :, :length].index_select(0, index)
             _fill(target.keys, keys, length)
             _fill(target.values, values, length)
-        self._fill_small(new, mask, positions)
+        self._fill_mask_and_positions(new, mask, positions)
         self._current = new
         self._slots = list(range(len(self._slots)))
 
@@ -537,26 +551,27 @@ class StaticDecoder:
 def _fill(buffer: torch.Tensor, tensor: torch.Tensor, length: int) -> None:
     """Copy keys or values into a buffer, so that they end at column `length`.
 
-    Layers with a sliding window have fewer columns: the last ones.
+    Layers with a sliding window have only the last columns.
     """
-    # The rest must be zero: a masked column has the weight 0, but 0 * NaN is NaN.
+    # Set the rest to zero. Masked columns have the weight 0, but memory may contain NaN, and 0 * NaN is NaN.
     buffer.zero_()
     rows, _, columns, _ = tensor.shape
     buffer[:rows, :, length - columns : length] = tensor
 
 
 def _check_layers(cache: DynamicCache) -> None:
+    """Raise StaticDecodingError unless all layers consist of keys and values only."""
     for layer in cache.layers:
-        # Not subclasses, which may hold more than keys and values.
+        # Refuse subclasses too, which may contain more than keys and values.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise StaticDecodingError(f"it has layers with a {type(layer).__name__}")
+            raise StaticDecodingError(f"its KV cache has a {type(layer).__name__}")
 
 
 def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> None:
     """Raise BuffersTooLargeError if buffers of this size would take too much memory.
 
     Args:
-        layers: Layers of a cache, with keys and values, for their shapes.
+        layers: Layers of a cache. Only the shapes of their keys and values are used.
         slots: Number of slots.
         columns: Number of columns.
         own: Bytes of the buffers that these would replace.
@@ -569,13 +584,13 @@ def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> 
         for tensor in (layer.keys, layer.values):
             bytes_per_cell += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
     free = own + torch.cuda.mem_get_info(device)[0]
-    # PyTorch keeps memory that is free, too.
+    # Add the memory that PyTorch has reserved, but does not use.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed = slots * columns * bytes_per_cell
     if needed > MEMORY_SHARE * free:
         raise BuffersTooLargeError(
             f"the buffers of {slots} sequences of {columns} tokens would take {needed / 1e9:.1f} GB of "
-            f"{free / 1e9:.1f} GB that are free; use a smaller batch size"
+            f"{free / 1e9:.1f} GB of free memory; use a smaller batch size"
         )
 
 
@@ -590,7 +605,7 @@ def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
     if model.device.type != "cuda":
         return None
     language_model = model.language_model
-    # Models in training are skipped: they need the memory for other things, and sharded weights move.
+    # Skip models in training: they need the memory for other things, and weights that are sharded move.
     if any(parameter.requires_grad for parameter in language_model.parameters()):
         return None
     if model not in _DECODERS:
@@ -603,6 +618,6 @@ def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
 
 
 def disable_static_decoding(model: CaptionModel, reason: str) -> None:
-    """Decode this model without CUDA graphs from now on, and say why."""
+    """Decode this model without CUDA graphs from now on, and log the reason."""
     logger.warning("%s is decoded without CUDA graphs: %s", model.config.model_type, reason)
     _DECODERS[model] = None

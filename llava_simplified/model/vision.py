@@ -22,7 +22,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.hub import check_model_name
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_model_config, check_model_name
 from llava_simplified.model.protocols import VisionModel
 
 if TYPE_CHECKING:
@@ -109,19 +110,22 @@ class VisionTower(nn.Module):
             OSError: A file is missing; the message names it.
         """
         check_model_name(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        check_model_config(name_or_path)
+        with blame_file(name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         transform = ImageTransform.from_pretrained(name_or_path, image_aspect_ratio)
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
-        model, loading_info = model_class.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with blame_file(name_or_path):
+            model, loading_info = model_class.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
         tower = cls(cast(VisionModel, model), transform, **choices)
         # Check the used parameters only: a pooling head, for example, may be missing.
         check_missing_keys(name_or_path, tower.used_parameters & set(loading_info["missing_keys"]))

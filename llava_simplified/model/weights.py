@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers.utils import cached_file
 
+from llava_simplified.foreign_files import read_json_object, shorten
 from llava_simplified.hub import check_model_name
 
 _DIGEST_SAMPLES = 256
@@ -69,13 +69,28 @@ def weight_files(name_or_path: str) -> list[Path]:
             return [_find_file(name_or_path, name)]
         index = f"{name}.index.json"
         if _has_file(name_or_path, index):
-            text = _find_file(name_or_path, index).read_text(encoding="utf-8")
-            shards = set(json.loads(text)["weight_map"].values())
+            shards = _read_shard_names(_find_file(name_or_path, index))
             return [_find_file(name_or_path, shard) for shard in sorted(shards)]
     # No weights were found. Look for the most likely file, to raise an error that names it.
     is_sharded = Path(name_or_path).is_dir() and any(Path(name_or_path).glob("*-of-*"))
     wanted = "model.safetensors.index.json" if is_sharded else "model.safetensors"
     return [_find_file(name_or_path, wanted)]
+
+
+def _read_shard_names(index: Path) -> set[str]:
+    """Return the names of the files that an index of weights lists.
+
+    Raises:
+        ValueError: The index is malformed, or names a file outside its folder.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is missing")
+    for name in weight_map.values():
+        is_name = isinstance(name, str) and name not in ("", "..") and not set(name) & set("/\\\0")
+        if not is_name:
+            raise ValueError(f"{index}: {shorten(name)} is not the name of a file beside it")
+    return set(weight_map.values())
 
 
 def weights_digest(name_or_path: str) -> str:
@@ -127,6 +142,7 @@ def _has_file(name_or_path: str, name: str) -> bool:
 
 
 def _find_file(name_or_path: str, name: str) -> Path:
+    """Return the path of a model's file; raise OSError if it is missing."""
     # Let Transformers raise for a hub repository, where its message is the more helpful one. For a local
     # folder, raise our own message below.
     is_folder = Path(name_or_path).is_dir()

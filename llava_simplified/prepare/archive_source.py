@@ -17,6 +17,7 @@ from llava_simplified.data.embedded_images import (
     ParquetRows,
     text_columns,
 )
+from llava_simplified.data.preference_rows import PAIR_KEYS
 from llava_simplified.data.shards import IMAGE_SUFFIXES, read_range, tar_samples
 from llava_simplified.extras import require_extra
 from llava_simplified.prepare.json_source import (
@@ -72,7 +73,7 @@ def read_arrow(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     import pyarrow as pa
 
     if "://" in source:
-        raise ValueError(f"{source}: an Arrow file is mapped into memory. Copy it first.")
+        raise ValueError(f"{source}: an Arrow file must be on this machine. Copy it first.")
     try:
         yield from _table_rows(ArrowRows(Path(source)), source, issues, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -87,6 +88,7 @@ def _file_name(source: str) -> str:
 def _table_rows(
     table: ColumnarFile, source: str, issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
+    """Yield the rows of a Parquet or Arrow file, in any of the forms that `find_columns` knows."""
     names = text_columns(table.schema)
     image_keys = []
     if table.image_column is not None:
@@ -126,7 +128,8 @@ def _has_records(table: ColumnarFile) -> bool:
     types = {field.name: str(field.type) for field in table.schema}
     is_pairs = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
     is_chat = types.get("messages", "").startswith(("list<", "large_list<"))
-    return is_pairs or is_chat or is_record(dict.fromkeys(types))
+    is_preference = all(key in types for key in PAIR_KEYS)
+    return is_pairs or is_chat or is_preference or is_record(dict.fromkeys(types))
 
 
 def _first_row(table: ColumnarFile, names: list[str]) -> object:

@@ -36,7 +36,7 @@ from llava_simplified.data.images import (
     decode_image,
     read_image_bytes,
 )
-from llava_simplified.data.records import Record
+from llava_simplified.data.records import Record, pair_problem
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.html_report import make_thumbnail
@@ -61,7 +61,7 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
-_MATCHED_BY = "image name matched by "  # and the rule, in the details of usable records
+_MATCHED_BY = "image name matched by "  # followed by the rule; in the details of usable records
 # Records per file of results: few enough that a killed run repeats little work, and enough to keep the
 # number of files low (6,600 for CC3M).
 CHUNK_RECORDS = 500
@@ -130,7 +130,16 @@ def validate_record(
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
-    problems = _check_captions(record.responses, rules)
+    captions = record.responses
+    if record.rejected is not None:
+        problem = pair_problem(record)
+        if problem:
+            return ValidationResult("unusable_pair", problem)
+        captions = (*captions, record.rejected)
+    problems = _check_captions(captions, rules)
+    # A pair needs both of its answers.
+    if record.rejected is not None and problems:
+        return ValidationResult(next(iter(problems.values())), repr(captions)[:_SHOWN_CAPTION])
     # This condition is also true for a record without any response.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
@@ -185,8 +194,8 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
-    # Check only the size for the transform, which is the only step of it that can fail. This needs no
-    # pixels, so the image is decoded only once, by `check_image`.
+    # The transform can fail only at its resize, and only because of the image's size. Check that alone: it
+    # needs no pixels, so the image is decoded only once, by `check_image`.
     if transform is not None:
         transform.resized_size(height, width)
     # Skip JPEGs (most images), which cannot be animated, so that they are not opened a second time.
@@ -254,6 +263,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
 def _validate_row(
     rows: RowFile, index: int, chunk: Chunk, matches: NameMatches
 ) -> ValidationResult:
+    """Read and check one record; a row that is not JSON is not a record."""
     try:
         row = rows[index]
     except ValueError as error:
@@ -280,7 +290,7 @@ def _read_results(
 
 
 def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
-    """Return whether a row has a different text for the very same image file, which is not a duplicate."""
+    """Return whether a row has the same images as another one, but a different text. It is not a duplicate then."""
     same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
     return same_images and row != original
 
@@ -438,6 +448,7 @@ def _make_chunks(
     rules: Rules,
     work: Path,
 ) -> list[Chunk]:
+    """Divide the records into the tasks of the workers."""
     chunks = []
     for number, start in enumerate(range(0, count, CHUNK_RECORDS)):
         stop = min(start + CHUNK_RECORDS, count)
@@ -491,6 +502,7 @@ class _Outputs:
                 usable.write(row)
 
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
+        """Return the line of the quarantine file for a rejected record, and collect examples for the report."""
         # Use the raw text and not the parsed row, because the reason may be that the row is not JSON.
         text = self._rows.raw(index).decode("utf-8", "replace")
         examples = self._examples.setdefault(result.reason, [])

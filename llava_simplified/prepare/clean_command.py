@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
         raise ValueError(
-            f"--compact-size {args.compact_size}: expected a number of pixels, or exact"
+            f"--compact-size {args.compact_size}: expected a number of pixels, or the word exact"
         )
     require_extra("download", "pyarrow", purpose="llava clean")
 
@@ -119,8 +119,10 @@ def main(argv: list[str] | None = None) -> int:
         shards=args.shards,
         progress=logger.isEnabledFor(logging.INFO),
     )
+    # Most frequent reasons first.
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         print_text(f"{count:>9,} {reason or 'ok'}")
+    # A slice writes no output, so its number of usable records is not known yet.
     if args.shards:
         return 0
     num_kept = counts.get("ok", 0)
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if num_kept:
         return 0
     logger.error(
-        "No record is usable: the reasons are above, and each record with its own in %s_quarantine.jsonl.",
+        "No record is usable. The counts above show the reasons; %s_quarantine.jsonl lists each record with its reason.",
         args.output.with_suffix(""),
     )
     return 1

@@ -24,7 +24,7 @@ from llava_simplified.jobs import (
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter
 
-# At 224 pixels an image takes roughly 15 kB, so that a shard has some 75 MB.
+# At 224 pixels an image takes roughly 15 kB, so a shard has some 75 MB.
 SHARD_RECORDS = 5_000
 SETTINGS_NAME = "compact.json"
 _DIGEST_NAME_0_1_0 = "made_of"  # version 0.1.0 stored one digest of all settings under this name
@@ -186,6 +186,7 @@ def write_compacted_records(records: RowFile, output: Path) -> None:
 
 
 def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return a record whose images refer to the new shards."""
     column = "image" if "image" in row else "images"
     value = row.get(column)
     if not value:  # a record without images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,11 @@ def image_identity(row: SourceRow) -> str:
 
     A URL beside a name may be that of a page with several images.
     """
-    return row.image or row.url
+    name = row.image or row.url
+    # The same file, however its path is written. The test is cheap, and false for almost every name.
+    if "./" in row.image or "//" in row.image:
+        name = posixpath.normpath(name)
+    return name
 
 
 def request_identity(row: SourceRow) -> str:
@@ -96,7 +101,7 @@ def group_captions(
 
 def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     """Return the first row, with the captions of all rows without repetitions."""
-    # An image in training and in the test set would spoil the test; which of them is right cannot be known.
+    # An image must not be in the training set and in the test set. It is unknown which one is right, so use the first.
     for row in rows[1:]:
         if row.split != rows[0].split:
             issues.note("image in two splits (kept in the first)", row.number, row.image or row.url)
@@ -151,7 +156,7 @@ def to_records(
         if not row.captions:
             issues.note("image without any caption (skipped)", row.number, image)
         else:
-            # Append a question mark, to make this choice independent of that of the split.
+            # `hash_fraction(image)` decides the split. Append a character, to get an independent number.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
 
@@ -176,7 +181,7 @@ def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
 
 
 class _ImageNames:
-    """Turns names of images into those of records, and counts what it changes.
+    """Converts the names of images in a source to the names in the records, and counts the changes.
 
     Args:
         issues: Collects images that are not found, and names that are changed.
@@ -204,10 +209,10 @@ class _ImageNames:
 def _base_name(
     image: str, row: SourceRow, issues: ParseIssues, absolute_paths: dict[str, int]
 ) -> str:
-    """Return the base name of an absolute path, which is often of another machine.
+    """Return the base name of an absolute path, which is often a path of another machine.
 
-    A second path with the same base name is another image. It is kept as it is: the longest end of it that exists in
-    the image folder is found when it is read.
+    A second path with the same base name is a different image, so it is kept unchanged. When its image is read, the
+    longest trailing part of the path that exists in the image folder is used.
 
     Args:
         image: The path.
@@ -230,7 +235,7 @@ def _find_image(
     matches: NameMatches,
     issues: ParseIssues,
 ) -> str:
-    """Return the name of the image in the folder, or an empty text if it is not there; what differs is noted.
+    """Return the name of the image in the folder; "" if it is not there. Problems are noted in `issues`.
 
     The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
@@ -240,14 +245,14 @@ def _find_image(
             if (image_folder / f"{stem}.{suffix}").is_file():
                 return f"{stem}.{suffix}"
     try:
-        # Of another machine, perhaps one with Windows.
+        # The name may be a path of another machine, possibly of Windows.
         located = locate_file(image.replace("\\", "/"), image_folder)
         if located is not None:
             matches.add(image, located)
     except AmbiguousNameError as error:
         issues.note("image name that fits several files (skipped)", row.number, error)
         return ""
-    # The name is too long, or contains a null character.
+    # For example, the name is too long, or contains a null character.
     except (OSError, ValueError):
         located = None
     if located is None:
@@ -258,7 +263,7 @@ def _find_image(
     folder = image_folder
     if located.path.is_absolute():
         folder = image_folder.absolute()
-    # With slashes on every system, so that records can be moved.
+    # Write slashes on every system, so that records can be moved to another one.
     return located.path.relative_to(folder).as_posix()
 
 
@@ -334,6 +339,7 @@ def convert(
 
 
 def _read_instructions(instruction: str) -> list[str]:
+    """Return the instruction itself, or the lines of a .txt file of instructions."""
     if not instruction.endswith(".txt"):
         return [instruction]
     # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
@@ -409,7 +415,7 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
                 first_error = first_error or str(error)
                 continue
             writer.write(row)
-        # Inside the block, so that the error discards the file.
+        # Raise inside the `with` block, so that the unfinished file is discarded.
         if not writer.count:
             raise ValueError(f"{source}: no chosen row is a record. {first_error}")
     return writer.count

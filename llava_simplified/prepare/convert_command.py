@@ -53,8 +53,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--sidecar",
         default="",
-        help="Sidecars of the images of a folder: txt, caption (default: both), or lines if each line is a caption; "
-        "caption,lines is possible too",
+        help="Which text files beside images are read: txt or caption (default: both); with `lines`, each line is a "
+        "separate caption (combine them: caption,lines)",
     )
     return parser
 

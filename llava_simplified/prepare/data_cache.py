@@ -1,4 +1,4 @@
-"""Any source of captions -> a file of records and its image folder, for `llava train --data`.
+"""Convert any source of captions to a file of records and an image folder, for `llava train --data`.
 
 A file of records is used as it is. Everything else is converted once, into a folder of the cache:
 
@@ -6,26 +6,24 @@ A file of records is used as it is. Everything else is converted once, into a fo
                                             source.json     the source, and what was skipped or repaired
                                             files/          copies of remote files
 
-The digest covers the source, the options, and the state of the files (sizes and times of modification), so that a changed
-source is converted again.
+The digest covers the source, the options, and the sizes and modification times of the files. A changed source thus gets
+another folder, and is converted again.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_simplified.data.image_folder import locate_file
-from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.names import AmbiguousNameError, expand_pattern
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import RECORD_SUFFIXES, find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
@@ -44,11 +42,11 @@ from llava_simplified.prepare.sources import read_source
 
 logger = logging.getLogger(__name__)
 
-# Part of the digest. Increment it when the records of a source change.
+# Part of the digest. Increment it when the conversion changes, so that sources are converted again.
 _VERSION = 1
 _COPIES = "files"  # the folder of copies of remote files
-_NUM_PROBED_ROWS = 20  # whose images decide where the image folder is
-_MAX_SUBFOLDERS = 200  # of a source, in which its images are looked for
+_NUM_PROBED_ROWS = 20  # number of rows whose images are searched, to find the image folder
+_MAX_SUBFOLDERS = 200  # maximum number of subfolders to search
 # Seconds to wait for another process that converts the same source, such as another rank of the same run.
 _LOCK_TIMEOUT = 24 * 3600.0
 
@@ -71,20 +69,22 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     """Return the records of any source, converted in the cache if necessary.
 
     Args:
-        source: Whatever `llava convert` accepts, or the name of a data set on the Hugging Face Hub. Of a remote source,
-            all files are copied.
-        image_folder: The image folder; None means the folder of the source, or the subfolder that contains its images.
+        source: Any source that `llava convert` accepts, or the name of a data set on the Hugging Face Hub. All files of
+            a remote source are copied.
+        image_folder: The image folder; by default the folder of the source, or the subfolder that contains its images.
         sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
 
     Raises:
         ValueError: The source cannot be read, or contains no usable record.
     """
+    # A file of records needs no conversion.
     records = find_records(Path(source))
     count = 0 if sidecar else _count_records(records)
     if count:
         return PreparedData(records, Path(image_folder or find_image_folder(source)), count)
+
     dataset = load_hub_dataset(source) if is_hub_name(source) else None
-    # The library identifies a version of a data set by its fingerprint.
+    # `datasets` identifies each version of a data set by a fingerprint.
     state = _state_of(source) if dataset is None else dataset._fingerprint
     settings = {
         "version": _VERSION,
@@ -94,20 +94,22 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / digest
+    # Processes that need the same source at the same time convert it once: the others wait for the lock.
     with exclusive_lock(target.with_suffix(".lock"), target, timeout=_LOCK_TIMEOUT):
         is_new = not target.is_dir()
         if is_new:
             with atomic_directory(target) as part:
-                _convert(_copy_here(source, dataset, part / _COPIES), source, part, sidecar)
+                local_source = _local_copy(source, dataset, part / _COPIES)
+                _convert(local_source, source, part, sidecar)
     about = read_json_object(target / "source.json")
     logger.info(
         "--data %s: %s records in %s (%s)",
         source,
         f"{about['count']:,}",
         target / "records.jsonl",
-        "converted now" if is_new else "converted before, and unchanged since",
+        "converted now" if is_new else "converted earlier, unchanged since",
     )
-    # What is missing must be seen at every run, not only at the first.
+    # Repeat the warnings of the conversion in every run, not only in the first one.
     for line in about["issues"]:
         logger.warning("%s", line)
     copies = target / _COPIES
@@ -120,12 +122,14 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     return PreparedData(target / "records.jsonl", Path(folder), about["count"])
 
 
-def _copy_here(source: str, dataset: Any, target: Path) -> str:
-    """Return a source on this machine: the same one, or a copy of a remote one."""
+def _local_copy(source: str, dataset: Any, target: Path) -> str:
+    """Return the path of a source on this machine. A remote source is copied to `target`."""
     if dataset is not None:
         dataset.save_to_disk(target)
         return str(target)
-    return str(copy_url(source, target)) if is_url(source) else source
+    if is_url(source):
+        return str(copy_url(source, target))
+    return source
 
 
 def cache_folder() -> Path:
@@ -135,7 +139,8 @@ def cache_folder() -> Path:
 
 
 def _convert(local_source: str, source: str, target: Path, sidecar: str) -> None:
-    """Write the records of a source into a folder, and how they were made."""
+    """Write records.jsonl and source.json into a folder."""
+    # The first row shows whether the source has images or only their URLs.
     row = next(_rows(local_source, sidecar), None)
     if row is not None and row.url and not row.image:
         raise ValueError(
@@ -161,7 +166,8 @@ def _count_records(path: Path) -> int:
     row = next(_rows(str(path)), None)
     if row is None or row.record is None:
         return 0
-    # An object with an array of records is converted, and so is a file with no record at all, for the error.
+    # Training cannot read an object that contains an array of records, so it is converted. A file without any valid
+    # record is converted too: the conversion reports what is wrong with it.
     try:
         return len(open_records(path, max_bad_records=1.0))
     except ValueError:
@@ -176,11 +182,14 @@ def _rows(source: str, sidecar: str = "") -> Iterator[SourceRow]:
 
 
 def _absolute(source: str) -> str:
-    return source if is_url(source) or is_hub_name(source) else str(Path(source).absolute())
+    """Return the absolute path of a local source; other names unchanged."""
+    if is_url(source) or is_hub_name(source):
+        return source
+    return str(Path(source).absolute())
 
 
 def _state_of(source: str) -> Any:
-    """Return what changes when a source changes: sizes and times of its files, or of a folder a digest of them."""
+    """Return a JSON value that changes when the source changes: sizes and times of its files, or a digest of them."""
     if is_url(source):
         return state_of_url(source)
     path = Path(source)
@@ -188,7 +197,7 @@ def _state_of(source: str) -> Any:
         return _state_of_folder(path)
     paths = [source]
     if not path.is_file():
-        paths = sorted(glob.glob(source))  # noqa: PTH207 - the pattern may be absolute
+        paths, _ = expand_pattern(source)
     return [[name, *_state_of_file(Path(name))] for name in paths]
 
 
@@ -207,7 +216,8 @@ def _state_of_folder(folder: Path) -> str:
         relative = os.path.relpath(place, folder)
         for name in names:
             state: tuple[int, int] | tuple[()] = ()
-            # Pixels are not converted, so that a million images need not be looked at.
+            # The records depend on the names of images, but not on their contents. So skip the slow `stat` of
+            # maybe a million images.
             if not name.lower().endswith(images):
                 with suppress(OSError):  # a broken link
                     state = _state_of_file(Path(place) / name)
@@ -222,7 +232,8 @@ def _state_of_folder(folder: Path) -> str:
 def find_image_folder(source: str) -> Path:
     """Return the folder of the images of a local source: its own folder, or the subfolder that contains them.
 
-    Captions are often beside a folder of images, and name the images inside it: captions.txt and Images/1.jpg.
+    In many data sets, the file of captions is beside the folder of images, and names images relative to that folder:
+    captions.txt contains "1.jpg", which is Images/1.jpg.
 
     Raises:
         ValueError: The first images are in several subfolders.
@@ -230,34 +241,43 @@ def find_image_folder(source: str) -> Path:
     path = Path(source)
     base = path if path.is_dir() else path.parent
     if not path.exists():
-        # The part of a pattern without wildcards.
-        base = Path(re.split(r"[*?[]", source)[0] + "x").parent
+        # For a pattern, the folder before the first wildcard.
+        _, base = expand_pattern(source)
     rows = itertools.islice(_rows(source), _NUM_PROBED_ROWS)
+    # "#" marks an image in a shard.
     names = [row.image for row in rows if row.image and "#" not in row.image]
     if not names or _count_images(names, base):
         return base
-    subfolders = sorted(child for child in base.iterdir() if child.is_dir())[:_MAX_SUBFOLDERS]
-    counts = {child: _count_images(names, child) for child in subfolders}
-    most = max(counts.values(), default=0)
-    best = [child for child, count in counts.items() if count == most]
-    if not most:
+
+    # Choose the subfolder that contains most of the images.
+    best: list[Path] = []
+    most = 0
+    subfolders = sorted(child for child in base.iterdir() if child.is_dir())
+    for subfolder in subfolders[:_MAX_SUBFOLDERS]:
+        count = _count_images(names, subfolder)
+        if count > most:
+            best, most = [subfolder], count
+        elif count and count == most:
+            best.append(subfolder)
+    if not best:
         return base
     if len(best) > 1:
         raise ValueError(
-            f"{source}: images such as {names[0]!r} are in {' and in '.join(map(str, best[:3]))}. Name the folder with "
-            "--train_image_folder."
+            f"{source}: images such as {names[0]!r} are in {' and in '.join(map(str, best[:3]))}. Pass the right folder "
+            "with --train_image_folder."
         )
     return best[0]
 
 
 def _count_images(names: list[str], folder: Path) -> int:
-    """Return how many images are in a folder."""
+    """Return how many of the images are in a folder."""
     count = 0
     for name in names:
         try:
-            count += locate_file(name, folder) is not None
+            if locate_file(name, folder) is not None:
+                count += 1
         except AmbiguousNameError:
-            count += 1  # found, though more than once
+            count += 1  # several files match the name
         except (OSError, ValueError):
             continue
     return count

@@ -97,14 +97,16 @@ class DecodePool:
 
     def _start_thread(self) -> None:
         self._num_threads += 1
-        # A daemon: a process does not wait for its decoder when it ends. An executor's threads would be waited for.
+        # Start a daemon thread: at its end, a process does not wait for it, as it does for the threads of an executor.
         threading.Thread(target=self._work, name="decode", daemon=True).start()
 
     # ---- in the threads ----
 
     def _work(self) -> None:
+        """Decode one image after the other; runs in each thread."""
         while True:
             job = self._queue.get()
+            # None ends the thread.
             if job is None:
                 return
             if job.future.cancelled():
@@ -115,16 +117,18 @@ class DecodePool:
                 self._finished.append((job, result))
                 is_first = len(self._finished) == 1
                 is_given_up = job.is_given_up
+            # Wake the event loop once for all results that are finished until it runs.
             if is_first:
                 # The loop may be closed, if the process is about to end.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._deliver)
+            # Another thread has taken the place of this one while the image took too long.
             if is_given_up:
                 return
 
     def _decode(self, job: _Job) -> EncodedImage | BaseException:
         """Return the decoded image, or the error."""
-        # The error belongs to the caller, whatever it is; this thread must go on.
+        # Pass any error to the caller. This thread must continue with the next image.
         try:
             self._set_started(job, time.monotonic())
             width, height = read_image_size(job.data, self._max_pixels)
@@ -143,11 +147,12 @@ class DecodePool:
     # ---- in the event loop ----
 
     def _deliver(self) -> None:
+        """Pass finished results to their callers; runs in the event loop."""
         with self._lock:
             finished = list(self._finished)
             self._finished.clear()
         for job, result in finished:
-            # Given up, or cancelled.
+            # The caller does not wait any more: it was cancelled, or the image took too long.
             if job.future.done():
                 continue
             if isinstance(result, BaseException):
@@ -160,7 +165,7 @@ class DecodePool:
         self._timer = self._loop.call_later(interval, self._give_up_slow_jobs)
 
     def _give_up_slow_jobs(self) -> None:
-        """Let the callers of images go on that take too long, and replace their threads."""
+        """End the waiting of callers whose images take too long, and replace the threads."""
         now = time.monotonic()
         slow = []
         with self._lock:

@@ -121,6 +121,7 @@ def download(
 def _check_arguments(
     options: FetchOptions, shard_size: int, limit: int, retry: tuple[str, ...]
 ) -> None:
+    """Raise ValueError for an option that is out of range, or an unknown kind of failure."""
     at_least_one = {
         "--concurrency": options.concurrency,
         "--per-host": options.per_host,

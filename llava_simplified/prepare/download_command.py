@@ -153,7 +153,9 @@ def build_merge_parser() -> CommandParser:
         "llava merge-manifests",
         "Write the manifest, records and report of a download whose shards were fetched by several jobs.",
     )
-    parser.add_argument("output", help="--output of the `llava download` jobs")
+    parser.add_argument(
+        "output", help="Folder that the `llava download` jobs wrote: their --output"
+    )
     return parser
 
 
@@ -171,6 +173,7 @@ def merge_main(argv: list[str] | None = None) -> int:
 
 
 def _print_report(report: dict[str, Any], output: str) -> None:
+    """Print the number of rows by outcome, the most frequent first."""
     outcomes = report["outcomes"]
     for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
         print_text(f"{count:>9,} {kind}")

@@ -53,6 +53,7 @@ class DownloadProgress:
         self.progress = Progress(rows, "rows", self._before.total(), enabled)
 
     def _read_journals(self) -> None:
+        """Count the outcomes that were appended to the journals since the last call."""
         for path in self._work.glob("*.journal"):
             number = int(path.stem)
             if number not in self._numbers:
@@ -84,6 +85,7 @@ class DownloadProgress:
         self._update()
 
     def _check_first_rows(self) -> None:
+        """Raise ValueError if all of the first rows have failed in the same way."""
         in_this_run = self.total() - self._before
         if len(in_this_run) != 1 or in_this_run.total() < FAIL_FAST_AFTER or "ok" in in_this_run:
             return
@@ -92,7 +94,7 @@ class DownloadProgress:
         raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
 
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
-        """Replace the outcomes from the journal of a shard by the final ones."""
+        """Replace the outcomes from the journal of a shard with the final ones."""
         self._outcomes[number] = Counter(outcomes)
         if number in self._finished_before:
             self._before += self._outcomes[number]

@@ -73,7 +73,7 @@ MANIFEST_SCHEMA = pa.schema(
 )
 _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
 _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also in a sample's .json
-_END_MARK = -1  # index of a journal line that contains only the end of a reopened tar
+_END_MARK = -1  # index in a journal line that is not a row, but contains the end of a reopened tar
 _SPARE_FILES = 64  # open files in addition to connections
 _RETURNED_BLOCK_BYTES = 4_000_000
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
@@ -156,6 +156,7 @@ class _ShardJob:
         return count_outcomes(outcomes.values())
 
     def _is_retried(self, row: dict[str, Any]) -> bool:
+        """Return whether a row has failed with a kind of failure that `--retry` names."""
         return matches_kind(row["error"], self.spec.retry)
 
     def _reopen_journal(self, kept: list[dict[str, Any]]) -> None:
@@ -226,13 +227,14 @@ class _ShardJob:
             journal.append([{**outcome, "end": end}])
 
     def _write_file(self, data: bytes, name: str) -> None:
-        """Write an image of a download to plain files, atomically."""
+        """Write an image as a plain file, atomically."""
         # Put the temporary file into the work folder, so that a killed process leaves none among the images.
         part = self.store.work / f"{self.spec.name}.image"
         part.write_bytes(data)
         part.replace(Path(self.store.root, "images", name))
 
     def _publish_manifest(self, rows: list[dict[str, Any]]) -> None:
+        """Write the manifest in the work folder, and move it into the output."""
         local = self.store.work / self.manifest_name
         pq.write_table(_manifest_table(rows), local, compression="zstd")
         self.store.publish(local, self.manifest_name)

@@ -128,7 +128,7 @@ class Fetcher:
             lambda: asyncio.Semaphore(options.per_host)
         )
         self._consecutive_timeouts = Counter[str]()  # by host
-        # Of hosts that redirects lead to; times of the monotonic clock.
+        # Host -> end of its pause on the monotonic clock; only for hosts that a redirect led to.
         self._paused_until = defaultdict[str, float](float)
 
     async def __aenter__(self) -> Fetcher:
@@ -308,12 +308,13 @@ class Fetcher:
     # ---- robots.txt ----
 
     async def _robots_allow(self, url: URL) -> bool:
+        """Return whether the robots.txt of the URL's host allows the request. It is read once per host."""
         origin = url.origin()
         if origin not in self._robots:
             self._robots[origin] = asyncio.create_task(self._read_robots(origin))
         # Shield the task, which other URLs wait for too: a timeout of this URL must not cancel it.
         rules = await asyncio.shield(self._robots[origin])
-        # Without user and host, which `can_fetch` does not need, and in which it would decode percent-encodings.
+        # `can_fetch` uses only the path. Replace user and host, because it would decode percent-encodings in them.
         return rules.can_fetch(AGENT, f"http://host{url.raw_path_qs}")
 
     async def _read_robots(self, origin: URL) -> RobotFileParser:
@@ -398,7 +399,8 @@ def opted_out(headers: Any) -> str:
     Args:
         headers: Headers of a response, a case-insensitive multidict.
     """
-    if headers.get("TDM-Reservation", "").strip() == "1":
+    reservations = ",".join(headers.getall("TDM-Reservation", ())).split(",")
+    if any(value.strip() == "1" for value in reservations):
         return "TDM-Reservation: 1"
     for value in headers.getall("X-Robots-Tag", ()):
         agent, colon, directives = value.partition(":")

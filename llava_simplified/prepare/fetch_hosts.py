@@ -179,5 +179,6 @@ async def fetch_all(
         # This also runs if the caller stops early or is cancelled. Waiting for the task closes all connections.
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+    # The loop ended too early, so it has failed: raise its error.
     if loop.unfinished:
         task.result()  # raises the error that ended the workers

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from llava_simplified.data.chat_rows import is_chat, plain_chat
+from llava_simplified.data.preference_rows import PAIR_KEYS, is_pair, plain_pair
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
@@ -40,7 +42,7 @@ _ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level a
 _PARALLEL_KEYS = ("image_urls", "captions")
 _COCO_URL_NAMES = ("coco_url", "flickr_url", "url")
 _SNIFFED_BYTES = 1 << 20
-# Annotations without any caption after which a COCO file is taken for one of boxes or key points.
+# After this many annotations without a caption, a COCO file is assumed to contain boxes or key points.
 _MAX_WITHOUT_CAPTION = 100
 
 
@@ -58,6 +60,13 @@ def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
     with open_source(source) as stream:
         for key, value, _, _ in scan_json(stream, source):
             yield from reader.read(key, value)
+    if reader.has_early_annotations:
+        # Read the file again, because a million annotations would take too much memory.
+        with open_source(source) as stream:
+            annotations = (
+                value for key, value, _, _ in scan_json(stream, source) if key == "annotations"
+            )
+            yield from reader.read_early_annotations(annotations)
     yield from reader.finish()
 
 
@@ -71,24 +80,42 @@ def _is_json_lines(source: str) -> bool:
     )
 
 
-class _CocoImage(NamedTuple):
-    """An image of COCO.
+class _Texts:
+    """A list of texts in one block of memory: a million small strings would take a hundred megabytes more."""
 
-    Attributes:
-        number: Its position among the images.
-        name: Its file name.
-        url: Its URL, or an empty text.
-    """
+    def __init__(self) -> None:
+        self._data = bytearray()  # all texts in UTF-8, one after the other
+        self._ends = array("Q", [0])  # where each text ends, after that of the one before it
 
-    number: int
-    name: str
-    url: str
+    def append(self, text: str) -> None:
+        """Add a text at the end."""
+        self._data += text.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._data))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        """Return the text at an index from 0."""
+        return self._data[self._ends[index] : self._ends[index + 1]].decode(
+            "utf-8", "surrogatepass"
+        )
+
+
+def _compact_id(value: object) -> int | str:
+    """Return an id of COCO: equal for 5 and "5", and a number if possible, which takes less memory."""
+    text = str(value)
+    is_number = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+    return int(text) if is_number else text
 
 
 class _JsonReader:
     """Converts the values of a JSON file to rows, one at a time.
 
-    COCO's annotations refer to an image by its id. Annotations that precede their image are kept until the end of the
+    COCO's annotations refer to an image by its id. Annotations that precede their image are read again at the end of the
     file. An id that two different images have is ambiguous, and ignored.
     """
 
@@ -98,21 +125,26 @@ class _JsonReader:
         self._columns = columns
         self._number = -1  # of the last row
         self._named: NamedColumns | None = None
-        self._images: dict[str, _CocoImage] = {}  # by id
-        self._ambiguous: set[str] = set()  # ids of two different images
-        self._captioned: set[str] = set()  # ids of images that an annotation names
-        self._num_images = 0
+        # COCO's images by their number in the file, and the number of the first image with each id.
+        self._image_names = _Texts()
+        self._image_urls = _Texts()
+        self._is_captioned = bytearray()  # 1: an annotation names the image
+        self._number_of: dict[int | str, int] = {}
+        self._ambiguous: set[int | str] = set()  # ids of two different images
         self._has_captions = False  # an annotation of this file has a caption, perhaps an empty one
         self._ignored: dict[
             str, None
         ] = {}  # keys at the top level that no form has, in their order
-        self._early: list[tuple[int, dict[str, Any]]] = []  # annotations before their images
-        self._parallel: dict[str, list[str]] = {}
+        self._num_annotations = 0
+        # Annotations before their images: their positions among the annotations, and their numbers.
+        self._early = array("Q")
+        self._early_numbers = array("Q")
+        self._parallel: dict[str, _Texts] = {}
 
     def read(self, key: str, value: Any) -> Iterator[SourceRow]:
         """Yield the rows of one value of the file; `key` is the name of the array that contains it."""
         if key in _PARALLEL_KEYS and not isinstance(value, dict):
-            self._parallel.setdefault(key, []).append(as_text(value))
+            self._parallel.setdefault(key, _Texts()).append(as_text(value))
             return
         # Parallel arrays are collected, because URLs and captions are far apart in the file.
         if key not in _ROW_KEYS:
@@ -154,32 +186,42 @@ class _JsonReader:
         return caption or tags
 
     def _read_image(self, value: dict[str, Any]) -> None:
+        """Remember an entry of COCO's `images`. Its captions follow in `annotations`, which refer to its id."""
         urls = (as_text(value.get(name)) for name in _COCO_URL_NAMES)
         url = next((url for url in urls if url), "")
-        image = _CocoImage(self._num_images, as_text(value.get("file_name")), url)
-        self._num_images += 1
-        image_id = str(value["id"])
-        first = self._images.setdefault(image_id, image)
-        if first is image:
+        name = as_text(value.get("file_name"))
+        number = len(self._image_names)
+        self._image_names.append(name)
+        self._image_urls.append(url)
+        self._is_captioned.append(0)
+        image_id = _compact_id(value["id"])
+        first = self._number_of.setdefault(image_id, number)
+        if first == number:
             return
-        if first[1:] == image[1:]:
-            self._issues.note("image listed twice (kept once)", image.number, image.name or url)
+        if (self._image_names[first], self._image_urls[first]) == (name, url):
+            self._issues.note("image listed twice (kept once)", number, name or url)
             return
-        # Captions of the id may belong to either.
+        # Two images have the same id, so it is unknown to which one a caption belongs. Skip both.
         if image_id not in self._ambiguous:
             self._ambiguous.add(image_id)
-            self._issues.note(_SAME_ID, first.number, first.name or first.url)
-        self._issues.note(_SAME_ID, image.number, image.name or url)
+            self._issues.note(_SAME_ID, first, self._name_or_url(first))
+        self._issues.note(_SAME_ID, number, name or url)
+
+    def _name_or_url(self, number: int) -> str:
+        return self._image_names[number] or self._image_urls[number]
 
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
+        """Yield the row of an annotation, if its image is known already; otherwise keep it for `finish`."""
         self._number += 1
         self._has_captions = self._has_captions or "caption" in annotation
         if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
             self._refuse_annotations(annotation)
-        if str(annotation.get("image_id")) in self._images:
+        if _compact_id(annotation.get("image_id")) in self._number_of:
             yield from self._caption_row(annotation, self._number)
         else:
-            self._early.append((self._number, annotation))
+            self._early.append(self._num_annotations)
+            self._early_numbers.append(self._number)
+        self._num_annotations += 1
 
     def _refuse_annotations(self, annotation: dict[str, Any]) -> NoReturn:
         """Raise the error for COCO's annotation files of boxes or key points, which have the same structure."""
@@ -189,8 +231,9 @@ class _JsonReader:
         )
 
     def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
-        image_id = str(annotation.get("image_id"))
-        image = self._images.get(image_id)
+        """Yield the row of an annotation, unless it is unknown to which image it belongs."""
+        image_id = _compact_id(annotation.get("image_id"))
+        image = self._number_of.get(image_id)
         if image is None:
             self._issues.note("annotation of an unknown image (skipped)", number, annotation)
         elif image_id in self._ambiguous:
@@ -198,8 +241,31 @@ class _JsonReader:
                 "annotation of an id that different images have (skipped)", number, annotation
             )
         else:
-            self._captioned.add(image_id)
-            yield SourceRow(number, image.name, image.url, (as_text(annotation.get("caption")),))
+            self._is_captioned[image] = 1
+            captions = (as_text(annotation.get("caption")),)
+            yield SourceRow(number, self._image_names[image], self._image_urls[image], captions)
+
+    @property
+    def has_early_annotations(self) -> bool:
+        """Whether there were annotations without an image before them."""
+        return bool(self._early)
+
+    def read_early_annotations(self, annotations: Iterable[Any]) -> Iterator[SourceRow]:
+        """Yield the rows of the annotations that precede their images, when all images are known.
+
+        Args:
+            annotations: All annotations of the file.
+        """
+        objects = (value for value in annotations if isinstance(value, dict))
+        position = 0  # in `_early`
+        for number, annotation in enumerate(objects):
+            if position == len(self._early):
+                return
+            if number == self._early[position]:
+                if not self._has_captions:
+                    self._refuse_annotations(annotation)
+                yield from self._caption_row(annotation, self._early_numbers[position])
+                position += 1
 
     def finish(self) -> Iterator[SourceRow]:
         """Yield the rows that could not be built before the end of the file.
@@ -207,21 +273,16 @@ class _JsonReader:
         Raises:
             ValueError: Parallel arrays differ in length, or the file has none of the forms.
         """
-        for number, annotation in self._early:
-            if not self._has_captions:
-                self._refuse_annotations(annotation)
-            yield from self._caption_row(annotation, number)
-        for image_id, image in self._images.items():
-            if image_id not in self._captioned and image_id not in self._ambiguous:
-                self._issues.note(
-                    "image without an annotation (skipped)", image.number, image.name or image.url
-                )
+        for image_id, image in self._number_of.items():
+            if not self._is_captioned[image] and image_id not in self._ambiguous:
+                name = self._name_or_url(image)
+                self._issues.note("image without an annotation (skipped)", image, name)
         if not self._parallel:
             self._refuse_unknown_form()
             return
         # Join URLs and captions by index, which requires arrays of equal length.
-        urls = self._parallel.get("image_urls", [])
-        captions = self._parallel.get("captions", [])
+        urls = self._parallel.get("image_urls", _Texts())
+        captions = self._parallel.get("captions", _Texts())
         if len(urls) != len(captions):
             raise ValueError(
                 f"{self._source}: {len(urls)} 'image_urls', but {len(captions)} 'captions'; "
@@ -232,11 +293,11 @@ class _JsonReader:
 
     def _refuse_unknown_form(self) -> None:
         """Raise the error for a file that has rows of no form, but other content."""
-        if self._number >= 0 or self._images or not self._ignored:
+        if self._number >= 0 or self._number_of or not self._ignored:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
         raise ValueError(
-            f"{self._source}: an object with the keys {keys}, of which none holds captions. Captions are read from "
+            f"{self._source}: an object with the keys {keys}, none of which contains captions. Captions are read from "
             '[{"image": "1.jpg", "caption": "a cat"}, ...], from {"1.jpg": "a cat", ...}, '
             'or from the keys "data", "rows", or "images" and "annotations" (COCO).'
         )
@@ -321,8 +382,13 @@ def row_from_mapping(
 
 
 def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
-    """Yield the row of a record; nothing for a malformed chat."""
-    if is_chat(record):
+    """Yield the row of a record; nothing for a malformed chat, or a pair that nothing can be learned from."""
+    if is_pair(record):
+        plain = _check_pair(record, number, issues)
+        if plain is None:
+            return
+        record = plain
+    elif is_chat(record):
         try:
             record = plain_chat(record, "chat")
         except ValueError as error:
@@ -334,6 +400,28 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
     yield SourceRow(number, image, "", _last_answers(record), record=record)
 
 
+def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dict[str, Any] | None:
+    """Return a preference pair in the form of records; None if nothing can be learned from it, which is noted."""
+    if not all(record[key] for key in PAIR_KEYS):
+        issues.note("pair with an empty answer (skipped)", number, record)
+        return None
+    try:
+        plain = plain_pair(record, "pair")
+    except ValueError as error:
+        issues.note("malformed pair (skipped)", number, error)
+        return None
+    chosen, rejected = (plain[key].strip() for key in PAIR_KEYS)
+    if not chosen or not rejected:
+        issues.note("pair with an empty answer (skipped)", number, record)
+        return None
+    if chosen == rejected:
+        issues.note("pair with equal answers (skipped)", number, chosen)
+        return None
+    if not image_names(plain):
+        issues.note("pair without an image (kept)", number, chosen)
+    return plain
+
+
 def row_from_text(value: object, number: int) -> SourceRow | None:
     """Return the row of a URL in a list of URLs, or None if a value is something else."""
     if isinstance(value, str) and URL_PATTERN.match(value):
@@ -342,6 +430,7 @@ def row_from_text(value: object, number: int) -> SourceRow | None:
 
 
 def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
+    """Return an image of Karpathy's files with its captions."""
     folder_and_name = [as_text(value.get(name)) for name in ("filepath", "filename")]
     image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
     captions = []
@@ -353,7 +442,9 @@ def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
 
 
 def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """Return the alternatives of a record's last answer."""
+    """Return the alternatives of a record's last answer; of a pair, the chosen one."""
+    if is_pair(record):
+        return (as_text(record["chosen"]),)
     if "conversations" in record:
         last_turn = _as_list(record["conversations"])[-1:]
         return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
@@ -363,10 +454,10 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def is_record(value: dict[str, Any]) -> bool:
-    """Return whether a JSON object is a record already: in LLaVA's format, the tutorial's, or a chat."""
+    """Return whether a JSON object is a record already: in LLaVA's format, the tutorial's, a chat, or a pair."""
     if "conversations" in value or "instruction" in value:
         return True
-    return is_chat(value)
+    return is_chat(value) or is_pair(value)
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

@@ -46,6 +46,8 @@ _USED_HEADERS = {
     b"transfer-encoding",
     b"x-robots-tag",
 }
+# A value of these may begin with the name of a robot, which the rest of its line is for.
+_ONE_PER_LINE = {b"x-robots-tag"}
 
 
 class LenientResponseHandler(ResponseHandler):
@@ -89,7 +91,7 @@ class LenientResponseHandler(ResponseHandler):
             self._payload.set_exception(ClientPayloadError(f"damaged body: {error}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Pass on the rest of a torn head, so that aiohttp names what is wrong with it."""
+        """Pass the beginning of an incomplete head to aiohttp, which reports what is missing."""
         if self._head:
             head, self._head = self._head, None
             super().data_received(head)
@@ -129,7 +131,7 @@ class LenientResponseHandler(ResponseHandler):
                 break
             self._num_interim += 1
             if self._num_interim > MAX_INTERIM_RESPONSES:
-                # aiohttp refuses it, as any line that is no status line.
+                # aiohttp refuses it, like any line that is not a status line.
                 status, head = None, b"more than %d interim responses" % MAX_INTERIM_RESPONSES
                 break
         self._head = None
@@ -150,7 +152,8 @@ class LenientResponseHandler(ResponseHandler):
 def read_headers(text: bytes) -> dict[bytes, bytes]:
     """Return the headers that are used, by their names in lower case.
 
-    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value.
+    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value, and for
+    `_ONE_PER_LINE`, which are joined with line feeds.
     """
     headers: dict[bytes, bytes] = {}
     for line in _CONTINUED_LINE.sub(b" ", text).split(b"\n"):
@@ -161,7 +164,8 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
         value = _CONTROL_CHARACTERS.sub(b" ", value).strip()
         if name in headers and name in (b"location", b"retry-after"):
             continue
-        headers[name] = headers[name] + b", " + value if name in headers else value
+        separator = b"\n" if name in _ONE_PER_LINE else b", "
+        headers[name] = headers[name] + separator + value if name in headers else value
     codings = [
         coding.strip().lower() for coding in headers.get(b"transfer-encoding", b"").split(b",")
     ]
@@ -183,5 +187,7 @@ def _encode_head(status: re.Match[bytes], headers: Mapping[bytes, bytes]) -> byt
     version = b"1.0" if status["version"] == b"1.0" else b"1.1"
     reason = _CONTROL_CHARACTERS.sub(b" ", status["reason"] or b"").strip()[:_MAX_REASON]
     lines = [b"HTTP/" + version + b" " + status["status"] + b" " + reason]
-    lines += [name + b": " + value for name, value in headers.items()]
+    for name, values in headers.items():
+        # Each line once, because aiohttp limits their number.
+        lines += [name + b": " + value for value in dict.fromkeys(values.split(b"\n"))]
     return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -220,6 +220,7 @@ def write_download_report(
 
 
 def _read_manifest(manifest: Path) -> _DownloadStatistics:
+    """Return the statistics of a download from its manifest."""
     import pyarrow.parquet as pq
 
     # Read in batches, because a manifest has millions of rows. Keep only counts and a few examples of the texts.

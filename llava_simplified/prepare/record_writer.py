@@ -40,7 +40,7 @@ def check_suffix(path: Path) -> None:
     """Check that an output file of records has a supported suffix. Call this before a long job.
 
     Raises:
-        ValueError: The suffix is none of `SUFFIXES`.
+        ValueError: The suffix is not one of `SUFFIXES`.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: unsupported suffix; use .json, .jsonl or .parquet")
@@ -54,7 +54,7 @@ class RecordWriter:
             record per line, `.parquet` has the columns image, instruction and responses.
 
     Raises:
-        ValueError: The suffix is none of `SUFFIXES`.
+        ValueError: The suffix is not one of `SUFFIXES`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,10 +115,12 @@ class RecordWriter:
 
         rows = []
         for record in self._rows:
-            if not isinstance(record.get("image"), str) or not record.get("instruction"):
+            is_pair = "rejected" in record
+            if is_pair or not isinstance(record.get("image"), str) or not record.get("instruction"):
                 raise ValueError(
                     f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
-                    f"this record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
+                    f"this record has {', '.join(sorted(record))}. Write conversations and preference pairs to .json or "
+                    ".jsonl."
                 )
             # Convert a single response to a list, since a Parquet column has one type.
             responses = record.get("responses") or [record.get("response")]
@@ -128,6 +130,7 @@ class RecordWriter:
 
 
 def _parquet_schema() -> Any:
+    """Return the columns of a Parquet file of records."""
     import pyarrow as pa
 
     return pa.schema(

@@ -1,4 +1,4 @@
-"""Copy data from elsewhere into a folder of this machine: files of any fsspec URL, and data sets of the Hugging Face Hub.
+"""Copy remote data to a local folder: files of any fsspec URL, and data sets of the Hugging Face Hub.
 
 hf://datasets/owner/name/data/train-*.parquet     files, through fsspec; also s3://, gs://, https://
 owner/name, owner/name/train                      a data set by its name, through the library `datasets`
@@ -27,7 +27,7 @@ def is_url(source: str) -> bool:
 
 
 def is_hub_name(source: str) -> bool:
-    """Return whether a source can only be the name of a data set on the Hub: nothing of this name is here."""
+    """Return whether a source has the form of a data set's name on the Hub, and no local file has this name."""
     can_be_name = _HUB_NAME.fullmatch(source) and not _FILE_SUFFIX.search(source)
     return bool(can_be_name) and not Path(source).exists()
 
@@ -36,7 +36,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def state_of_url(source: str) -> list[str]:
-    """Return the size, version and time of the files of a URL, as listed by the file system, by their names.
+    """Return what the file system lists about the files of a URL (size, version, time), as JSON for each file.
 
     Raises:
         ValueError: There is no such file, or it cannot be reached.
@@ -48,7 +48,10 @@ def state_of_url(source: str) -> list[str]:
 
 
 def copy_url(source: str, folder: Path) -> Path:
-    """Copy the files of a URL, which may contain `*`, and return the only one, or the folder if there are several.
+    """Copy the files of a URL, which may contain `*`, into a new folder.
+
+    Returns:
+        The file if there is only one, otherwise the folder.
 
     Raises:
         ValueError: The files cannot be read, or two have the same name.
@@ -63,9 +66,11 @@ def copy_url(source: str, folder: Path) -> Path:
     for path, name in zip(paths, names):
         logger.info("Copying %s", path)
         with blame_file(source):
-            # In blocks, whatever the size of the file is.
+            # Copy in blocks, because the file may be larger than the memory.
             file_system.get_file(path, str(folder / name))
-    return folder / names[0] if len(names) == 1 else folder
+    if len(names) == 1:
+        return folder / names[0]
+    return folder
 
 
 def _find_files(source: str) -> tuple[Any, list[str]]:
@@ -75,7 +80,9 @@ def _find_files(source: str) -> tuple[Any, list[str]]:
 
     with blame_file(source):
         file_system, path = fsspec.core.url_to_fs(source)
-        paths = sorted(file_system.glob(path)) if "*" in path else [path]
+        paths = [path]
+        if "*" in path:
+            paths = sorted(file_system.glob(path))
         folders = [path for path in paths if file_system.isdir(path)]
     if not paths:
         raise ValueError(f"{source}: no file matches")
@@ -90,7 +97,7 @@ def _find_files(source: str) -> tuple[Any, list[str]]:
 
 
 def load_hub_dataset(source: str) -> Any:
-    """Load a data set of the Hub by its name. The library keeps it in its own cache, and checks for changes.
+    """Load a data set of the Hub by its name. `datasets` stores it in its own cache, and checks for new versions.
 
     Args:
         source: "owner/name" for the only split or the one called train, or "owner/name/split".
@@ -104,6 +111,7 @@ def load_hub_dataset(source: str) -> Any:
     try:
         require_extra("datasets", "datasets", purpose=f"Loading {name} from the Hugging Face Hub")
     except MissingExtraError as error:
+        # The user may have meant a local folder, so mention that first.
         raise ValueError(f"{source}: no such file or folder. {error}") from None
     import datasets
 
@@ -111,8 +119,11 @@ def load_hub_dataset(source: str) -> Any:
         loaded = datasets.load_dataset(name, split=split)
     if not isinstance(loaded, dict):
         return loaded
+    # Without a split in the name, `loaded` contains all splits. Use the only one, or the training split.
     splits = list(loaded)
-    if len(splits) > 1 and "train" not in splits:
+    if len(splits) == 1:
+        return loaded[splits[0]]
+    if "train" not in splits:
         choices = ", ".join(f"{name}/{split}" for split in splits)
         raise ValueError(f"{source}: contains several splits. Pass one of {choices}")
-    return loaded["train" if "train" in splits else splits[0]]
+    return loaded["train"]

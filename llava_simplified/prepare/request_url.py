@@ -1,7 +1,7 @@
 """Parse the URLs that are requested, and send them as they are.
 
 Hosts sign the exact path of an image (thumbor, imgproxy, S3, GCS), or tell `%2F` from `/` and `%26` from `&`. So a URL
-that is valid is sent byte for byte (RFC 3986, section 2.2): percent-encodings are neither decoded nor normalised, and
+that is valid is sent byte for byte (RFC 3986, section 2.2): percent-encodings are neither decoded nor normalized, and
 `..` is left to the server. What a URL must not contain (spaces, quotes, characters beyond ASCII) is percent-encoded, as
 browsers and curl do:
 
@@ -100,7 +100,7 @@ def resolve_redirect(url: URL, location: str) -> URL:
 
 def host_of(url: str) -> str:
     """Return the host of a URL, or an empty text if there is none."""
-    # Scheme and host repeat, so that most calls are answered from the cache.
+    # Scheme and host repeat, so most calls are answered from the cache.
     return _parse_host("/".join(url.split("/", 3)[:3]))
 
 

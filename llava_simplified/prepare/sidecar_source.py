@@ -1,13 +1,15 @@
 """Read captions from text files beside the images: `a.jpg` with `a.txt`, `a.caption` or `a.jpg.txt`.
 
-This is how kohya's scripts, OneTrainer and taggui keep captions, in folders of any depth. A sidecar belongs to the image
-whose name it begins with; the full name (`a.jpg.txt`) precedes the stem (`a.txt`). Images without
-a sidecar, and sidecars without an image, are counted and reported.
+kohya's scripts, OneTrainer and taggui store captions in this way, in folders of any depth. A sidecar belongs to the image
+with whose name it begins; if an image has both, the one with the full name (`a.jpg.txt`) is used, and not that with the
+stem (`a.txt`). Images without a sidecar, and sidecars without an image, are counted and reported.
 
-A folder may hold millions of files. Only the names of one directory are in memory at a time, as one text each:
+A folder may contain millions of files, so only the names of one directory are in memory at a time. They are sorted by a
+key that puts the files of an image next to each other. (Sorted by name, `a-1.jpg` would be between `a` and `a.jpg`.)
 
-    a.jpg        a   NUL  .jpg              sorted, these are next to each other,
-    a.jpg.txt    a   NUL  .jpg.txt          also if `a-1.jpg` stands between the names
+    name         key
+    a.jpg        a   NUL  .jpg
+    a.jpg.txt    a   NUL  .jpg.txt
     a-1.jpg      a-1 NUL  .jpg
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -25,10 +28,10 @@ from llava_simplified.prepare.source_files import read_text
 from llava_simplified.prepare.source_rows import ParseIssues, SourceRow
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
-# Values of --sidecar: which files are read, and whether a line is a caption of its own.
+# Values of --sidecar: which files are read, and whether each line is a separate caption.
 SIDECAR_CHOICES = ("txt", "caption", "lines")
 IMAGE_DOT_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-_MAX_BYTES = 1 << 20  # a larger file is no caption
+_MAX_BYTES = 1 << 20  # a larger file is not a caption
 # Separates the parts of a sorted name. No file name contains it, and it sorts before every other character.
 _MARK = "\0"
 
@@ -108,9 +111,10 @@ def read_sidecars(
             if captions:
                 yield SourceRow(number, path, "", captions)
         # As in kohya's scripts, `a.txt` belongs to `a.jpg` and to `a.png`.
-        shared = [sidecars[0] for _, sidecars in group.images if sidecars]
-        for name in sorted({name for name in shared if shared.count(name) > 1}):
-            issues.note("sidecar of several images (kept for each)", number, group.path(name))
+        uses = Counter(sidecars[0] for _, sidecars in group.images if sidecars)
+        for name in sorted(uses):
+            if uses[name] > 1:
+                issues.note("sidecar of several images (kept for each)", number, group.path(name))
 
 
 def _check_choice(group: NameGroup, image: str, sidecars: list[str]) -> None:
@@ -136,10 +140,11 @@ def _read_captions(
     except OSError as error:  # a broken link, or no permission
         issues.note("sidecar that cannot be read (skipped)", number, error)
         return ()
-    captions = [text]
-    if options.lines:
-        captions = [line.strip() for line in text.split("\n")]
-    captions = [caption for caption in captions if caption]
+    texts = text.split("\n") if options.lines else [text]
+    captions = []
+    for caption in texts:
+        if caption.strip():
+            captions.append(caption.strip())
     if not captions:
         issues.note("empty sidecar (skipped)", number, name)
     return tuple(captions)
@@ -157,19 +162,22 @@ def scan_names(
     """
     for place, subfolders, files in os.walk(folder, onerror=_raise_error):
         relative = Path(place).relative_to(folder).as_posix().removeprefix(".")
-        # In place, which `os.walk` permits and follows.
+        # Change this list in place: `os.walk` then visits the remaining subfolders, in this order.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        # `os.walk` does not enter links, which may lead in a circle.
+        # `os.walk` does not follow links to folders, which may form a cycle.
         links = [name for name in subfolders if (Path(place) / name).is_symlink()]
         if links:
             yield NameGroup(relative, [], [], links)
-        # In place too: a directory may hold a million names, and a second list would double the memory.
+        # Change this list in place too. With a million names, a second list would double the memory.
         for index, name in enumerate(files):
             files[index] = _sort_key(name)
         files.sort()
         for _, keys in itertools.groupby(files, key=_group_of):
-            names = [_name_of(key) for key in keys]
-            names = [name for name in names if not name.startswith(".")]
+            names = []
+            for key in keys:
+                name = _name_of(key)
+                if not name.startswith("."):
+                    names.append(name)
             if names:
                 yield _make_group(relative, names, sidecar_suffixes)
 
@@ -179,19 +187,30 @@ def _raise_error(error: OSError) -> None:
 
 
 def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]) -> NameGroup:
-    images = [name for name in names if name.lower().endswith(IMAGE_DOT_SUFFIXES)]
-    sidecars = [name for name in names if name.lower().endswith(sidecar_suffixes)]
-    others = [name for name in names if name not in images and name not in sidecars]
-    found: list[tuple[str, list[str]]] = []
+    """Sort the files of a group into images, sidecars and others, and give each image its sidecars."""
+    images: list[str] = []
+    others: list[str] = []
+    # The sidecars by what is before their suffix: "a.jpg" of "a.jpg.txt", "a" of "a.txt".
+    sidecars: dict[str, list[str]] = {}
+    for name in names:
+        if name.lower().endswith(IMAGE_DOT_SUFFIXES):
+            images.append(name)
+        elif name.lower().endswith(sidecar_suffixes):
+            sidecars.setdefault(_stem(name), []).append(name)
+        else:
+            others.append(name)
+
+    with_sidecars: list[tuple[str, list[str]]] = []
     used: set[str] = set()
     for image in images:
-        own = [name for name in sidecars if _stem(name) == _compose(image)]
-        if not own:
-            own = [name for name in sidecars if _stem(name) == _stem(image)]
+        own = sidecars.get(_compose(image)) or sidecars.get(_stem(image)) or []
         used.update(own)
-        found.append((image, own))
-    orphans = [name for name in sidecars if name not in used]
-    return NameGroup(folder, found, orphans, others)
+        with_sidecars.append((image, list(own)))
+    orphans: list[str] = []
+    for name in names:
+        if name in sidecars.get(_stem(name), ()) and name not in used:
+            orphans.append(name)
+    return NameGroup(folder, with_sidecars, orphans, others)
 
 
 def _compose(name: str) -> str:
@@ -200,6 +219,7 @@ def _compose(name: str) -> str:
 
 
 def _stem(name: str) -> str:
+    """Return a name without its last suffix."""
     return _compose(name).rpartition(".")[0]
 
 
@@ -219,9 +239,11 @@ def _sort_key(name: str) -> str:
 
 
 def _group_of(key: str) -> str:
+    """Return the part of a sort key that is equal for all files of a group."""
     return key.partition(_MARK)[0]
 
 
 def _name_of(key: str) -> str:
+    """Return the file name that a sort key was made from."""
     stem, suffix, *name = key.split(_MARK)
     return name[0] if name else stem + suffix

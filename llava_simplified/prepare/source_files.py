@@ -45,6 +45,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 
 def _open_stream(source: str) -> Any:
+    """Open a file or URL, decompressed, as a stream of bytes."""
     suffix = Path(source).suffix.lower()
     # Require fsspec only for remote and unusual files; everything else works without the extra.
     if "://" in source or suffix in _OTHER_COMPRESSIONS:

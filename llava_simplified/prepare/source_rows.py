@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # Usual column names, in order of preference; the comparison ignores case.
-URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
+# A table of pages has their `url` or `link` beside the `image_url`.
+URL_NAMES = ("image_url", "img_url", "url", "coco_url", "flickr_url", "link")
 IMAGE_NAMES = (
     "image",
     "file_name",

@@ -17,17 +17,19 @@ parameters `(source, issues, columns)` that yields `SourceRow`s, and add its suf
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
-from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.extras import MissingExtraError, require_extra
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
@@ -59,6 +61,8 @@ _PART_SUFFIXES = {
 }
 # Files of one form that are opened to find out whether it is a form of captions.
 _MAX_TRIED_FILES = 20
+# Rows of a file that are looked at to find out which folder its images are in.
+_MAX_TRIED_ROWS = 20
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
 _COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
@@ -88,6 +92,10 @@ def read_source(
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
             issues.note("image outside its folder, '..' (skipped)", row.number, images)
             continue
+        # What a URL beside it leads to is not the image, but a page about it.
+        if "://" in row.image and row.record is None and not row.image.startswith("file:"):
+            issues.note("URL in the column of images (kept as the URL)", row.number, row.image)
+            row = row._replace(image="", url=row.image)
         # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
             issues.note(
@@ -123,6 +131,7 @@ def _can_be_encoded(row: SourceRow) -> bool:
 def _read_any(
     source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
 ) -> Iterator[SourceRow]:
+    """Choose the reader of a source by what it is: folder, pattern, URL, or a file by its suffix."""
     is_url = "://" in source
     path = Path(source)
     if not is_url and path.is_dir():
@@ -162,20 +171,47 @@ def _format_suffix(source: str) -> str:
 def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
     """Yield the rows of all files that match a pattern.
 
-    The images of shards are named relative to the part of the pattern without wildcards, because shards in two
-    folders may have the same name.
+    Images are named relative to the part of the pattern without wildcards, because files in two folders may use the
+    same names for different images.
     """
-    parts = sorted(glob.glob(pattern))  # noqa: PTH207 - the pattern may be absolute
+    parts, root = expand_pattern(pattern)
     if not parts:
         raise ValueError(f"{pattern}: no file matches")
-    before_wildcard = re.split(r"[*?[]", pattern)[0]
-    root = Path(before_wildcard + "x").parent
-    for part in parts:
-        folder = Path(part).parent.relative_to(root)
-        # Only metadata and shards name images relative to their own folder.
-        is_metadata = Path(part).name in _METADATA_NAMES
-        for row in _read_any(part, issues, columns):
-            yield _move_images(row, folder, all_images=is_metadata)
+    for part in map(Path, parts):
+        rows = _read_any(str(part), issues, columns)
+        if part.is_dir():
+            folder, is_own = part.relative_to(root), True
+        else:
+            folder = part.parent.relative_to(root)
+            first_rows = list(itertools.islice(rows, _MAX_TRIED_ROWS))
+            rows = itertools.chain(first_rows, rows)
+            is_own = _names_are_own(part, root, first_rows, issues)
+        for row in rows:
+            yield _move_images(row, folder, all_images=is_own)
+
+
+def _names_are_own(
+    path: Path, root: Path, first_rows: list[SourceRow], issues: ParseIssues
+) -> bool:
+    """Return whether a file names images relative to its own folder, and not to `root`.
+
+    Metadata do so. Other files do if one of their first images is found there; otherwise, a note says what is assumed.
+    """
+    if path.name in _METADATA_NAMES:
+        return True
+    if path.parent == root:
+        return False  # there is no difference
+    names = []
+    for row in first_rows:
+        names += [row.image] if row.record is None else image_names(row.record)
+    names = [name for name in names if name and "#" not in name]
+    # A name may be too long, or no name at all.
+    with suppress(OSError, ValueError):
+        if any((path.parent / name).is_file() for name in names):
+            return True
+    if names:
+        issues.note(f"file whose image names are taken relative to {root} (read)", 0, path)
+    return False
 
 
 def _read_url_pattern(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -267,22 +303,26 @@ class _FolderContents:
 
 
 def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
+    """List what a folder contains, to decide how its captions are read. No file is opened."""
     contents = _FolderContents()
     for group in scan_names(folder, SidecarOptions.parse(sidecar).suffixes):
         for _, sidecars in group.images:
             contents.images += 1
-            contents.pairs += bool(sidecars)
-            if sidecars and not contents.sidecars:
+            if not sidecars:
+                continue
+            contents.pairs += 1
+            # One sidecar is enough as an example.
+            if not contents.sidecars:
                 contents.sidecars.append(folder / group.path(sidecars[0]))
         for name in (*group.others, *group.orphans):
             path = folder / group.path(name)
             if name in _METADATA_NAMES:
                 contents.metadata.append(path)
-            # Files with the name of an image describe it: `a.json` beside `a.jpg`.
+            # Files with the name of an image (`a.json` beside `a.jpg`) describe that image, and are no source.
             elif not group.folder and not group.images:
                 suffix = _format_suffix(name)
                 paths = contents.files.setdefault(suffix, [])
-                # Of texts that are no sidecars there may be a million, and the rest is not read.
+                # There may be a million texts that are not sidecars. Do not read them all.
                 if suffix != ".txt" or len(paths) < _MAX_TRIED_FILES:
                     paths.append(path)
     return contents
@@ -291,7 +331,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
 def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
-    Files count if a row can be read from them: a README.txt is no table.
+    Files count if a row can be read from them: a README.txt is not a table.
 
     Raises:
         ValueError: There is none. The message is that of the first file that could have been one.
@@ -319,7 +359,7 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    One file stands for all, whose errors are reported when they are read. But each text is looked at by itself, because
+    One file stands for all, whose errors are reported when they are read. But each text is examined separately, because
     it may be anything.
 
     Args:
@@ -381,6 +421,7 @@ def _raise_ambiguous_form(
 
 
 def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
+    """Return the message for a folder without any captions."""
     # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
     images = ""
@@ -395,24 +436,28 @@ def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
 def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of an imagefolder. Images that no row names are noted."""
-    without_row = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-    }
+    """Yield the rows of an imagefolder, and note images without a row."""
+    # Hashes of the names in the rows, because a million names would take a hundred megabytes.
+    named = array("q")
     for path in metadata:
         below = path.parent.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
             image = (below / row.image).as_posix() if row.image else ""
-            without_row.discard(image)
+            named.append(hash(image))
             yield row._replace(image=image)
-    for number, name in enumerate(sorted(without_row)):
-        issues.note("image without a row of metadata (skipped)", number, name)
+    named = array("q", sorted(named))
+    number = 0
+    for group in scan_names(folder):
+        for name, _ in group.images:
+            image = group.path(name)
+            place = bisect_left(named, hash(image))
+            if place == len(named) or named[place] != hash(image):
+                issues.note("image without a row of metadata (skipped)", number, image)
+                number += 1
 
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
-    """Note what a folder holds besides the parts that were read."""
+    """Note what a folder contains besides the parts that were read."""
     stems = {_first_stem(path) for path in parts}
     others = sorted(path for path in folder.iterdir() if path not in set(parts))
     for number, path in enumerate(others):

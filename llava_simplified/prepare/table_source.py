@@ -46,7 +46,7 @@ _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)
 _UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
-# Text after a comma in a URL; captions of one word do not look like this.
+# Text after a comma that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not match.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
 
 Line = tuple[int, str]
@@ -54,12 +54,20 @@ Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """The index of each field in a row; -1 for a field that the table does not have. A list of URLs has no captions."""
+    """Where the fields of a row are.
+
+    Attributes:
+        url: Index of the URL; -1 if the table has none.
+        image: Index of the image name, or -1.
+        caption: Index of the caption, or -1, as in a list of URLs.
+        width: Number of fields of a complete row.
+        has_header: The first line contains names of columns.
+    """
 
     url: int
     image: int
     caption: int
-    width: int  # number of fields of a complete row
+    width: int
     has_header: bool
 
 
@@ -105,6 +113,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
 
 
 def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
+    """Return the row that these fields describe."""
     captions: tuple[str, ...] = ()
     if layout.caption >= 0:
         # Replace tabs in the caption, so that it can be written to a TSV file later.
@@ -119,7 +128,7 @@ def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
 
 
 def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
-    """Return the separator of a table, and whether its first line does nothing but name it."""
+    """Return the separator of a table, and whether the first line only names the separator ("sep=;")."""
     first = head[0][1]
     named = _SEPARATOR_LINE.fullmatch(first)
     if named and len(head) > 1:
@@ -129,19 +138,27 @@ def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
     # Require a space after the bar, since a bar alone also occurs in captions and URLs.
     if _BAR_SEPARATED.match(first):
         return "|", False
-    # Both occur in captions too. Where the header does not decide, the separator is the one that splits more lines
-    # into the same number of fields.
-    scores = [_separator_score(separator, head, columns) for separator in (",", ";")]
-    return ";" if scores[1] > scores[0] else ",", False
+    # Commas and semicolons occur in captions too. Choose the one that splits the header into more known names, or
+    # else more lines into the same number of fields.
+    comma = _separator_score(",", head, columns)
+    semicolon = _separator_score(";", head, columns)
+    if semicolon > comma:
+        return ";", False
+    return ",", False
 
 
 def _separator_score(separator: str, head: list[Line], columns: Columns) -> tuple[int, int]:
-    """Return the number of column names in the first line, and of lines with the most frequent number of fields."""
+    """Return how well a separator fits, as a pair to compare.
+
+    Returns:
+        The number of known column names in the first line, and the largest number of lines with equally many fields.
+    """
     sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
     known = _known_names(columns)
-    names = sum(field.strip().lower() in known for field in sample[0])
+    num_names = sum(field.strip().lower() in known for field in sample[0])
+    # Lines without the separator do not count.
     widths = Counter(len(fields) for fields in sample if len(fields) > 1)
-    return names, max(widths.values(), default=0)
+    return num_names, max(widths.values(), default=0)
 
 
 def _known_names(columns: Columns) -> set[str]:
@@ -154,31 +171,43 @@ def _known_names(columns: Columns) -> set[str]:
 
 
 def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
-    """Return what the lines of a list without captions look like, or None for a table.
+    """Return the pattern of the lines, if they are a list of URLs or image names; None if they are a table.
 
-    A URL may contain commas and semicolons, so that a line is compared as a whole.
+    A URL may contain commas and semicolons, so a line is compared as a whole.
 
     Raises:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.
     """
-    texts = [text.strip() for _, text in head]
-    # A caption has several words, at least some of them.
-    if any(re.search(r"\s", text) for text in texts):
+    texts = [_list_name(text) for _, text in head if not text.startswith("#")]
+    # At least some captions have several words. So a space means that there are captions.
+    if any(map(_may_have_caption, texts)):
         return None
-    if all(URL_PATTERN.match(text) for text in texts):
-        splits = [re.split(r"[,;]", text) for text in texts]
-        with_tail = [fields for fields in splits if len(fields) > 1]
-        parts = sum(bool(_PART_OF_URL.fullmatch(fields[-1])) for fields in with_tail)
-        if 2 * parts >= len(with_tail):
+    num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
+    others = [text for text in texts if not URL_PATTERN.match(text)]
+    if num_urls > len(texts) / 2 and all(re.search(r"\s", text) for text in others):
+        # Is the text after a comma a part of the URL, or a caption of one word?
+        num_with_comma = 0
+        num_parts_of_url = 0
+        ends_like_image = True  # before the comma: such URLs are complete
+        for text in texts:
+            first, *rest = re.split(r"[,;]", text)
+            if not rest:
+                continue
+            num_with_comma += 1
+            if _PART_OF_URL.fullmatch(rest[-1]):
+                num_parts_of_url += 1
+            if not IMAGE_NAME_PATTERN.search(first):
+                ends_like_image = False
+        if 2 * num_parts_of_url >= num_with_comma:
             return URL_PATTERN
-        if not all(IMAGE_NAME_PATTERN.search(fields[0]) for fields in with_tail):
+        if not ends_like_image:
             raise ValueError(
                 f"{source}: every line is a URL, and it is not clear whether a caption follows its comma. Insert a first "
                 f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
             )
         return None
-    has_separator = any("," in text or ";" in text for text in texts)
-    if not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
+    has_separator = any(re.search(r"[\s,;]", text) for text in texts)
+    if texts and not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
         return IMAGE_NAME_PATTERN
     return None
 
@@ -188,7 +217,7 @@ def _read_list(
 ) -> Iterator[SourceRow]:
     """Yield the rows of a list of URLs or of image names."""
     for number, text in lines:
-        name = text.strip()
+        name = _list_name(text)
         if not pattern.search(name):
             issues.note("neither a URL nor the name of an image (skipped)", number, text)
             continue
@@ -200,13 +229,30 @@ def _read_list(
             yield SourceRow(number, name, "", ())
 
 
+def _may_have_caption(text: str) -> bool:
+    """Return whether a line has several words, which may be a caption, and is neither a remark nor a URL with spaces."""
+    if not re.search(r"\s", text):
+        return False
+    is_image = URL_PATTERN.match(text) and IMAGE_NAME_PATTERN.search(text)
+    is_remark = not URL_PATTERN.search(text)
+    return bool(re.search(r"[,;|\t]", text)) or not (is_image or is_remark)
+
+
+def _list_name(text: str) -> str:
+    """Return what a line of a list names. Programs that write CSV put a URL with a comma into quotes."""
+    name = text.strip()
+    if len(name) > 1 and name.startswith('"') and name.endswith('"') and '"' not in name[1:-1]:
+        return name[1:-1]
+    return name
+
+
 # ---- lines to fields ----
 
 
 def _join_fields(
     fields: list[str], layout: Layout, separator: str, number: int, issues: ParseIssues
 ) -> list[str]:
-    """Put the fields of a line together that were one before it was split: parts of a URL, or else of the caption."""
+    """Join fields of a line that has too many: parts of a URL that contains the separator, or else of a caption."""
     extra = len(fields) - layout.width
     row = separator.join(fields)
     positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
@@ -241,6 +287,7 @@ def _join_fields(
 
 
 def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
+    """Split lines into fields by the rules of the separator."""
     if separator == "|":
         return _split_bars(lines, issues)
     if separator == "\t":
@@ -255,7 +302,7 @@ def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
 
 
 def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    """Split the lines of Flickr30k's results.csv, in one of whose rows the second bar is missing."""
+    """Split the lines of Flickr30k's results.csv. In one of its rows, the second bar is missing."""
     for number, text in lines:
         fields = text.split("|")
         if len(fields) == 2:
@@ -397,9 +444,17 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     may contain separators.
     """
     first = sample[0]
-    pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
+    first_fields: list[str] = []
+    last_fields: list[str] = []
+    for fields in sample:
+        if len(fields) > 1:
+            first_fields.append(fields[0])
+            last_fields.append(fields[-1])
     for pattern in (URL_PATTERN, IMAGE_NAME_PATTERN):
-        shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
+        shares = [
+            _share_of_matches(pattern, first_fields),
+            _share_of_matches(pattern, last_fields),
+        ]
         # Require half of the lines, since single lines may lack a URL or have one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
@@ -418,4 +473,6 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
 
 
 def _share_of_matches(pattern: re.Pattern[str], texts: list[str]) -> float:
-    return sum(bool(pattern.search(text)) for text in texts) / len(texts)
+    """Return the share of texts that contain the pattern; 0 if there are no texts."""
+    num_matches = sum(bool(pattern.search(text)) for text in texts)
+    return num_matches / max(1, len(texts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -29,7 +30,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from llava_simplified.data.images import ImageError, load_pixels
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
+from llava_simplified.data.images import ImageError, check_image, read_image_size
+from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve.attention_map import encode_answer, word_attention
 from llava_simplified.serve.body_check import check_body
@@ -58,6 +65,10 @@ logger = logging.getLogger(__name__)
 
 # Additional seconds after the deadline for a slow client to read its response.
 _READ_GRACE = 5.0
+# A body may take this many seconds, and longer only if it arrives at this rate. Each slow body occupies a place in
+# the queue, so that a few clients that send a byte a second would lock out all others.
+BODY_SECONDS = 10.0
+_BODY_RATE = 50_000  # bytes per second
 # Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
@@ -181,6 +192,7 @@ class ModelEndpoint:
             logger.info("%d in %.2f s", status, seconds)
 
     async def _read_body(self, request: Request) -> bytes:
+        """Return the body of a request; raise HTTPException if it is too large or not JSON."""
         # Require JSON: other types can be sent by any web page without a preflight request.
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
@@ -193,11 +205,21 @@ class ModelEndpoint:
             raise too_large
         # Also count the bytes, since a chunked body has no Content-Length.
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_body:
-                raise too_large
-        return bytes(body)
+        start = time.monotonic()
+        chunks = request.stream()
+        try:
+            while True:
+                seconds_left = BODY_SECONDS + len(body) / _BODY_RATE - (time.monotonic() - start)
+                async with timeout(seconds_left):
+                    body += await anext(chunks)
+                if len(body) > max_body:
+                    raise too_large
+        except StopAsyncIteration:
+            return bytes(body)
+        except asyncio.TimeoutError:
+            raise HTTPException(
+                408, "The body arrives too slowly.", {"connection": "close"}
+            ) from None
 
     async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
         """Parse and validate a body, including the name of the model."""
@@ -225,6 +247,7 @@ class ModelEndpoint:
         return await asyncio.gather(*(self._load_image(url) for url in urls))
 
     async def _load_image(self, url: str | bytes) -> bytes:
+        """Return the bytes of an image: the content of a data URL, or a fetched file."""
         if isinstance(url, bytes):  # the content of a data URL
             return url
         if self.fetcher is None:
@@ -246,6 +269,7 @@ class ModelEndpoint:
 
 
 def _model_not_found(requested: str | None, name: str) -> RequestError:
+    """Return the error for a request for another model."""
     return RequestError(
         f"The model {requested!r} does not exist; this server has {name!r}.",
         "model",
@@ -277,6 +301,7 @@ class ChatCompletions(ModelEndpoint):
         )
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        """Answer a request."""
         chat = await self._parse(ChatRequest, body)
         options = chat.to_generation_options(self.limits.max_tokens)
         messages = chat.to_messages(self.engine.model.instruction)
@@ -379,6 +404,7 @@ class Attention(ModelEndpoint):
     metrics_prefix = "llava_attention"
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        """Answer a request."""
         attention = await self._parse(AttentionRequest, body)
         messages = attention.to_messages(self.engine.model.instruction)
         images = await self._load_images(attention.messages)
@@ -391,15 +417,13 @@ class Attention(ModelEndpoint):
         readers = self.engine.reader_threads
         async with request.deadline():
             answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
-            pixels = await loop.run_in_executor(readers, load_pixels, images[0])
-        # Pass the decoded image, whose original size is needed below. Declare the answer as new tokens, so
-        # that the context limit applies to it.
-        await request.prepare(messages, [pixels], answer_tokens=len(answer_ids))
+            height, width = await loop.run_in_executor(readers, _shown_size, images[0])
+        # Declare the answer as new tokens, so that the context limit applies to it.
+        await request.prepare(messages, images, answer_tokens=len(answer_ids))
         async with request.deadline():
             words, grids = await self.engine.run_on_model(
                 lambda model: _word_attention(model, request, answer_ids)
             )
-        height, width = pixels.shape[:2]
         content = {
             "object": "attention",
             "model": self.name,
@@ -409,6 +433,7 @@ class Attention(ModelEndpoint):
         await _send_json(content, send)
 
     def _encode_answer(self, answer: str) -> list[int]:
+        """Return the token ids of an answer, within the limit of tokens."""
         try:
             answer_ids = encode_answer(self.engine.model, answer)
         except ValueError as error:
@@ -419,6 +444,17 @@ class Attention(ModelEndpoint):
                 f"answer: expected 1 to {max_tokens} tokens, got {len(answer_ids)}.", "answer"
             )
         return answer_ids
+
+
+def _shown_size(image: bytes) -> tuple[int, int]:
+    """Return (height, width) of an image file, with its orientation applied.
+
+    The pixels are dropped at once: those of all requests in flight together would take gigabytes.
+    """
+    width, height = read_image_size(image)
+    with DECODING.admit(width * height):
+        checked = check_image(image)
+    return checked.height, checked.width
 
 
 def _word_attention(
@@ -454,7 +490,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
     if requested is None or requested <= granted:
         return {}
     name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
-    # An integer of JSON has any number of digits.
+    # An integer in JSON may have any number of digits.
     shown = str(requested) if requested < 10**12 else "more than 10^12"
     return {
         "warnings": [f"{name}: {shown} tokens were requested; the answer has at most {granted}."]
@@ -462,6 +498,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
 
 
 def _usage(request: RequestHandle, token_counts: list[int]) -> dict[str, int]:
+    """Return the field `usage` of a response."""
     prompt_tokens = request.prompt_tokens
     completion_tokens = sum(token_counts)
     return {
@@ -610,6 +647,7 @@ def create_app(
 
 
 def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
+    """Add metrics whose values are read from the engine."""
     requests = Gauge(
         "llava_requests_in_flight", "Requests being read, waiting or running", registry=registry
     )
@@ -621,6 +659,7 @@ def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
 
 
 def _create_fetcher(limits: Limits) -> Fetcher | None:
+    """Return the fetcher of image URLs; None if they are not allowed."""
     if limits.fetch is None:
         return None
     # Import it here, because it requires aiohttp, which the extra `serve` does not install.

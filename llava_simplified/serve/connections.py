@@ -51,6 +51,7 @@ class TimedH11Protocol(H11Protocol):
             self._timer = None
 
     def _close(self) -> None:
-        # What has been written is still sent, but not to a client that does not read it.
+        """Close a connection on which no request has arrived in time."""
+        # This still sends data that was written before. If the client does not read it, abort after a while.
         self.transport.close()
         self._timer = self.loop.call_later(self.HEAD_SECONDS, self.transport.abort)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -26,7 +25,22 @@ _MIN_TEMPERATURE = 1e-3
 
 
 # The URL-safe alphabet of base64 -> the standard one.
-_STANDARD_BASE64 = str.maketrans("-_", "+/")
+_STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = b" \t\r\n\f\v"
+# What base64 has that is escaped in a URL. Decoding any escape would make an object of each.
+_URL_ESCAPES = {
+    b"%2B": b"+",
+    b"%2F": b"/",
+    b"%3D": b"=",
+    b"%20": b"",
+    b"%0A": b"",
+    b"%0D": b"",
+    b"%2b": b"+",
+    b"%2f": b"/",
+    b"%3d": b"=",
+    b"%0a": b"",
+    b"%0d": b"",
+}
 
 
 class StrictModel(BaseModel):
@@ -43,7 +57,7 @@ class StrictModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-# The only list, and the only object, that asks for nothing.
+# An empty list or object requests nothing.
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
@@ -67,6 +81,7 @@ class ImageURL(StrictModel):
     @field_validator("url")
     @classmethod
     def decode_url(cls, url: str) -> str | bytes:
+        """Return the content of a data URL or of plain base64; another URL is returned unchanged."""
         url = url.strip()
         scheme, colon, rest = url.partition(":")
         # No character of base64 is a colon. Some servers accept the content of a data URL alone.
@@ -97,13 +112,16 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _decode_lenient_base64(text: str) -> bytes:
+    """Decode base64 with the usual deviations: white space, URL-safe characters, missing padding."""
     # In a URL, `+` and `=` may be escaped.
-    if "%" in text:
-        text = unquote(text)
-    text = "".join(text.split()).translate(_STANDARD_BASE64).rstrip("=")
-    padding = "=" * (-len(text) % 4)
     try:
-        return base64.b64decode(text + padding, validate=True)
+        data = text.encode("ascii")
+        if b"%" in data:
+            for escape, character in _URL_ESCAPES.items():
+                data = data.replace(escape, character)
+        data = data.translate(_STANDARD_BASE64, _WHITE_SPACE).rstrip(b"=")
+        padding = b"=" * (-len(data) % 4)
+        return base64.b64decode(data + padding, validate=True)
     except ValueError as error:
         raise ValueError(
             f"expected a data URL (data:image/...;base64,...), another URL or base64: {error}"

@@ -157,6 +157,7 @@ class HostCheck:
                 )
 
     def _is_allowed(self, host: str) -> bool:
+        """Return whether the server answers requests for this host."""
         if host == "localhost" or host.endswith(".localhost") or host in self._allowed:
             return True
         try:
@@ -204,9 +205,11 @@ class KeyCheck:
         await app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
+        """Return whether a request contains the API key."""
         header = Request(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
         # Compare in constant time, so that the duration reveals nothing about the key. Encode as Latin-1,
         # with which the header was decoded, to get the original bytes.
-        is_equal = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+        # Not white space of Unicode: a byte of a UTF-8 character may be one in Latin-1.
+        is_equal = hmac.compare_digest(key.strip(" \t").encode("latin-1"), self._key)
         return scheme.lower() == "bearer" and is_equal

@@ -46,6 +46,7 @@ def build_parser() -> CommandParser:
 
 
 def _add_network_options(parser: CommandParser) -> None:
+    """Add the options of address, key and allowed hosts."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--host",
@@ -87,6 +88,7 @@ def _add_page_options(parser: CommandParser) -> None:
 
 
 def _add_limit_options(parser: CommandParser) -> None:
+    """Add the limits of requests."""
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--batch-size",
@@ -152,9 +154,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name, (least, greatest) in _RANGES.items():
         value = getattr(args, name)
         if not least <= value <= greatest:
-            limits = (
-                f"from {least} to {greatest}" if greatest < math.inf else f"of at least {least}"
-            )
+            limits = f"of at least {least}"
+            if greatest < math.inf:
+                limits = f"from {least} to {greatest}"
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: expected a number {limits}")
     # This also rejects NaN, with which a request would never time out.
@@ -183,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
+    """Load the model, and serve requests until a signal arrives."""
     import uvicorn
 
     from llava_simplified.model.llava import Llava
@@ -224,6 +227,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         # After a signal, wait for requests in flight, but no longer than their timeout.
         timeout_graceful_shutdown=int(args.timeout),
     )
+    # An IPv6 address in a URL is in brackets.
     authority = f"[{args.host}]" if ":" in args.host else args.host
     logger.info("Serving %s on http://%s:%d", name, authority, args.port)
     server = uvicorn.Server(config)
@@ -258,6 +262,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
+    """Return the limits of requests; with `--allow-image-urls`, also the options for fetching images."""
     from llava_simplified.serve.api import Limits
 
     max_body = args.max_body * 10**6
@@ -279,6 +284,7 @@ def _log_with_time() -> None:
 
 
 def _is_loopback(host: str) -> bool:
+    """Return whether a host can only be reached from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

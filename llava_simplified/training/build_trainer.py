@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
-from llava_simplified.data.records import Record, Records
+from llava_simplified.data.records import Record, Records, pair_problem, response_problem
 from llava_simplified.extras import install_command
 from llava_simplified.model.build import (
     build_model,
@@ -42,6 +42,7 @@ from llava_simplified.model.pissa import initialize as initialize_pissa
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
+from llava_simplified.training.cider_reward import FREQUENCIES_FILE
 from llava_simplified.training.encode import cache_features, check_cache_mode
 from llava_simplified.training.kernels import (
     check_kernels,
@@ -51,9 +52,16 @@ from llava_simplified.training.kernels import (
 )
 from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.policy_trainer import PolicyTrainer, kl_coefficient
+from llava_simplified.training.preference_pairs import PairCollator, PairDataset
+from llava_simplified.training.preference_trainer import PreferenceTrainer
 from llava_simplified.training.reference_weights import ReferenceWeights
 from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
-from llava_simplified.training.rewards import Reward, parse_rewards
+from llava_simplified.training.rewards import (
+    Reward,
+    RewardOptions,
+    check_reward_options,
+    parse_rewards,
+)
 from llava_simplified.training.rollouts import PromptCollator, PromptDataset
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
@@ -65,10 +73,9 @@ _SCALING_IMAGES = 64
 _SCALING_CACHED_IMAGES = 1024
 
 
+OBJECTIVES = ("sft", "scst", "rloo", "grpo", "dpo")
 # Of the objectives; all others sample captions for prompts.
-OBJECTIVES = ("sft", "scst", "rloo", "grpo")
-_DATASETS: dict[str, type[CaptionDataset]] = {"sft": CaptionDataset}
-_COLLATORS: dict[str, type[Collator]] = {"sft": Collator}
+DATASETS: dict[str, type[CaptionDataset]] = {"sft": CaptionDataset, "dpo": PairDataset}
 
 
 # The order of the steps below:
@@ -105,6 +112,8 @@ def build_trainer(
         str(data_args.train_data_path),
         data_args.train_image_folder,
         "--train_image_folder",
+        # Pairs with an empty answer are set aside below, as are other pairs that cannot be used.
+        require_responses=args.objective != "dpo",
         max_bad_records=data_args.max_bad_records,
     )
     eval_records: Records | None = None
@@ -125,7 +134,11 @@ def build_trainer(
     language_model = model_args.model_name_or_path
     check_vocabulary(prompt, find_language_model_config(language_model), language_model)
     train_records = set_bad_records_aside(
-        train_records, data_args.max_bad_records, prompt, args.model_max_length
+        train_records,
+        data_args.max_bad_records,
+        prompt,
+        args.model_max_length,
+        record_problem(args.objective),
     )
     if eval_records:
         eval_records = set_bad_records_aside(
@@ -153,12 +166,12 @@ def build_trainer(
     parts = trained_parts(model_args)
     set_trainable(model, model_args, parts)
 
-    dataset_class = _DATASETS.get(args.objective, PromptDataset)
-    train_set = _build_dataset(model, train_records, train_folder, data_args, args, dataset_class)
+    train_set = build_dataset(model, train_records, train_folder, data_args, args, args.objective)
     eval_set = None
     datasets = [train_set]
     if eval_records:
-        eval_set = _build_dataset(model, eval_records, eval_folder, data_args, args)
+        # Every objective is validated on the responses.
+        eval_set = build_dataset(model, eval_records, eval_folder, data_args, args, "sft")
         datasets.append(eval_set)
     digest = config.weights_digests["vision_tower"]
     # Cache features only now that the trained parts are set: features of a trained tower cannot be cached.
@@ -178,7 +191,6 @@ def build_trainer(
     # Compile the layers before the trainer is created: DDP, FSDP or DeepSpeed wrap the model there.
     if args.compile_layers:
         compile_layers(model.language_model)
-    collator_class = _COLLATORS.get(args.objective, PromptCollator)
     options: dict[str, Any] = {
         "model": model,
         "args": args,
@@ -188,11 +200,7 @@ def build_trainer(
         "max_bad_images": data_args.max_bad_images,
         "train_dataset": examples,
         "eval_dataset": eval_set,
-        "data_collator": collator_class(
-            model.vision_tower.num_tokens,
-            model.prompt.end_id,
-            dummy_image_batch(model, train_set),
-        ),
+        "data_collator": _create_collator(model, train_set, args.objective, data_args.share_prefix),
     }
     trainer = _create_trainer(options, train_records, reference, data_args.share_prefix)
     if trainer.accelerator.is_local_main_process:
@@ -210,21 +218,69 @@ def _create_trainer(
     args: TrainingArguments = options["args"]
     if args.objective == "sft":
         return LlavaTrainer(**options)
-    reward = Reward(args.reward, (record.responses for record in records))
+    if args.objective == "dpo":
+        assert reference is not None, "it is always created for dpo"
+        return PreferenceTrainer(reference, **options)
+    reward_options = _reward_options(
+        args,
+        frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
+        # Bad records may have been set aside.
+        data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
+    )
+    # One process counts the document frequencies, and stores them for the others.
+    with args.main_process_first(desc="document frequencies"):
+        references = (record.responses for record in records)
+        reward = Reward(args.reward, references, reward_options)
     return PolicyTrainer(reward, reference, share_prefix, **options)
 
 
-def _build_dataset(
+def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
+    return RewardOptions(
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        clip=args.reward_clip,
+        device=str(args.device),
+        endpoint=args.reward_endpoint,
+        endpoint_model=args.reward_endpoint_model,
+        tries=args.reward_tries,
+        seed=args.seed,
+        **stored,
+    )
+
+
+def _create_collator(
+    model: Llava, train_set: CaptionDataset, objective: str, share_prefix: bool
+) -> Collator:
+    arguments = (
+        model.vision_tower.num_tokens,
+        model.prompt.end_id,
+        dummy_image_batch(model, train_set),
+    )
+    if objective == "sft":
+        return Collator(*arguments)
+    if objective == "dpo":
+        return PairCollator(share_prefix, *arguments)
+    return PromptCollator(*arguments)
+
+
+def record_problem(objective: str) -> Callable[[Record], str]:
+    """Return the function that says why an objective cannot use a record; empty if it can."""
+    return pair_problem if objective == "dpo" else response_problem
+
+
+def build_dataset(
     model: Llava,
     records: Sequence[Record],
     folder: str,
     data_args: DataArguments,
     args: TrainingArguments,
-    dataset_class: type[CaptionDataset] = CaptionDataset,
+    objective: str,
 ) -> CaptionDataset:
-    # Prompts are not repeated for each of their references.
-    one_per_record = data_args.share_prefix or dataset_class is PromptDataset
-    return dataset_class(
+    """Return the dataset of an objective: examples with responses, with pairs, or prompts to sample from."""
+    dataset_class = DATASETS.get(objective, PromptDataset)
+    # Prompts are not repeated for each of their references, and pairs are not torn apart.
+    one_per_record = data_args.share_prefix or dataset_class is not CaptionDataset
+    dataset = dataset_class(
         records,
         model.prompt,
         folder,
@@ -232,11 +288,15 @@ def _build_dataset(
         args.model_max_length,
         one_per_record,
     )
+    if isinstance(dataset, PromptDataset):
+        dataset.trains_references = args.sft_weight > 0
+    return dataset
 
 
 def _describe_data(
     trainer: LlavaTrainer, train_set: CaptionDataset, examples: TrainingSet, prompt: Prompt
 ) -> str:
+    """Return a line about the data and the processes, for the log."""
     text = f"{len(train_set):,} training examples"
     if isinstance(examples, PackedDataset):
         text += f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full"
@@ -279,7 +339,8 @@ def check_options(
     _check_evaluation_options(data_args, args)
     if args.label_smoothing_factor or args.neftune_noise_alpha:
         raise ValueError(
-            "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them."
+            "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them; with --objective dpo, "
+            "--dpo_label_smoothing is for pairs whose answers may be swapped."
         )
     _check_tower_options(model_args, data_args)
     _check_lora_options(model_args)
@@ -299,6 +360,7 @@ def check_options(
 
 
 def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if the options of evaluation contradict each other."""
     evaluates = args.eval_strategy != "no"
     if evaluates and not data_args.eval_data_path:
         strategy = IntervalStrategy(args.eval_strategy).value
@@ -329,7 +391,13 @@ def _check_objective(
     objective = args.objective
     if objective not in OBJECTIVES:
         raise ValueError(f"--objective {objective}: expected one of {', '.join(OBJECTIVES)}.")
+    if not args.sft_weight >= 0:
+        raise ValueError(f"--sft_weight {args.sft_weight}: expected 0 or more.")
     if objective == "sft":
+        if args.sft_weight:
+            raise ValueError(
+                "--sft_weight adds the supervised loss to another one. Remove it, or pass --objective rloo or dpo."
+            )
         return
     if not model_args.init_from:
         raise ValueError(
@@ -338,10 +406,33 @@ def _check_objective(
         )
     if args.kl_coef is not None and not args.kl_coef >= 0:
         raise ValueError(f"--kl_coef {args.kl_coef}: expected 0 or more.")
-    _check_sampling(data_args, args)
+    if objective == "dpo":
+        _check_preferences(data_args, args)
+    else:
+        _check_sampling(data_args, args)
+
+
+def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> None:
+    if not args.dpo_beta > 0:
+        raise ValueError(f"--dpo_beta {args.dpo_beta}: expected a number above 0, such as 0.1.")
+    if not 0 <= args.dpo_label_smoothing < 0.5:
+        raise ValueError(
+            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5; with half of the "
+            "pairs swapped, there is nothing to learn."
+        )
+    if args.kl_coef:
+        raise ValueError(
+            f"--kl_coef {args.kl_coef}: dpo has no separate KL term. Remove it; --dpo_beta is the tie to the start."
+        )
+    if data_args.packing and not data_args.share_prefix:
+        raise ValueError(
+            "--packing True --share_prefix False: packs are planned for pairs that share their prompt. Pass "
+            "--share_prefix True, or --packing False."
+        )
 
 
 def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that sampling does not support."""
     objective = args.objective
     if data_args.packing:
         raise ValueError(
@@ -360,10 +451,11 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
         )
     if args.sample_max_tokens < 1:
         raise ValueError(f"--sample_max_tokens {args.sample_max_tokens}: expected 1 or more.")
-    parse_rewards(args.reward)
+    check_reward_options(parse_rewards(args.reward), _reward_options(args))
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Raise ValueError if the options of the vision tower contradict each other."""
     tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
     check_cache_mode(caching)
     if tuning not in ("off", "full", "lora"):
@@ -376,6 +468,7 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
 
 
 def _check_lora_options(model_args: ModelArguments) -> None:
+    """Raise ValueError if `--lora_options` is invalid or contradicts other options."""
     options = parse_lora_options(model_args.lora_options)
     if not options:
         return
@@ -481,6 +574,7 @@ def _default_instruction(records: Sequence[Record]) -> str:
 
 
 def _digest(option: str, name_or_path: str) -> str:
+    """Return the digest of a model's weights; errors name the option."""
     try:
         return weights_digest(name_or_path)
     except OSError as error:
@@ -531,7 +625,7 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
-    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    # Do this last: it does nothing if the adapter was loaded from a checkpoint.
     initialize_pissa(model.language_model)
 
 

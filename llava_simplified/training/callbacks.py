@@ -96,6 +96,7 @@ class ProgressLog(TrainerCallback):
             logger.info("%s: %s", step, describe_evaluation_log(logs))
 
     def _time_left(self, state: TrainerState) -> str:
+        """Return the estimated time left; empty before the first step."""
         done = state.global_step - self._first_step
         if done <= 0:
             return ""
@@ -113,8 +114,12 @@ def progress_callback(disable_tqdm: bool) -> TrainerCallback:
 
 def describe_training_log(logs: dict[str, float]) -> str:
     """Return the values that are logged every `--logging_steps`, as text."""
+    # Of training on rewards, or on preference pairs.
+    own = [
+        f"{name} {logs[name]:.3f}, " for name in ("reward", "margin", "accuracy") if name in logs
+    ]
     return (
-        f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
+        f"loss {logs['loss']:.3f}, {''.join(own)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
         f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
     )
 
@@ -135,9 +140,13 @@ class ThroughputMeter(TrainerCallback):
 
     The time includes waiting for data, but no evaluations and saves. The trainer calls `start_step`
     before it fetches the batches of a step, and `add` with the number of samples and tokens in them.
+
+    Attributes:
+        last_step: Seconds of the last step.
     """
 
     def __init__(self) -> None:
+        self.last_step = 0.0
         self._step_start = 0.0
         self._seconds = 0.0
         self._counts = torch.zeros(3, dtype=torch.long)
@@ -159,7 +168,8 @@ class ThroughputMeter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._seconds += time.perf_counter() - self._step_start
+        self.last_step = time.perf_counter() - self._step_start
+        self._seconds += self.last_step
 
     def read(self) -> dict[str, float]:
         """Return the throughput since the last call, and reset the counts.
@@ -204,12 +214,13 @@ class GradientNormMonitor:
         """Return a warning if `norm` is unusual, else None. Warns at most `MAX_REPORTS` times."""
         # Compare with the median and not the mean, so that earlier outliers do not hide the next one.
         has_history = len(self._recent) >= self.min_history
-        median = statistics.median(self._recent) if has_history else float("inf")
+        median = float("inf")
+        if has_history:
+            median = statistics.median(self._recent)
         # Add unusual norms to the history too, so that the warnings stop if the level stays high.
         self._recent.append(norm)
-        if (
-            median == 0
-        ):  # rewards without a difference have no gradient, which says nothing of this one
+        # The norm is 0 if all rewards of a step are equal (see `objectives`). Nothing can be compared with that.
+        if median == 0:
             return None
         if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
             return None

@@ -11,7 +11,6 @@ import gc
 import inspect
 import json
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
-from transformers import TrainerCallback
 
 from llava_simplified.arguments import (
     DataArguments,
@@ -33,6 +31,7 @@ from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.build_trainer import build_trainer
+from llava_simplified.training.policy_trainer import PolicyTrainer
 
 # Maximum difference between the logits of the trained and the loaded model, relative to the largest logit.
 _TOLERANCE_FLOAT32 = 1e-3
@@ -40,11 +39,12 @@ _TOLERANCE_16_BIT = 3e-2
 
 
 class TrainedSteps(NamedTuple):
-    """A batch, the logits of the trained model for it, and the seconds of a step."""
+    """A batch, the logits of the trained model for it, and the seconds of a step, and of sampling in it."""
 
     batch: dict[str, torch.Tensor]
     logits: torch.Tensor
     seconds: float
+    sampling_seconds: float
 
 
 def dry_run(argv: Sequence[str]) -> None:
@@ -86,6 +86,7 @@ def dry_run(argv: Sequence[str]) -> None:
         )
     report = {
         "seconds": trained.seconds,
+        "sampling_seconds": trained.sampling_seconds,
         "peak": peak,
         "caption": _caption_first_record(loaded, data),
     }
@@ -98,15 +99,16 @@ def _train_and_save(
     args: TrainingArguments,
     precision: torch.autocast,
 ) -> TrainedSteps:
+    """Train and save as a run does, and return the logits of the trained model for two examples."""
     trainer, _ = build_trainer(model_args, data, args)
-    timer = _StepTimer()
-    trainer.add_callback(timer)
     trainer.train()
+    seconds = trainer.throughput.last_step
+    sampling_seconds = trainer.sampling_seconds if isinstance(trainer, PolicyTrainer) else 0.0
     examples = cast(Any, trainer.train_dataset)
     first_examples = [examples[index] for index in range(min(2, len(examples)))]
     loaded = cast(Any, trainer.data_collator(first_examples))
     [prepared] = trainer.prepare_micro_batches([loaded])
-    # Without the metadata, and what only the loss of an objective uses.
+    # Leave out metadata, and tensors that only the loss of an objective uses.
     accepted = inspect.signature(Llava.forward).parameters
     inputs = {name: value for name, value in prepared.items() if name in accepted}
     batch = trainer._prepare_inputs(inputs)
@@ -115,7 +117,7 @@ def _train_and_save(
         logits = model(**batch).logits.float()
     trainer.save_final()
     trainer.accelerator.free_memory()
-    return TrainedSteps(batch, logits, timer.seconds)
+    return TrainedSteps(batch, logits, seconds, sampling_seconds)
 
 
 def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
@@ -130,20 +132,6 @@ def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
     return None
 
 
-class _StepTimer(TrainerCallback):
-    """Measure the duration of the last step."""
-
-    def __init__(self) -> None:
-        self.start = 0.0
-        self.seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
-
-
 def _peak_memory(device: torch.device) -> int:
     """Return the largest number of bytes that were allocated: on the GPU, or by this process."""
     if device.type == "cuda":
@@ -151,7 +139,7 @@ def _peak_memory(device: torch.device) -> int:
     try:
         import resource
     except ImportError:
-        # Windows has no such module, but a peak that psutil knows.
+        # On Windows, which lacks this module, psutil reports the peak.
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -105,6 +105,7 @@ class EvalCaptions:
         return evaluate(samples, java=False, resamples=0).mean["CIDEr-D"].value
 
     def _caption(self, model: Llava, records: Sequence[Record]) -> list[str]:
+        """Caption records with greedy decoding."""
         features = []
         for record in records:
             pixels, cached = self.dataset.load_images(record)
@@ -141,6 +142,7 @@ class EvalCaptions:
         self._images_logged = True
 
     def _log_to_wandb(self, wandb: Any, predictions: Sequence[dict[str, Any]], step: int) -> None:
+        """Log the images with their captions."""
         images = []
         for prediction, (_, record) in zip(predictions, self.rows):
             pixels = self._pixels(record).permute(1, 2, 0).numpy()

@@ -25,6 +25,7 @@ from llava_simplified.data.images import ImageError, decode_image, read_image_by
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import Progress, atomic_file, exclusive_lock
 from llava_simplified.model.vision import VisionTower
+from llava_simplified.training.interruption import ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,14 @@ class FeatureCache:
         assert self.tower is not None, "a cache that was sent to a worker process is read-only"
         reader = _ImageReader(images, image_folder, self.tower.transform, self._row_by_hash)
         # Read and decode images in the workers, and run the tower in this process.
-        loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
+        # Ctrl-C ends this process, which ends its workers.
+        loader = DataLoader(
+            reader,
+            batch_size,
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=ignore_interrupts,
+        )
         names: list[str] = []
         digests: list[bytes] = []
         matches = NameMatches()
@@ -250,7 +258,8 @@ class FeatureCache:
 
 def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
     """Return everything that determines the value of a row, as JSON values in a fixed order."""
-    # Leave out what the transform does not do, so that caches stay valid when it learns to do more.
+    # Leave out the steps that this transform does not have (None). When a later version adds an optional step, the
+    # existing caches then remain valid.
     transform = {name: value for name, value in vars(tower.transform).items() if value is not None}
     parts: list[Any] = [transform]
     if not pixels:
@@ -343,7 +352,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so that the index of
+    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so the index of
     millions of images can be sent to every data-loader worker.
     """
 

@@ -1,4 +1,4 @@
-"""Stop a run at a signal: finish the step, save a checkpoint, and say how to continue.
+"""Stop a run at a signal: finish the step, save a checkpoint, and print how to continue.
 
     Ctrl-C (SIGINT), or SIGTERM of a batch system      what happens
     once                                               the step is finished, `checkpoint-N` is saved, the run ends
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 # Signals within this number of seconds count as one.
 _SAME_SIGNAL_SECONDS = 2.0
 _NOTICE = b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C again to stop at once, without saving.\n"
+
+
+def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a data loader worker ignore Ctrl-C, which a terminal sends to it too: the step still needs its images.
+
+    This is a `worker_init_fn`, because a handler of this process is only inherited by workers that are forked, not by
+    those that are spawned. SIGTERM still ends a worker.
+
+    Args:
+        worker: Number of the worker.
+        then: What to call afterward: the `worker_init_fn` that this one replaces.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -62,8 +77,8 @@ class InterruptionCallback(TrainerCallback):
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM as described above while the block runs."""
-        # Python permits it in the main thread only. Elsewhere, signals have their usual effect.
+        """Handle SIGINT and SIGTERM within a `with` block, as the module's docstring describes."""
+        # Python allows handlers in the main thread only. In other threads, signals keep their usual effect.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -78,9 +93,10 @@ class InterruptionCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
         if os.getpid() != self._pid:
-            # A data loader worker has inherited this handler. Ctrl-C reaches it too, but the step
-            # still needs its images. SIGTERM is how its parent ends it.
+            # A data loader worker has inherited this handler, and `ignore_interrupts` has not run yet. SIGTERM is how
+            # its parent ends it.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)

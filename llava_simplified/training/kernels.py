@@ -74,6 +74,7 @@ def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
 
 
 def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if the attention kernel is unknown, or would not be exact with the other options."""
     name = model.attn_implementation
     option = f"--attn_implementation {name}"
     if name in (None, "sdpa", "eager", "cpu_matmul", "short", "flex_attention"):
@@ -95,6 +96,7 @@ def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingA
 
 
 def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if quantization contradicts other options."""
     option = f"--bits {model.bits}"
     if model.bits not in (4, 8):
         raise ValueError(f"{option}: expected 4, 8 or 16.")
@@ -109,6 +111,7 @@ def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
 
 
 def _check_liger(args: TrainingArguments) -> None:
+    """Raise ValueError if Liger's kernels cannot run here."""
     if args.device.type != "cuda":
         raise ValueError(
             f"--use_liger_kernel: Liger's Triton kernels require CUDA, but the device is {args.device.type}. Pass "
@@ -121,6 +124,7 @@ def _check_liger(args: TrainingArguments) -> None:
 
 
 def _check_compilation(args: TrainingArguments) -> None:
+    """Raise ValueError if layers cannot be compiled here."""
     device = args.device.type
     if args.compile_layers and not can_compile(device):
         missing = f"the C++ compiler {cpp_compiler()}" if device == "cpu" else "Triton"

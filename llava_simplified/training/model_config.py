@@ -15,6 +15,7 @@ def model_config(args: ModelArguments, dtype: str) -> LlavaConfig:
         args: The options of the model.
         dtype: Data type of the frozen weights, as torch names it.
     """
+    # The option is a list; a single layer is stored as a number.
     layers = tuple(args.mm_vision_select_layer)
     return LlavaConfig(
         language_model=resolve_path(args.model_name_or_path),
@@ -45,6 +46,7 @@ def trained_parts(args: ModelArguments) -> TrainedParts:
         raise ValueError(
             f"--tune_vision_tower must be off, full or lora, not {args.tune_vision_tower!r}"
         )
+    # `--tune_mm_mlp_adapter` trains the projector alone, whatever the other options are.
     language_model: Literal["none", "adapter", "full"] = "none"
     if args.lora_enable and not args.tune_mm_mlp_adapter:
         language_model = "adapter"

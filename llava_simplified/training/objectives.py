@@ -1,4 +1,4 @@
-"""Objectives beyond cross entropy, as pure functions: policy gradients.
+"""Objectives beyond cross entropy, as pure functions: policy gradients and preference pairs.
 
 A policy gradient samples captions from the model, scores each, and makes the better ones more likely:
 
@@ -11,14 +11,23 @@ expect, the baseline:
     rloo   r_i - mean of the other samples' rewards           (Kool et al., 2019; Ahmadian et al., 2024)
     grpo   (r_i - mean) / standard deviation of the samples   (Shao et al., 2024)
 
-Rewards and advantages are (images, samples). All functions of tensors keep their data type.
+Rewards and advantages are (images, samples).
+
+Preference pairs need neither samples nor rewards. Direct preference optimization makes the chosen of two
+answers more likely than the rejected one, compared with a reference:
+
+    loss = - log sigmoid(beta * margin)                       (Rafailov et al., 2023)
+    margin = (gain of the chosen) - (gain of the rejected);  gain = log p(answer) - log p_reference(answer)
+
+All functions of tensors keep their data type.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import logsigmoid
 
-# Added to the standard deviation of GRPO, as in TRL: rewards that are nearly equal must not be blown up.
+# Added to the standard deviation of GRPO, as in TRL, so that tiny differences of rewards are not amplified.
 STANDARD_DEVIATION_EPSILON = 1e-4
 # The range of the probability ratio, 1 - 0.2 to 1 + 0.2, as in PPO and GRPO.
 CLIP_EPSILON = 0.2
@@ -41,8 +50,8 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
         rewards: (images, samples), at least two samples.
     """
     samples = rewards.shape[1]
-    # Only differences matter. Those to the first sample are exactly 0 if all rewards are equal; the mean of
-    # five equal numbers may differ from them in the last digit, and would leave noise to train on.
+    # Use differences to the first sample, which are exactly 0 if all rewards are equal. The mean of five equal
+    # numbers may differ from them in the last digit; without this step, that noise would be trained on.
     shifted = rewards - rewards[:, :1]
     mean_of_others = (shifted.sum(1, keepdim=True) - shifted) / (samples - 1)
     return shifted - mean_of_others
@@ -93,3 +102,37 @@ def token_kl(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torc
     """
     difference = reference_log_probs - log_probs
     return difference.expm1() - difference
+
+
+def dpo_losses(
+    margins: torch.Tensor, beta: float = 0.1, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the loss of direct preference optimization for each pair.
+
+    Args:
+        margins: (pairs,), how much more the model prefers the chosen answer than the reference does:
+            log p(chosen) - log p(rejected), minus the same of the reference. The log-probability of an
+            answer is the sum over its tokens.
+        beta: Strength of the tie to the reference.
+        label_smoothing: Assumed share of pairs whose answers are swapped (conservative DPO, Mitchell,
+            2023).
+    """
+    as_labeled = logsigmoid(beta * margins)
+    swapped = logsigmoid(-beta * margins)
+    return -(1 - label_smoothing) * as_labeled - label_smoothing * swapped
+
+
+def sums_by_length(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Add up the values of each of several consecutive runs: from tokens to answers.
+
+    Args:
+        values: (tokens,).
+        lengths: int64 (answers,), the number of tokens of each; they add up to `tokens`.
+
+    Returns:
+        (answers,)
+    """
+    # The number of tokens is given, since a GPU could only count them while the host waits.
+    index = torch.arange(len(lengths), device=values.device)
+    answer_of_token = index.repeat_interleave(lengths, output_size=len(values))
+    return values.new_zeros(len(lengths)).index_add(0, answer_of_token, values)

@@ -42,6 +42,7 @@ def build_parameter_groups(
             rate = args.learning_rate
         groups.setdefault((rate, name in decayed_names), []).append(parameter)
 
+    # False sorts before True: groups with `--learning_rate` come first.
     ordered = sorted(groups.items(), key=lambda group: group[0][0] != args.learning_rate)
     parameter_groups = []
     for (rate, has_decay), group in ordered:
@@ -64,7 +65,8 @@ def load_scheduler_state(
         state: `state_dict()` of the stored schedule.
     """
     if isinstance(scheduler, LambdaLR):
-        position = state["last_epoch"]  # torch counts steps here
+        # torch calls the position an epoch, but the trainer counts steps.
+        position = state["last_epoch"]
         rates = []
         for base_rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas):
             rates.append(base_rate * factor(position))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,33 +16,59 @@ from torch.func import functional_call
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import expand_example
-from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.dataset import set_bad_records_aside
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import check_trainable, count_parameters
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
-from llava_simplified.training.build_trainer import check_options, set_trainable
+from llava_simplified.training.build_trainer import (
+    build_dataset,
+    check_options,
+    record_problem,
+    set_trainable,
+)
 from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
+from llava_simplified.training.policy_trainer import kl_coefficient
 from llava_simplified.training.resume import find_resume_folder
+from llava_simplified.training.rollouts import PromptExample, branch_examples
 
 # Number of records whose tokens are counted: one half evenly spread over the data, the other half
 # those with the longest texts.
 SAMPLED_RECORDS = 2000
+# A batch of samples is finished with its longest one: about twice the mean length.
+LONGEST_SAMPLE = 2
 # Used without --train_data_path: captions are assumed to be as long as those of Conceptual Captions.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
 
 
+class SamplingPlan(NamedTuple):
+    """The captions that a run on rewards samples.
+
+    Attributes:
+        tokens: Sampled tokens of the whole run, on all devices.
+        steps: Decoding steps of the whole run, one after the other. Each generates one token of every
+            sample of a batch.
+        bytes_per_step: Bytes that a decoding step reads: the language model and the KV cache. Reading
+            them takes longer than computing with them.
+    """
+
+    tokens: int
+    steps: int
+    bytes_per_step: float
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The resources that a run requires. Bytes are per device; FLOPs are per sample, forward and backward.
+    """The resources that a run requires. Bytes are per device; FLOPs are per sample, all passes together.
 
     Attributes:
         table: Parameters by part of the model, as text.
-        memory: Bytes by use: weights, optimizer, gradients, activations, logits.
+        memory: Bytes by use: weights, optimizer, gradients, activations, logits; the reference and the
+            KV cache of the samples, if the objective has them.
         peak: Maximum number of bytes in use.
         positions: Mean number of positions per sample, image tokens included.
         longest: Number of positions of the longest sample.
@@ -53,6 +79,7 @@ class Plan:
         checkpoint: Bytes of one checkpoint.
         features: Bytes of a feature cache of all images.
         cached: True if the features are cached, so that the vision tower does not run in the steps.
+        sampling: What is sampled; None if the objective samples nothing.
     """
 
     table: str
@@ -67,6 +94,7 @@ class Plan:
     checkpoint: int
     features: int
     cached: bool
+    sampling: SamplingPlan | None = None
 
     def count_checkpoints(self, args: TrainingArguments) -> int:
         """Return the number of checkpoints on the disk at the end of the run."""
@@ -101,6 +129,7 @@ class DataLengths:
         longest: The longest example.
         images: Maximum number of images per example.
         has_branches: True if some examples have several answers that share a prompt.
+        mean_answer: Mean number of tokens of an answer, the end token included.
     """
 
     count: int
@@ -109,6 +138,7 @@ class DataLengths:
     longest: ExampleLength
     images: int
     has_branches: bool
+    mean_answer: float
 
 
 # ---- the model, without weights ----
@@ -155,7 +185,9 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     if data.train_data_path:
         share = data.max_bad_records
         opened = open_records(data.train_data_path, max_bad_records=share)
-        opened = set_bad_records_aside(opened, share, model.prompt, args.model_max_length)
+        opened = set_bad_records_aside(
+            opened, share, model.prompt, args.model_max_length, record_problem(args.objective)
+        )
         records = opened
         spread_count = min(len(records), SAMPLED_RECORDS // 2)
         indices = np.linspace(0, len(records) - 1, spread_count).astype(int)
@@ -163,13 +195,17 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
         longest = [records[int(index)] for index in opened.longest(SAMPLED_RECORDS // 2)]
     else:
         turns = (Message("user", f"{IMAGE_PLACEHOLDER}\n{DEFAULT_INSTRUCTION}"),)
-        records = [Record(("assumed.jpg",), turns, (ASSUMED_CAPTION,), "assumed")]
+        rejected = f"{ASSUMED_CAPTION}, but another one"
+        records = [Record(("assumed.jpg",), turns, (ASSUMED_CAPTION,), "assumed", rejected)]
         spread, longest = list(records), []
 
     # Compute the mean over the evenly spread records only: the longest ones would distort it.
-    spread_lengths = _example_lengths(model, spread, data, args)
-    all_lengths = spread_lengths + _example_lengths(model, longest, data, args)
-    examples_per_record = len(spread_lengths) / len(spread)
+    mean_answer = _mean_answer(model, spread, data, args)
+    expected = min(math.ceil(mean_answer), args.sample_max_tokens)
+    spread_lengths = _example_lengths(model, spread, data, args, expected)
+    all_lengths = _example_lengths(model, [*spread, *longest], data, args, args.sample_max_tokens)
+    dataset = build_dataset(model, spread, "", data, args, args.objective)
+    examples_per_record = len(dataset) / len(spread)
     return DataLengths(
         count=round(len(records) * examples_per_record),
         mean_positions=float(np.mean([length.positions for length in spread_lengths])),
@@ -177,34 +213,66 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
         longest=max(all_lengths),
         images=max(len(record.images) for record in [*spread, *longest]),
         has_branches=any(length.has_branches for length in spread_lengths),
+        mean_answer=mean_answer,
     )
+
+
+def _mean_answer(
+    model: Llava, records: Sequence[Record], data: DataArguments, args: TrainingArguments
+) -> float:
+    """Return the mean number of tokens of a response, the end token included."""
+    dataset = build_dataset(model, records, "", data, args, "sft")
+    lengths: list[int] = []
+    for record in records:
+        _, answers, _ = dataset.tokenize_answers(record, record.responses)
+        lengths += map(len, answers)
+    return float(np.mean(lengths))
 
 
 def _example_lengths(
-    model: Llava, records: Sequence[Record], data: DataArguments, args: TrainingArguments
+    model: Llava,
+    records: Sequence[Record],
+    data: DataArguments,
+    args: TrainingArguments,
+    sampled: int,
 ) -> list[ExampleLength]:
-    if not records:
-        return []
-    dataset = CaptionDataset(
-        records,
-        model.prompt,
-        "",
-        model.vision_tower.transform,
-        args.model_max_length,
-        data.share_prefix,
-    )
+    """Return the lengths of the examples that records become; images are not read.
+
+    Args:
+        model: The meta model.
+        records: The records.
+        data: Data options.
+        args: Training options.
+        sampled: Number of tokens of a sample, if samples are trained on.
+    """
+    dataset = build_dataset(model, records, "", data, args, args.objective)
     lengths = []
     for index in range(len(dataset)):
         example = dataset.tokenize(*dataset.locate(index))
-        expanded = expand_example(example, model.vision_tower.num_tokens)
-        lengths.append(
-            ExampleLength(
-                positions=len(expanded.input_ids),
-                trained=len(expanded.labels),
-                has_branches=bool(expanded.branch_ids.any()),
+        rows = [example]
+        if isinstance(example, PromptExample):
+            samples = [[0] * sampled] * args.num_samples
+            rows = branch_examples(
+                example, [*samples, *example.reference_answers], data.share_prefix
             )
-        )
+        for row in rows:
+            expanded = expand_example(row, model.vision_tower.num_tokens)
+            lengths.append(
+                ExampleLength(
+                    positions=len(expanded.input_ids),
+                    trained=len(expanded.labels),
+                    has_branches=bool(expanded.branch_ids.any()),
+                )
+            )
     return lengths
+
+
+def _rows_per_example(data: DataArguments, args: TrainingArguments) -> int:
+    """Return the number of rows of a batch that one example of the dataset becomes."""
+    if data.share_prefix or args.objective == "sft":
+        return 1
+    # A pair stays together in the dataset, and its length is that of both answers.
+    return 1 if args.objective == "dpo" else args.num_samples
 
 
 def _largest_batch(
@@ -252,24 +320,38 @@ def _largest_batch(
 # ---- one step, on fake tensors ----
 
 
-class _TrainingStep(nn.Module):
-    """Forward and backward in one module, since backward needs the weights too with checkpointing."""
+class _WithModel(nn.Module):
+    """Any computation with the model as a module, since `functional_call` replaces weights in `forward`.
+
+    Backward needs the replaced weights too, with checkpointing.
+    """
 
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> None:
-        self.model(**batch).loss.backward()
+    def forward(self, compute: Callable[[Llava], int]) -> int:
+        return compute(self.model)
 
 
 class StepCost(NamedTuple):
-    """Cost of one training step of the largest batch: bytes by use, and FLOPs."""
+    """Cost of the largest batch: bytes by use, and FLOPs.
+
+    Attributes:
+        weights: Bytes of the weights.
+        activations: Bytes of activations at the peak of forward and backward.
+        logits: Bytes of logits and their gradients then.
+        flops: FLOPs of forward and backward.
+        forward_flops: FLOPs of a forward without gradients.
+        cache: Bytes of the KV cache per position.
+    """
 
     weights: int
     activations: int
     logits: int
     flops: int
+    forward_flops: int
+    cache: int
 
 
 def measure_step(
@@ -280,19 +362,36 @@ def measure_step(
     cached: bool,
 ) -> StepCost:
     """Measure memory and FLOPs of forward and backward of the largest batch."""
-    step = _TrainingStep(model)
     dtype = getattr(torch, args.frozen_dtype)
+    rows = args.per_device_train_batch_size * _rows_per_example(data, args)
+    with_model = _WithModel(model)
     # Replace the weights of the meta model by fake ones on "cpu", so that autocast and the kernels behave
     # as on a real device.
-    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
-        fake_weights = {}
-        for name, tensor in [*step.named_parameters(), *step.named_buffers()]:
-            fake = torch.empty_like(tensor, device="cpu")
-            fake_weights[name] = fake.requires_grad_(tensor.requires_grad)
-        weights = tracker.live  # nothing else is alive yet
-        batch = _largest_batch(model, lengths, data, args.per_device_train_batch_size, cached)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            functional_call(step, fake_weights, (batch,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with MemoryTracker() as tracker:
+            fake_weights = {}
+            for name, tensor in [*with_model.named_parameters(), *with_model.named_buffers()]:
+                fake = torch.empty_like(tensor, device="cpu")
+                fake_weights[name] = fake.requires_grad_(tensor.requires_grad)
+            weights = tracker.live  # nothing else is alive yet
+            batch = _largest_batch(model, lengths, data, rows, cached)
+
+            def train(replaced: Llava) -> int:
+                replaced(**batch).loss.backward()
+                return tracker.flops
+
+            def predict(replaced: Llava) -> int:
+                replaced(**batch)
+                return tracker.flops
+
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                flops = functional_call(with_model, fake_weights, (train,))
+                with torch.no_grad():
+                    all_flops = functional_call(with_model, fake_weights, (predict,))
+        cache = 0
+        if args.objective not in ("sft", "dpo"):
+            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                cache = functional_call(with_model, fake_weights, (_cache_bytes,))
 
     # Logits and their gradients are the storages whose last dimension is the vocabulary.
     lm_head = model.language_model.get_output_embeddings()
@@ -302,7 +401,22 @@ def measure_step(
         if len(shape) > 1 and shape[-1] == vocabulary:
             logits += size
     activations = tracker.peak - weights - logits
-    return StepCost(weights, activations, logits, tracker.flops)
+    return StepCost(weights, activations, logits, flops, all_flops - flops, cache)
+
+
+def _cache_bytes(model: Llava) -> int:
+    """Return the bytes of the KV cache per position."""
+    embedding = model.language_model.get_input_embeddings()
+    embeds = embedding(torch.zeros(1, 1, dtype=torch.long))
+    model.eval()  # with checkpointing there is no cache in training
+    cache = model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values
+    model.train()
+    size = 0
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name, None)
+            size += 0 if tensor is None else tensor.nbytes
+    return size
 
 
 # ---- the plan ----
@@ -320,6 +434,7 @@ def measure_step(
 #
 #    Gradients appear during backward while activations disappear, so the two are not added. With
 #    gradient accumulation they are: the gradients of earlier micro-batches exist during the step.
+#    Captions are sampled before, when there is a KV cache, but neither gradients nor activations.
 
 
 def make_plan(
@@ -371,28 +486,94 @@ def make_plan(
     step_peak = max(cost.activations + cost.logits, memory["gradients"])
     if args.gradient_accumulation_steps > 1:
         step_peak = cost.activations + cost.logits + memory["gradients"]
+    reference = 4 * trained if _has_reference(args) else 0
+    if reference:
+        memory["reference"] = reference
+    samples_captions = args.objective not in ("sft", "dpo")
+    if samples_captions:
+        prompt = lengths.longest.positions
+        if data.share_prefix:
+            prompt -= lengths.longest.trained
+        sample = prompt + args.sample_max_tokens
+        memory["KV cache"] = rows * args.num_samples * sample * cost.cache
+        step_peak = max(step_peak, memory["KV cache"])
 
     # A row of a batch is one sample, or a pack of several.
     samples_per_row = data.pack_length / lengths.mean_positions if data.packing else 1
     rows_per_step = rows * args.gradient_accumulation_steps * devices
     steps = _count_steps(lengths.count / samples_per_row, rows_per_step, data, args)
     row_positions = data.pack_length if data.packing else lengths.longest.positions
+    samples = round(max(1, steps) * rows_per_step * samples_per_row)
+    sampling = None
+    if samples_captions:
+        batches = max(1, steps) * args.gradient_accumulation_steps
+        cache = memory["KV cache"] * lengths.mean_positions / row_positions
+        sampling = _plan_sampling(model, model_args.bits, lengths, args, samples, batches, cache)
 
     # Scale the FLOPs of the largest batch to a sample of mean length. Attention is not linear in the
     # length, but only a small part of the FLOPs at these lengths.
     return Plan(
         table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
-        peak=memory["weights"] + memory["optimizer"] + step_peak,
+        peak=memory["weights"] + memory["optimizer"] + reference + step_peak,
         positions=lengths.mean_positions,
         longest=lengths.longest.positions,
         trained=lengths.mean_trained,
-        flops=cost.flops * lengths.mean_positions / (rows * row_positions),
-        samples=round(max(1, steps) * rows_per_step * samples_per_row),
+        flops=_all_flops(cost, args) * lengths.mean_positions / (rows * row_positions),
+        samples=samples,
         steps=steps,
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,
         features=features,
         cached=cached,
+        sampling=sampling,
+    )
+
+
+def _has_reference(args: TrainingArguments) -> bool:
+    return args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0)
+
+
+def _all_flops(cost: StepCost, args: TrainingArguments) -> float:
+    """Return the FLOPs of a batch: training, the forward of the reference, and sampling."""
+    forwards = 1.0 if _has_reference(args) else 0.0
+    if args.objective not in ("sft", "dpo"):
+        # Decoding computes every position once, as a forward does. `scst` decodes a greedy caption, too.
+        greedy = 1 if args.objective == "scst" else 0
+        forwards += (args.num_samples + greedy) / args.num_samples
+    return cost.flops + forwards * cost.forward_flops
+
+
+def _plan_sampling(
+    model: Llava,
+    bits: int,
+    lengths: DataLengths,
+    args: TrainingArguments,
+    images: int,
+    batches: int,
+    cache: float,
+) -> SamplingPlan:
+    """Estimate what is sampled.
+
+    Args:
+        model: The meta model.
+        bits: `--bits`.
+        lengths: Lengths of the examples. Samples are assumed to be as long as the responses.
+        args: Training options.
+        images: Images of the whole run.
+        batches: Micro-batches of the whole run on a device.
+        cache: Mean bytes of the KV cache.
+    """
+    mean = min(lengths.mean_answer, args.sample_max_tokens)
+    steps_per_batch = min(args.sample_max_tokens, math.ceil(LONGEST_SAMPLE * mean))
+    samples = args.num_samples
+    if args.objective == "scst":
+        samples += 1
+        steps_per_batch += steps_per_batch
+    language_model = sum(parameter.nbytes for parameter in model.language_model.parameters())
+    return SamplingPlan(
+        tokens=round(images * samples * mean),
+        steps=batches * steps_per_batch,
+        bytes_per_step=language_model - _saved_by_quantization(model, bits) + cache,
     )
 
 

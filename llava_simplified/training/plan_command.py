@@ -1,8 +1,13 @@
-"""`llava plan`: print the estimated resources of a run, from the options of `llava train` and a few more."""
+"""`llava plan`: print the estimated resources of a run, from the options of `llava train` and a few more.
+
+With `--cluster`, print the duration of the whole recipe instead, from the URLs to the captions.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,13 +27,15 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava plan`, for help and completion."""
     parser = CommandParser(
         "llava plan",
-        "Estimate memory, time and disk space of a training run, with the options of the run.",
+        "Estimate memory, time and disk space of a training run, with the options of the run; with --cluster, "
+        "the duration of the whole recipe.",
         usage="%(prog)s [options]",
         # Replace the help text of --deepspeed, which is also an option of `llava train`.
         conflict_handler="resolve",
     )
     add_training_options(parser)
     add_machine_options(parser)
+    add_cluster_options(parser)
     return parser
 
 
@@ -47,12 +54,78 @@ def add_machine_options(parser: CommandParser) -> None:
         help="Fraction of --tflops that training reaches (default: %(default)s)",
     )
     group.add_argument(
-        "--devices", type=int, default=1, help="Number of devices (default: %(default)s)"
+        "--bandwidth",
+        type=float,
+        help="GB/s at which one device reads its memory, for the time of sampling (default: measured on this machine)",
+    )
+    group.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="Number of devices; with --cluster, of each machine (default: %(default)s)",
     )
     group.add_argument(
         "--deepspeed",
         type=Path,
         help="DeepSpeed config of the run; its ZeRO stage determines what is partitioned across devices",
+    )
+
+
+def add_cluster_options(parser: CommandParser) -> None:
+    """Add the options of `--cluster`, and of the small runs that measure its rates."""
+    group = parser.add_argument_group("Cluster")
+    group.add_argument(
+        "--cluster",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Print how long N machines take for the whole recipe: download, clean, encode, train, caption",
+    )
+    group.add_argument(
+        "--urls",
+        type=int,
+        nargs="+",
+        default=[3_300_000, 400_000_000],
+        help="Numbers of URLs to plan for (default: 3300000 400000000)",
+    )
+    group.add_argument(
+        "--cores", type=int, default=os.cpu_count(), help="Cores of each machine (default: as here)"
+    )
+    group.add_argument(
+        "--egress",
+        type=float,
+        default=1.0,
+        help="Gbit/s that each machine receives from the internet (default: %(default)s)",
+    )
+    group.add_argument(
+        "--endpoints",
+        type=int,
+        default=0,
+        help="Number of endpoints that generate captions (default: one per machine)",
+    )
+    group.add_argument(
+        "--rates",
+        type=Path,
+        default=Path("rates.json"),
+        help="File of measured rates: written with --measure, else read (default: %(default)s)",
+    )
+    group.add_argument(
+        "--measure",
+        metavar="URLS",
+        help="Measure the rates: run every step on a sample of this list of URLs, as for `llava download`",
+    )
+    group.add_argument(
+        "--measure-rows",
+        type=int,
+        default=400,
+        help="Number of URLs of the sample (default: %(default)s)",
+    )
+    group.add_argument("--endpoint", help="Endpoint whose speed --measure measures")
+    group.add_argument("--model", help="Name of the endpoint's model")
+    group.add_argument(
+        "--allow-private",
+        action="store_true",
+        help="Allow requests to private addresses with --measure",
     )
 
 
@@ -62,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     exit_with_help(argv, build_parser())
     machine_parser = CommandParser("llava plan", "Estimate a training run.")
     add_machine_options(machine_parser)
+    add_cluster_options(machine_parser)
     own, training_options = machine_parser.parse_known_args(argv)
+    check_cluster_options(own)
 
     # Import these here, because they import torch and transformers, which takes seconds.
     import torch
@@ -73,13 +148,46 @@ def main(argv: list[str] | None = None) -> int:
     model_args, data_args, args = parse_arguments(training_options)
     # Set the log level again: parsing the training options has set it without --verbose and --quiet.
     configure_logging(verbose=own.verbose, quiet=own.quiet)
+    if own.cluster:
+        from llava_simplified.training.cluster_command import plan_cluster
+
+        print_text(plan_cluster(own, training_options, model_args, data_args, args))
+        return 0
     zero = read_zero_stage(own.deepspeed)
     plan = make_plan(model_args, data_args, args, devices=own.devices, zero=zero)
     tflops = own.tflops
     if tflops is None:
         tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
-    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices))
+    bandwidth = own.bandwidth
+    if bandwidth is None and plan.sampling is not None:
+        bandwidth = measure_bandwidth(args.device) / 1e9
+    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices, bandwidth))
     return 0
+
+
+def check_cluster_options(own: argparse.Namespace) -> None:
+    """Raise ValueError if the options of `--cluster` cannot be used together."""
+    if not own.cluster:
+        if own.measure:
+            raise ValueError("--measure requires --cluster N, the number of machines.")
+        return
+    counts = {
+        "--cluster": own.cluster,
+        "--cores": own.cores,
+        "--devices": own.devices,
+        "--egress": own.egress,
+        "--urls": min(own.urls),
+        "--endpoints": own.endpoints or 1,
+    }
+    for option, count in counts.items():
+        if not count > 0:
+            raise ValueError(f"{option} must be above 0, not {count}.")
+    if own.measure_rows < 8:
+        raise ValueError(f"--measure-rows must be at least 8, not {own.measure_rows}.")
+    if bool(own.endpoint) != bool(own.model):
+        raise ValueError("--endpoint and --model belong together: pass both or neither.")
+    if own.endpoint and not own.measure:
+        raise ValueError("--endpoint requires --measure URLS.")
 
 
 def read_zero_stage(config: Path | None) -> int:
@@ -114,8 +222,26 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+def measure_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second at which this device reads its memory."""
+    import torch
+
+    values = torch.ones(1 << 26, device=device)  # 256 MB, more than caches hold
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        float(values.sum())  # waits until the device has finished
+        best = max(best, values.nbytes / (time.perf_counter() - start))
+    return best
+
+
 def describe_plan(
-    plan: Plan, args: TrainingArguments, tflops: float, mfu: float, devices: int
+    plan: Plan,
+    args: TrainingArguments,
+    tflops: float,
+    mfu: float,
+    devices: int,
+    bandwidth: float | None = None,
 ) -> str:
     """Return the plan as text.
 
@@ -125,12 +251,16 @@ def describe_plan(
         tflops: TFLOP/s of a device in a matrix product.
         mfu: Fraction of `tflops` that training reaches.
         devices: Number of devices.
+        bandwidth: GB/s at which a device reads its memory; used if captions are sampled.
     """
     from llava_simplified.training.plan import format_estimate
 
     gigabyte = 1e9
     total_flops = plan.flops * plan.samples
     seconds = total_flops / (tflops * 1e12 * mfu * devices)
+    decoding = 0.0
+    if plan.sampling is not None and bandwidth is not None:
+        decoding = plan.sampling.steps * plan.sampling.bytes_per_step / (bandwidth * gigabyte)
     if plan.steps:
         run = f"the run           {plan.steps:,} steps, "
         checkpoints = f", {plan.count_checkpoints(args)} kept"
@@ -145,10 +275,15 @@ def describe_plan(
         f"a sample          {plan.positions:.0f} positions (longest {plan.longest}), {plan.trained:.0f} trained, "
         f"{plan.flops / 1e9:,.1f} GFLOP",
         f"{run}{plan.samples:,} samples, {total_flops / 1e15:,.2f} PFLOP",
-        f"time              {format_estimate(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} "
-        "of that",
-        "memory per device, with the longest batch:",
+        f"time              {format_estimate(seconds + decoding)} on {devices} device(s) of {tflops:.3g} TFLOP/s at "
+        f"{mfu:.0%} of that",
     ]
+    if plan.sampling is not None:
+        lines.append(
+            f"sampling          {plan.sampling.tokens:,} tokens in {plan.sampling.steps:,} decoding steps, "
+            f"{format_estimate(decoding)} of that time at {bandwidth:.3g} GB/s"
+        )
+    lines.append("memory per device, with the longest batch:")
     for name, size in plan.memory.items():
         lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
     lines += [

@@ -31,6 +31,7 @@ LOSS_PANEL = Panel(
     (Curve("loss", "training", "-"), Curve("eval_loss", "validation", "o-")),
 )
 OPTIONAL_PANELS = (
+    Panel("reward of samples", 2, (Curve("reward", None, "-"),)),
     Panel("CIDEr-D, validation", 2, (Curve("eval_cider", None, "o-"),)),
     Panel("learning rate", 1, (Curve("learning_rate", None, "-"),)),
 )

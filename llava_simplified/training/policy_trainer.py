@@ -1,28 +1,29 @@
 """Train on the rewards of sampled captions: `--objective scst`, `rloo` or `grpo`.
 
-One step, for each image of the step (the model is the same for all micro-batches of the step):
+One step does the following for each of its images. All captions of a step are sampled from the same weights.
 
     1. encode the image, prefill its prompt, and sample `--num_samples` captions   (`rollouts`)
-    2. reward each caption                                                         (`rewards`)
-    3. compare the rewards of an image: the advantages                             (`objectives`)
-    4. one forward and backward, in which the captions are branches of one prompt
+    2. compute the reward of each caption                                          (`rewards`)
+    3. compare the rewards of an image's captions, which gives their advantages    (`objectives`)
+    4. one forward and backward pass, in which the captions are branches of one prompt
 
+With `--sft_weight`, the responses of the record are further branches, each with a positive weight.
 The loss is averaged over the captions of the step. Everything else is that of `LlavaTrainer`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from llava_simplified.data.collate import Batch, Example
-from llava_simplified.data.device_copy import to_device
+from llava_simplified.data.collate import Batch
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.training.log_sums import LogSums
 from llava_simplified.training.objectives import (
     clipped_policy_loss,
     grpo_advantages,
@@ -36,20 +37,22 @@ from llava_simplified.training.rollouts import (
     Answers,
     PromptBatch,
     PromptExample,
-    branch_examples,
+    TrainedAnswer,
+    collate_answers,
     encode_prompt_images,
+    merge_equal_answers,
     sample_answers,
 )
 from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
 
 logger = logging.getLogger(__name__)
 
-# Above these a warning is logged. Half of the samples at the limit means that the end token is being
-# unlearned. A model that still writes what the reference would write has a KL of a few hundredths.
+# Above these values a warning is logged. If half of the samples reach the limit, the model is losing its end
+# token. A model that still writes like the reference has a KL of a few hundredths.
 MAX_SHARE_AT_LIMIT = 0.5
 MAX_KL = 0.5
 
-# What is summed up between two log entries, and divided by how many of them there are.
+# Sums since the last log entry, from which `_read_statistics` computes means.
 SUMS = (
     "images",
     "captions",
@@ -58,8 +61,11 @@ SUMS = (
     "caption_tokens",
     "share_at_limit",
     "share_distinct",
-    "kl_tokens",
+    "sampled_tokens",
+    "entropy",
     "kl",
+    "questions",
+    "questions_unanswered",
 )
 
 
@@ -71,6 +77,9 @@ class PolicyTrainer(LlavaTrainer):
         reference: The weights at the start of the run, for KL; None if `--kl_coef` is 0.
         share_prefix: Train the captions of an image as branches of one sequence.
         **options: See `LlavaTrainer`. The training set is a `PromptDataset`.
+
+    Attributes:
+        sampling_seconds: Seconds of sampling and rewards in the last step.
 
     Raises:
         ValueError: The engine shards the weights.
@@ -89,16 +98,21 @@ class PolicyTrainer(LlavaTrainer):
         self._reward = reward
         self._reference = reference
         self._share_prefix = share_prefix
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._sums = LogSums(SUMS)
         self._warned: set[str] = set()
+        self.sampling_seconds = 0.0
 
     # ---- sampling ----
 
     def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
         """Sample captions for the prompts of a step, and return them as batches to train on."""
-        return [self._sample_batch(cast(Any, batch)) for batch in batches]
+        start = time.perf_counter()
+        sampled = [self._sample_batch(cast(Any, batch)) for batch in batches]
+        self.sampling_seconds = time.perf_counter() - start
+        return sampled
 
     def _sample_batch(self, batch: PromptBatch) -> Batch:
+        """Sample captions for a micro-batch of prompts, and compute their rewards and advantages."""
         examples = batch["examples"]
         model, args = self.unwrapped_model, self.args
         features = encode_prompt_images(model, examples)
@@ -121,30 +135,29 @@ class PolicyTrainer(LlavaTrainer):
         else:
             advantages = grpo_advantages(rewards)
         self._count(answers, rewards)
+        for name, number in self._reward.pop_counts().items():
+            self._sums.add(name, number)
         return self._training_batch(examples, answers, advantages, features)
 
     def _rewards_of(self, examples: Sequence[PromptExample], answers: Answers) -> torch.Tensor:
         """Return the rewards, float32 (images, samples)."""
         samples = len(answers[0])
-        ids: list[str] = []
-        images: list[str] = []
-        references: list[tuple[str, ...]] = []
+        repeated: list[PromptExample] = []
         captions: list[str] = []
         decode = self.unwrapped_model.prompt.decode
         for example, group in zip(examples, answers):
-            ids += [example.id] * samples
-            images += [example.image] * samples
-            references += [example.references] * samples
+            repeated += [example] * samples
             captions += [decode(answer).strip() for answer in group]
-        rewards = torch.tensor(self._reward(ids, images, references, captions))
+        rewards = torch.tensor(self._reward(repeated, captions))
         rewards = rewards.view(len(examples), samples)
-        # A caption without an end is a failure, however good its beginning is. Otherwise a reward of
-        # matching words would teach the model to go on and on.
+        # A caption without an end token gets the worst reward of its image, however good its beginning is.
+        # Otherwise rewards that count matching words would teach the model never to stop.
         failed = torch.tensor([[self._is_cut_off(answer) for answer in group] for group in answers])
         worst = rewards.min(1, keepdim=True).values.clamp_max(0)
         return torch.where(failed, worst, rewards)
 
     def _is_cut_off(self, answer: Sequence[int]) -> bool:
+        """Return whether an answer has reached the limit without an end token."""
         return answer[-1] not in self.unwrapped_model.prompt.stop_ids
 
     def _training_batch(
@@ -155,23 +168,29 @@ class PolicyTrainer(LlavaTrainer):
         image_features: Sequence[torch.Tensor | None],
     ) -> Batch:
         """Return the captions as a batch, with the weight of each token."""
-        branches: list[Example] = []
-        for example, features, group in zip(examples, image_features, answers):
+        trained: list[list[TrainedAnswer]] = []
+        for example, features, group, values in zip(
+            examples, image_features, answers, advantages.tolist()
+        ):
             if features is not None and self.unwrapped_model.vision_tower.frozen:
-                # Do not run the tower again. The copy is an ordinary tensor: those of inference mode, in
-                # which the features were computed, cannot be saved for the backward pass.
+                # Do not run the tower again. Copy the features, because they were computed in inference
+                # mode, and tensors of inference mode cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
-            branches += branch_examples(example, group, self._share_prefix)
-        batch = cast("dict[str, Any]", cast(Any, self.data_collator)(branches))
-        lengths = torch.tensor([len(answer) for group in answers for answer in group])
-        scales = torch.ones(len(lengths))
-        if self.args.objective == "grpo":
-            scales = 1 / lengths  # GRPO averages over the tokens of a caption
-        # The order of the labels is that of the captions.
-        batch["token_scales"] = scales.repeat_interleave(lengths)
-        batch["token_weights"] = (scales * advantages.flatten()).repeat_interleave(lengths)
-        batch["num_captions"] = len(lengths)
+            of_example: list[TrainedAnswer] = []
+            for answer, advantage in zip(group, values):
+                # GRPO averages over the tokens of a caption.
+                scale = 1 / len(answer) if self.args.objective == "grpo" else 1.0
+                of_example.append(TrainedAnswer(tuple(answer), scale, scale * advantage, 1))
+            references = example.reference_answers if self.args.sft_weight else []
+            for answer in references:
+                # The mean over the tokens and the references. The loss is averaged over the captions.
+                weight = self.args.sft_weight * len(group) / (len(references) * len(answer))
+                of_example.append(TrainedAnswer(tuple(answer), 0.0, weight, 0))
+            trained.append(merge_equal_answers(of_example))
+        collator = cast(Any, self.data_collator)
+        batch = collate_answers(collator, examples, trained, self._share_prefix)
+        batch["num_captions"] = sum(map(len, answers))
         return cast(Batch, batch)
 
     # ---- loss ----
@@ -186,6 +205,7 @@ class PolicyTrainer(LlavaTrainer):
         inputs = dict(inputs)
         del inputs["num_captions"]
         scales = inputs.pop("token_scales")
+        counts = inputs.pop("token_counts")  # of equal samples; 0 for the tokens of references
         reference_log_probs = None
         if self._reference is not None:
             with self._reference.in_place_of_current(self.unwrapped_model):
@@ -193,37 +213,33 @@ class PolicyTrainer(LlavaTrainer):
         outputs = model(**inputs)
         loss = outputs.loss
         if self.args.objective == "grpo":
-            # There is one update for each set of samples, so the model that sampled them is the current
-            # one: the ratio is 1, and what remains of PPO's loss is its gradient.
+            # Each set of samples is used for one update, so the current model is the one that sampled
+            # them. The ratio of PPO's loss is therefore 1, but its gradient is not 0.
             sampled = outputs.log_probs.detach()
             loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
+        self._sums.add("sampled_tokens", counts.sum())
+        # At temperature 1, the mean surprise of the samples is an unbiased estimate of the entropy.
+        self._sums.add("entropy", -(counts * outputs.log_probs.detach()).sum())
         if reference_log_probs is not None:
             kl = token_kl(outputs.log_probs, reference_log_probs)
             loss = loss + kl_coefficient(self.args) * (scales * kl).sum()
-            self._add("kl", kl.detach().sum())
-            self._add("kl_tokens", len(kl))
+            self._sums.add("kl", (counts * kl.detach()).sum())
         return loss, outputs
 
     # ---- logs ----
 
-    def _add(self, name: str, value: torch.Tensor | float) -> None:
-        total = self._sums[name]
-        if isinstance(value, torch.Tensor):
-            total = total.to(value.device)  # the sum stays on the device: reading it would wait
-        self._sums[name] = total + value
-
     def _count(self, answers: Answers, rewards: torch.Tensor) -> None:
         """Add the statistics of one micro-batch."""
-        self._add("images", len(answers))
-        self._add("captions", rewards.numel())
-        self._add("reward", rewards.sum())
-        self._add("reward_std", rewards.std(1, correction=0).sum())
+        self._sums.add("images", len(answers))
+        self._sums.add("captions", rewards.numel())
+        self._sums.add("reward", rewards.sum())
+        self._sums.add("reward_std", rewards.std(1, correction=0).sum())
         for group in answers:
             distinct = {tuple(answer) for answer in group}
-            self._add("share_distinct", len(distinct) / len(group))
+            self._sums.add("share_distinct", len(distinct) / len(group))
             for answer in group:
-                self._add("caption_tokens", len(answer))
-                self._add("share_at_limit", float(self._is_cut_off(answer)))
+                self._sums.add("caption_tokens", len(answer))
+                self._sums.add("share_at_limit", float(self._is_cut_off(answer)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the rewards too, and warn if the model collapses."""
@@ -236,16 +252,17 @@ class PolicyTrainer(LlavaTrainer):
 
     def _read_statistics(self) -> dict[str, float]:
         """Return the means since the last log entry, over all processes."""
-        sums = torch.stack([to_device(self._sums[name].float(), self.args.device) for name in SUMS])
-        totals = dict(zip(SUMS, self.accelerator.reduce(sums, "sum").tolist()))
-        self._sums.clear()
+        totals = self._sums.read(self.accelerator)
         statistics = {}
         for name in ("reward", "caption_tokens", "share_at_limit"):
             statistics[name] = totals[name] / totals["captions"]
         for name in ("reward_std", "share_distinct"):
             statistics[name] = totals[name] / totals["images"]
-        if totals["kl_tokens"]:
-            statistics["kl"] = totals["kl"] / totals["kl_tokens"]
+        statistics["entropy"] = totals["entropy"] / totals["sampled_tokens"]
+        if self._reference is not None:
+            statistics["kl"] = totals["kl"] / totals["sampled_tokens"]
+        if totals["questions"]:
+            statistics["qa_unanswered"] = totals["questions_unanswered"] / totals["questions"]
         return statistics
 
     def _warn(self, statistics: dict[str, float]) -> None:
@@ -255,7 +272,7 @@ class PolicyTrainer(LlavaTrainer):
         if statistics["reward_std"] == 0:
             self._warn_once(
                 "reward_std is 0: all captions of every image got the same reward, so nothing is learned. Raise "
-                "--sample_temperature, or choose a --reward that tells them apart"
+                "--sample_temperature, or choose a --reward that distinguishes them"
             )
         if at_limit > MAX_SHARE_AT_LIMIT:
             self._warn_once(
@@ -282,16 +299,16 @@ def kl_coefficient(args: Any) -> float:
 
 
 def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
-    """Raise ValueError if no process has all the weights."""
+    """Raise ValueError if the weights are sharded: then no process has all of them."""
     if trainer.weights_are_sharded:
         raise ValueError(
-            f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP: sampling, and the reference, need "
-            "all weights in each process at every step. Use ZeRO-2 or plain torchrun."
+            f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP, because sampling and the reference "
+            "need all weights in each process. Use ZeRO-2 or torchrun without sharding."
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch dropout off for good: the probabilities of a caption must be those it was sampled with."""
+    """Turn dropout off permanently. With dropout, a caption's probability in training would not be that of sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

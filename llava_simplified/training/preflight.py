@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import torch
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.dataset import set_bad_records_aside
 from llava_simplified.data.open_data import open_data
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import Record, open_records, response_problem
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.options import print_text
 from llava_simplified.prompt import Prompt
+from llava_simplified.training.build_trainer import record_problem
 from llava_simplified.training.plan import Plan, format_estimate, make_plan
 from llava_simplified.training.resume import is_resuming
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 # The dry run is a separate process: it does not change the random state and the memory of the run
 # itself, and if memory runs out, only the dry run is killed.
 
-# Minimum number of steps for `auto`: a shorter run shows its problems soon enough by itself.
+# Minimum number of steps for `auto`: a shorter run shows its problems soon enough without it.
 MIN_STEPS_FOR_AUTO = 2000
 # The first step allocates memory and compiles, the second one is timed.
 DRY_RUN_STEPS = 2
@@ -94,6 +95,7 @@ def preflight(
 
 
 def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
+    """Return whether `--preflight` asks for the check of this run."""
     choice = args.preflight.lower()  # YAML may give "True"
     if choice not in ("auto", "true", "false"):
         raise ValueError(f"--preflight {args.preflight}: expected auto, true or false.")
@@ -135,6 +137,7 @@ def _check_memory(plan: Plan, args: TrainingArguments) -> None:
 
 
 def _check_disk(plan: Plan, args: TrainingArguments) -> None:
+    """Raise ValueError if the checkpoints do not fit on the disk."""
     free = shutil.disk_usage(str(args.output_dir)).free
     count = plan.count_checkpoints(args)
     if plan.checkpoint * count > free:
@@ -217,6 +220,7 @@ def _dry_run_options(
             target,
             prompt,
             args.model_max_length,
+            record_problem(args.objective),
         )
         # With --data, the command line has no other option for the records.
         option = "data" if data.data else "train_data_path"
@@ -231,6 +235,7 @@ def _dry_run_options(
             target,
             prompt,
             args.model_max_length,
+            response_problem,
         )
         values |= {"eval_data_path": target, "val_image_folder": folder}
     argv = []
@@ -247,11 +252,14 @@ def _write_longest_records(
     target: Path,
     prompt: Prompt,
     max_length: int,
+    problem_of: Callable[[Record], str],
 ) -> str:
     """Write the records with the longest texts to `target`, and return their image folder."""
-    records, folder = open_data(path, image_folder, option, max_bad_records=1)
+    records, folder = open_data(
+        path, image_folder, option, require_responses=False, max_bad_records=1
+    )
     # The longest rows are often those that the run sets aside.
-    records = set_bad_records_aside(records, 1, prompt, max_length)
+    records = set_bad_records_aside(records, 1, prompt, max_length, problem_of)
     lines = []
     for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
         lines.append(records.rows.raw(index).replace(b"\n", b" "))
@@ -295,13 +303,17 @@ def _start_dry_run(
 def _describe_result(
     result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
 ) -> str:
+    """Return the result of the dry run as text, with the estimated duration of the run."""
     accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
     # The dry run used the longest examples, so its time per step is an upper limit. Packs all have the
     # same length.
     longest = result["seconds"] * plan.steps * accumulation
     shortest = longest if data.packing else longest * plan.positions / plan.longest
+    sampling = ""
+    if result["sampling_seconds"]:
+        sampling = f" ({result['sampling_seconds']:.2f} s of it for sampling and rewards)"
     text = (
-        f"preflight: {result['seconds']:.2f} s per step on the longest examples, so {format_estimate(shortest)} to "
+        f"preflight: {result['seconds']:.2f} s per step{sampling} on the longest examples, so {format_estimate(shortest)} to "
         f"{format_estimate(longest)} in total; {result['peak'] / 1e9:.2f} GB (estimate: {plan.peak / 1e9:.2f} GB); a "
         "checkpoint was saved and loaded, with the same logits"
     )

@@ -1,4 +1,4 @@
-"""The reference of a run: the model as it was when the run began, for KL and preference pairs."""
+"""The reference model of a run, for KL and preference pairs: the model as it was when the run began."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class ReferenceWeights:
-    """A copy of the trained weights, which can take the place of the current ones for a forward.
+    """A copy of the trained weights, which can replace the current ones during a forward pass.
 
     A second model would need the memory of the frozen weights again. Only the trained weights change, so
-    a copy of them is the whole reference: an adapter and a projector, a hundredth of the model. If the
-    adapter is new, as after `llava merge`, this reference is the model with its adapter disabled.
+    a copy of them is sufficient: an adapter and a projector, a hundredth of the model. If the adapter is
+    new, as after `llava merge`, the reference equals the model with its adapter disabled.
 
     Args:
         model: The model, with the weights of the reference.
@@ -28,10 +28,10 @@ class ReferenceWeights:
 
     @contextmanager
     def in_place_of_current(self, model: nn.Module) -> Iterator[None]:
-        """Within a `with` block, let the model compute as the reference, without gradients.
+        """Within a `with` block, the model computes as the reference does, without gradients.
 
         Args:
-            model: The unwrapped model, whose weights are whole in this process.
+            model: The unwrapped model. Its weights must not be sharded.
         """
         self._swap(model)
         try:
@@ -41,10 +41,11 @@ class ReferenceWeights:
             self._swap(model)
 
     def _swap(self, model: nn.Module) -> None:
+        """Exchange the trained weights of the model with the stored ones."""
         for name, parameter in model.named_parameters():
             if name not in self._weights:
                 continue
-            # Move the copy where the trainer has moved the model since, and to its data type.
+            # The trainer may have moved or converted the model since the copy was made.
             other = self._weights[name].to(parameter.device, parameter.dtype)
             self._weights[name] = parameter.data
             parameter.data = other

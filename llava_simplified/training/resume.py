@@ -62,10 +62,16 @@ _MUST_NOT_CHANGE = (
     "tune_vision_tower",
     "objective",
     "reward",
+    "reward_clip",
+    "reward_endpoint_model",
+    "reward_tries",
     "num_samples",
     "sample_temperature",
     "sample_max_tokens",
     "kl_coef",
+    "dpo_beta",
+    "dpo_label_smoothing",
+    "sft_weight",
 )
 # Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {
@@ -229,7 +235,7 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
             f"--ignore_data_skip False, or start a new run from the trained weights with --init_from {folder}."
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
-    # `group_by_length` groups the records of one batch of all processes, so that this number must not
+    # `group_by_length` groups the records of one batch of all processes, so this number must not
     # change either.
     is_same = old.records == new.records
     requirement = "with the same product"
@@ -253,6 +259,7 @@ class _StepSize(NamedTuple):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> _StepSize:
+        """Return the batch size, accumulation and number of processes of a run."""
         # Options that do not differ from their defaults are not stored.
         per_device, accumulation = (
             int(settings.get(name, INHERITED[name].default)) for name in _BATCH_OPTIONS
@@ -274,6 +281,7 @@ class _StepSize(NamedTuple):
 
 
 def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, Any]) -> None:
+    """Raise ValueError if the model of this run differs from that of the checkpoint."""
     # Entries that an older version did not write have their defaults.
     before = asdict(LlavaConfig.from_dict(stored))
     for name, value in asdict(config).items():

@@ -6,131 +6,86 @@
     rouge_l    the longest common subsequence with a reference
     word_f1    the best F1 of the words, for any language that separates words by spaces
     length     1 for a caption as long as a reference in words, 0 for twice as long and for an empty one
+    clipscore  how well the caption fits the image, by the CLIP model of `--reward_clip`
+    qa         the share of the record's questions that a language model on a server, `--reward_endpoint`,
+               answers rightly from the caption alone
 
     my_module:my_function    a function of your own: (image paths, references, captions) -> numbers
 
-CIDEr-D, BLEU-4 and ROUGE-L equal those of pycocoevalcap, as in `llava evaluate`.
+CIDEr-D, BLEU-4 and ROUGE-L equal those of pycocoevalcap, and CLIPScore is that of `llava evaluate`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+from llava_simplified.data.questions import Question
 from llava_simplified.evaluation.metrics import word_f1
-from llava_simplified.evaluation.ngram_metrics import (
-    CIDER_SCALE,
-    CIDER_SIGMA,
-    MAX_ORDER,
-    ngram_metrics,
-)
-from llava_simplified.evaluation.ptb_tokenizer import tokenize
+from llava_simplified.evaluation.ngram_metrics import MAX_ORDER, ngram_metrics
 from llava_simplified.evaluation.rouge import rouge_l
+from llava_simplified.training.cider_reward import (
+    CiderScorer,
+    DocumentFrequencies,
+    cached_tokenize,
+)
+from llava_simplified.training.own_reward import OwnReward
 
-RewardFunction = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], Sequence[float]]
-"""Image paths, the references of each caption, and the captions -> one number per caption."""
-
-BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length")
-
-# References come back in every epoch, and each is compared with every sample of its image.
-_tokenize = lru_cache(maxsize=100_000)(tokenize)
-
-
-# ---- CIDEr-D ----
-
-NGram = tuple[str, ...]
+BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length", "clipscore", "qa")
 
 
-class CiderScorer:
-    """CIDEr-D (Vedantam et al., 2015) with the document frequencies of a whole training set.
+class RewardedRecord(Protocol):
+    """What rewards read of a record: `rollouts.PromptExample`."""
 
-    `llava evaluate` takes the frequencies from the images that it scores. A step has a few images only,
-    in which nearly every word would be rare.
+    id: str
+    image: str
+    references: tuple[str, ...]
+    questions: tuple[Question, ...]
 
-    Args:
-        references: The references of each training image.
+
+RewardFunction = Callable[[Sequence[RewardedRecord], Sequence[str]], Sequence[float]]
+"""The record of each caption, and the captions -> one number per caption."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What single rewards need; see the options of the same names, `--reward_...`.
+
+    Attributes:
+        workers: Worker processes of one's own function.
+        timeout: Maximum duration of its calls, and of a request to the server, in seconds.
+        clip: Folder of a CLIP model.
+        device: Where it runs.
+        endpoint: Base URL of the server of `qa`.
+        endpoint_model: Name of its model.
+        tries: How often each question is asked.
+        seed: Seed of the order of the answers.
+        frequencies_file: Where the document frequencies of `cider` are stored; None: nowhere.
+        data_digest: What identifies the training records.
     """
 
-    def __init__(self, references: Iterable[Sequence[str]]) -> None:
-        self._document_frequency = Counter[NGram]()
-        num_images = 0
-        for group in references:
-            num_images += 1
-            # An n-gram counts once per image, in however many references it occurs.
-            distinct: set[NGram] = set()
-            for reference in group:
-                distinct.update(_count_ngrams(tokenize(reference)))
-            self._document_frequency.update(distinct)
-        if num_images < 2:
-            raise ValueError(
-                "--reward cider: CIDEr compares images, but there is only one record. Use word_f1."
-            )
-        self._log_images = math.log(num_images)
-
-    def score(self, caption: str, references: Sequence[str]) -> float:
-        """Return the CIDEr-D of one caption.
-
-        Args:
-            caption: The caption.
-            references: At least one reference.
-        """
-        counts = _count_ngrams(_tokenize(caption))
-        weights, norms = self._weigh(counts)
-        total = 0.0
-        for reference in references:
-            other_counts = _count_ngrams(_tokenize(reference))
-            other_weights, other_norms = self._weigh(other_counts)
-            products = [0.0] * MAX_ORDER
-            for gram, weight in weights.items():
-                # Clip to the reference's weight, so that repeating a word does not help.
-                other = other_weights.get(gram, 0.0)
-                products[len(gram) - 1] += min(weight, other) * other
-            cosines = 0.0
-            for product, norm, other_norm in zip(products, norms, other_norms):
-                if norm > 0 and other_norm > 0:
-                    cosines += product / (norm * other_norm)
-            # The server measures lengths in bigrams.
-            difference = _num_bigrams(counts) - _num_bigrams(other_counts)
-            penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-            total += penalty * cosines / MAX_ORDER
-        return CIDER_SCALE * total / len(references)
-
-    def _weigh(self, counts: Counter[NGram]) -> tuple[dict[NGram, float], list[float]]:
-        """Return the TF-IDF weight of each n-gram, and the norm of each order."""
-        weights: dict[NGram, float] = {}
-        squares = [0.0] * MAX_ORDER
-        for gram, count in counts.items():
-            frequency = max(1, self._document_frequency[gram])
-            weights[gram] = count * (self._log_images - math.log(frequency))
-            squares[len(gram) - 1] += weights[gram] ** 2
-        return weights, [math.sqrt(square) for square in squares]
+    workers: int = 0
+    timeout: float = 60.0
+    clip: str = ""
+    device: str = "cpu"
+    endpoint: str = ""
+    endpoint_model: str = ""
+    tries: int = 1
+    seed: int = 0
+    frequencies_file: Path | None = None
+    data_digest: str = ""
 
 
-def _count_ngrams(tokens: str) -> Counter[NGram]:
-    words = tokens.split()
-    counts = Counter[NGram]()
-    for order in range(1, MAX_ORDER + 1):
-        counts.update(zip(*(words[start:] for start in range(order))))
-    return counts
+# ---- rewards of texts ----
 
 
-def _num_bigrams(counts: Counter[NGram]) -> int:
-    return sum(count for gram, count in counts.items() if len(gram) == 2)
-
-
-# ---- the other rewards ----
-
-
-def _bleu4(
-    images: Sequence[str], references: Sequence[Sequence[str]], captions: Sequence[str]
-) -> list[float]:
-    tokens = [_tokenize(caption) for caption in captions]
-    reference_tokens = [[_tokenize(text) for text in group] for group in references]
+def _bleu4(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+    tokens = [cached_tokenize(caption) for caption in captions]
+    reference_tokens = [[cached_tokenize(text) for text in record.references] for record in records]
     bleu = ngram_metrics([tokens], reference_tokens)[-1]
     # The statistics of single captions, not summed over the images.
     scores: list[float] = bleu.finish(bleu.statistics[0], 1)[:, MAX_ORDER - 1].tolist()
@@ -138,11 +93,11 @@ def _bleu4(
 
 
 def _rouge_l(caption: str, references: Sequence[str]) -> float:
-    return rouge_l(_tokenize(caption), [_tokenize(text) for text in references])
+    return rouge_l(cached_tokenize(caption), [cached_tokenize(text) for text in references])
 
 
 def length_reward(caption: str, references: Sequence[str]) -> float:
-    """Return 1 for as many words as a reference, less the relative difference, 0 at the least."""
+    """Return 1 for as many words as a reference, less the relative difference; at least 0."""
     words = len(caption.split())
     best = 0.0
     for reference in references:
@@ -154,10 +109,8 @@ def length_reward(caption: str, references: Sequence[str]) -> float:
 def _for_each(score: Callable[[str, Sequence[str]], float]) -> RewardFunction:
     """Return a reward that scores each caption separately."""
 
-    def reward(
-        images: Sequence[str], references: Sequence[Sequence[str]], captions: Sequence[str]
-    ) -> list[float]:
-        return [score(caption, group) for caption, group in zip(captions, references)]
+    def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+        return [score(caption, record.references) for caption, record in zip(captions, records)]
 
     return reward
 
@@ -196,30 +149,30 @@ class Reward:
     Args:
         text: `--reward`.
         references: The references of each training record, for the frequencies of `cider`.
+        options: What single rewards need.
 
     Raises:
-        ValueError: A reward is unknown, or its function cannot be imported.
+        ValueError: A reward is unknown, an option that it needs is missing, or its function cannot be imported.
     """
 
-    def __init__(self, text: str, references: Iterable[Sequence[str]]) -> None:
-        self._weights = parse_rewards(text)
-        self._functions: dict[str, RewardFunction] = {}
-        for name in self._weights:
-            self._functions[name] = _build(name, references)
-
-    def __call__(
+    def __init__(
         self,
-        ids: Sequence[str],
-        images: Sequence[str],
-        references: Sequence[Sequence[str]],
-        captions: Sequence[str],
-    ) -> list[float]:
+        text: str,
+        references: Iterable[Sequence[str]],
+        options: RewardOptions = RewardOptions(),
+    ) -> None:
+        self._weights = parse_rewards(text)
+        check_reward_options(self._weights, options)
+        self._functions: dict[str, RewardFunction] = {}
+        self._counts = Counter[str]()
+        for name in self._weights:
+            self._functions[name] = _build(name, references, options, self._counts)
+
+    def __call__(self, records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
         """Return the reward of each caption.
 
         Args:
-            ids: The name of each caption's record, for errors.
-            images: Path of its image.
-            references: The responses of its record.
+            records: The record of each caption.
             captions: The captions.
 
         Raises:
@@ -227,41 +180,61 @@ class Reward:
         """
         totals = [0.0] * len(captions)
         for name, weight in self._weights.items():
-            values = self._values_of(name, ids, images, references, captions)
+            values = self._functions[name](records, captions)
             for index, value in enumerate(values):
                 if not math.isfinite(value):
                     raise ValueError(
-                        f"--reward {name}: the reward of {ids[index]} is {value}; "
+                        f"--reward {name}: the reward of {records[index].id} is {value}; "
                         f"its caption is {captions[index]!r}."
                     )
                 totals[index] += weight * value
         return totals
 
-    def _values_of(
-        self,
-        name: str,
-        ids: Sequence[str],
-        images: Sequence[str],
-        references: Sequence[Sequence[str]],
-        captions: Sequence[str],
-    ) -> list[float]:
-        try:
-            values = [float(value) for value in self._functions[name](images, references, captions)]
-        except Exception as error:
-            raise ValueError(
-                f"--reward {name}: {type(error).__name__}: {error}; in the batch of {', '.join(dict.fromkeys(ids))}."
-            ) from error
-        if len(values) != len(captions):
-            raise ValueError(
-                f"--reward {name}: {len(values)} rewards for {len(captions)} captions, in the batch of "
-                f"{', '.join(dict.fromkeys(ids))}."
-            )
-        return values
+    def pop_counts(self) -> dict[str, int]:
+        """Return, since the last call, how many questions `qa` has asked, and how many got no usable answer."""
+        counts = dict(self._counts)
+        self._counts.clear()
+        return counts
 
 
-def _build(name: str, references: Iterable[Sequence[str]]) -> RewardFunction:
+def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
+    """Check that every reward has what it needs.
+
+    Args:
+        names: Names of the rewards.
+        options: What single rewards need.
+
+    Raises:
+        ValueError: An option is missing, or has no effect.
+    """
+    names = set(names)
+    has_function = any(":" in name for name in names)
+    needs = (
+        ("clipscore", "--reward_clip", options.clip, "the folder of a CLIP model"),
+        ("qa", "--reward_endpoint", options.endpoint, "the URL of a server with OpenAI's API"),
+        ("qa", "--reward_endpoint_model", options.endpoint_model, "the name of its model"),
+    )
+    for name, option, value, meaning in needs:
+        if name in names and not value:
+            raise ValueError(f"--reward {name} requires {option}: {meaning}.")
+        if value and name not in names:
+            raise ValueError(f"{option} has no effect without --reward {name}.")
+    if has_function and options.workers < 0:
+        raise ValueError(f"--reward_workers {options.workers}: expected 0 or more.")
+    if not options.timeout > 0:
+        raise ValueError(f"--reward_timeout {options.timeout:g}: expected seconds above 0.")
+    if options.tries < 1:
+        raise ValueError(f"--reward_tries {options.tries}: expected 1 or more.")
+
+
+def _build(
+    name: str,
+    references: Iterable[Sequence[str]],
+    options: RewardOptions,
+    counts: Counter[str],
+) -> RewardFunction:
     if name == "cider":
-        return _for_each(CiderScorer(references).score)
+        return _for_each(CiderScorer(_frequencies(references, options)).score)
     if name == "bleu4":
         return _bleu4
     if name == "rouge_l":
@@ -270,24 +243,65 @@ def _build(name: str, references: Iterable[Sequence[str]]) -> RewardFunction:
         return _for_each(word_f1)
     if name == "length":
         return _for_each(length_reward)
-    return _import_function(name)
+    if name == "clipscore":
+        return _clipscore(options)
+    if name == "qa":
+        return _qa(options, counts)
+    return _own_function(name, options)
 
 
-def _import_function(name: str) -> RewardFunction:
-    """Import "module:function", also from the current folder."""
-    module_name, _, function_name = name.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"--reward {name}: cannot import {module_name}: {error}. Run the command in the folder of "
-            f"{module_name}.py, or install the package."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"--reward {name}: {module_name} has no function {function_name!r}.")
-    result: RewardFunction = function
-    return result
+def _frequencies(
+    references: Iterable[Sequence[str]], options: RewardOptions
+) -> DocumentFrequencies:
+    """Read the document frequencies that the run has stored; else count and store them."""
+    path = options.frequencies_file
+    stored = DocumentFrequencies.load(path, options.data_digest) if path else None
+    if stored is not None:
+        return stored
+    counted = DocumentFrequencies.count(references)
+    if path:
+        counted.save(path, options.data_digest)
+    return counted
+
+
+def _clipscore(options: RewardOptions) -> RewardFunction:
+    # Imported here, because most runs need neither CLIP nor a server.
+    from llava_simplified.training.clip_reward import ClipReward
+
+    clip = ClipReward(options.clip, options.device)
+
+    def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+        return clip(
+            [record.id for record in records], [record.image for record in records], captions
+        )
+
+    return reward
+
+
+def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
+    from llava_simplified.captioning.endpoint_options import EndpointOptions
+    from llava_simplified.training.qa_reward import QaReward
+
+    endpoint = EndpointOptions(options.endpoint, options.endpoint_model, timeout=options.timeout)
+    ask = QaReward(endpoint, options.tries, options.seed, counts)
+
+    def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+        return ask(
+            [record.id for record in records], [record.questions for record in records], captions
+        )
+
+    return reward
+
+
+def _own_function(name: str, options: RewardOptions) -> RewardFunction:
+    function = OwnReward(name, options.workers, options.timeout)
+
+    def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+        return function(
+            [record.id for record in records],
+            [record.image for record in records],
+            [record.references for record in records],
+            captions,
+        )
+
+    return reward

@@ -4,60 +4,77 @@
                                                         caption 2 --+--> one example with branches
                                                         caption 3 --+    (see `data.collate`)
 
-Sampling and training use the same parts as everything else: `DecodingBatch` copies the KV cache of the
-prompt for each caption, and `Llava.forward` computes the prompt once for all of its branches.
+The prompt is computed only once, both in sampling (`DecodingBatch` copies its KV cache for each caption)
+and in training (`Llava.forward` computes a shared prompt once for all of its branches).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 
 from llava_simplified.data.collate import Batch, Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.packing import plan_packs
+from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record
 from llava_simplified.model.generation import DecodingBatch, encode_images, eval_mode
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IGNORE_INDEX
+from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
 
-# For each prompt, for each sample: token ids with the end token, if there is one.
+# Answers[prompt][sample] are token ids. The last one is the end token, unless the answer was cut off.
 Answers = list[list[list[int]]]
 
 
 @dataclass(slots=True)
 class PromptExample(Example):
-    """A prompt without an answer, to sample answers for.
+    """A prompt without an answer; answers are sampled later.
 
     Attributes:
         references: The responses of the record, which rewards compare with.
         image: Path of the first image; empty for a record of text alone.
+        questions: The multiple-choice questions of the record.
+        reference_answers: The token ids of each reference, if references are trained too.
     """
 
     references: tuple[str, ...] = ()
     image: str = ""
+    questions: tuple[Question, ...] = ()
+    reference_answers: list[list[int]] = field(default_factory=list)
 
 
 class PromptDataset(CaptionDataset):
-    """A dataset with one prompt per record, and the record's responses as references."""
+    """A dataset with one prompt per record, and the record's responses as references.
+
+    Attributes:
+        trains_references: Tokenize the references, for `--sft_weight`.
+    """
+
+    trains_references = False
 
     def tokenize(self, record: Record, responses: Sequence[str]) -> PromptExample:
         """Return the prompt of a record, without its images."""
-        prompt = self.prompt.render(record.turns, None, record.id).input_ids
+        trained = responses if self.trains_references else ()
+        prefix, answers, warnings = self.tokenize_answers(record, trained)
+        prompt = prefix.input_ids
         image = ""
         if record.images:
             image = str(self.image_folder / record.images[0])
         return PromptExample(
             prompt,
-            # Earlier answers of a conversation are not sampled, so they are not trained either.
+            # Earlier answers of a conversation are not sampled, so they get no labels either.
             [IGNORE_INDEX] * len(prompt),
+            warnings=warnings,
             id=record.id,
             references=tuple(responses),
             image=image,
+            questions=record.questions,
+            reference_answers=answers,
         )
 
 
@@ -82,7 +99,7 @@ def encode_prompt_images(model: Llava, examples: Sequence[Example]) -> list[torc
     """Return the features of the images of each example: (images, tokens, hidden size), or None."""
     features: list[torch.Tensor | None] = []
     for example in examples:
-        # A dataset returns either features or pixels, depending on its cache.
+        # A dataset returns features if they are cached, otherwise pixels.
         if example.image_features is not None:
             features.append(example.image_features.to(model.device))
         elif example.pixel_values is not None:
@@ -129,6 +146,96 @@ def sample_answers(
     return [sequences[start : start + samples] for start in range(0, len(sequences), samples)]
 
 
+# Samples of an image are often equal, the more so the more certain the model is. Equal captions have equal
+# gradients, so each is trained once, with the sum of its weights. What remains are examples of very different
+# lengths; they are packed into rows of the longest one.
+#
+#     5 samples of image 1:  a cat, a cat, my pet, a cat, a cat      rows    prompt 1  a cat  my pet
+#     5 samples of image 2:  a dog, a dog, a dog, a dog, a dog               prompt 2  a dog  |  prompt 3  a red car
+#     ...
+
+
+class TrainedAnswer(NamedTuple):
+    """One or several equal answers to a prompt, and how they are trained.
+
+    Attributes:
+        ids: Token ids, with the end token.
+        scale: Normalization of each token's loss, summed over the equal answers; 0 if the answer was not sampled.
+        weight: Factor of each token's loss, summed over the equal answers.
+        count: Number of equal samples; 0 if the answer was not sampled.
+    """
+
+    ids: tuple[int, ...]
+    scale: float
+    weight: float
+    count: int
+
+
+def merge_equal_answers(answers: Sequence[TrainedAnswer]) -> list[TrainedAnswer]:
+    """Return each distinct answer once; the order is that of their first occurrence."""
+    merged: dict[tuple[int, ...], TrainedAnswer] = {}
+    for answer in answers:
+        before = merged.get(answer.ids, TrainedAnswer(answer.ids, 0.0, 0.0, 0))
+        merged[answer.ids] = TrainedAnswer(
+            answer.ids,
+            before.scale + answer.scale,
+            before.weight + answer.weight,
+            before.count + answer.count,
+        )
+    return list(merged.values())
+
+
+def collate_answers(
+    collator: Collator,
+    prompts: Sequence[Example],
+    answers: Sequence[Sequence[TrainedAnswer]],
+    share_prefix: bool,
+) -> dict[str, Any]:
+    """Return a `Batch` of prompts and their answers, with three more tensors, one value per label.
+
+    Args:
+        collator: Collates examples.
+        prompts: The prompts and their images.
+        answers: The answers to each prompt.
+        share_prefix: Train the answers as branches of one sequence.
+
+    Returns:
+        The batch. `token_scales`, `token_weights` and `token_counts` are those of each token's answer.
+    """
+    examples: list[Example] = []
+    answers_of_example: list[Sequence[TrainedAnswer]] = []
+    for prompt, group in zip(prompts, answers):
+        examples += branch_examples(prompt, [answer.ids for answer in group], share_prefix)
+        answers_of_example += [group] if share_prefix else [[answer] for answer in group]
+    rows = [[index] for index in range(len(examples))]
+    if share_prefix:
+        lengths = [_length(example, collator.tokens_per_image) for example in examples]
+        rows = plan_packs(lengths, max(lengths), seed=0)
+    packs: list[list[Example]] = []
+    # In the order of the labels, which is that of the examples in the rows.
+    scales: list[float] = []
+    weights: list[float] = []
+    counts: list[int] = []
+    for row in rows:
+        packs.append([examples[index] for index in row])
+        for index in row:
+            for answer in answers_of_example[index]:
+                scales += [answer.scale] * len(answer.ids)
+                weights += [answer.weight] * len(answer.ids)
+                counts += [answer.count] * len(answer.ids)
+    batch = cast("dict[str, Any]", collator(packs))
+    batch["token_scales"] = torch.tensor(scales)
+    batch["token_weights"] = torch.tensor(weights)
+    batch["token_counts"] = torch.tensor(counts)
+    return batch
+
+
+def _length(example: Example, tokens_per_image: int) -> int:
+    """Return the number of positions of an example."""
+    num_images = example.input_ids.count(IMAGE_INDEX)
+    return len(example.input_ids) + num_images * (tokens_per_image - 1)
+
+
 def branch_examples(
     prompt: Example, answers: Sequence[Sequence[int]], share_prefix: bool
 ) -> list[Example]:
@@ -139,7 +246,10 @@ def branch_examples(
         answers: Token ids of each answer. All of them are trained, the end token included.
         share_prefix: Return one example with a branch per answer.
     """
-    groups = [list(answers)] if share_prefix else [[answer] for answer in answers]
+    if share_prefix:
+        groups = [list(answers)]
+    else:
+        groups = [[answer] for answer in answers]
     examples: list[Example] = []
     for group in groups:
         input_ids = list(prompt.input_ids)
@@ -157,7 +267,7 @@ def branch_examples(
             branches=branches if len(group) > 1 else None,
             id=prompt.id,
         )
-        # Count the warnings of a record once.
+        # Attach the warnings of a record to one of its examples only, so that they are counted once.
         example.warnings = [] if examples else prompt.warnings
         examples.append(example)
     return examples

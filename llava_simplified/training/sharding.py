@@ -92,6 +92,7 @@ def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, to
 
 
 def _frozen_tower_weights(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the frozen weights of the vision tower, gathered from all processes."""
     state = model.vision_tower.state_dict(keep_vars=True, prefix="vision_tower.")
     for name, tensor in state.items():
         if tensor.requires_grad:
@@ -188,6 +189,7 @@ def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterSta
 def _full_zero_state(
     trained: Mapping[str, nn.Parameter], zero_optimizer: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the full optimizer state of ZeRO, by weight and key. All processes must take part."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_zero_state(zero_optimizer)
@@ -205,6 +207,7 @@ def _full_zero_state(
 def _load_zero_state(
     trained: Mapping[str, nn.Parameter], zero_optimizer: Any, stored: Mapping[str, ParameterState]
 ) -> None:
+    """Split full optimizer state into the partitions of ZeRO."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     _create_empty_zero_state(zero_optimizer, next(iter(stored.values())))

@@ -17,6 +17,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.device_copy import to_device
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.jobs import rename_folder, replace_folder, use_default_permissions
 from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
@@ -51,7 +52,7 @@ from llava_simplified.training.callbacks import (
     progress_callback,
 )
 from llava_simplified.training.eval_captions import EvalCaptions
-from llava_simplified.training.interruption import InterruptionCallback
+from llava_simplified.training.interruption import InterruptionCallback, ignore_interrupts
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
 from llava_simplified.training.sharding import (
     enable_fsdp_on_cpu,
@@ -225,7 +226,7 @@ class LlavaTrainer(transformers.Trainer):
     # Three methods that other objectives than cross entropy override:
 
     def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
-        """Return the micro-batches of one step as they are trained: here as they were loaded."""
+        """Return the micro-batches to train on. Subclasses may replace those that were loaded."""
         return batches
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
@@ -461,6 +462,7 @@ class LlavaTrainer(transformers.Trainer):
     def _length_grouped_sampler(
         self, dataset: Dataset[Any], batch_size: int
     ) -> LengthGroupedSampler:
+        """Return a sampler that puts examples of similar length into one batch."""
         tokens_per_image = self.unwrapped_model.vision_tower.num_tokens
         lengths = cast(TrainingSet, dataset).lengths(tokens_per_image)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -469,6 +471,12 @@ class LlavaTrainer(transformers.Trainer):
         return LengthGroupedSampler(
             cast(Sequence[int], lengths), batch_size * self.args.world_size, seed
         )
+
+    def _get_dataloader(self, *args: Any, **options: Any) -> DataLoader[Batch]:
+        """Return a data loader whose workers ignore Ctrl-C."""
+        loader = super()._get_dataloader(*args, **options)
+        loader.worker_init_fn = partial(ignore_interrupts, then=loader.worker_init_fn)
+        return loader
 
     # ---- optimizer ----
 
@@ -547,6 +555,7 @@ class LlavaTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish_checkpoint(self, staging: Path, name: str) -> None:
+        """Move a complete checkpoint from the staging folder to its final place."""
         # Correct the path of the best checkpoint, which the base method has set to the staging folder.
         best = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.is_dir():
@@ -555,11 +564,10 @@ class LlavaTrainer(transformers.Trainer):
 
         use_default_permissions(staging / name)
         # Complete the checkpoint in the staging folder; the last rename publishes it.
-        (staging / name).rename(staging / "model" / "trainer_state")
-        target = self.output_dir / name
-        shutil.rmtree(target, ignore_errors=True)
-        (staging / "model").rename(target)
-        staging.rmdir()
+        rename_folder(staging / name, staging / "model" / "trainer_state")
+        # A checkpoint of the same step exists if the folder is that of an older run.
+        replace_folder(staging / "model", self.output_dir / name)
+        shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(self.output_dir),
             save_total_limit=self.args.save_total_limit,
@@ -570,6 +578,7 @@ class LlavaTrainer(transformers.Trainer):
         return str(self._staging or self.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the full optimizer state and the schedule, in the process that saves."""
         state = self._gather_on_main_process(
             full_optimizer_state_dict(self.unwrapped_model, self.optimizer)
         )

@@ -97,8 +97,8 @@ def tiff(*entries: tuple[int, int, int, int], next_directory: int = 0) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + count + content + struct.pack("<I", next_directory)
 
 
-def tiff_strips(width: int, height: int, compression: int = 1) -> bytes:
-    return tiff(
+def strip_entries(width: int, height: int, compression: int) -> list[tuple[int, int, int, int]]:
+    return [
         (256, 4, 1, width),
         (257, 4, 1, height),
         (258, 3, 1, 8),
@@ -108,7 +108,81 @@ def tiff_strips(width: int, height: int, compression: int = 1) -> bytes:
         (277, 3, 1, 1),
         (278, 4, 1, height),
         (279, 4, 1, 100),
+    ]
+
+
+def tiff_strips(width: int, height: int, compression: int = 1) -> bytes:
+    return tiff(*strip_entries(width, height, compression))
+
+
+def shared_values(count: int, size: int) -> bytes:
+    """Return EXIF data of that many entries, each of which has the same `size` bytes as its value."""
+    place = 8 + 2 + 12 * count + 4
+    entries = [struct.pack(">HHII", 1000 + number, 7, size, place) for number in range(count)]
+    head = b"MM\0*" + struct.pack(">IH", 8, count)
+    return head + b"".join(entries) + bytes(4 + size)
+
+
+def tiff_with_shared_values(count: int, size: int) -> bytes:
+    values = [(40_000 + number, 7, size, 8) for number in range(count)]
+    return tiff(*strip_entries(8, 8, 1), *values) + bytes(size)
+
+
+def tiff_of_many_strips(count: int) -> bytes:
+    """Return a TIFF of that many strips of one row, each at the same place."""
+    entries = [(256, 4, 1, 8), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    place = 8 + 2 + 12 * 8 + 4
+    entries += [(273, 4, count, place), (277, 3, 1, 1), (278, 4, 1, 1)]
+    return tiff(*entries) + struct.pack("<I", 8) * count
+
+
+def tiff_of_pages(count: int) -> bytes:
+    """Return a TIFF with that many directories behind the first."""
+    page = tiff_strips(8, 8)[8:-4]
+    data = bytearray(b"II*\0")
+    for number in range(count + 1):
+        data += struct.pack("<I", 8 + number * (len(page) + 4)) + page
+    return bytes(data) + bytes(4)
+
+
+def gif_with_comments(comments: bytes) -> bytes:
+    """Return a GIF with these blocks in front of its image, and behind it."""
+    data = encoded("GIF")
+    start = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    return data[:start] + comments + data[start:-1] + comments + b";"
+
+
+def bmp_of_run_lengths(width: int, height: int, codes: bytes) -> bytes:
+    """Return a BMP whose pixels are these codes."""
+    start = 14 + 40 + 1024
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(codes), 0, 0, 256, 0)
+    return (
+        b"BM" + struct.pack("<IHHI", start + len(codes), 0, 0, start) + header + bytes(1024) + codes
     )
+
+
+def webp_with_exif(exif: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "WEBP", exif=exif)
+    return file.getvalue()
+
+
+def avif_with_exif(exif: bytes) -> bytes:
+    """Return an AVIF with this metadata, which Pillow does not write if they are malformed."""
+    file = io.BytesIO()
+    place_holder = b"MM\0*\0\0\0\x08\0\0" + b"\xab" * (len(exif) - 10)
+    Image.new("RGB", (16, 16)).save(file, "AVIF", exif=place_holder)
+    return file.getvalue().replace(place_holder, exif)
+
+
+def jpeg_with_exif(exif: bytes) -> bytes:
+    """Return a JPEG with metadata of any size, in several segments."""
+    data = encoded("JPEG")
+    segments = []
+    for start in range(0, len(exif), 65_000):
+        content = b"Exif\0\0" + exif[start : start + 65_000]
+        segments.append(b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content)
+    return data[:2] + b"".join(segments) + data[2:]
 
 
 # The name of each bomb, and what makes it. A whole image may be decoded; its time and memory are limited.
@@ -143,7 +217,27 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg with 200 EXIF segments": lambda: jpeg_with_segments(
         0xE1, 200, b"Exif\0\0MM\0*\0\0\0\x08" + b"\0\x01" * 900
     ),
+    "jpeg with a million comments": lambda: jpeg_with_segments(0xFE, 1_000_000, b""),
+    "jpeg with a million restarts": lambda: progressive_jpeg(30).replace(
+        b"\xff\xdb", b"\xff\xd0" * 1_000_000 + b"\xff\xdb", 1
+    ),
+    "jpeg whose EXIF shares values": lambda: jpeg_with_exif(shared_values(20_000, 200_000)),
+    "jpeg whose frames share values": lambda: jpeg_with_segments(
+        0xE2, 1, b"MPF\0" + shared_values(2_000, 40_000)
+    ),
+    "png whose EXIF shares values": lambda: png(
+        8, 8, zeros(72), png_chunk(b"eXIf", shared_values(20_000, 200_000))
+    ),
+    "webp whose EXIF shares values": lambda: webp_with_exif(shared_values(20_000, 200_000)),
+    "avif whose EXIF shares values": lambda: avif_with_exif(shared_values(20_000, 200_000)),
+    "tiff that shares values": lambda: tiff_with_shared_values(20_000, 200_000),
+    "tiff of a million strips": lambda: tiff_of_many_strips(1_000_000),
+    "tiff of 20,000 pages": lambda: tiff_of_pages(20_000),
+    "bmp that skips rows": lambda: bmp_of_run_lengths(50_000_000, 1, b"\0\2\xff\xff"),
+    "bmp of empty rows": lambda: bmp_of_run_lengths(7_000, 7_000, b"\1\0\0\0" * 7_000),
     "gif with a huge screen": lambda: gif_with_screen(65_535, 65_535),
+    "gif with a million comments": lambda: gif_with_comments(b"!\xfe\1a\0" * 1_000_000),
+    "gif with a long comment": lambda: gif_with_comments(b"!\xfe" + b"\1a" * 5_000_000 + b"\0"),
     "gif with 3,000 frames": lambda: animation("GIF", 3_000),
     "webp with 1,000 frames": lambda: animation("WEBP", 1_000),
     "bmp of 4 gigapixels": lambda: bmp_with_size(65_535, 65_535),

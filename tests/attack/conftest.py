@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 # The running server of tests/serve.
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
 from hostile import HealthyClient
 from live_server import Limits, LiveServer, live_server
+from tiny import build_llava
 
-from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
@@ -28,10 +27,7 @@ from llava_simplified.serve.connections import TimedH11Protocol
 def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an adapter."""
     config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
-    torch.manual_seed(2)
-    model = build_model(config).requires_grad_(False)
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    model = build_llava(models_folder).requires_grad_(False)
     add_lora(model, rank=2, alpha=4)
     folder = tmp_path_factory.mktemp("attacked") / "tiny"
     save_checkpoint(model, folder, config, TrainedParts("adapter"))

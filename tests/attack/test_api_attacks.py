@@ -6,10 +6,13 @@ greedy answers of other clients stay the same (the fixture `healthy` checks logs
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from bombs import png, zeros
 from hostile import (
     HUGE,
     OTHER_TYPES,
@@ -31,8 +35,12 @@ from hostile import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_server import ATTENTION, CHAT, LiveServer, attention_body, user_message
+from live_server import ATTENTION, CHAT, LiveServer, attention_body, live_server, user_message
 from sampling import IS_COMPLETE, sample
+
+from llava_simplified.model.llava import Llava
+from llava_simplified.serve import api
+from llava_simplified.serve.schemas import ImageURL
 
 # Seconds for one request, on a machine that may be busy.
 MAX_SECONDS = 20.0
@@ -235,6 +243,49 @@ def test_values_are_counted_before_the_body_is_parsed() -> None:
         start = time.perf_counter()
         check_body(body)
         assert time.perf_counter() - start < 3, name
+
+
+@pytest.mark.parametrize("piece", ["%41", "AA ", "A\n", "%3D", "\u2003A", "-_%2B "])
+def test_odd_base64_takes_no_more_memory_than_its_text(piece: str) -> None:
+    """Three million escapes or words in a body must not become as many objects."""
+    url = "data:image/png;base64," + piece * 100_000
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):
+        ImageURL.decode_url(url)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * len(url.encode())
+
+
+@pytest.mark.medium
+def test_attention_keeps_no_pixels_while_it_waits(model: Llava) -> None:
+    """Four images of 9 megapixels: 108 MB, if all that wait for the model kept theirs."""
+    photo = png(3000, 3000, zeros(3001 * 3000))
+    resume = threading.Event()
+    with live_server(model) as server, ThreadPoolExecutor(4) as threads:
+        engine = server.engine
+        waiting = 0
+        run_on_model = engine.run_on_model
+
+        async def wait_for_model(work: Any) -> Any:
+            nonlocal waiting
+            waiting += 1
+            while not resume.is_set():
+                await asyncio.sleep(0.01)
+            return await run_on_model(work)
+
+        engine.run_on_model = wait_for_model  # type: ignore[method-assign]
+        tracemalloc.start()
+        try:
+            body = attention_body(photo, "a cat")
+            answers = [threads.submit(server.post, body, ATTENTION) for _ in range(4)]
+            server.wait_until(lambda: waiting == 4)
+            size, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            resume.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert size < 30e6
 
 
 @pytest.mark.parametrize(
@@ -489,6 +540,20 @@ def test_half_bodies_do_not_keep_a_place(healthy: HealthyClient, server: LiveSer
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + BODY)
         connection.close()
     server.wait_until(lambda: len(server.engine.requests_in_flight) <= 1)
+
+
+@pytest.mark.medium
+def test_slow_bodies_do_not_keep_a_place(
+    healthy: HealthyClient, server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is short: some clients that send a byte now and then would fill it."""
+    monkeypatch.setattr(api, "BODY_SECONDS", 1.0)
+    for framing in (b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
+        start = time.perf_counter()
+        piece = b"1\r\nx\r\n" if b"chunked" in framing else b"x"
+        received = exchange(server, HEAD + framing, *[piece] * 100, pause=0.05)
+        assert statuses(received) == [408]
+        assert time.perf_counter() - start < MAX_SECONDS
 
 
 @pytest.mark.medium

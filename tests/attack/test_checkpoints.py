@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import shutil
 import sys
 import time
@@ -22,12 +23,14 @@ from sampling import sample
 
 import llava_simplified
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.evaluation.clip_metrics import _ClipEmbedder
+from llava_simplified.evaluation.clip_metrics import ClipEmbedder
+from llava_simplified.hub import check_model_config
 from llava_simplified.inspection import inspect_command
-from llava_simplified.model.build import load_tokenizer
-from llava_simplified.model.checkpoint import read_adapter_config
+from llava_simplified.model.build import build_model, load_tokenizer
+from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.weights import weight_files
 from llava_simplified.prompt import Prompt
 
 MAX_SECONDS = 20.0
@@ -164,6 +167,78 @@ def test_safetensors_header_cannot_ask_for_memory(copied: Path) -> None:
         check(load_model, copied, length)
 
 
+# ---- configs of the parts ----
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with complete models."""
+    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
+    folder = tmp_path_factory.mktemp("attacked") / "full"
+    save_checkpoint(build_model(config), folder, config, TrainedParts("full", "full"))
+    return folder
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_mutated_config_of_a_part_is_refused_by_its_folder(
+    full_checkpoint: Path, tmp_path: Path, part: str
+) -> None:
+    folder = Path(shutil.copytree(full_checkpoint, tmp_path / "copied"))
+    path = folder / part / "config.json"
+    content = json.loads(path.read_text())
+    always = [
+        ("hidden_act", "x"),
+        ("hidden_size", None),
+        ("model_type", {}),
+        ("num_hidden_layers", 10**9),
+    ]
+    for name, value in always:
+        path.write_text(json.dumps({**content, name: value}))
+        check(load_model, folder, (name, value), f"{part}/config.json")
+    for what, mutated in sample(mutations(content, ["x", -1, 10**9, {}, None]), 4):
+        path.write_text(json.dumps(mutated))
+        check(load_model, folder, what, f"{part}/config.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vision_config": {"encoder_layers": 10**30}},
+        {"depths": [3, 3, 10**9]},
+        {"text_config": {"moe": [{"num_local_experts": 10**9}]}},
+        [],
+        None,
+    ],
+)
+def test_config_of_millions_of_modules_is_refused(tmp_path: Path, config: object) -> None:
+    """Building them would take for ever, even on the meta device."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
+        check_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        [],
+        {"weight_map": {}},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../other.safetensors"}},
+        {"weight_map": {"a": "/etc/hostname"}},
+        {"weight_map": {"a": "..\\x"}},
+        {"weight_map": ["model.safetensors"]},
+    ],
+)
+def test_index_of_weights_names_files_beside_it(tmp_path: Path, index: object) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        weight_files(str(tmp_path))
+
+
 # ---- code from a checkpoint ----
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
@@ -217,7 +292,7 @@ def test_code_of_a_checkpoint_is_not_executed(
         lambda: Llava.from_pretrained(checkpoint, vision_tower=str(poisoned["clip"])),
         lambda: read_tokenizer(poisoned["mistral"]),
         lambda: ImageTransform.from_pretrained(poisoned["clip"]),
-        lambda: _ClipEmbedder(poisoned["clip"]),
+        lambda: ClipEmbedder(poisoned["clip"]),
         lambda: inspect_command.main(
             ["--data", "x", "--model_name_or_path", str(poisoned["mistral"])]
         ),

@@ -230,6 +230,16 @@ FAULTS: dict[str, Fault] = {
     "many headers": Fault(answer(b"X: y\r\n" * 10_000 + LENGTH), "ok"),
     "endless headers": Fault(repeat(OK, b"X: y\r\n" * 10_000), "protocol"),
     "endless header": Fault(repeat(OK + b"X: ", b"y" * 65536), "protocol"),
+    "another robot, then all": Fault(
+        answer(b"X-Robots-Tag: otherbot: all\r\nX-Robots-Tag: noai\r\n" + LENGTH), "opt_out"
+    ),
+    "another robot, then ours": Fault(
+        answer(b"X-Robots-Tag: a: all\r\nX-Robots-Tag: llava-simplified: noai\r\n" + LENGTH), "opt_out"
+    ),
+    "two reservations": Fault(
+        answer(b"TDM-Reservation: 0\r\nTDM-Reservation: 1\r\n" + LENGTH), "opt_out"
+    ),
+    "many robots": Fault(answer(b"X-Robots-Tag: a: noai\r\n" * 10_000 + LENGTH), "ok"),
     "close, but open": Fault(answer(CLOSE + LENGTH), "ok", "hang"),
     "keep-alive, but closed": Fault(answer(b"Connection: keep-alive\r\n" + LENGTH), "ok", "close"),
     # ---- redirects ----
@@ -242,6 +252,11 @@ FAULTS: dict[str, Fault] = {
     "redirect to a query": Fault(redirect(b"/next?a=b"), "redirected"),
     "redirect with a fragment": Fault(redirect(b"/next#frag"), "redirected"),
     "redirect to a fragment": Fault(redirect(b"#frag"), "redirect"),
+    "redirect with a user": Fault(redirect(b"http://%FF%00:%0d%0aX: y@127.0.0.1:9/"), "refused"),
+    "redirect to a zone": Fault(redirect(b"http://[fe80::1%25eth0]:9/"), "connect blocked_address"),
+    "redirect to a long zone": Fault(redirect(b"http://[fe80::1%25" + b"a" * 5000 + b"]/"), "bad_url"),
+    "redirect to bad punycode": Fault(redirect(b"http://xn--a-ecp.invalid/"), "bad_url"),
+    "redirect with 30,000 parents": Fault(redirect(b"/" + b"../" * 30_000 + b"next"), "redirected"),
     "redirect with status 308": Fault(redirect(b"/next", b"308 Permanent"), "redirected"),
     "redirect with status 300": Fault(redirect(b"/next", b"300 Multiple"), "http_300"),
     "redirect to ftp": Fault(redirect(b"ftp://127.0.0.1/x"), "scheme"),

@@ -18,7 +18,6 @@ import torch
 from PIL import Image, ImageOps
 from tiny import nan_features_for
 
-from llava_simplified.arguments import parse_arguments
 from llava_simplified.captioning import caption_command, runner
 from llava_simplified.captioning.caption_command import (
     build_caption_parser,
@@ -40,30 +39,9 @@ from llava_simplified.model import generation
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.options import escape_control_characters
-from llava_simplified.training.train_command import train
 
 SAMPLING = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
 LINE_SEPARATORS = "\u2028\u2029\u0085"  # line breaks for str.splitlines, but not for JSON lines
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A tiny model after one training step."""
-    options = {
-        "model_name_or_path": models_folder / "mistral",
-        "vision_tower": models_folder / "clip",
-        "train_data_path": data_folder / "train.json",
-        "train_image_folder": data_folder / "images",
-        "output_dir": tmp_path_factory.mktemp("model") / "out",
-        "max_steps": 1,
-        "cache_vision_features": "off",
-    }
-    argv = []
-    for name, value in options.items():
-        argv += [f"--{name}", str(value)]
-    return train(*parse_arguments(argv))
 
 
 @pytest.fixture(scope="module")
@@ -644,6 +622,46 @@ def test_pattern_opens_the_files_that_it_matched(
     records, folder = open_inputs(pattern.format(there=tmp_path / "there"), None, ["What?"])
     (record,) = records
     assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, "the black one"
+
+
+def test_brackets_of_an_existing_folder_are_no_wildcard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a wildcard, [1-9] matches the other folder.
+    draw_color(tmp_path / "trip [1-9]" / "a [2].png", "black")
+    draw_color(tmp_path / "trip 1" / "a [2].png", "white")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("trip [1-9]/*.png", f"{tmp_path}/trip [1-9]/a*.png", "./trip [1-9]/[a-b]*"):
+        records, folder = open_inputs(pattern, None, ["What?"])
+        (record,) = records
+        assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, pattern
+    # Where no folder has the name, brackets are wildcards.
+    records, folder = open_inputs("trip [1-2]/*.png", None, ["What?"])
+    assert decode_image(read_image_bytes(records[0].images[0], folder)).min() == 255
+
+
+def test_several_sources_may_lead_upwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_color(tmp_path / "here" / "1.png", "white")
+    draw_color(tmp_path / "there" / "1.png", "black")
+    monkeypatch.chdir(tmp_path / "here")
+    sources = ["1.png", "../there/1.png", "../there/../there", "../there/*.png", "./1.png"]
+    records, folder = open_inputs(sources, None, ["What?"])
+    images = [decode_image(read_image_bytes(record.images[0], folder)) for record in records]
+    assert [image.max() for image in images] == [255, 0], "each image once"
+
+
+def test_links_and_folders_that_are_not_followed_are_counted(
+    tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    draw_color(tmp_path / "photos" / "1.png", "white")
+    draw_color(tmp_path / "album" / "2.png", "white")
+    (tmp_path / "photos" / "album").symlink_to(tmp_path / "album")
+    (tmp_path / "photos" / "3.png").symlink_to(tmp_path / "moved.png")
+    assert image_names(tmp_path / "photos", "What?") == ["1.png"]
+    assert "1 x broken link, 1 x link to a folder" in package_log.text
+    package_log.clear()
+    with pytest.raises(ValueError, match="2 x folder"):
+        open_inputs(f"{tmp_path}/*", None, ["What?"])
 
 
 def test_folder_counts_what_is_no_image_and_finds_every_image(

@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from html_pages import Page, assert_self_contained
+from tiny import build_llava, looping
 
 from llava_simplified.captioning import runner
 from llava_simplified.captioning.caption_command import caption_main
@@ -29,20 +30,13 @@ from llava_simplified.captioning.runner import CaptionJob, caption_file
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SidecarOptions, SidecarWriter
 from llava_simplified.data.records import prediction_row
 from llava_simplified.model import generation
-from llava_simplified.model.build import build_model
-from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 
 
 @pytest.fixture(scope="module")
 def model(models_folder: Path) -> Llava:
-    torch.manual_seed(2)
-    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
-    model = build_model(config).eval()
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model
+    return build_llava(models_folder)
 
 
 @pytest.fixture
@@ -167,6 +161,69 @@ def test_loops_are_cut_and_counted(
     caption_file(sidecar_job(folder, text=TextOptions(prefix="sks ", loop_guard=8)), model)
     assert texts(folder)["0.txt"] == b"sks a dog and\n"
     assert "began to loop: 3" in package_log.text
+
+
+def test_generation_ends_at_a_loop(model: Llava, folder: Path, package_log: object) -> None:
+    """The texts are those of whole generations, of which the loop is cut off."""
+    loop = "two dogs run over a green field"
+    options = GenerationOptions(max_new_tokens=80, start_with="two")
+    job = sidecar_job(folder, options=options, text=TextOptions(loop_guard=8), batch_size=16)
+    with looping(model, loop), count_steps() as num_steps:
+        caption_file(job, model)
+    assert {texts(folder)[f"{number}.txt"] for number in range(3)} == {f"{loop}\n".encode()}
+    assert "began to loop: 3" in package_log.text
+    assert sum(num_steps) < 40
+
+
+@contextmanager
+def count_steps() -> Iterator[list[int]]:
+    """Count the decoding steps of all batches."""
+    steps: list[int] = []
+    step = generation.DecodingBatch.step
+
+    def counted(batch: generation.DecodingBatch) -> list[tuple[int, int]]:
+        steps.append(1)
+        return step(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation.DecodingBatch, "step", counted)
+        yield steps
+
+
+def test_limit_counts_the_images_that_are_captioned(model: Llava, folder: Path) -> None:
+    """Images that keep their file do not count, so that the next run captions other images."""
+    (folder / "0.txt").write_text("by hand")
+    job = sidecar_job(folder, limit=1)
+    assert caption_file(job, model) == (2, 0)
+    assert set(texts(folder)) == {"0.txt", "1.txt", "sub/d.txt"}
+    assert caption_file(job, model) == (3, 0)
+    assert set(texts(folder)) == {"0.txt", "1.txt", "2.txt", "sub/d.txt"}
+    assert texts(folder)["0.txt"] == b"by hand"
+
+
+def test_limit_counts_what_was_captioned_before_a_kill(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "1.txt").write_text("by hand")
+    (folder / "sub" / "d.txt").unlink()
+    job = sidecar_job(folder, limit=2, batch_size=1)
+
+    def killed(*_: object, **__: object) -> bool:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SidecarWriter, "write", killed)
+        caption_file(job, model)
+    assert caption_file(job, model) == (3, 0)
+    assert set(texts(folder)) == {"0.txt", "1.txt", "2.txt"}
+
+
+def test_slices_share_the_limit(model: Llava, folder: Path) -> None:
+    (folder / "sub" / "d.txt").unlink()
+    for chunk in (0, 1):
+        job = sidecar_job(folder, limit=3, chunk=chunk, chunks=2, output=f"{chunk}.jsonl")
+        caption_file(job, model)
+    assert len([name for name in texts(folder) if name.endswith(".txt")]) == 3
 
 
 def test_empty_caption_is_a_failure(

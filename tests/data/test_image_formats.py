@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from llava_simplified.data import images
-from llava_simplified.data.image_formats import is_image_header, sniff_format, without_metadata
+from llava_simplified.data.image_formats import (
+    is_image_header,
+    sniff_format,
+    without_gif_comments,
+    without_metadata,
+)
 from llava_simplified.data.images import (
     DECODE_BYTES_PER_PIXEL,
     ImageError,
@@ -434,3 +439,45 @@ def test_decoding_takes_the_documented_memory_per_pixel(mode: str, image_format:
         Image.core.new = original
         tracemalloc.stop()
     assert peak + created <= DECODE_BYTES_PER_PIXEL * width * height
+
+
+# ---- comments of GIFs ----
+
+
+def gif(*comments: bytes, frames: int = 3) -> bytes:
+    """Return an animation with blocks in front of its first frame, and at its end."""
+    file = io.BytesIO()
+    pictures = [draw(40, 30).rotate(90 * number).convert("P") for number in range(frames)]
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])
+    data = file.getvalue()
+    start = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    blocks = b"".join(comments)
+    return data[:start] + blocks + data[start:-1] + blocks + b";"
+
+
+@pytest.mark.parametrize(
+    "comments",
+    [
+        [b"!\xfe\1a\0"],
+        [b"!\xfe\1a\0"] * 30,
+        [b"!\xfe" + b"\xff" + b"!\xfe;," * 63 + b"abc" + b"\0"],
+        [b"!\xfe\0"],
+        [b"junk", b"!\xfe\1a\1b\0", b"!\xff\x0bXMP DataXMP\1x\0"],
+    ],
+)
+def test_gif_comments_are_dropped_and_nothing_else(comments: list[bytes]) -> None:
+    data = gif(*comments)
+    stripped = without_gif_comments(data)
+    plain = gif(*(block for block in comments if not block.startswith(b"!\xfe")))
+    assert stripped == plain
+    np.testing.assert_array_equal(decode_image(data), decode_image(plain))
+    assert count_frames(data) == 3
+    assert check_image(data).data == data
+
+
+def test_gif_that_ends_in_a_comment_stays_truncated() -> None:
+    data = gif(b"!\xfe" + b"\xff" + b"x" * 255 + b"\0")
+    for size in range(10, len(data), 7):
+        with suppress(ImageError):
+            decode_image(data[:size])
+        assert not without_gif_comments(data[:size]).endswith(b"xxx")

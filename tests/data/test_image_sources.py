@@ -117,6 +117,17 @@ def test_sixteen_bits_are_scaled_in_every_mode(mode: str) -> None:
     assert np.array_equal(load_pixels(make_image(mode))[0, :, 0], expected)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_transparent_shade_of_gray_is_white(mode: str) -> None:
+    image = make_image(mode)
+    shade = int(np.asarray(image)[0, 3])
+    with_shade = Image.open(io.BytesIO(encode(image, "PNG", transparency=shade)))
+    pixels = load_pixels(with_shade)
+    is_shade = np.asarray(image) == shade
+    assert (pixels[is_shade] == 255).all()
+    assert np.array_equal(pixels[~is_shade], load_pixels(image)[~is_shade])
+
+
 def test_values_beyond_sixteen_bits_are_white_and_do_not_wrap() -> None:
     image = Image.fromarray(np.array([[-5, 0, 65_535, 65_536, 1_000_000]], dtype=np.int32))
     assert load_pixels(image)[0, :, 0].tolist() == [0, 0, 255, 255, 255]

@@ -181,8 +181,76 @@ def test_record_refuses_what_would_train_as_something_else(row: dict, message: s
 
 
 @pytest.mark.parametrize(
+    "key",
+    ["Image", "image_bytes", "image_list", "file_name", "path", "media", "frames", "thumbnail"],
+)
+def test_record_refuses_an_image_by_a_key_that_is_not_read(key: str) -> None:
+    for value in ("0.jpg", ["0.PNG", "1.webp"]):
+        with pytest.raises(ValueError, match=f"row 7: .*{key!r}.*'image'"):
+            Record.from_json({key: value, **TEXT}, "row 7")
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    [
+        *("<image/>", "<image />", "<image_placeholder>", "<ImageHere>", "[IMG]", "<video_0>"),
+        *("<img>a.jpg</img>", "<image_soft_token>", "<start_of_image>", "<im_start>", "<pdf>"),
+        *("<|audio_bos|>", "<|AUDIO|>", "<IMG_CONTEXT>", "<|vision_start|>", "<|video_pad|>"),
+    ],
+)
+def test_record_refuses_placeholders_of_other_programs(placeholder: str) -> None:
+    for row in (
+        {"instruction": f"{placeholder} What?"},
+        {"image": "0.jpg", "instruction": placeholder},
+    ):
+        with pytest.raises(ValueError, match="row 7: the placeholder"):
+            Record.from_json({**row, "response": "x"}, "row 7")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"images": ["0.jpg"]},
+        {"image": "0.jpg"},
+        {"video": "a.mp4"},
+        {"tool_calls": [{"id": 1}]},
+        {"function_call": {"name": "f"}},
+    ],
+)
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_record_refuses_what_a_turn_asks_for(form: str, changed: dict) -> None:
+    names = ("role", "content") if form == "messages" else ("from", "value")
+    for number in range(2):
+        turns = [dict(zip(names, turn)) for turn in (("user", "What?"), ("assistant", "x"))]
+        assert Record.from_json({form: turns}, "row 7").responses == ("x",)
+        turns[number].update(changed)
+        with pytest.raises(ValueError, match=f"row 7.*{next(iter(changed))!r}"):
+            Record.from_json({form: turns}, "row 7")
+
+
+@pytest.mark.parametrize(
     "row",
     [
+        {"instruction": "Translate:", "input": "chien", "response": "dog"},
+        {"instruction": "And now?", "history": [["a", "b"]], "response": "dog"},
+        {"system": "Be brief.", **TEXT},
+        {"tools": [{"name": "f"}], **TEXT},
+        {"responses": ["a cat"], **TEXT},
+    ],
+)
+def test_record_refuses_a_part_of_the_prompt_that_is_not_read(row: dict) -> None:
+    with pytest.raises(
+        ValueError, match=f"row 7: .*{next(key for key in row if key != 'instruction')}"
+    ):
+        Record.from_json(row, "row 7")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "", "history": [], "tools": None, "system": "", **TEXT},
+        {"responses": ["a dog"], **TEXT},
+        {"instruction": 'Close <img src="a.png"> and <b>x</b>', "response": "[img]"},
         {"image": "0.jpg", "video_id": "x7", "source": "talk.mp4", **TEXT},
         {"image": "0.jpg", "image_url": "http://x/0.jpg", "clip": 0.31, "video": False, **TEXT},
         {"image": None, "images": ["0.jpg"], **TEXT},

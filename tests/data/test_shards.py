@@ -219,6 +219,37 @@ def test_tar_members_rejects_an_extended_header_longer_than_any_file(tmp_path: P
         list(tar_members(path))
 
 
+def tar_header(kind: bytes, size: bytes) -> bytes:
+    """Return a header of a tar, with any bytes as the size."""
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size
+    header[156:157] = kind
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+@pytest.mark.parametrize(
+    "size", [b"\x80" + (2**60).to_bytes(11, "big"), b"77777777777\0"], ids=["2^60", "2^33"]
+)
+def test_tar_members_allocates_nothing_for_an_extended_header_that_is_not_there(
+    tmp_path: Path, kind: bytes, size: bytes
+) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(tar_header(kind, size) + bytes(1024))
+    with pytest.raises(ValueError, match=r"0\.tar: not a complete tar.*extended header"):
+        list(tar_members(path))
+
+
+def test_tar_members_rejects_thousands_of_extended_headers_in_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    comment = b"12 comment=a"[:11] + b"\n"
+    header = tar_header(b"x", b"%011o\0" % len(comment)) + comment.ljust(512, b"\0")
+    path.write_bytes(header * 5000 + bytes(1024))
+    with pytest.raises(ValueError, match=r"0\.tar: not a complete tar"):
+        list(tar_members(path))
+
+
 # ---- images in Parquet files ----
 
 

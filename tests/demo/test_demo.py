@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,10 +16,11 @@ import yaml
 
 from llava_simplified import recipes
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.demo import demo_command, demo_steps
+from llava_simplified.demo import demo_command, demo_options, demo_steps
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
+from llava_simplified.demo.reward_demo import check_finished, plan_reward_steps
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.model.llava import Llava
 
@@ -33,10 +35,11 @@ def headings(page: Path) -> list[str]:
 def write_tiny_recipes(folder: Path) -> None:
     """Write the demo's recipes for the tiny vision tower, which has fewer layers."""
     folder.mkdir()
-    for name in ("demo_projector.yaml", "demo.yaml"):
+    for name in ("demo_projector.yaml", "demo.yaml", "demo_reward.yaml"):
         text = (recipes.RECIPES_FOLDER / name).read_text()
         text = text.replace("[-1, 11, 5, 1]", "[-1, 1]")
         text = text.replace("compile_layers: true", "compile_layers: false")
+        text = re.sub(r"logging_steps: \d+", "logging_steps: 1", text)
         (folder / name).write_text(text)
 
 
@@ -74,7 +77,26 @@ def test_demo_ends_with_a_model_and_a_report(
     model = Llava.from_pretrained(output / "model", device="cpu")
     assert isinstance(model.caption(images / "0.jpg"), str)
 
+    # The same model, trained further.
+    assert demo_command.main(["--reward", *words]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("$ llava ") == 3
+    assert "CIDEr-D" in printed
+    assert "95 % interval" in printed
+    rewards = read_reward_log(output / "reward" / "model")
+    assert len(rewards) == 2
+    page = (output / "reward" / "report.html").read_text()
+    assert "Reward during training" in page
+    assert Llava.from_pretrained(output / "reward" / "model", device="cpu")
+
     check_documentation_scripts(tiny, output, tmp_path, monkeypatch)
+
+
+def read_reward_log(folder: Path) -> list[float]:
+    """Return the rewards of the log entries of a run."""
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["reward"] for row in rows if "reward" in row]
 
 
 def check_documentation_scripts(
@@ -102,11 +124,62 @@ def check_documentation_scripts(
     assert image.is_file()
 
 
+# ---- rewards ----
+
+
+def finish_demo(output: Path) -> None:
+    """Write what a reward demo needs of a finished demo."""
+    (output / "model").mkdir(parents=True)
+    (output / "model" / "llava.json").write_text("{}")
+    (output / "predictions.json").write_text("[]")
+
+
+def test_reward_demo_needs_a_finished_demo(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="make demo"):
+        demo_command.main(["--reward", "--output", str(tmp_path)])
+    finish_demo(tmp_path)
+    check_finished(tmp_path)
+    # The model was trained again, and has not captioned yet.
+    os.utime(tmp_path / "predictions.json", (1, 1))
+    with pytest.raises(ValueError, match="make demo"):
+        check_finished(tmp_path)
+
+
+def test_reward_demo_starts_anew_after_another_demo(tmp_path: Path) -> None:
+    finish_demo(tmp_path)
+    finished = tmp_path / "reward" / "finished_steps.json"
+    finished.parent.mkdir()
+    finished.write_text("{}")
+    check_finished(tmp_path)
+    assert finished.exists()
+    os.utime(finished, (1, 1))
+    check_finished(tmp_path)
+    assert not finished.exists()
+
+
+def test_reward_demo_continues_the_model_and_compares_with_its_captions(tmp_path: Path) -> None:
+    steps = plan_reward_steps(
+        DemoAssets(*[tmp_path / "assets"] * 6), tmp_path / "demo", max_steps=3
+    )
+    train, predict, evaluate = (step.argv for step in steps)
+    model_args, _, args = parse_arguments(train[1:])
+    assert model_args.init_from == str(tmp_path / "demo" / "model")
+    assert (args.objective, args.max_steps) == ("rloo", 3)
+    # What the checkpoint was trained with must be the same; `llava train` checks the rest.
+    demo = yaml.safe_load(recipes.resolve_recipe("demo").read_text())
+    reward = yaml.safe_load(recipes.resolve_recipe("demo_reward").read_text())
+    for name in ("mm_vision_select_layer", "mm_token_pool", "template", "lora_r", "lora_alpha"):
+        assert demo[name] == reward[name]
+    assert predict[predict.index("--model-path") + 1] == str(tmp_path / "demo" / "reward" / "model")
+    files = [str(tmp_path / "demo" / part / "predictions.json") for part in ("", "reward")]
+    assert evaluate[1:3] == files
+
+
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool
 ) -> None:
-    monkeypatch.setattr(demo_command, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(demo_options, "has_fast_bfloat16", lambda: is_fast)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path)
     training = [step.argv for step in steps if step.argv[0] == "train"]

@@ -19,12 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from tiny import save_llava
 
 from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.evaluation import lmms_eval_plugin
-from llava_simplified.model.build import build_model
-from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
@@ -67,15 +65,7 @@ def model_class() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlavaConfig(str(models_folder / "llama"), str(models_folder / "clip"))
-    torch.manual_seed(2)
-    model = build_model(config).requires_grad_(False)
-    # Large enough that the image decides what is generated.
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    folder = tmp_path_factory.mktemp("lmms") / "tiny"
-    save_checkpoint(model, folder, config, TrainedParts())
-    return folder
+    return save_llava(models_folder, tmp_path_factory.mktemp("lmms") / "tiny", "llama")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import save_tiny_clip
 
 from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.metrics import Sample, evaluate, word_f1
@@ -270,46 +271,6 @@ def test_evaluate_rejects_samples_that_cannot_be_scored(
 
 
 # ---- CLIPScore ----
-
-
-def save_tiny_clip(folder: Path):
-    """Write a random CLIP model of two layers to a folder; returns its parts."""
-    import torch
-    from tiny import make_tokenizer
-    from tokenizers.processors import TemplateProcessing
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    torch.manual_seed(2)
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "</s>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    size = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text_config = {
-        **size,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 64,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    vision_config = {**size, "image_size": 32, "patch_size": 8}
-    clip = CLIPModel(
-        CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=8)
-    ).eval()
-    for parameter in clip.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)  # large enough that the words matter
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
-    for part in (clip, tokenizer, processor):
-        part.save_pretrained(folder)
-    return clip, tokenizer, processor
 
 
 def test_clip_score_equals_the_whole_model_one_pair_at_a_time(tmp_path: Path) -> None:

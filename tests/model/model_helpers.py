@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_simplified.data.collate import Collator, Example
-from llava_simplified.model.build import build_model
-from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 
 LANGUAGE_MODELS = ["mistral", "llama", "qwen2", "gemma2", "phi"]
-
-
-def build(folder: Path, text: str = "mistral", tower: str = "clip", **choices: Any) -> Llava:
-    """Build a model in evaluation mode, with image tokens that are large enough to matter.
-
-    With PyTorch's default initialization these random models would ignore their images.
-    """
-    torch.manual_seed(2)
-    model = build_model(LlavaConfig(str(folder / text), str(folder / tower), **choices))
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model.eval()
 
 
 def make_images(model: Llava, count: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import LANGUAGE_MODELS, build, make_images
+from model_helpers import LANGUAGE_MODELS, make_images
+from tiny import build_llava
 
 from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.model import answer_scores
@@ -86,12 +87,12 @@ def count_forwards(model: Llava) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "opt"])
 def test_scores_equal_a_plain_loop_in_float64(models_folder: Path, text: str) -> None:
-    model = build(models_folder, text).double()
+    model = build_llava(models_folder, text).double()
     assert_equals_plain_loop(model, make_questions(model))
 
 
 def test_scores_are_exact_with_the_eager_kernel(models_folder: Path) -> None:
-    model = build(models_folder, "mistral").double()
+    model = build_llava(models_folder, "mistral").double()
     model.language_model.set_attn_implementation("eager")
     assert_equals_plain_loop(model, make_questions(model))
 
@@ -99,14 +100,14 @@ def test_scores_are_exact_with_the_eager_kernel(models_folder: Path) -> None:
 def test_models_without_shared_prompts_score_answers_separately(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(models_folder, "llama").double()
+    model = build_llava(models_folder, "llama").double()
     monkeypatch.setattr(answer_scores, "supports_shared_prompts", lambda _: False)
     monkeypatch.setattr("llava_simplified.model.llava.attention_kwargs", None)  # would be an error
     assert_equals_plain_loop(model, make_questions(model))
 
 
 def test_all_answers_of_a_question_are_one_forward(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     question = make_questions(model)[0]
     with count_forwards(model) as positions:
         score_answers(model, [question])
@@ -115,7 +116,7 @@ def test_all_answers_of_a_question_are_one_forward(models_folder: Path) -> None:
 
 
 def test_many_answers_are_split(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(models_folder).double()
+    model = build_llava(models_folder).double()
     questions = make_questions(model)
     longest = max(map(len, questions[0].answers))
     monkeypatch.setattr(answer_scores, "MAX_ANSWER_TOKENS", longest)
@@ -126,7 +127,7 @@ def test_many_answers_are_split(models_folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_greedy_answer_is_greedy(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     question = make_questions(model)[0]
     assert question.pixel_values is not None
     features = encode_images(model, question.pixel_values)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import build
-from tiny import make_tokenizer
+from tiny import build_llava, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor
@@ -197,7 +196,7 @@ def test_phrase_is_found_in_tokens_that_are_parts_of_characters() -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"num_beams": 3}, {}])
 def test_generated_text_contains_no_forbidden_word(models_folder: Path, options: dict) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in "abcd"]
     common = {"max_new_tokens": 24, "seed": 0, **options}
     if "temperature" in options:
@@ -221,7 +220,7 @@ def test_generated_text_contains_no_forbidden_word(models_folder: Path, options:
 
 def test_forced_beginning_counts_as_the_beginning_of_a_phrase(models_folder: Path) -> None:
     """A phrase of which `start_with` is the beginning is not completed."""
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in "abcd"]
     texts = model.prompt.token_texts()
     following = [text.decode() for text in texts if text.isascii() and text.decode().strip()]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_helpers import LANGUAGE_MODELS, build, make_images
+from model_helpers import LANGUAGE_MODELS, make_images
+from tiny import build_llava
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
@@ -88,10 +89,10 @@ def run(batch: DecodingBatch) -> list[list[int]]:
 
 
 def build_any(folder: Path, text: str) -> Llava:
-    """`build`, or a model that has states instead of keys and values, in some layers (lfm2) or in all."""
+    """`build_llava`, or a model that has states instead of keys and values, in some layers (lfm2) or in all."""
     if text in LANGUAGE_MODELS:
-        return build(folder, text)
-    model = build(folder, "llama")
+        return build_llava(folder, text)
+    model = build_llava(folder, "llama")
     common = {
         "vocab_size": model.config.vocab_size,
         "hidden_size": 32,
@@ -152,7 +153,7 @@ def test_generation_refuses_a_model_without_dynamic_cache(models_folder: Path, t
 
 @pytest.mark.medium
 def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: Path) -> None:
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=5)
     together = generate(model, prompts, pixels, options)
@@ -174,7 +175,7 @@ def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: P
 
 def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Path) -> None:
     """The first tokens of 4,000 samples, against the softmax of logits that Transformers processed."""
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompts, pixels = make_prompts(model, ["<image> What?"])
     features = model.vision_tower(pixels)
     options = GenerationOptions(
@@ -201,7 +202,7 @@ def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Pa
 
 
 def test_generate_beams_equal_transformers(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompts, pixels = make_prompts(model)
     options = {
         "num_beams": 3,
@@ -225,7 +226,7 @@ def test_generate_ignores_the_generation_config_of_the_base_model(
     options = GenerationOptions(
         max_new_tokens=8, num_beams=3, num_return_sequences=2, temperature=float(sampled), seed=1
     )
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     if adapted:
         add_lora(model, 2, 4, 0.0)
     prompts, pixels = make_prompts(model)
@@ -280,7 +281,7 @@ def test_generation_options_name_the_invalid_option(invalid: dict[str, Any]) -> 
 
 
 def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) -> None:
-    model = build(models_folder, "qwen2")
+    model = build_llava(models_folder, "qwen2")
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
     options = [
@@ -332,7 +333,7 @@ def test_decoding_batch_sequences_join_while_others_are_in_flight(
 
 @pytest.mark.medium
 def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) -> None:
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     prompts, _ = make_prompts(model, ["What?"])
     options = GenerationOptions(6, min_new_tokens=6)
     expected = run(DecodingBatch(model, prompts, None, options))[0]
@@ -352,7 +353,7 @@ def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) ->
 
 
 def test_decoding_batch_cancel_leaves_the_others_unchanged(models_folder: Path) -> None:
-    model = build(models_folder, "gemma2")
+    model = build_llava(models_folder, "gemma2")
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
     expected = run(DecodingBatch(model, prompts, features, GenerationOptions(8)))
@@ -381,7 +382,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     image = make_images(model, 1)[0].permute(1, 2, 0).numpy()
     pieces = list(model.stream("What is this?", [image], max_new_tokens=12))
     assert len(pieces) > 3
@@ -392,7 +393,7 @@ def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed: int) -> None:
     """The model generates random bytes: cut characters, and white space at both ends."""
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     tokenizer = byte_fallback_tokenizer()
     model.prompt = Prompt(tokenizer, "plain")
     prompt = model.prompt.render([Message("user", "What?")], None).input_ids
@@ -406,7 +407,7 @@ def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed:
 
 
 def test_caption_uses_no_deprecated_names(models_folder: Path) -> None:
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     image = make_images(model, 1)[0].permute(1, 2, 0).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -414,7 +415,7 @@ def test_caption_uses_no_deprecated_names(models_folder: Path) -> None:
 
 
 def test_chat_continues_a_conversation(models_folder: Path) -> None:
-    model = build(models_folder, "qwen2")
+    model = build_llava(models_folder, "qwen2")
     first, second = (pixels.permute(1, 2, 0).numpy() for pixels in make_images(model, 2))
     turns = [Message("user", "What?"), Message("assistant", "a cat"), Message("user", "Where?")]
     answer = model.chat(turns, [first], max_new_tokens=6)
@@ -431,7 +432,7 @@ def test_chat_continues_a_conversation(models_folder: Path) -> None:
 
 
 def test_caption_does_not_depend_on_the_batch_size(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     images = [pixels.permute(1, 2, 0).numpy() for pixels in make_images(model, 3)]
     options = {"instruction": "What?", "num_return_sequences": 2, "seed": 0, "max_new_tokens": 6}
     together = model.caption(images, **options)
@@ -445,7 +446,7 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
     models_folder: Path, temperature: float
 ) -> None:
     """The other sequences of the batch generate the same tokens as without the failed one."""
-    model = build(models_folder).eval()
+    model = build_llava(models_folder).eval()
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(6, temperature=temperature, seed=1)
     hashes = [b"a", b"b", b"c"][: len(prompts)]
@@ -472,7 +473,7 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
 
 def test_start_is_the_beginning_of_the_trained_answer(models_folder: Path) -> None:
     """Its tokens are those that the model is trained on for such an answer, and it is part of the text."""
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(max_new_tokens=5, start_with=" A photo of ")
     features = model.vision_tower(pixels)
@@ -490,7 +491,7 @@ def test_start_is_the_beginning_of_the_trained_answer(models_folder: Path) -> No
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_start_is_continued_as_by_transformers(models_folder: Path, beams: int) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(
         max_new_tokens=8, min_new_tokens=3, num_beams=beams, start_with="A photo"
@@ -505,7 +506,7 @@ def test_start_is_continued_as_by_transformers(models_folder: Path, beams: int) 
 
 
 def test_start_may_differ_within_a_batch(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)
     options = [
         GenerationOptions(max_new_tokens=6, start_with=text) for text in ("", "a", "two dogs")
@@ -520,7 +521,7 @@ def test_start_may_differ_within_a_batch(models_folder: Path) -> None:
 
 
 def test_start_is_the_first_text_of_a_stream(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompts, _ = make_prompts(model, ["What?"])
     options = GenerationOptions(max_new_tokens=4, start_with="two dogs")
     pieces = list(stream(model, prompts[0], None, options))

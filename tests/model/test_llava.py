@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import LANGUAGE_MODELS, build, collate, make_images
+from model_helpers import LANGUAGE_MODELS, collate, make_images
 from PIL import Image
-from tiny import CAPTIONS, make_language_model, make_vision_model
+from tiny import CAPTIONS, build_llava, make_language_model, make_vision_model
 from torch.nn.functional import cross_entropy
 from transformers import LlavaConfig as StockLlavaConfig
 from transformers import LlavaForConditionalGeneration
@@ -75,7 +75,7 @@ def plain_loss(model: Llava, example: Example) -> torch.Tensor:
 def test_forward_loss_and_gradients_equal_a_plain_float64_loop(
     models_folder: Path, text: str
 ) -> None:
-    model = build(models_folder, text).double()
+    model = build_llava(models_folder, text).double()
     examples = make_examples(model, make_images(model, 3))
     model.vision_tower.requires_grad_(False)
     loss = model(**collate(model, examples)).loss
@@ -99,7 +99,7 @@ def test_forward_loss_and_gradients_equal_a_plain_float64_loop(
 
 
 def test_forward_computes_logits_at_trained_positions_only(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     batch = collate(model, make_examples(model, make_images(model, 3)))
     logits = model(**batch).logits
     assert logits.shape == (len(batch["labels"]), model.language_model.config.vocab_size)
@@ -109,7 +109,7 @@ def test_forward_computes_logits_at_trained_positions_only(models_folder: Path) 
 
 
 def test_forward_examples_of_a_batch_do_not_affect_each_other(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     examples = make_examples(model, make_images(model, 3))
     batch = collate(model, examples)
     longer = model.prompt.render(
@@ -124,7 +124,7 @@ def test_forward_examples_of_a_batch_do_not_affect_each_other(models_folder: Pat
 
 
 def test_gradient_checkpointing_leaves_the_gradient_unchanged(models_folder: Path) -> None:
-    model = build(models_folder).train()
+    model = build_llava(models_folder).train()
     batch = collate(model, make_examples(model, make_images(model, 3)))
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_leaves_the_gradient_unchanged(models_folder: Pat
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 def test_splice_equals_stock_llava(models_folder: Path, text: str, feature: str) -> None:
     """The logits at all positions are those of LlavaForConditionalGeneration with the same weights."""
-    model = build(
+    model = build_llava(
         models_folder,
         text,
         mm_projector_type="mlp2x_gelu",
@@ -182,14 +182,14 @@ def test_splice_equals_stock_llava(models_folder: Path, text: str, feature: str)
 
 
 def test_splice_image_changes_the_logits(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     batch = collate(model, make_examples(model, make_images(model, 3)))
     flipped = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     assert (model(**batch).logits - model(**flipped).logits).abs().max() > 1e-3
 
 
 def test_splice_refuses_a_wrong_number_of_images(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     batch = collate(model, make_examples(model, make_images(model, 3)))
     batch["pixel_values"] = batch["pixel_values"][:2]
     with pytest.raises(ValueError, match=r"2 image\(s\) of 16 tokens .* 48 image"):
@@ -199,7 +199,7 @@ def test_splice_refuses_a_wrong_number_of_images(models_folder: Path) -> None:
 def test_splice_dummy_image_changes_nothing_and_gives_the_projector_a_zero_gradient(
     models_folder: Path,
 ) -> None:
-    model = build(models_folder).train()
+    model = build_llava(models_folder).train()
     text_only = make_examples(model, make_images(model, 3))[1]
     batch = collate(model, [text_only])
     dummy = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -227,7 +227,7 @@ def test_image_placeholders_are_expanded_and_rows_padded_on_either_side() -> Non
 @pytest.mark.medium
 @pytest.mark.parametrize("text", LANGUAGE_MODELS)
 def test_generate_batched_captions_equal_single_ones(models_folder: Path, text: str) -> None:
-    model = build(models_folder, text)
+    model = build_llava(models_folder, text)
     pixels = make_images(model, 4)
     questions = [
         "<image>\nWhat?",
@@ -253,7 +253,7 @@ def test_generate_batched_captions_equal_single_ones(models_folder: Path, text: 
 def test_generate_greedy_equals_the_argmax_of_a_forward_without_a_cache(
     models_folder: Path, text: str
 ) -> None:
-    model = build(models_folder, text)
+    model = build_llava(models_folder, text)
     pixels = make_images(model, 1)
     prompt = model.prompt.render([Message("user", "<image>\nWhat?")], None).input_ids
     caption = generate(model, [prompt], pixels, GenerationOptions(max_new_tokens=10))[0][0]
@@ -276,7 +276,7 @@ def test_generate_greedy_equals_the_argmax_of_a_forward_without_a_cache(
 
 
 def test_generate_sampling_is_reproducible_with_a_seed(models_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     prompt = model.prompt.render([Message("user", "<image>")], None).input_ids
     pixels = make_images(model, 1)
     options = GenerationOptions(max_new_tokens=10, temperature=1.0, num_return_sequences=3, seed=7)
@@ -288,7 +288,7 @@ def test_generate_sampling_is_reproducible_with_a_seed(models_folder: Path) -> N
 
 
 def test_caption_accepts_paths_bytes_and_pil_images(models_folder: Path, data_folder: Path) -> None:
-    model = build(models_folder)
+    model = build_llava(models_folder)
     path = data_folder / "images" / "0.jpg"
     sources = [path, str(path), path.read_bytes(), Image.open(path)]
     captions = {model.caption(source, max_new_tokens=6) for source in sources}

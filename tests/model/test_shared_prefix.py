@@ -11,8 +11,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import LANGUAGE_MODELS, build, collate, make_images
+from model_helpers import LANGUAGE_MODELS, collate, make_images
 from peft import LoraConfig, get_peft_model
+from tiny import build_llava
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flex_attention as flex_integration
@@ -33,7 +34,7 @@ CAPTIONS = [
 
 def build_float64(folder: Path, text: str, attention: str) -> Llava:
     """Build a model with a LoRA adapter, in float64."""
-    model = build(folder, text)
+    model = build_llava(folder, text)
     model.language_model.set_attn_implementation(attention)
     freeze(model, TrainedParts())
     add_lora(model, rank=2, alpha=4)
@@ -124,14 +125,14 @@ def test_shared_and_packed_examples_equal_separate_ones(
 
 def test_sliding_window_is_shorter_than_the_tested_examples(models_folder: Path) -> None:
     """If the window was longer, the test above would not detect a mask without a window."""
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     _, separate = make_examples(model)
     longest = max(len(example.input_ids) for example in separate)
     assert model.config.sliding_window < longest + model.vision_tower.num_tokens - 1
 
 
 def test_examples_of_a_pack_and_branches_do_not_affect_each_other(models_folder: Path) -> None:
-    model = build(models_folder, "qwen2")
+    model = build_llava(models_folder, "qwen2")
     shared, separate = make_examples(model)
 
     @torch.no_grad()
@@ -304,7 +305,7 @@ def test_attention_kwargs_refuse_a_model_without_position_ids(
 
 
 def test_flash_attention_refuses_a_shared_prompt(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     shared, _ = make_examples(model)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2 .*--share_prefix False"):
@@ -383,7 +384,7 @@ def test_flex_attention_masks_equal_eager_ones(
 ) -> None:
     """Only the forward pass, and not compiled: a CPU has no more. Gemma 2 has both types of layers."""
     monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda _: flex_attention)
-    model = build(models_folder, text)
+    model = build_llava(models_folder, text)
     model.language_model.set_attn_implementation("eager")
     shared, separate = make_examples(model)
     batch = collate(model, [[shared[0], shared[1]], [separate[0], shared[2]]])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import build, make_images
+from model_helpers import make_images
 from synchronizations import SynchronizationFinder
+from tiny import build_llava
 
 from llava_simplified.model import generation, static_decoding
 from llava_simplified.model.generation import DecodingBatch
@@ -78,7 +79,7 @@ def test_static_decoding_equals_decoding_in_a_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """With grouped-query attention, a sliding window, joins, and ends at different steps."""
-    model = build(models_folder, text.split()[0])
+    model = build_llava(models_folder, text.split()[0])
     if "LoRA" in text:
         add_lora(model, 2, 4)
         for name, parameter in model.language_model.named_parameters():
@@ -106,7 +107,7 @@ def test_static_decoding_equals_decoding_in_a_dynamic_cache(
 def test_two_batches_take_turns_in_the_buffers(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     requests = make_requests(model)[:2]
     expected = [run(DecodingBatch(model, [prompt], *rest)) for prompt, *rest in requests]
     use_static_decoder(monkeypatch, model)
@@ -121,7 +122,7 @@ def test_values_that_are_not_finite_do_not_spread_to_later_batches(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A masked column has the weight 0, but 0 * NaN is NaN."""
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompt, features, options = make_requests(model)[1]
     expected = run(DecodingBatch(model, [prompt], features, options))
     decoder = use_static_decoder(monkeypatch, model)
@@ -138,7 +139,7 @@ def test_static_step_reads_the_device_once(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph cannot contain a read, and the host needs the tokens, whatever the options of a sequence."""
-    model = build(models_folder, "mistral")
+    model = build_llava(models_folder, "mistral")
     use_static_decoder(monkeypatch, model)
     requests = make_requests(model)
     prompts = [prompt for prompt, _, _ in requests[:3]]
@@ -159,7 +160,7 @@ def test_static_step_reads_the_device_once(
 def test_failed_recording_continues_in_the_dynamic_cache_and_says_why(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
 ) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompt, features, options = make_requests(model)[1]
     expected = run(DecodingBatch(model, [prompt], features, options))
     decoder = use_static_decoder(monkeypatch, model)
@@ -181,7 +182,7 @@ def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
 ) -> None:
     """Until sequences have ended: then the rest fits."""
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     expected = generate_with_joins(model)
     decoder = use_static_decoder(monkeypatch, model)
     events: list[str] = []
@@ -205,7 +206,7 @@ def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(
 
 
 def test_cpu_models_have_no_static_decoder(models_folder: Path) -> None:
-    assert find_static_decoder(build(models_folder, "llama")) is None
+    assert find_static_decoder(build_llava(models_folder, "llama")) is None
 
 
 def test_sizes_are_rounded_up_to_few_values() -> None:

@@ -6,20 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import LANGUAGE_MODELS, build, collate, make_images
+from model_helpers import LANGUAGE_MODELS, collate, make_images
+from tiny import build_llava
 from torch.nn.functional import log_softmax
 
-from llava_simplified.data.collate import Example, expand_image_placeholders
+from llava_simplified.data.collate import Collator, Example, expand_image_placeholders
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import IMAGE_INDEX, Message
 from llava_simplified.training.objectives import (
     clipped_policy_loss,
+    dpo_losses,
     rloo_advantages,
+    sums_by_length,
     token_kl,
 )
-from llava_simplified.training.rollouts import branch_examples
+from llava_simplified.training.rollouts import (
+    TrainedAnswer,
+    branch_examples,
+    collate_answers,
+    merge_equal_answers,
+)
 
 CAPTIONS = [["a red car", "two dogs run over a field", "a"], ["party", "a man", "a man reads"]]
 REWARDS = torch.tensor([[0.3, 0.9, 0.1], [1.0, 0.2, 0.2]], dtype=torch.float64)
@@ -27,7 +35,7 @@ TURNS = [Message("user", "<image>\nWhat is this?")]
 
 
 def build_float64(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Llava:
-    model = build(folder, text)
+    model = build_llava(folder, text)
     model.language_model.set_attn_implementation("eager")
     freeze(model, TrainedParts())
     add_lora(model, rank=2, alpha=4)
@@ -114,7 +122,7 @@ def test_shared_update_equals_plain_reinforce(
         assert_same(gradients_of(model, output.loss), expected)
 
 
-@pytest.mark.parametrize("text", ["llama", "gemma2"])
+@pytest.mark.parametrize("text", LANGUAGE_MODELS)
 def test_clipped_ratio_and_kl_equal_a_plain_loop(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,17 +154,97 @@ def test_clipped_ratio_and_kl_equal_a_plain_loop(
     assert 0 < clipped_tokens < total
     expected = gradients_of(model, expected_loss)
 
-    rows = branch_examples(Example(prompt, [], image[None]), answers[0], share_prefix=True)
-    log_probs = model(**collate(model, rows)).log_probs
+    shared, separate = (
+        branch_examples(Example(prompt, [], image[None]), answers[0], share_prefix)
+        for share_prefix in (True, False)
+    )
     weights = advantages.repeat_interleave(lengths)
-    loss = clipped_policy_loss(log_probs, old, weights)
-    loss = loss + 0.04 * token_kl(log_probs, reference).sum()
+    for rows in (shared, separate, [separate]):
+        log_probs = model(**collate(model, rows)).log_probs
+        loss = clipped_policy_loss(log_probs, old, weights)
+        loss = loss + 0.04 * token_kl(log_probs, reference).sum()
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
+        assert_same(gradients_of(model, loss), expected)
+
+
+def test_equal_captions_trained_once_equal_plain_reinforce(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples repeat, and one of them is a reference, too; examples of different lengths share rows."""
+    model = build_float64(models_folder, "qwen2", monkeypatch)
+    prompt, answers = answers_of(model)
+    images = make_images(model, 3)
+    prompt = prompt[:3]  # shorter than the answers together; it contains the image
+    assert IMAGE_INDEX in prompt
+    long, short = [*answers[0], *answers[1]], answers[1][0]
+    groups = [
+        [short] * 4,
+        [long[0], long[0], *long[1:3], *long[4:]],
+        [long[2], short, short, long[2]],
+    ]
+    weights = [[0.1, 0.2, -0.4, 0.3], [0.5, -1.0, 0.25, 0.75, -0.2, 0.4], [1.0, -0.5, -0.5, 0.1]]
+    reference_weight = 0.7
+
+    expected_loss = torch.zeros(())
+    for image, group, values in zip(images, groups, weights):
+        for answer, weight in [*zip(group, values), (answers[1][0], reference_weight)]:
+            log_probs = plain_log_probs(model, prompt, answer, image)
+            expected_loss = expected_loss - weight * log_probs.sum()
+    expected = gradients_of(model, expected_loss)
+
+    prompts = [Example(prompt, [], image[None], id=str(i)) for i, image in enumerate(images)]
+    trained = []
+    for group, values in zip(groups, weights):
+        of_image = [TrainedAnswer(tuple(a), 1.0, w, 1) for a, w in zip(group, values)]
+        of_image.append(TrainedAnswer(tuple(answers[1][0]), 0.0, reference_weight, 0))
+        trained.append(merge_equal_answers(of_image))
+    assert [len(group) for group in trained] == [1, 6, 2]
+    collator = Collator(model.vision_tower.num_tokens, model.prompt.end_id)
+    for share_prefix in (True, False):
+        batch = collate_answers(collator, prompts, trained, share_prefix)
+        # The number of sampled tokens, with all repetitions.
+        counts = batch.pop("token_counts")
+        assert counts.sum() == sum(len(answer) for group in groups for answer in group)
+        assert batch.pop("token_scales").sum() == counts.sum()
+        assert sorted(set(batch.pop("metadata")["ids"])) == ["0", "1", "2"]
+        # The two short examples share a row.
+        assert len(batch["input_ids"]) == (2 if share_prefix else 9)
+        batch["token_weights"] = batch["token_weights"].double()
+        output = model(**batch)
+        torch.testing.assert_close(output.loss, expected_loss, rtol=1e-6, atol=1e-6)
+        for name, gradient in gradients_of(model, output.loss).items():
+            # The weights are float32.
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_dpo_of_two_branches_equals_the_formula_over_separate_sequences(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_float64(models_folder, "qwen2", monkeypatch)
+    prompt, answers = answers_of(model)
+    image = make_images(model, 1)[0]
+    pair = answers[0][:2]
+    with torch.no_grad(), model.language_model.disable_adapter():
+        reference = [plain_log_probs(model, prompt, answer, image).sum() for answer in pair]
+    chosen, rejected = (plain_log_probs(model, prompt, answer, image).sum() for answer in pair)
+    margin = 0.3 * ((chosen - reference[0]) - (rejected - reference[1]))
+    # The formula of the paper, without the functions that the package uses.
+    expected_loss = -0.9 * torch.log(1 / (1 + torch.exp(-margin)))
+    expected_loss = expected_loss - 0.1 * torch.log(1 / (1 + torch.exp(margin)))
+    expected = gradients_of(model, expected_loss)
+
+    rows = branch_examples(Example(prompt, [], image[None]), pair, share_prefix=True)
+    sums = sums_by_length(
+        model(**collate(model, rows)).log_probs, torch.tensor([len(answer) for answer in pair])
+    )
+    margins = sums[:1] - sums[1:] - (reference[0] - reference[1])
+    loss = dpo_losses(margins, beta=0.3, label_smoothing=0.1).sum()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
     assert_same(gradients_of(model, loss), expected)
 
 
 def test_constant_reward_gives_exactly_no_gradient(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompt, answers = answers_of(model)
     rows = branch_examples(Example(prompt, [], make_images(model, 1)), answers[0], True)
     lengths = torch.tensor([len(answer) for answer in answers[0]])

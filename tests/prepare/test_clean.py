@@ -205,6 +205,20 @@ def test_clean_removes_only_the_bad_captions_of_a_record(tmp_path: Path) -> None
 
 
 @pytest.mark.medium
+def test_clean_sets_unusable_pairs_aside(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
+    rows = []
+    for chosen, rejected in (("a cat", "a dog"), ("a cat", "a cat "), ("a cat", "x" * 99)):
+        pair = {"image": "1.jpg", "instruction": "What?", "chosen": chosen, "rejected": rejected}
+        rows.append(pair)
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    clean(tmp_path / "records.json", tmp_path / "out.json", rules=Rules(max_caption=50), workers=1)
+    assert read_json(tmp_path / "out.json") == rows[:1]
+    reasons = [entry["reason"] for entry in read_quarantine(tmp_path)]
+    assert reasons == ["unusable_pair", "long_caption"]
+
+
+@pytest.mark.medium
 def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
     tmp_path: Path, models_folder: Path
 ) -> None:

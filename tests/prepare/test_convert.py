@@ -76,6 +76,7 @@ def test_convert_identifies_an_image_by_its_name_where_it_has_one(
         {"image": "front.jpg", address: page, "caption": "front of a chair"},
         {"image": "back.jpg", address: page, "caption": "back of a chair"},
         {"image": "front.jpg", address: f"{page}/other", "caption": "a chair"},
+        {"image": ".//front.jpg", address: page, "caption": "my chair"},
     ]
     separator = {"x.csv": ",", "x.tsv": "\t"}.get(name)
     lines = [json.dumps(row) for row in rows]
@@ -87,7 +88,10 @@ def test_convert_identifies_an_image_by_its_name_where_it_has_one(
         row["image"]: row.get("responses") or [row["response"]]
         for row in read_json(tmp_path / "o.json")
     }
-    expected = {"front.jpg": ["front of a chair", "a chair"], "back.jpg": ["back of a chair"]}
+    expected = {
+        "front.jpg": ["front of a chair", "a chair", "my chair"],
+        "back.jpg": ["back of a chair"],
+    }
     assert written == expected
 
 
@@ -278,7 +282,7 @@ def test_convert_notes_rows_without_a_split_of_their_own(tmp_path: Path) -> None
 def test_convert_refuses_conversations_in_parquet(tmp_path: Path) -> None:
     rows = [{"image": "1.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"onversations to \.json or \.jsonl"):
+    with pytest.raises(ValueError, match=r"onversations.* to \.json or \.jsonl"):
         convert(str(tmp_path / "x.json"), tmp_path / "o.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import image_names, open_records
 from llava_simplified.data.shards import ShardWriter, read_shard_image
+from llava_simplified.prepare.convert import group_captions
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
 
@@ -273,6 +274,42 @@ def test_read_source_distinguishes_shards_of_one_name_in_two_folders(tmp_path: P
     assert read_captions(tmp_path / "a" / "*.tar") == [("0.tar#1", "a cat")]
 
 
+@pytest.mark.parametrize("form", ["captions.csv", "records.jsonl", "1.txt"])
+def test_read_source_distinguishes_images_of_one_name_in_two_folders(
+    tmp_path: Path, form: str
+) -> None:
+    """A pattern matches a table in each folder, or the folders themselves."""
+    texts = {
+        "captions.csv": "image,caption\nmissing.jpg,a bird\n1.jpg,{}\n",
+        "records.jsonl": '{{"image": "1.jpg", "instruction": "Say:", "response": "{}"}}',
+        "1.txt": "{}",
+    }
+    for folder, caption in (("a", "a cat"), ("b", "a dog")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").write_bytes(b"x")
+        (tmp_path / folder / form).write_text(texts[form].format(caption))
+    pattern = tmp_path / "*" if form == "1.txt" else tmp_path / "*" / form
+    issues = ParseIssues()
+    rows = list(group_captions(lambda issues: read_source(str(pattern), issues, Columns()), issues))
+    found = {}
+    for row in rows:
+        names = [row.image] if row.record is None else image_names(row.record)
+        found.update(dict.fromkeys(names, row.captions))
+    assert found["a/1.jpg"] == ("a cat",)
+    assert found["b/1.jpg"] == ("a dog",)
+
+
+def test_read_source_says_which_folder_the_images_of_a_pattern_are_taken_from(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.csv").write_text("image,caption\n1.jpg,a cat\n")
+    rows, issues = read(tmp_path / "*" / "x.csv")
+    assert [row.image for row in rows] == ["1.jpg"]
+    (kind,) = issues.counts
+    assert str(tmp_path) in kind
+
+
 def test_read_source_keeps_captions_of_concatenated_tars_with_their_images(tmp_path: Path) -> None:
     members = [
         ("1.jpg", b"x"),
@@ -503,6 +540,43 @@ def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> 
         assert [(row.url, row.image, row.captions) for row in rows] == [
             (url, "", ()) for url in urls
         ], name
+
+
+@pytest.mark.parametrize(
+    ("lines", "urls", "issues"),
+    [
+        (["# my list, sorted", U, "and a remark", U], [U, U], 2),
+        (['"http://a.example/1,2.jpg"', f'"{U}"'], ["http://a.example/1,2.jpg", U], 0),
+        ([U, "http://a.example/my cat.jpg"], [U, "http://a.example/my cat.jpg"], 1),
+    ],
+)
+def test_read_source_reads_lists_that_people_write(
+    tmp_path: Path, lines: list[str], urls: list[str], issues: int
+) -> None:
+    (tmp_path / "x.txt").write_text("\n".join(lines))
+    rows, found = read(tmp_path / "x.txt")
+    assert [row.url for row in rows] == urls
+    assert sum(found.counts.values()) == issues
+
+
+def test_read_source_refuses_urls_with_captions_after_a_space(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(f"{U} a cat\n{U} a dog\n")
+    with pytest.raises(ValueError, match=r"x\.txt"):
+        read(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("header", ["image,link,caption", "image_url,url,caption"])
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_read_source_prefers_the_url_of_the_image_to_that_of_its_page(
+    tmp_path: Path, header: str, name: str
+) -> None:
+    values = [U, "http://shop.example/page", "a cat"]
+    text = f"{header}\n{','.join(values)}\n"
+    if name == "x.jsonl":
+        text = json.dumps(dict(zip(header.split(","), values)))
+    (tmp_path / name).write_text(text)
+    (row,), _ = read(tmp_path / name)
+    assert (row.image, row.url, row.captions) == ("", U, ("a cat",))
 
 
 def test_read_source_reads_a_list_of_image_names(tmp_path: Path) -> None:

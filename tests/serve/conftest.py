@@ -9,26 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from cli_process import ForkedProcess
+from tiny import save_llava
 
-from llava_simplified.model.build import build_model
-from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 
 
 @pytest.fixture(scope="session")
 def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
-    torch.manual_seed(2)
-    model = build_model(config).requires_grad_(False)
-    # A larger projector than usual, so that the image decides what is generated.
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_checkpoint(model, folder, config, TrainedParts())
-    return folder
+    return save_llava(models_folder, tmp_path_factory.mktemp("served") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -623,6 +623,13 @@ def test_key_is_required_and_log_contains_no_content(
     assert "s3cret" not in log and "private" not in log
 
 
+def test_key_may_end_with_any_character(model: Llava) -> None:
+    """The last byte of `à` in UTF-8 is a space in Latin-1, in which headers are read."""
+    with live_server(model, key="voilà") as server:
+        headers = {"authorization": "Bearer voilà".encode()}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+
+
 # ---- many requests ----
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import build_llava
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from llava_simplified.data.collate import expand_image_placeholders
-from llava_simplified.model.build import build_model
-from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora
 from llava_simplified.prompt import IMAGE_INDEX, Message
@@ -20,17 +19,6 @@ from llava_simplified.serve.attention_map import WORD, attention_map, token_atte
 
 ANSWER_IDS = [40, 7, 150, 31, 260, 99]
 QUESTION = "Compare <image> with <image>"
-
-
-def make_model(
-    models_folder: Path, language_model: str, vision_tower: str = "clip", **config: Any
-) -> Llava:
-    torch.manual_seed(2)
-    paths = (str(models_folder / language_model), str(models_folder / vision_tower))
-    model = build_model(LlavaConfig(*paths, **config))
-    for parameter in model.projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model.eval()
 
 
 def prepare_question(model: Llava, question: str) -> tuple[list[int], torch.Tensor]:
@@ -78,7 +66,7 @@ def check_token_attention(model: Llava) -> torch.Tensor:
 
 @pytest.mark.parametrize("language_model", ["mistral", "llama", "qwen2", "gemma2", "phi"])
 def test_token_attention_equals_one_eager_forward(models_folder: Path, language_model: str) -> None:
-    model = make_model(models_folder, language_model)
+    model = build_llava(models_folder, language_model)
     grids = check_token_attention(model)
     assert grids.shape == (len(ANSWER_IDS), 2, 4, 4)
     assert model.config._attn_implementation == "sdpa", "the model's own kernel is restored"
@@ -88,7 +76,7 @@ def test_token_attention_equals_one_eager_forward(models_folder: Path, language_
 
 
 def test_token_attention_includes_adapter(models_folder: Path) -> None:
-    model = make_model(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     before = check_token_attention(model)
     add_lora(model, 2, 4)
     for name, parameter in model.named_parameters():
@@ -110,12 +98,12 @@ def test_token_attention_includes_adapter(models_folder: Path) -> None:
 def test_token_attention_has_grid_of_vision_tower(
     models_folder: Path, vision_tower: str, config: dict[str, Any], grid: tuple[int, int]
 ) -> None:
-    model = make_model(models_folder, "llama", vision_tower, **config)
+    model = build_llava(models_folder, "llama", vision_tower, **config)
     assert check_token_attention(model).shape[2:] == grid
 
 
 def test_token_attention_ignores_layers_without_attention(models_folder: Path) -> None:
-    model = make_model(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     config = Lfm2Config(
         vocab_size=len(model.tokenizer),
         hidden_size=32,
@@ -131,7 +119,7 @@ def test_token_attention_ignores_layers_without_attention(models_folder: Path) -
 
 
 def test_attention_map_averages_tokens_of_each_word(models_folder: Path) -> None:
-    model = make_model(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompt, pixels = prepare_question(model, "<image>\nWhat is this?")
     image = pixels[0].permute(1, 2, 0).numpy()
     answer = "a bedroom, with 日本 a café 🙂."
@@ -153,7 +141,7 @@ def test_attention_map_averages_tokens_of_each_word(models_folder: Path) -> None
 
 
 def test_attention_map_needs_image_and_word(models_folder: Path) -> None:
-    model = make_model(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     image = np.zeros((20, 20, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="image"):
         attention_map(model, "What is this?", [], "a cat")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from live_server import (
     without_end_tokens,
 )
 from PIL import Image
+from tiny import build_llava
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.llava import Llava
@@ -281,6 +283,36 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
     )
     page.locator("#question").focus()
     page.locator("#veil").wait_for(state="detached")
+
+
+@pytest.mark.slow
+@IN_BROWSER
+def test_veil_of_a_padded_image_shows_the_patches_of_the_image(
+    visit: Callable[..., Any], models_folder: Path
+) -> None:
+    """The model receives a square with borders above and below, whose patches are not on the page."""
+    model = build_llava(models_folder, image_aspect_ratio="pad")
+    photo = wide_photo()  # 400 x 200
+    with live_server(model, examples=[]) as server:
+        page = visit(server.url)
+        show(page, photo)
+        page.locator(COMPLETE).wait_for()
+        page.locator(".word").first.hover()
+        page.locator("#veil").wait_for()
+        alpha = veil_alpha(page)
+        if "LLAVA_SCREENSHOT" in os.environ:
+            page.screenshot(path=os.environ["LLAVA_SCREENSHOT"])
+        grid = attention_map(model, model.instruction, [photo], words(page))[0, 0]
+    assert grid.shape == (4, 4)
+    light = (grid - grid.min()) / (grid.max() - grid.min())
+    height, width = alpha.shape
+    assert width / height == pytest.approx(2, rel=0.01)
+    # The square has 400 x 400 pixels, and the image its rows 100 to 299: the patches of the rows 1 and 2.
+    y = [height // 4, 3 * height // 4]
+    x = [(2 * column + 1) * width // 8 for column in range(4)]
+    expected = 0.72 - 0.5 * light[1:3].numpy()
+    np.testing.assert_allclose(alpha[np.ix_(y, x)] / 255, expected, atol=0.05)
+    assert np.ptp(expected) > 0.2, "the patches must differ"
 
 
 @pytest.mark.slow

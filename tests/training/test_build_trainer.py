@@ -101,7 +101,8 @@ def test_plan_accepts_options_of_another_machine(
 
 @pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
 @pytest.mark.parametrize(
-    "change", [{"response": " "}, {"response": None}, {"responses": ["a cat", ""]}]
+    "change",
+    [{"response": " "}, {"response": None}, {"response": None, "responses": ["a cat", ""]}],
 )
 def test_record_without_answer_is_named_before_a_model_is_loaded(
     models_folder: Path, data_folder: Path, tmp_path: Path, option: str, change: dict[str, object]

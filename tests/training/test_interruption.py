@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_process import ForkedProcess
+from torch.utils.data import DataLoader
 from training_runs import (
     ROOT,
     assert_equal_weights,
@@ -20,9 +21,15 @@ from training_runs import (
     trained_weights,
     training_options,
 )
+from transformers.trainer_utils import seed_worker
 
 from llava_simplified.training.callbacks import ThroughputMeter
-from llava_simplified.training.interruption import InterruptionCallback, TrainingInterrupted
+from llava_simplified.training.interruption import (
+    InterruptionCallback,
+    TrainingInterrupted,
+    ignore_interrupts,
+)
+from llava_simplified.training.trainer import LlavaTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -76,6 +83,43 @@ def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_ignore_ctrl_c(start_method: str) -> None:
+    loader = DataLoader(
+        [*range(12)],  # type: ignore[arg-type]
+        batch_size=1,
+        num_workers=1,
+        multiprocessing_context=start_method,
+        worker_init_fn=ignore_interrupts,
+    )
+    batches = iter(loader)
+    values = [int(next(batches))]
+    [worker] = batches._workers  # type: ignore[attr-defined]
+    for batch in batches:
+        os.kill(worker.pid, signal.SIGINT)
+        values.append(int(batch))
+    assert values == [*range(12)]
+
+
+def test_loaders_of_the_trainer_ignore_ctrl_c(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def stop_at_first_step(self: LlavaTrainer) -> None:
+        found.append(self.get_train_dataloader().worker_init_fn)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(LlavaTrainer, "create_optimizer", stop_at_first_step)
+    options = training_options(models_folder, data_folder, tmp_path / "out", **OPTIONS)
+    with pytest.raises(ValueError, match="stop"):
+        run_training(options)
+    [init] = found
+    assert init.func is ignore_interrupts
+    assert init.keywords["then"].func is seed_worker
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ import torch
 
 from llava_simplified.training.objectives import (
     clipped_policy_loss,
+    dpo_losses,
     grpo_advantages,
     rloo_advantages,
     scst_advantages,
+    sums_by_length,
     token_kl,
 )
 
@@ -66,6 +68,20 @@ def test_token_kl_is_unbiased_and_never_negative() -> None:
     exact = (log_p.exp() * (log_p - log_q)).sum()
     torch.testing.assert_close((log_p.exp() * estimates).sum(), exact)
     assert not token_kl(log_p, log_p).any()
+
+
+def test_dpo_compares_with_the_logistic_function() -> None:
+    margins = torch.tensor([2.0, -0.5], dtype=torch.float64)
+    expected = torch.log(1 + torch.exp(-0.3 * margins))
+    torch.testing.assert_close(dpo_losses(margins, 0.3), expected)
+    swapped = torch.log(1 + torch.exp(0.3 * margins))
+    found = dpo_losses(margins, 0.3, label_smoothing=0.2)
+    torch.testing.assert_close(found, 0.8 * expected + 0.2 * swapped)
+
+
+def test_sums_by_length_adds_consecutive_runs() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert sums_by_length(values, torch.tensor([1, 3])).tolist() == [1.0, 14.0]
 
 
 @pytest.mark.parametrize("objective", ["scst", "rloo", "grpo"])

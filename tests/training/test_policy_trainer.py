@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import fork_process
 from training_runs import (
     assert_equal_weights,
     read_log,
@@ -16,8 +21,14 @@ from training_runs import (
     training_options,
 )
 
+from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.collate import Collator
+from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.dry_run import dry_run
+from llava_simplified.training.plan import Plan, make_plan
+from llava_simplified.training.plan_command import main as plan_command
 from llava_simplified.training.reference_weights import ReferenceWeights
 
 REWARD_MODULE = """
@@ -89,7 +100,7 @@ def test_reward_rises(policy_options: MakeOptions) -> None:
     rewards = read_log(output, "reward")
     assert len(rewards) == 25
     assert sum(rewards[-8:]) > 1.4 * sum(rewards[:8])
-    for key in ("reward_std", "caption_tokens", "share_at_limit", "share_distinct"):
+    for key in ("reward_std", "caption_tokens", "share_at_limit", "share_distinct", "entropy"):
         assert len(read_log(output, key)) == 25
     assert read_log(output, "share_at_limit")[-1] < 0.5
 
@@ -122,6 +133,46 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
     # Reward and KL of the last step, too: the reference is not the checkpoint that was resumed.
     for key in ("reward", "kl"):
         assert read_log(again, key) == read_log(output, key)[-1:]
+
+
+def count_checkpoints(folder: Path) -> int:
+    return len(list(folder.glob("checkpoint-*")))
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_five_times_ends_with_the_same_weights(
+    policy_options: MakeOptions, tmp_path: Path
+) -> None:
+    """kill -9 at random moments: while the model is loaded, samples, trains or saves."""
+    changes: dict[str, object] = {
+        "objective": "grpo",
+        "sft_weight": 0.1,
+        "learning_rate": 5e-3,
+        "max_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+    }
+    undisturbed = run_training(policy_options("undisturbed", **changes))
+    options = policy_options("killed", **changes)
+    output = tmp_path / "killed"
+    generator = random.Random(0)
+    for _ in range(5):
+        before = count_checkpoints(output)
+        resume = ["--resume_from_checkpoint", str(before > 0)]
+        process = fork_process(run_training, [*options, *resume])
+        # Some runs are killed before they have saved anything.
+        wanted = before + generator.randint(0, 2)
+        while process.is_alive() and count_checkpoints(output) < wanted:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 0 < count_checkpoints(output) < 20
+    run_training([*options, "--resume_from_checkpoint", "true"])
+    assert_equal_weights(trained_weights(undisturbed), trained_weights(output))
+    assert read_log(output, "reward")[-1] == read_log(undisturbed, "reward")[-1]
 
 
 @pytest.mark.medium
@@ -212,9 +263,78 @@ def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) ->
     torch.testing.assert_close(model.language_model(ids).logits, changed, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"share_prefix": False}, {"objective": "grpo"}])
+def test_supervised_loss_is_mixed_in(
+    policy_options: MakeOptions, data_folder: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """A constant reward leaves the supervised loss alone: the mean over images, responses and tokens."""
+    rows = json.loads((data_folder / "train.json").read_text())
+    rows[0]["responses"] = [rows[0].pop("response"), "a man reads"]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    changes = {"reward": "tiny_rewards:constant", "sft_weight": 0.5, "kl_coef": 0.1, **changes}
+    options = policy_options(train_data_path=tmp_path / "train.json", **changes)
+    trainer, _ = build_trainer(*parse_arguments(options))
+    model, dataset = trainer.unwrapped_model, trainer.train_dataset
+    loaded = trainer.data_collator([dataset[0], dataset[1]])
+    [batch] = trainer.prepare_micro_batches([loaded])
+    del batch["metadata"]
+    summed, _ = trainer.summed_loss(model, batch)
+    model.zero_grad()
+    (summed / trainer.count_items(batch)).backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    supervised = CaptionDataset(
+        dataset.records, model.prompt, dataset.image_folder, dataset.transform, share_prefix=False
+    )
+    expected = 0.0
+    for index, share in ((0, 0.25), (1, 0.25), (2, 0.5)):
+        row = dict(Collator(model.vision_tower.num_tokens, 1)([supervised[index]]))
+        del row["metadata"]
+        expected = expected + 0.5 * share * model(**row).loss / len(row["labels"])
+    model.zero_grad()
+    expected.backward()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-5, msg=name)
+    # References are not samples: the model is its own reference, and only samples have an entropy.
+    statistics = trainer._read_statistics()
+    assert statistics["kl"] == pytest.approx(0, abs=1e-8)
+    assert 0 < statistics["entropy"] < 6  # log of the vocabulary
+
+
 @pytest.mark.medium
 def test_dry_run_of_the_preflight_samples_captions(
     policy_options: MakeOptions, tmp_path: Path
 ) -> None:
     dry_run(policy_options(max_steps=1))
-    assert (tmp_path / "report.json").is_file()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert 0 < report["sampling_seconds"] < report["seconds"]
+
+
+def test_plan_counts_the_sampling(
+    policy_options: MakeOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(**changes: object) -> Plan:
+        return make_plan(*parse_arguments(policy_options(lora_r=4, **changes)))
+
+    base = plan()
+    assert base.sampling is not None
+    # 4 images x 3 samples, of the mean length of the responses (cut at the limit of 8), 2 steps.
+    assert base.sampling.tokens == 2 * 4 * 3 * 8
+    assert base.sampling.steps == 2 * 8
+    # Keys and values of 2 layers, 2 heads of 8, in float32, for the prompt and the longest sample.
+    positions = base.longest - 3 * 8 + 8
+    assert base.memory["KV cache"] == 4 * 3 * positions * 2 * 2 * 2 * 8 * 4
+    assert "reference" not in base.memory
+    with_kl = plan(kl_coef=0.1)
+    assert with_kl.memory["reference"] == base.memory["gradients"]
+    # Sampling is one forward, the reference another one; training is about two forwards and a bit.
+    assert 1.2 < with_kl.flops / base.flops < 1.5
+    assert plan(objective="scst").sampling.tokens == base.sampling.tokens * 4 / 3
+    assert plan(sft_weight=0.1).trained > base.trained
+    assert plan(share_prefix=False).flops > base.flops
+    assert plan(bf16=True).memory["KV cache"] == base.memory["KV cache"] / 2
+    assert plan_command([*policy_options(), "--tflops", "1", "--bandwidth", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "sampling          192 tokens in 16 decoding steps" in printed
+    assert "KV cache" in printed

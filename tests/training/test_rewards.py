@@ -1,18 +1,29 @@
-"""Rewards, compared with pycocoevalcap, and the errors of functions of one's own."""
+"""Rewards, compared with pycocoevalcap and the evaluation, and what happens when one fails."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+from tiny import save_tiny_clip
 
+from llava_simplified.data.questions import Question
+from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
-from llava_simplified.training.rewards import CiderScorer, Reward, length_reward, parse_rewards
+from llava_simplified.training.cider_reward import CiderScorer, DocumentFrequencies
+from llava_simplified.training.own_reward import OwnReward
+from llava_simplified.training.rewards import Reward, RewardOptions, length_reward, parse_rewards
 
 REFERENCES = [
     ["A red car parked on the street.", "a car, red, in a street"],
@@ -24,6 +35,19 @@ CAPTIONS = ["a red red car on a street", "two dogs in a field", "a man's bench",
 IDS = ["train.json row 1", "train.json row 2", "train.json row 3", "train.json row 4"]
 
 
+@dataclass
+class CaptionedRecord:
+    """What rewards read of a record."""
+
+    id: str
+    image: str = ""
+    references: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+RECORDS = [CaptionedRecord(name, references=tuple(group)) for name, group in zip(IDS, REFERENCES)]
+
+
 def stock_scores(scorer: object, column: int | None = None) -> list[float]:
     references = {i: [tokenize(text) for text in group] for i, group in enumerate(REFERENCES)}
     captions = {i: [tokenize(text)] for i, text in enumerate(CAPTIONS)}
@@ -32,7 +56,7 @@ def stock_scores(scorer: object, column: int | None = None) -> list[float]:
 
 
 def reward_of(text: str, captions: list[str] = CAPTIONS) -> list[float]:
-    return Reward(text, REFERENCES)(IDS, [""] * 4, REFERENCES, captions)
+    return Reward(text, REFERENCES)(RECORDS, captions)
 
 
 def test_cider_equals_pycocoevalcap() -> None:
@@ -41,9 +65,10 @@ def test_cider_equals_pycocoevalcap() -> None:
 
 def test_cider_of_a_batch_uses_the_frequencies_of_all_training_records() -> None:
     """The score of a caption must not depend on the other images of its step."""
-    alone = CiderScorer(REFERENCES).score(CAPTIONS[3], REFERENCES[0])
+    frequencies = DocumentFrequencies.count(REFERENCES)
+    alone = CiderScorer(frequencies).score(CAPTIONS[3], REFERENCES[0])
     reward = Reward("cider", REFERENCES)
-    assert reward(IDS[:1], [""], REFERENCES[:1], CAPTIONS[3:]) == [alone]
+    assert reward(RECORDS[:1], CAPTIONS[3:]) == [alone]
     assert alone > 0
 
 
@@ -76,39 +101,204 @@ def test_malformed_reward_is_an_error(text: str) -> None:
         parse_rewards(text)
 
 
-def test_own_function_gets_paths_references_and_captions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# ---- document frequencies ----
+
+
+def test_frequencies_are_stored_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "frequencies.json"
+    options = RewardOptions(frequencies_file=path, data_digest="train.json")
+    first = Reward("cider", REFERENCES, options)(RECORDS, CAPTIONS)
+    assert first == reward_of("cider")
+
+    def refuse() -> Iterator[list[str]]:
+        raise AssertionError("the references are read again")
+        yield []
+
+    assert Reward("cider", refuse(), options)(RECORDS, CAPTIONS) == first
+
+
+def test_frequencies_of_other_records_or_of_a_damaged_file_are_counted_again(
+    tmp_path: Path,
 ) -> None:
-    source = """
+    path = tmp_path / "frequencies.json"
+    DocumentFrequencies.count(REFERENCES[:2]).save(path, "other.json")
+    options = RewardOptions(frequencies_file=path, data_digest="train.json")
+    for damaged in (None, "{", '{"data": "train.json", "frequencies": []}'):
+        if damaged is not None:
+            path.write_text(damaged)
+        assert Reward("cider", REFERENCES, options)(RECORDS, CAPTIONS) == reward_of("cider")
+        assert json.loads(path.read_text())["data"] == "train.json"
+
+
+# ---- functions of one's own ----
+
+OWN_MODULE = """
+import os, time
+
 def words(images, references, captions):
-    assert images == ["a.jpg", "b.jpg"] and len(references) == 2
+    assert len(images) == len(references) == len(captions)
+    assert isinstance(references[0], list)
     return [len(caption.split()) for caption in captions]
 
+def path(images, references, captions):
+    return [float(image == f"{index}.jpg") for index, image in enumerate(images)]
+
+def process(images, references, captions):
+    return [os.getpid()] * len(captions)
+
 def broken(images, references, captions):
-    raise KeyError("no such word")
+    if any("dogs" in caption for caption in captions):
+        raise KeyError("no such word")
+    return [0] * len(captions)
 
 def not_a_number(images, references, captions):
-    return [0.0, float("nan")]
+    return [float("nan") if "dogs" in caption else 0.0 for caption in captions]
 
 def too_few(images, references, captions):
     return [1.0]
+
+def hangs(images, references, captions):
+    if any("dogs" in caption for caption in captions):
+        time.sleep(60)
+    return [0] * len(captions)
+
+def crashes(images, references, captions):
+    os._exit(3)
 """
-    (tmp_path / "own_reward_module.py").write_text(source)
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write a module with reward functions to the current folder, and return its name."""
+    (tmp_path / "own_reward_module.py").write_text(OWN_MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    arguments = (IDS[:2], ["a.jpg", "b.jpg"], REFERENCES[:2], CAPTIONS[:2])
-    assert Reward("own_reward_module:words=2", REFERENCES)(*arguments) == [14.0, 10.0]
-    for name, record in (("broken", IDS[0]), ("not_a_number", IDS[1]), ("too_few", IDS[0])):
-        reward = Reward(f"own_reward_module:{name}", REFERENCES)
-        with pytest.raises(ValueError, match=record) as error:
-            reward(*arguments)
-        assert name in str(error.value)
-    for missing in ("own_reward_module:nothing", "no_such_module:function"):
-        with pytest.raises(ValueError, match=missing):
-            Reward(missing, REFERENCES)
+    yield "own_reward_module"
+    sys.modules.pop("own_reward_module", None)
+
+
+def own_reward(name: str, workers: int = 0, timeout: float = 60.0) -> list[float]:
+    options = RewardOptions(workers=workers, timeout=timeout)
+    return Reward(name, REFERENCES, options)(RECORDS, CAPTIONS)
+
+
+def test_own_function_gets_paths_references_and_captions(own_module: str) -> None:
+    records = [CaptionedRecord(str(i), f"{i}.jpg", ("a",)) for i in range(4)]
+    assert own_reward(f"{own_module}:words=2") == [14.0, 10.0, 6.0, 6.0]
+    assert Reward(f"{own_module}:path", REFERENCES)(records, CAPTIONS) == [1.0] * 4
+
+
+@pytest.mark.parametrize("name", ["broken", "not_a_number"])
+def test_own_function_that_fails_is_an_error_with_the_record(own_module: str, name: str) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        own_reward(f"{own_module}:{name}")
+    # The second caption, and not the whole batch.
+    assert [record_id for record_id in IDS if record_id in str(error.value)] == [IDS[1]]
+
+
+def test_own_function_must_return_a_number_per_caption(own_module: str) -> None:
+    with pytest.raises(ValueError, match="too_few") as error:
+        own_reward(f"{own_module}:too_few")
+    assert "1 rewards for 4 captions" in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["own_reward_module:nothing", "no_such_module:function"])
+def test_own_function_that_is_missing_is_an_error_at_once(own_module: str, missing: str) -> None:
+    with pytest.raises(ValueError, match=missing):
+        Reward(missing, REFERENCES)
+
+
+@pytest.mark.medium
+def test_own_function_runs_in_worker_processes(own_module: str) -> None:
+    assert own_reward(f"{own_module}:words", workers=3) == own_reward(f"{own_module}:words")
+    reward = Reward(f"{own_module}:process", REFERENCES, RewardOptions(workers=2))
+    first = reward(RECORDS, CAPTIONS)
+    assert len(set(first)) == 2
+    assert os.getpid() not in first
+    # The processes are used again.
+    assert set(reward(RECORDS, CAPTIONS)) == set(first)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("name", "reason"), [("crashes", "exit code 3"), ("broken", "KeyError")])
+def test_worker_that_fails_is_an_error_with_the_record(
+    own_module: str, name: str, reason: str
+) -> None:
+    """With a process per caption, the message names one record."""
+    with pytest.raises(ValueError, match=reason) as error:
+        own_reward(f"{own_module}:{name}", workers=4)
+    named = [record_id for record_id in IDS if record_id in str(error.value)]
+    assert len(named) == 1
+    assert name == "crashes" or named == [IDS[1]]
+
+
+@pytest.mark.medium
+def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> None:
+    reward = OwnReward(f"{own_module}:hangs", workers=2, timeout=600.0)
+    images = [""] * 2
+    quick = reward(IDS[:2], images, REFERENCES[:2], ["a", "b"])  # starts the processes
+    assert quick == [0.0, 0.0]
+    reward._timeout = 2.0
+    with pytest.raises(ValueError, match="--reward_timeout 2 s") as error:
+        reward(IDS[:2], images, REFERENCES[:2], CAPTIONS[:2])
+    assert IDS[1] in str(error.value)
+    # The processes were ended, and others take their place.
+    reward._timeout = 600.0
+    assert reward(IDS[:2], images, REFERENCES[:2], ["a", "b"]) == quick
 
 
 def test_cider_of_a_single_record_is_refused() -> None:
     with pytest.raises(ValueError, match="word_f1"):
-        CiderScorer(REFERENCES[:1])
-    assert math.isfinite(CiderScorer(REFERENCES[:2]).score("a", REFERENCES[0]))
+        CiderScorer(DocumentFrequencies.count(REFERENCES[:1]))
+    of_two = CiderScorer(DocumentFrequencies.count(REFERENCES[:2]))
+    assert math.isfinite(of_two.score("a", REFERENCES[0]))
+
+
+# ---- clipscore ----
+
+
+@pytest.mark.medium
+def test_clipscore_equals_the_evaluation(data_folder: Path, tmp_path: Path) -> None:
+    save_tiny_clip(tmp_path)
+    images = [str(data_folder / "images" / f"{number % 5}.jpg") for number in range(12)]
+    captions = [" ".join(group) for group in itertools.permutations(["red", "dogs", "car", "a"], 2)]
+    records = [CaptionedRecord(f"row {i}", image) for i, image in enumerate(images)]
+    files = [Path(image).read_bytes() for image in images]
+    expected, _ = clip_scores(tmp_path, files, [captions], [["a"]] * 12)
+    reward = Reward("clipscore", [], RewardOptions(clip=str(tmp_path)))
+    assert reward(records, captions) == pytest.approx(expected[0].tolist(), abs=1e-6)
+    assert (expected[0] > 0.01).sum() > 2
+    # From the cached images, in another order.
+    again = reward(records[::-1], captions[::-1])
+    assert again[::-1] == pytest.approx(expected[0].tolist(), abs=1e-6)
+
+
+@pytest.mark.medium
+def test_clipscore_without_an_image_is_an_error_with_the_record(
+    tmp_path: Path,
+) -> None:
+    save_tiny_clip(tmp_path)
+    reward = Reward("clipscore", [], RewardOptions(clip=str(tmp_path)))
+    for image in ("", str(tmp_path / "none.jpg")):
+        with pytest.raises(ValueError, match=IDS[2]):
+            reward([CaptionedRecord(IDS[2], image)], ["a"])
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "named"),
+    [
+        ("clipscore", RewardOptions(), "--reward_clip"),
+        ("qa", RewardOptions(), "--reward_endpoint"),
+        ("qa", RewardOptions(endpoint="http://127.0.0.1/v1"), "--reward_endpoint_model"),
+        ("cider", RewardOptions(clip="folder"), "--reward_clip"),
+        ("os:getcwd", RewardOptions(workers=-1), "--reward_workers"),
+        ("cider", RewardOptions(timeout=math.nan), "--reward_timeout"),
+        ("cider", RewardOptions(tries=0), "--reward_tries"),
+    ],
+)
+def test_options_of_rewards_are_checked(text: str, options: RewardOptions, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Reward(text, REFERENCES, options)

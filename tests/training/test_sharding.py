@@ -194,3 +194,48 @@ def test_two_processes_equal_one_with_other_options(
     train_in_two_processes(options)
     assert read_log(two) == pytest.approx(read_log(one), rel=2e-6)
     assert_same_checkpoints(one, two, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "objective"), [("ddp", "grpo"), ("zero2", "dpo")])
+def test_two_processes_equal_one_with_rewards_and_preferences(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    mixed: dict[str, object],
+    single_process_run: Path,
+    engine: str,
+    objective: str,
+) -> None:
+    """Both processes sample what one would, and count captions, pairs and logged values together."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+    rows = json.loads(Path(str(mixed["train_data_path"])).read_text())
+    if objective == "dpo":
+        for row, other in zip(rows, [*rows[1:], rows[0]]):
+            row |= {"chosen": row["response"], "rejected": other["response"]}
+        for row in rows:
+            del row["response"]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    changes = {
+        **mixed,
+        "train_data_path": tmp_path / "train.json",
+        "init_from": single_process_run,
+        "objective": objective,
+        "reward": "word_f1",
+        "num_samples": 3,
+        "sample_max_tokens": 8,
+        "sft_weight": 0.1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "max_steps": 3,
+    }
+    single = {**changes, "per_device_train_batch_size": 2}
+    one = run_training(training_options(models_folder, data_folder, tmp_path / "one", **single))
+    two = tmp_path / "two"
+    options = training_options(models_folder, data_folder, two, **changes, **ENGINES[engine])
+    train_in_two_processes(options)
+    logged = ["reward", "kl", "entropy"] if objective == "grpo" else ["margin", "accuracy"]
+    for key in ("loss", *logged):
+        assert read_log(two, key) == pytest.approx(read_log(one, key), rel=1e-4, abs=1e-6), key
+    assert_same_checkpoints(one, two, rtol=1e-4, atol=2e-5)

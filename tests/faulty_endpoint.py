@@ -28,6 +28,7 @@ class FaultyEndpoint:
         always: By image file, what happens to all of its requests.
         max_n: Most answers per request; the server ignores a larger `n`. 0: it refuses `n`.
         before_answer: Called before each answer with the image file.
+        text_of: Returns the answer to a request; None: the caption of its image.
         requests: The bodies of all requests, with the image file as "image".
         arrivals: By image file, when its requests came.
         headers: The headers of the last request.
@@ -40,6 +41,7 @@ class FaultyEndpoint:
         self.always: dict[bytes, str] = {}
         self.max_n = 100
         self.before_answer: Callable[[bytes], None] = lambda image: None
+        self.text_of: Callable[[dict[str, Any]], str] | None = None
         self.requests: list[dict[str, Any]] = []
         self.arrivals: dict[bytes, list[float]] = defaultdict(list)
         self.headers: dict[str, str] = {}
@@ -106,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         count = min(n, max(1, self.endpoint.max_n))
         first = body.get("seed", 0)
         texts: list[str | None] = [caption_of(image, first + k) for k in range(count)]
+        if self.endpoint.text_of is not None:
+            texts = [self.endpoint.text_of(body)]
         good = completion(texts)
         if fault.isdecimal():
             self.send(int(fault), {"error": {"message": f"failed with {fault}"}})

@@ -1,0 +1,60 @@
+"""Where the programs that we compare with are installed: virtual environments in the user's cache.
+
+An environment is made under a temporary name and renamed when it is complete, so that an interrupted
+installation is not taken for a finished one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def peer_cache() -> Path:
+    """Return the folder of all peers."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "llava_simplified"
+
+
+@contextmanager
+def published_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to `folder` when the block ends without an error."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def create_peer_python(
+    folder: Path, requirements: Sequence[str], constraints: Sequence[str] = ()
+) -> Path:
+    """Return the Python of a peer's virtual environment, which is created if it is missing.
+
+    Args:
+        folder: Folder of the environment.
+        requirements: What pip installs into it.
+        constraints: Versions of what the requirements depend on, as in a constraints file of pip.
+
+    Raises:
+        subprocess.CalledProcessError: The installation failed.
+    """
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
+    with published_folder(folder) as partial:
+        # The scripts of an environment contain its path and break when it is renamed, but
+        # `python -m MODULE`, which all peers use, does not.
+        venv.create(partial, with_pip=True)
+        constraints_file = partial / "constraints.txt"
+        constraints_file.write_text("".join(f"{line}\n" for line in constraints))
+        install = [str(partial / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*install, "-c", str(constraints_file), *requirements], check=True)
+    return python

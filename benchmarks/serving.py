@@ -1,0 +1,159 @@
+"""Run a server with OpenAI's API, send it requests for captions, and measure its memory."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Server(NamedTuple):
+    """A running server.
+
+    Attributes:
+        url: Address, without a path.
+        memory: Its peak of resident bytes. Empty until the server has ended.
+    """
+
+    url: str
+    memory: list[int]
+
+
+class Answer(NamedTuple):
+    """What a server has answered to one request.
+
+    Attributes:
+        texts: One per choice.
+        prompt_tokens: Number of positions of the prompt, image tokens included.
+        seconds: From the request to the complete answer.
+    """
+
+    texts: list[str]
+    prompt_tokens: int
+    seconds: float
+
+
+# ---- servers ----
+
+
+@contextmanager
+def running_server(command: Sequence[str]) -> Iterator[Server]:
+    """Run a server on a free port; yield when it answers, and stop it when the block ends.
+
+    Args:
+        command: The command without `--port`, which is appended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(f"http://127.0.0.1:{port}", [])
+    with tempfile.TemporaryFile() as log:
+        environment = dict(os.environ, LLAVA_API_KEY="")
+        words = [*command, "--port", str(port)]
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        try:
+            if not _wait_until_healthy(process, server.url):
+                log.seek(0)
+                text = log.read().decode(errors="replace")
+                raise SystemExit(f"{Path(command[0]).name} did not start:\n{text[-3000:]}")
+            yield server
+        finally:
+            server.memory.append(_stop(process))
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Return True when the server answers, or False if it has ended."""
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/health").close()
+            return True
+        # A server that is still loading its model refuses the connection, drops it, or answers 503.
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError):
+            time.sleep(0.2)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    """Stop a server, and return its peak of resident bytes; 0 if it has ended before."""
+    if process.returncode is not None:
+        return 0
+    process.terminate()
+    # `wait4` returns the usage of one child; `getrusage` returns the maximum of all children.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return maximum_bytes(usage.ru_maxrss)
+
+
+def maximum_bytes(ru_maxrss: int) -> int:
+    """Convert the peak memory that the system reports to bytes: Linux counts kilobytes."""
+    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024
+
+
+# ---- requests ----
+
+
+def make_body(
+    image: bytes, instruction: str, max_tokens: int, choices: int = 1, temperature: float = 0.0
+) -> dict[str, Any]:
+    """Return the body of a request for captions of a PNG image."""
+    data_uri = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri}}]
+    content.append({"type": "text", "text": instruction})
+    return {
+        "model": "model",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+        "n": choices,
+        "temperature": temperature,
+    }
+
+
+def request_captions(url: str, body: dict[str, Any]) -> Answer:
+    """Request the captions of one image."""
+    request = _make_request(url, body)
+    start = time.perf_counter()
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+    seconds = time.perf_counter() - start
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    return Answer(texts, answer["usage"]["prompt_tokens"], seconds)
+
+
+def measure_first_token(url: str, body: dict[str, Any]) -> float:
+    """Return the seconds until the first piece of an answer arrives."""
+    request = _make_request(url, body | {"n": 1, "stream": True})
+    start = time.perf_counter()
+    with urllib.request.urlopen(request) as response:
+        for line in response:
+            if _has_text(line.decode()):
+                seconds = time.perf_counter() - start
+                response.read()
+                return seconds
+    raise SystemExit("A server has streamed an answer without any text.")
+
+
+def _make_request(url: str, body: dict[str, Any]) -> urllib.request.Request:
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("content-type", "application/json")
+    return request
+
+
+def _has_text(line: str) -> bool:
+    """Return whether a line of a stream of events contains text of the answer."""
+    data = line.strip().removeprefix("data:").strip()
+    if not data.startswith("{"):
+        return False
+    choices = json.loads(data)["choices"]
+    return any(choice["delta"].get("content") for choice in choices)

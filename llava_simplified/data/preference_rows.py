@@ -1,0 +1,87 @@
+"""Preference pairs -> rows in LLaVA's form, with the texts `chosen` and `rejected`.
+
+    {"image": "0.jpg", "instruction": "Describe it.", "chosen": "a cat", "rejected": "a dog"}         ours
+
+    {"images": ["0.jpg"],                                                                             TRL
+     "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+     "chosen": [{"role": "assistant", "content": "a cat"}],
+     "rejected": [{"role": "assistant", "content": "a dog"}]}
+
+    {"chosen": [user, assistant], "rejected": [user, assistant]}    TRL without a prompt: the turns that both share
+    {"prompt": "What?", "chosen": "a cat", "rejected": "a dog"}     TRL without roles; also with the key `question`
+    {"conversations": [...], "chosen": {"from": "gpt", "value": "a cat"}, "rejected": {...}}          LLaMA-Factory
+
+A pair is one question with two answers, so the turns of `chosen` and `rejected` may differ in the last one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_simplified.data.chat_rows import is_chat, join_parts, plain_chat, turn_of
+from llava_simplified.foreign_files import shorten
+
+PAIR_KEYS = ("chosen", "rejected")
+_PROMPT_KEYS = ("messages", "prompt", "question")
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a preference pair, perhaps with an answer that is missing."""
+    has_both = all(key in row for key in PAIR_KEYS)
+    # Tables of several kinds of rows have the columns in each.
+    return has_both and any(row[key] is not None for key in PAIR_KEYS)
+
+
+def plain_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a pair whose answers are texts, and whose prompt is in LLaVA's form; other keys are kept.
+
+    Args:
+        row: A row for which `is_pair` is true.
+        where: File name and row number, for error messages.
+
+    Raises:
+        ValueError: A turn is malformed, or the two answers do not follow the same turns.
+    """
+    plain = dict(row)
+    key = next((key for key in _PROMPT_KEYS if plain.get(key) is not None), "")
+    prompt = plain.pop(key, None)
+    turns: list[Any] = []
+    if isinstance(prompt, list):
+        turns = prompt
+    elif prompt is not None:
+        plain.setdefault("instruction", prompt)
+    chosen, chosen_turns = _split_answer(plain["chosen"], "chosen", where)
+    rejected, rejected_turns = _split_answer(plain["rejected"], "rejected", where)
+    if chosen_turns != rejected_turns:
+        raise ValueError(
+            f"{where}: 'chosen' and 'rejected' must differ in their last turn only, since they are two answers to the "
+            "same question"
+        )
+    turns = [*turns, *chosen_turns]
+    if turns:
+        plain["messages"] = turns
+    plain |= {"chosen": chosen, "rejected": rejected}
+    return plain_chat(plain, where) if is_chat(plain) else plain
+
+
+def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
+    """Return an answer as text, and the turns before it: a text, a turn, or a list of turns.
+
+    Raises:
+        ValueError: It is none of these, or the last turn is not the assistant's.
+    """
+    where = f"{where}: {key!r}"
+    if isinstance(value, str):
+        return value, []
+    turns = value if isinstance(value, list) else [value]
+    if not turns or not isinstance(turns[-1], dict):
+        raise ValueError(f"{where} must be a text or a list of turns, got {shorten(value)}")
+    role, content = turn_of(turns[-1])
+    if role not in ("assistant", "gpt"):
+        raise ValueError(f"{where} must end with a turn of the assistant, got the role {role!r}")
+    images: list[Any] = []
+    text = join_parts(content, images, where)
+    if images or not isinstance(text, str):
+        raise ValueError(f"{where}: an answer is a text, got {shorten(content)}")
+    return text, turns[:-1]

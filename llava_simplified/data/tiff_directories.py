@@ -1,0 +1,124 @@
+"""Limit what a directory of a TIFF file, or of EXIF data in any other format, may ask Pillow for.
+
+A directory is a list of entries: tag, type, count, and the position of the values. Nothing keeps a thousand entries from
+naming the same megabyte, and Pillow reads the values of all entries when it opens an image: a file of 1 MB would take
+40 GB. Numbers are worse, since Pillow makes a Python object of each.
+
+    directory   | 65,000 entries of 12 bytes | 300 kB |
+                       each is "300 kB" ---->|        |      20 GB in memory
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import wraps
+from typing import IO, Any
+
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+# Bytes of a value, by its type.
+_TYPE_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+}
+_TEXT_TYPES = (1, 2, 6, 7)  # read as one object, not as numbers
+# Entries may share values, as some cameras write them, but not all values with everybody.
+_MAX_SHARING = 4
+_MIN_BYTES = 1_000_000  # that every file may ask for
+# An image of 50 million pixels has some thousand strips or tiles.
+_MAX_NUMBERS = 200_000
+_MAX_ENTRIES = 65_535  # as many as a TIFF of less than 4 GB can count
+MAX_DIRECTORIES = 1_000  # pages of a file that are told apart
+
+
+class DirectoryError(ValueError):
+    """A directory that asks for too much."""
+
+
+def limit_directories() -> None:
+    """Let Pillow check each directory before it reads the values. May be called several times."""
+    load: Any = ImageFileDirectory_v2.load
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_checked(directory: Any, file: IO[bytes]) -> None:
+        check_directory(file, directory._endian, directory._bigtiff)
+        load(directory, file)
+
+    ImageFileDirectory_v2.load = load_checked  # type: ignore[method-assign]
+
+
+def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
+    """Check the directory at the current position of a file, which stays the same.
+
+    Args:
+        file: The file, or the EXIF data.
+        order: Byte order, "<" or ">".
+        is_big: Whether numbers have 64 bits (BigTIFF).
+
+    Raises:
+        DirectoryError: The directory asks for much more than the file has.
+    """
+    start = file.tell()
+    count_form, entry_form = ("Q", "HHQ8x") if is_big else ("H", "HHI4x")
+    head = file.read(struct.calcsize(f"{order}{count_form}"))
+    try:
+        (count,) = struct.unpack(f"{order}{count_form}", head)
+    except struct.error:  # cut off: Pillow says so
+        count = 0
+    entries = struct.Struct(f"{order}{entry_form}")
+    if count > _MAX_ENTRIES:
+        raise DirectoryError(f"a directory of {count} entries")
+    data = file.read(count * entries.size)
+    size = file.seek(0, 2)
+    file.seek(start)
+    num_bytes = num_numbers = 0
+    for _, kind, num_values in entries.iter_unpack(
+        data[: len(data) // entries.size * entries.size]
+    ):
+        num_bytes += num_values * _TYPE_SIZES.get(kind, 0)
+        if kind not in _TEXT_TYPES and kind in _TYPE_SIZES:
+            num_numbers += num_values
+    if num_bytes > _MIN_BYTES + _MAX_SHARING * size:
+        raise DirectoryError(f"a directory of {num_bytes} bytes in a file of {size}")
+    if num_numbers > _MAX_NUMBERS:
+        raise DirectoryError(f"a directory of {num_numbers} numbers")
+
+
+def has_many_directories(data: bytes) -> bool:
+    """Return whether a TIFF file has `MAX_DIRECTORIES` pages or more.
+
+    Pillow compares each position with all that it has seen, which takes hours for a million.
+    """
+    # Read it in both forms, because programs disagree about which byte says it.
+    return any(_count_chain(data, is_big) == MAX_DIRECTORIES for is_big in (False, True))
+
+
+def _count_chain(data: bytes, is_big: bool) -> int:
+    order = "<" if data.startswith(b"II") else ">"
+    count_form, entry_size, link_form = ("Q", 20, "Q") if is_big else ("H", 12, "I")
+    seen: set[int] = set()
+    try:
+        (position,) = struct.unpack_from(f"{order}{link_form}", data, 8 if is_big else 4)
+        while position and position not in seen and len(seen) < MAX_DIRECTORIES:
+            seen.add(position)
+            (count,) = struct.unpack_from(f"{order}{count_form}", data, position)
+            end = position + struct.calcsize(f"{order}{count_form}") + count * entry_size
+            (position,) = struct.unpack_from(f"{order}{link_form}", data, end)
+    # The chain leads out of the file.
+    except (struct.error, OverflowError):
+        return len(seen)
+    return len(seen)

@@ -1,0 +1,136 @@
+"""Refuse rows that ask for something which training would silently leave out.
+
+A row of a video with its question is a valid row of text if the key `video` is ignored: the model would learn to answer
+without having seen anything. The same holds for an image by a key that is not read, for placeholders of other programs
+in the text, for tools, and for parts of a prompt in keys of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_simplified.data.questions import QUESTIONS_KEY
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+
+_RECORD_KEYS = {
+    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
+    *("conversations", "width", "height", "chosen", "rejected", QUESTIONS_KEY),
+}
+_TURN_KEYS = {"role", "content", "from", "value", "id", "name"}
+# Keys of media other than images, in the rows of other programs.
+_OTHER_MEDIA_KEY = re.compile(
+    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
+    re.IGNORECASE,
+)
+# Other keys for an image.
+_OTHER_IMAGE_KEY = re.compile(
+    r"images?|(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
+    r"|images?_?((path|file|filename|name|url)s?|bytes|b64|base64|data|list)|pixel_values",
+    re.IGNORECASE,
+)
+_OTHER_MEDIA_FILE = re.compile(
+    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb|pdf)$",
+    re.IGNORECASE,
+)
+_IMAGE_FILE = re.compile(
+    r"\.(jpe?g|jpe|jfif|png|gif|webp|bmp|tiff?|avif|heic|heif|jxl|jp2)$", re.IGNORECASE
+)
+_TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+# Parts of the prompt beside an `instruction`, in Alpaca's form.
+_PROMPT_KEYS = ("input", "history", "system")
+# Placeholders of other programs: <video>, <image_1>, <|image|>, <image/>, <|vision_start|>, [IMG]. HTML is told apart by
+# its end tag, and by its attributes.
+_OTHER_PLACEHOLDER = re.compile(
+    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|image|document|pdf|region|depth)"
+    r"(?:[ _]?\d+)?\s*/?\|?>"
+    r"|<\|?img(?:[ _]?\d+)?\s*/?\|?>"  # HTML has no <img> without attributes, and Qwen-VL closes its own
+    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad|bos)\|>"
+    r"|<(?:img|image|video|audio)_?(?:context|token|soft_token|placeholder|here|pad|patch|start)>"
+    r"|<start_of_image>|<im_(?:start|patch)>|(?-i:\[IMG\])",
+    re.IGNORECASE,
+)
+
+
+def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) -> None:
+    """Refuse a row whose keys ask for something that is not read.
+
+    Args:
+        row: The row.
+        images: The images that are read.
+        where: File name and row number, for error messages.
+
+    Raises:
+        ValueError: The row names a video, a sound or the like, an image by a key that is not read, tools, or a part of
+            the prompt beside its instruction.
+    """
+    for key, value in row.items():
+        # Empty values have no effect: tables of several media have a column for each.
+        if not value or key in _RECORD_KEYS:
+            continue
+        _check_media(key, value, where, has_images=bool(images))
+        if key in _TOOL_KEYS:
+            raise ValueError(f"{where}: the key {key!r} asks for tools, which are not supported")
+        if key in _PROMPT_KEYS and "conversations" not in row:
+            raise ValueError(
+                f"{where}: the key {key!r} is not read beside 'instruction'; put the whole prompt into 'instruction', or "
+                "into 'conversations'"
+            )
+
+
+def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
+    """Refuse a turn of a conversation whose keys ask for something that is not read.
+
+    Raises:
+        ValueError: The turn has images or other media of its own, or calls a tool.
+    """
+    for key in turn.keys() - _TURN_KEYS:
+        value = turn[key]
+        if not value:
+            continue
+        _check_media(key, value, f"{where} of a turn", has_images=False)
+        if key in _TOOL_KEYS:
+            raise ValueError(f"{where}: the key {key!r} of a turn: tools are not supported")
+
+
+def _check_media(key: str, value: object, where: str, *, has_images: bool) -> None:
+    if not isinstance(value, (str, list, dict)):
+        return  # a score or a flag
+    if _OTHER_MEDIA_KEY.fullmatch(key):
+        raise ValueError(
+            f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
+            "remove the key or the record"
+        )
+    if has_images:
+        return  # other keys describe the image, such as the URL that it came from
+    names = value if isinstance(value, list) else [value]
+    is_image_file = any(isinstance(name, str) and _IMAGE_FILE.search(name) for name in names)
+    if is_image_file or _OTHER_IMAGE_KEY.fullmatch(key):
+        raise ValueError(
+            f"{where}: the key {key!r} is not read; rename it to 'image', or remove it"
+        )
+    if any(isinstance(name, str) and _OTHER_MEDIA_FILE.search(name) for name in names):
+        raise ValueError(
+            f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
+            "remove the key or the record"
+        )
+
+
+def check_placeholders(turns: Sequence[Message], where: str) -> None:
+    """Refuse placeholders of other programs in the turns of the user. Elsewhere a placeholder is text.
+
+    Raises:
+        ValueError: A turn contains one.
+    """
+    for turn in turns:
+        if turn.role != "user" or not ("<" in turn.content or "[" in turn.content):
+            continue
+        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
+            tag = match["tag"]
+            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
+                continue
+            raise ValueError(
+                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
+                "and other media must be removed"
+            )

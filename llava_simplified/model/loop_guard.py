@@ -1,0 +1,82 @@
+"""Texts that repeat themselves: "a dog and a dog and a dog and ...". Such a text is cut where it begins to repeat itself.
+
+`captioning.caption_text` cuts the finished text. `DecodingBatch` ends a sequence that would be cut, because a model that
+loops goes on until the maximum number of tokens. The cut text is the same with both: what comes after the first loop in a
+text does not change where it is cut.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llava_simplified.prompt import Prompt
+
+# Chinese and Japanese are written without spaces, so that each of their characters counts as a word.
+_IDEOGRAPHS = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
+# Number of tokens at the end of a sequence that must have occurred before. Text that does not loop repeats so many
+# only by chance, so that it is hardly ever decoded while it is generated.
+_NUM_PROBED_TOKENS = 4
+
+
+def find_loop(text: str, num_repeated: int) -> int | None:
+    """Return where the part of a text ends that comes before a loop; None without a loop.
+
+    A loop is a sequence of words that equals the sequence directly before it, at least once completely
+    and for at least `num_repeated` words. With `num_repeated` 4:
+
+        a dog and a dog and a dog and       the words 3 to 6 repeat the words 0 to 3
+        a dog and                           the part before the loop
+
+    Args:
+        text: The text.
+        num_repeated: Number of repeated words that make a loop, and the longest sequence that is found.
+
+    Returns:
+        Index of the character after the last word before the loop.
+    """
+    matches = list(WORD.finditer(text))
+    words = [match[0].casefold() for match in matches]
+    # By the length of the sequence: how many words up to here equal the word that far before.
+    repeated = [0] * (num_repeated + 1)
+    for position in range(len(words)):
+        for length in range(1, min(num_repeated, position) + 1):
+            is_equal = words[position] == words[position - length]
+            repeated[length] = repeated[length] + 1 if is_equal else 0
+            if repeated[length] == num_repeated:
+                return matches[position - num_repeated].end()
+    return None
+
+
+def is_looping(prompt: Prompt, generated_ids: Sequence[int], num_repeated: int) -> bool:
+    """Return whether a sequence contains a loop, however it continues.
+
+    A loop that is spelled with other tokens each time is not found. `find_loop` finds it in the finished text.
+
+    Args:
+        prompt: Decodes the tokens.
+        generated_ids: All token ids of the answer so far.
+        num_repeated: See `find_loop`.
+    """
+    if not _repeats_its_end(generated_ids, min(_NUM_PROBED_TOKENS, num_repeated)):
+        return False
+    text = prompt.decode(generated_ids, finished=False)
+    matches = list(WORD.finditer(text))
+    # The next token may continue the last word.
+    return bool(matches) and find_loop(text[: matches[-1].start()], num_repeated) is not None
+
+
+def _repeats_its_end(ids: Sequence[int], size: int) -> bool:
+    """Return whether the last `size` token ids occur earlier, too; the two places may overlap."""
+    # The quick answer for most sequences, since this is asked after each token.
+    if len(ids) <= size or ids.count(ids[-size]) < 2:
+        return False
+    end = list(ids[-size:])
+    # From the newest on: a loop is near.
+    for start in range(len(ids) - size - 1, -1, -1):
+        if ids[start] == end[0] and list(ids[start : start + size]) == end:
+            return True
+    return False

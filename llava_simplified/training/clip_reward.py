@@ -1,0 +1,77 @@
+"""CLIPScore as a reward: how well a caption fits its image, by a CLIP model. It needs no references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava_simplified.data.images import ImageError, read_image_bytes
+from llava_simplified.evaluation.clip_metrics import CLIP_SCORE_WEIGHT, ClipEmbedder
+
+# Images come back in every epoch. Of 100,000 images, the embeddings take about 200 MB.
+MAX_CACHED_IMAGES = 100_000
+
+
+class ClipReward:
+    """CLIPScore (Hessel et al., 2021), as `llava evaluate --clip` computes it.
+
+    Args:
+        folder: Folder of a CLIP model.
+        device: Where it runs.
+
+    Raises:
+        ValueError: The folder does not contain a complete CLIP model.
+    """
+
+    def __init__(self, folder: str, device: torch.device | str) -> None:
+        self._embedder = ClipEmbedder(Path(folder), device, "--reward_clip")
+        self._images: dict[str, torch.Tensor] = {}  # path -> embedding
+
+    def __call__(
+        self, ids: Sequence[str], images: Sequence[str], captions: Sequence[str]
+    ) -> list[float]:
+        """Return the CLIPScore of each caption.
+
+        Args:
+            ids: The name of each caption's record, for errors.
+            images: Path of its image.
+            captions: The captions.
+
+        Raises:
+            ValueError: A record has no image, or it cannot be read.
+        """
+        image_embeddings = self._embed_images(ids, images)
+        # The samples of an image repeat.
+        texts = list(dict.fromkeys(captions))
+        row_of_text = {text: row for row, text in enumerate(texts)}
+        text_embeddings = self._embedder.embed_texts(texts)
+        caption_embeddings = text_embeddings[[row_of_text[caption] for caption in captions]]
+        cosines = (caption_embeddings * image_embeddings).sum(-1)
+        scores: list[float] = (CLIP_SCORE_WEIGHT * cosines.clamp(min=0)).tolist()
+        return scores
+
+    def _embed_images(self, ids: Sequence[str], images: Sequence[str]) -> torch.Tensor:
+        """Return the embedding of each caption's image, (captions, embedding size)."""
+        missing = {}
+        for record_id, image in zip(ids, images):
+            if image not in self._images:
+                missing[image] = record_id
+        if missing:
+            files = [_read_image(path, record_id) for path, record_id in missing.items()]
+            self._images.update(zip(missing, self._embedder.embed_images(files)))
+        result = torch.stack([self._images[image] for image in images])
+        # The oldest leave first.
+        for image in list(self._images)[: max(len(self._images) - MAX_CACHED_IMAGES, 0)]:
+            del self._images[image]
+        return result
+
+
+def _read_image(path: str, record_id: str) -> bytes:
+    if not path:
+        raise ValueError(f"--reward clipscore: {record_id} has no image.")
+    try:
+        return read_image_bytes(Path(path).name, Path(path).parent)
+    except ImageError as error:
+        raise ValueError(f"--reward clipscore: {record_id}: {error}.") from error

@@ -1,0 +1,109 @@
+"""The part of `llava plan` behind `--cluster`: measure or read the rates, and describe the plan."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_simplified.model.vision import VisionTower
+from llava_simplified.training.cluster_plan import (
+    Cluster,
+    Rates,
+    Work,
+    describe_cluster_plan,
+    read_rates,
+)
+from llava_simplified.training.cluster_rates import Workload, measure_rates
+from llava_simplified.training.memory_tracker import MemoryTracker
+from llava_simplified.training.plan import build_meta_model, make_plan
+
+BITS_PER_BYTE = 8
+
+
+def plan_cluster(
+    own: argparse.Namespace,
+    training_options: Sequence[str],
+    model_args: ModelArguments,
+    data: DataArguments,
+    args: TrainingArguments,
+) -> str:
+    """Return the plan of the whole recipe on a cluster, as text.
+
+    Args:
+        own: The options of `llava plan`.
+        training_options: All other options, which are those of `llava train`.
+        model_args: Model options.
+        data: Data options.
+        args: Training options.
+
+    Raises:
+        ValueError: The rates cannot be read or measured.
+    """
+    # The recipe encodes the images beforehand, so the vision tower is not part of a training step.
+    data = replace(data, cache_vision_features="memory")
+    train_flops = make_plan(model_args, data, args).flops
+    model = build_meta_model(model_args, args)
+    encode_flops = count_tower_flops(model.vision_tower)
+    if own.measure:
+        rates = measure(own, training_options, encode_flops, train_flops, model.tokenizer)
+        rates.save(own.rates)
+    else:
+        rates = read_rates(own.rates)
+    device_flops = None if own.tflops is None else own.tflops * 1e12 * own.mfu
+    cluster = Cluster(
+        machines=own.cluster,
+        cores=own.cores,
+        devices=own.devices,
+        egress=own.egress * 1e9 / BITS_PER_BYTE,
+        endpoints=own.endpoints or own.cluster,
+        device_flops_per_second=device_flops,
+    )
+    works = []
+    for urls in own.urls:
+        works.append(Work(urls, encode_flops, train_flops, args.num_train_epochs))
+    return describe_cluster_plan(works, rates, cluster)
+
+
+def measure(
+    own: argparse.Namespace,
+    training_options: Sequence[str],
+    encode_flops: float,
+    train_flops: float,
+    tokenizer: Any,
+) -> Rates:
+    """Measure the rates with the tokenizer of the run as the unit of captions."""
+
+    def count_tokens(caption: str) -> int:
+        return len(tokenizer(caption, add_special_tokens=False).input_ids)
+
+    endpoint_options = []
+    if own.endpoint:
+        endpoint_options = ["--endpoint", own.endpoint, "--model", own.model]
+    workload = Workload(
+        source=own.measure,
+        rows=own.measure_rows,
+        training_options=training_options,
+        encode_flops=encode_flops,
+        train_flops=train_flops,
+        endpoint_options=endpoint_options,
+        allow_private=own.allow_private,
+    )
+    return measure_rates(workload, count_tokens)
+
+
+def count_tower_flops(tower: VisionTower) -> int:
+    """Return the FLOPs that a vision tower needs for one image, counted on tensors without data."""
+    pixels = torch.empty(1, 3, *tower.transform.crop, dtype=torch.uint8)
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker, torch.no_grad():
+        weights = {}
+        for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
+            weights[name] = torch.empty_like(tensor, device="cpu")
+        functional_call(tower, weights, (pixels,))
+    return tracker.flops

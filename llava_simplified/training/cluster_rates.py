@@ -1,0 +1,260 @@
+"""Measure the rates of a cluster plan: run every step of the recipe on a sample, with the same commands.
+
+    URLs --llava download--> images --llava clean--> records --llava encode--> features --llava train--> model
+                                                        +-----llava caption --endpoint----> captions
+
+Each command runs twice, on a quarter of the sample and on all of it. What a command costs per row is the
+difference of the two runs divided by the difference of their rows, so that its start-up does not count:
+
+    seconds
+       |            x  all rows
+       |        .
+       |    x  a quarter          slope = seconds per row
+       |  .
+       +--+--------------- rows
+
+Training reports its own speed, and runs once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_simplified.options import quote_words
+from llava_simplified.prepare.request_url import host_of
+from llava_simplified.training.cluster_plan import Rates
+
+logger = logging.getLogger(__name__)
+
+TRAIN_STEPS = 8
+# The first steps compile, and fill caches.
+_SKIPPED_STEPS = 2
+
+
+class Cost(NamedTuple):
+    """What a command has used: seconds on the clock, and seconds of a core in all its processes."""
+
+    seconds: float
+    core_seconds: float
+
+
+class Workload(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        source: The list of URLs, as for `llava download`.
+        rows: Number of URLs of the sample.
+        training_options: Options of `llava train`, without those of the data and the output.
+        encode_flops: FLOPs of the vision tower per image.
+        train_flops: FLOPs of a training step per sample.
+        endpoint_options: `--endpoint URL --model NAME` of `llava caption`; empty: do not caption.
+        allow_private: Accept private addresses, as `llava download --allow-private`.
+    """
+
+    source: str
+    rows: int
+    training_options: Sequence[str]
+    encode_flops: float
+    train_flops: float
+    endpoint_options: Sequence[str] = ()
+    allow_private: bool = False
+
+
+class _Sample(NamedTuple):
+    """The files of one of the two samples, and how many rows each step has read."""
+
+    images: Path
+    records: Path
+    num_urls: int
+    num_images: int
+    num_records: int
+
+
+def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rates:
+    """Run the recipe on a sample of the URLs, and return what each step needs.
+
+    Args:
+        workload: What to measure.
+        count_tokens: A function that returns the number of tokens of a caption.
+
+    Raises:
+        ValueError: A command has failed, or the sample has too few usable images.
+    """
+    if sys.platform == "win32":
+        raise ValueError(
+            "--measure is not available on Windows: it reports no CPU time of children."
+        )
+    with tempfile.TemporaryDirectory(prefix="llava_plan_") as temporary:
+        root = Path(temporary)
+        samples, download, clean = [], [], []
+        for name, rows in (("quarter", workload.rows // 4), ("all", workload.rows)):
+            folder = root / name
+            download.append(_download(workload, folder / "images", rows))
+            clean.append(_clean(folder))
+            samples.append(_read_sample(folder))
+        quarter, whole = samples
+        if whole.num_records <= quarter.num_records:
+            raise ValueError(
+                f"--measure {workload.source}: {workload.rows} URLs have given {whole.num_records} "
+                "usable images, which is too few. Raise --measure-rows."
+            )
+        manifest = _read_manifest(whole.images)
+        hosts = Counter(host_of(url) for url in manifest["url"])
+        encode = [_encode(workload, root / name, root / "features") for name in ("quarter", "all")]
+        encode_seconds = _per_row(
+            [cost.seconds for cost in encode], [sample.num_records for sample in samples]
+        )
+        captions: tuple[float, float] = (0.0, 0.0)
+        if workload.endpoint_options:
+            captions = _caption(workload, samples, root, count_tokens)
+        urls = [sample.num_urls for sample in samples]
+        images = [sample.num_images for sample in samples]
+        return Rates(
+            download_core_seconds=_per_row([cost.core_seconds for cost in download], urls),
+            request_seconds=_mean(manifest["seconds"]),
+            bytes_per_url=sum(size or 0 for size in manifest["bytes"]) / whole.num_urls,
+            downloaded_share=whole.num_images / whole.num_urls,
+            largest_host_share=max(hosts.values()) / whole.num_urls,
+            clean_core_seconds=_per_row([cost.core_seconds for cost in clean], images),
+            usable_share=whole.num_records / whole.num_images,
+            encode_flops_per_second=workload.encode_flops / encode_seconds,
+            train_flops_per_second=_train(workload, root / "all", root / "output"),
+            tokens_per_caption=captions[0],
+            caption_tokens_per_second=captions[1],
+        )
+
+
+def _per_row(values: Sequence[float], rows: Sequence[int]) -> float:
+    """Return the slope between two runs, or the mean of the larger one if noise hides the slope."""
+    slope = (values[1] - values[0]) / (rows[1] - rows[0])
+    mean = values[1] / rows[1]
+    if slope <= 0:
+        logger.warning(
+            "A run of %d rows was not slower than one of %d: its start-up is counted. Raise --measure-rows.",
+            rows[1],
+            rows[0],
+        )
+        return mean
+    return slope
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Return the mean of the values that are known, or 0."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+# ---- the commands ----
+
+
+def _run(*words: str) -> Cost:
+    """Run a command of `llava`, and return what it has used.
+
+    Raises:
+        ValueError: It has failed; the message has the command and its last lines.
+    """
+    logger.info("llava %s", quote_words(words))
+    command = [sys.executable, "-m", "llava_simplified.cli", *words]
+    before = os.times()
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    seconds = time.perf_counter() - start
+    after = os.times()
+    if done.returncode:
+        last_lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+        raise ValueError(f"llava {quote_words(words)} failed:\n{last_lines}")
+    user = after.children_user - before.children_user
+    system = after.children_system - before.children_system
+    return Cost(seconds, user + system)
+
+
+def _download(workload: Workload, output: Path, rows: int) -> Cost:
+    private = ["--allow-private"] if workload.allow_private else []
+    words = [workload.source, "--output", str(output), "--limit", str(rows), *private]
+    return _run("download", *words)
+
+
+def _clean(folder: Path) -> Cost:
+    return _run("clean", str(folder / "images"), "--output", str(folder / "records.jsonl"))
+
+
+def _data_options(folder: Path) -> list[str]:
+    """Return the options of `llava encode` and `llava train` that name the data."""
+    records = folder / "records.jsonl"
+    return ["--train_data_path", str(records), "--train_image_folder", str(folder / "images")]
+
+
+def _encode(workload: Workload, folder: Path, features: Path) -> Cost:
+    # Each sample has its own cache: an image that is there already would not be encoded again.
+    words = [*workload.training_options, *_data_options(folder)]
+    words += ["--output_dir", str(folder / "encode"), "--cache_vision_features", "disk"]
+    return _run("encode", *words, "--feature_cache_dir", str(features / folder.name))
+
+
+def _train(workload: Workload, folder: Path, output: Path) -> float:
+    """Train for a few steps, and return the FLOP/s.
+
+    The features are cached beforehand, as in the plan: the vision tower is not part of a step.
+    """
+    words = [*workload.training_options, *_data_options(folder), "--output_dir", str(output)]
+    words += ["--max_steps", str(TRAIN_STEPS), "--logging_steps", "1", "--save_strategy", "no"]
+    words += ["--preflight", "false", "--cache_vision_features", "memory"]
+    _run("train", *words)
+    speeds = []
+    for line in (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "samples_per_second" in row:
+            speeds.append(row["samples_per_second"])
+    return workload.train_flops * _mean(speeds[_SKIPPED_STEPS:])
+
+
+def _caption(
+    workload: Workload, samples: Sequence[_Sample], root: Path, count_tokens: Callable[[str], int]
+) -> tuple[float, float]:
+    """Caption both samples at the endpoint. Returns tokens per caption, and tokens per second."""
+    seconds = []
+    texts: list[str] = []
+    for number, sample in enumerate(samples):
+        output = root / f"captions_{number}.jsonl"
+        words = [str(sample.records), "--image-folder", str(sample.images), "--output", str(output)]
+        seconds.append(_run("caption", *words, *workload.endpoint_options).seconds)
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        texts = [row["pred_output"] for row in rows if row.get("pred_output")]
+    if not texts:
+        raise ValueError("--endpoint: it has not returned a single caption.")
+    seconds_per_image = _per_row(seconds, [sample.num_records for sample in samples])
+    tokens = sum(count_tokens(text) for text in texts) / len(texts)
+    return tokens, tokens / seconds_per_image
+
+
+# ---- what the commands have written ----
+
+
+def _read_manifest(images: Path) -> dict[str, list[Any]]:
+    import pyarrow.parquet as pq
+
+    columns = ["url", "status", "seconds", "bytes"]
+    table: dict[str, list[Any]] = pq.read_table(
+        images / "manifest.parquet", columns=columns
+    ).to_pydict()
+    return table
+
+
+def _read_sample(folder: Path) -> _Sample:
+    """Count the rows that each step has left."""
+    manifest = _read_manifest(folder / "images")
+    records = folder / "records.jsonl"
+    with records.open(encoding="utf-8") as stream:
+        num_records = sum(1 for line in stream if line.strip())
+    num_images = manifest["status"].count("ok")
+    return _Sample(folder / "images", records, len(manifest["url"]), num_images, num_records)

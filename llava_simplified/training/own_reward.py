@@ -1,0 +1,181 @@
+"""A reward function of one's own, `--reward module:function`, in worker processes.
+
+    training process                      worker processes
+    captions of a step --+-- part 0 -->   module.function(image paths, references, captions)
+                         +-- part 1 -->   ...
+    rewards           <--+--------------  numbers, or the error and the record that it belongs to
+
+A function that hangs or crashes would otherwise take the training with it, with no hint at the record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_simplified.workers import LocalBackend
+
+RewardFunction = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], Sequence[float]]
+"""Image paths, the references of each caption, and the captions -> one number per caption."""
+
+
+class Part(NamedTuple):
+    """The captions that one call of the function scores; all lists have the same length."""
+
+    name: str
+    ids: list[str]
+    images: list[str]
+    references: list[list[str]]
+    captions: list[str]
+
+
+class OwnReward:
+    """Calls the function.
+
+    Args:
+        name: "module:function".
+        workers: Number of worker processes. 0 calls the function in this process, which nothing can interrupt.
+        timeout: Maximum duration of a step's rewards in seconds.
+
+    Raises:
+        ValueError: The function cannot be imported.
+    """
+
+    def __init__(self, name: str, workers: int, timeout: float) -> None:
+        self._name = name
+        self._workers = workers
+        self._timeout = timeout
+        # Import it here too: a misspelled name should not be found in the middle of a step.
+        import_function(name)
+        self._backend: LocalBackend | None = None
+
+    def __call__(
+        self,
+        ids: Sequence[str],
+        images: Sequence[str],
+        references: Sequence[Sequence[str]],
+        captions: Sequence[str],
+    ) -> list[float]:
+        """Return a number per caption.
+
+        Args:
+            ids: The name of each caption's record, for errors.
+            images: Path of its image.
+            references: Its references.
+            captions: The captions.
+
+        Raises:
+            ValueError: The function fails, returns something else than a number per caption, or takes too long.
+        """
+        columns = (list(ids), list(images), list(map(list, references)), list(captions))
+        if not self._workers:
+            return call_function(Part(self._name, *columns))
+        size = -(-len(captions) // self._workers)  # rounded up
+        parts = []
+        for start in range(0, len(captions), size):
+            end = start + size
+            parts.append(Part(self._name, *(column[start:end] for column in columns)))
+        return self._call_in_workers(parts)
+
+    def _call_in_workers(self, parts: Sequence[Part]) -> list[float]:
+        if self._backend is None:
+            self._backend = LocalBackend(call_function, self._workers, 1)
+            weakref.finalize(self, self._backend.close)
+        running = {self._backend.submit(part): number for number, part in enumerate(parts)}
+        results: list[list[float]] = [[] for _ in parts]
+        deadline = time.monotonic() + self._timeout
+        while running:
+            finished = self._backend.wait(list(running), max(deadline - time.monotonic(), 0))
+            if not finished:
+                late = [parts[number] for number in running.values()]
+                self._stop()
+                raise ValueError(
+                    f"--reward {self._name}: no result within --reward_timeout {self._timeout:g} s, of "
+                    f"{_list_records(late)}."
+                )
+            for handle in finished:
+                number = running.pop(handle)
+                values, error = self._backend.result(handle)
+                if error is not None:
+                    self._stop()
+                    self._raise(error, parts[number])
+                results[number] = values
+        return [value for values in results for value in values]
+
+    def _raise(self, error: Exception, part: Part) -> None:
+        # The message of a ValueError is our own: it names the function and the record.
+        if isinstance(error, ValueError):
+            raise error
+        raise ValueError(f"--reward {self._name}: {error}, in {_list_records([part])}.") from error
+
+    def _stop(self) -> None:
+        assert self._backend is not None
+        self._backend.close()
+        self._backend = None
+
+
+def call_function(part: Part) -> list[float]:
+    """Call the function. If it fails, find the record at fault.
+
+    Raises:
+        ValueError: It raises, or returns something else than a number per caption.
+    """
+    function = import_function(part.name)
+    try:
+        return _call(function, part)
+    except Exception as error:  # whatever a user's function raises
+        if len(part.captions) == 1:
+            raise _describe(part, error) from error
+        # One by one: the call that fails names its record.
+        for row in zip(*part[1:]):
+            call_function(Part(part.name, *([value] for value in row)))
+        # It fails only with all of them together.
+        raise _describe(part, error) from error
+
+
+def _call(function: RewardFunction, part: Part) -> list[float]:
+    values = [float(value) for value in function(part.images, part.references, part.captions)]
+    if len(values) != len(part.captions):
+        raise ValueError(f"{len(values)} rewards for {len(part.captions)} captions")
+    return values
+
+
+def _describe(part: Part, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {error}"
+    return ValueError(f"--reward {part.name}: {reason}, in {_list_records([part])}.")
+
+
+def _list_records(parts: Sequence[Part]) -> str:
+    ids: list[str] = []
+    for part in parts:
+        ids += part.ids
+    return ", ".join(dict.fromkeys(ids))
+
+
+def import_function(name: str) -> RewardFunction:
+    """Import "module:function", also from the current folder.
+
+    Raises:
+        ValueError: There is no such module, or no such function in it.
+    """
+    module_name, _, function_name = name.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"--reward {name}: cannot import {module_name}: {error}. Run the command in the folder of "
+            f"{module_name}.py, or install the package."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--reward {name}: {module_name} has no function {function_name!r}.")
+    result: RewardFunction = function
+    return result

@@ -1,0 +1,174 @@
+"""Question answering as a reward: a caption is good if it suffices to answer questions about the image.
+
+    record                                  a text-only model, on a server with OpenAI's API
+    {"multiple_choice": [{...}, ...]}
+        |                                   Description: a red car at night
+        +-- question, options shuffled -->  What color is the car?  A. blue  B. red      --> "B"
+
+The reward is the share of right answers. The model never sees the image, so whatever it answers must be in the caption,
+or be guessed. The idea is that of CapRL (Xing et al., 2025, arXiv:2509.22647).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from string import ascii_uppercase
+from typing import NamedTuple
+
+from llava_simplified.captioning.endpoint_client import (
+    SERVER_FAILURES,
+    EndpointClient,
+    EndpointError,
+    RecordError,
+)
+from llava_simplified.captioning.endpoint_options import EndpointOptions
+from llava_simplified.data.records import Question
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.workers import event_loop
+
+PROMPT = """Here is a description of an image:
+
+{caption}
+
+Answer a question about the image, from this description alone. If it does not say, choose the most likely answer.
+
+{question}
+{options}
+
+Reply with the letter of the answer only."""
+# Some models begin with a word or a bracket. Longer texts, of models that reason, need the field of --extra-body.
+MAX_ANSWER_TOKENS = 16
+_LETTER = re.compile(r"\b([A-Z])\b")
+
+
+class Task(NamedTuple):
+    """One question about one caption."""
+
+    caption_index: int
+    record_id: str
+    caption: str
+    question: Question
+    order: list[int]  # indices of the options, as they are shown
+
+
+class QaReward:
+    """Asks the questions.
+
+    Args:
+        endpoint: The server.
+        tries: How often each question is asked, with its options in another order: models prefer some letters.
+        seed: Seed of the orders.
+        counts: Is increased by the number of "questions" that were asked, and of those "questions_unanswered": the
+            model refused, or its answer had no letter. They count as wrong.
+    """
+
+    def __init__(
+        self, endpoint: EndpointOptions, tries: int, seed: int, counts: Counter[str]
+    ) -> None:
+        self._endpoint = endpoint
+        self._tries = tries
+        self._seed = seed
+        self._options = GenerationOptions(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+        self._counts = counts
+
+    def __call__(
+        self,
+        ids: Sequence[str],
+        questions: Sequence[Sequence[Question]],
+        captions: Sequence[str],
+    ) -> list[float]:
+        """Return the share of right answers for each caption.
+
+        Args:
+            ids: The name of each caption's record.
+            questions: The questions of the record.
+            captions: The captions.
+
+        Raises:
+            ValueError: A record has no questions, or the server fails; the message names the record.
+        """
+        tasks: list[Task] = []
+        for index, (record_id, group, caption) in enumerate(zip(ids, questions, captions)):
+            if not group:
+                raise ValueError(
+                    f"--reward qa: {record_id} has no questions; add them with the key 'multiple_choice'."
+                )
+            for number, question in enumerate(group):
+                for attempt in range(self._tries):
+                    order = self._shuffle(record_id, number, attempt, len(question.options))
+                    tasks.append(Task(index, record_id, caption, question, order))
+        self._counts["questions"] += len(tasks)
+        with event_loop(self._endpoint.concurrency) as loop:
+            are_right = loop.run_until_complete(self._ask_all(tasks))
+        right = [0] * len(captions)
+        asked = [0] * len(captions)
+        for task, is_right in zip(tasks, are_right):
+            right[task.caption_index] += is_right
+            asked[task.caption_index] += 1
+        return [count / total for count, total in zip(right, asked)]
+
+    def _shuffle(self, record_id: str, number: int, attempt: int, count: int) -> list[int]:
+        """Return an order of the options.
+
+        It is the same for all captions of a record: their rewards are compared, and must not differ by the order. It is
+        also the same in a resumed run.
+        """
+        key = f"{self._seed}|{record_id}|{number}|{attempt}"
+        order = list(range(count))
+        random.Random(hashlib.sha256(key.encode()).digest()).shuffle(order)
+        return order
+
+    async def _ask_all(self, tasks: Sequence[Task]) -> list[bool]:
+        async with EndpointClient(self._endpoint, self._options) as client:
+            running = [asyncio.ensure_future(self._ask(client, task)) for task in tasks]
+            try:
+                return await asyncio.gather(*running)
+            finally:
+                for future in running:
+                    future.cancel()
+
+    async def _ask(self, client: EndpointClient, task: Task) -> bool:
+        """Return whether the model answers rightly."""
+        lines = []
+        for letter, option in zip(ascii_uppercase, task.order):
+            lines.append(f"{letter}. {task.question.options[option]}")
+        text = PROMPT.format(
+            caption=task.caption, question=task.question.text, options="\n".join(lines)
+        )
+        try:
+            choices = await client.complete([{"role": "user", "content": text}])
+        except RecordError as error:
+            # A server that fails says nothing about the caption. A model that refuses does: it was not enough.
+            if error.kind in SERVER_FAILURES or error.kind == "rejected":
+                raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
+            self._counts["questions_unanswered"] += 1
+            return False
+        except EndpointError as error:
+            raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
+        right_letter = ascii_uppercase[task.order.index(task.question.answer)]
+        letter = find_letter(choices[0].text, len(lines))
+        if letter is None:
+            self._counts["questions_unanswered"] += 1
+            return False
+        return letter == right_letter
+
+
+def find_letter(text: str, count: int) -> str | None:
+    """Return the letter of an answer: "B", "(B)", "B. red" or "The answer is B"; None if there is none.
+
+    Args:
+        text: The answer.
+        count: Number of options.
+    """
+    letters = ascii_uppercase[:count]
+    found = [letter for letter in _LETTER.findall(text) if letter in letters]
+    if not found:
+        return None
+    # "A" can be a word: at the beginning of an answer it is the letter, elsewhere the last one is.
+    first = text.lstrip("([{*\"' ")
+    return first[0] if _LETTER.match(first) and first[0] in letters else found[-1]
