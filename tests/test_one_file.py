@@ -317,7 +317,7 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
         mm_vision_select_layer=-1,
         mm_token_pool=3,
     )
-    case = case._replace(rate=2e-5, max_outliers=10, steps=2)  # 10 of 6 million
+    case = case._replace(rate=2e-5, max_outliers=10, steps=3)  # 10 of 6 million
     model, package_model = assert_equal_training(case, tmp_path)
     # That each side loads the checkpoint of the other is tested with tiny models.
     expected = captions_of_package(package_model, case, 2)

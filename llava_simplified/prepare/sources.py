@@ -65,7 +65,7 @@ _MAX_TRIED_FILES = 20
 _MAX_TRIED_ROWS = 20
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
-_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
+_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy|zip)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
@@ -204,7 +204,7 @@ def _names_are_own(
         return True
     if path.parent == root:
         return False  # there is no difference
-    names = []
+    names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
     names = [name for name in names if name and "#" not in name]
