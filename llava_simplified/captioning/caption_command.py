@@ -368,6 +368,7 @@ def _caption_style(args: argparse.Namespace, endpoint: EndpointOptions | None) -
         ValueError: An option has a wrong value, or contradicts another one.
     """
     prompts: tuple[WeightedPrompt, ...] = ()
+    # A prompt file is a set of instructions, from which one is drawn for each image.
     if args.prompt_file:
         if args.instructions:
             raise ValueError("--prompt-file replaces --instruction: pass only one of them.")

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the reason why the row is none. One bad row must not end the job."""
+    """Return a record, or the error that says why the row is not one. One bad row must not end the job."""
     try:
         record = records[index]
         for name in record.images:
@@ -31,7 +31,7 @@ def failed_row(index: int, record: Record | ValueError, error: object) -> Row:
 
     Args:
         index: Index of the record.
-        record: The record, or the reason why the row is none.
+        record: The record, or the error that says why the row of the file is not a record.
         error: Why it has no caption; ignored for a row that is not a record.
     """
     if isinstance(record, ValueError):

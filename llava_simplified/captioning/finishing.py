@@ -81,11 +81,13 @@ class CaptionFinisher:
         admitted: list[int] = []
         failures: list[Row] = []
         for index, image in images:
+            # Images that keep their file do not count, so that each run captions others.
             if max_images is not None and len(admitted) + len(failures) >= max_images:
                 break
             if self._writer.is_kept(image):
                 self.kept.append(image)
                 continue
+            # Find these before the model spends time on them.
             problem = self._writer.problem(image)
             if problem:
                 failures.append(_failure(index, image, problem))
@@ -160,6 +162,7 @@ class CaptionFinisher:
         for row in rows:
             try:
                 if not self._write_row(row, resumed=True):
+                    # The user or another program has written it since then, and its text takes precedence.
                     self.counts["changed"] += 1
             except SidecarError as error:
                 failures.append(_failure(row["index"], row["image"], str(error)))

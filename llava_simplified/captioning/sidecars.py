@@ -180,6 +180,7 @@ def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> s
     file_name, key = split_shard_name(image)
     if key is not None:
         return ""
+    # Tags are in the .txt file, whatever the suffix of the sidecars that are written.
     path = (Path(image_folder) / file_name).with_suffix(TAGS_SUFFIX)
     try:
         data = path.read_bytes()
@@ -228,6 +229,7 @@ class SidecarWriter:
         file = self._image_folder / file_name
         folder = self._image_folder
         if self.options.output is not None:
+            # Mirror the subfolders of the images in the output folder.
             folder = Path(self.options.output)
             if not file.is_relative_to(self._image_folder):
                 raise SidecarError(f"{file} is not in {self._image_folder}")
@@ -274,6 +276,7 @@ class SidecarWriter:
             return str(error)
         if self.options.output is None and path == self._image_folder / image:
             return f"the sidecar file would replace the image itself, {path}"
+        # A folder, a pipe or a broken link.
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is not a regular file"
         # Check each folder only once.
@@ -294,6 +297,7 @@ class SidecarWriter:
         existing = _read(path)
         if existing is not None and self.options.existing == "skip":
             return None
+        # The digest of the new contents shows after a crash whether the file was written.
         after = new_contents(existing, text, self.options, path)
         return {"before": _digest(existing), "after": _hash(after)}
 
@@ -315,8 +319,10 @@ class SidecarWriter:
         path = self.path(image)
         existing = _read(path)
         digest = _digest(existing)
+        # The file was written before the process was killed.
         if digest == plan["after"]:
             return True
+        # It is neither the old nor the new contents, so somebody has edited the file. Keep it.
         if digest != plan["before"]:
             return False
         data = new_contents(existing, text, self.options, path)

@@ -87,6 +87,7 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
     turns: list[tuple[Any, Any]] = []
     if row.get("system"):
         turns.append(("system", row["system"]))
+    # FineVision and The Cauldron: a list of questions with answers instead of turns.
     if is_pairs(row.get("texts")) and row.get("messages") is None:
         for pair in row["texts"]:
             turns.append(("user", pair["user"]))
@@ -128,6 +129,7 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
             part = {"type": "text", "text": part}
         if not isinstance(part, dict):
             raise ValueError(f"{where}: a part must be an object, got {shorten(part)}")
+        # Some programs leave out the type of a part, which follows from its keys.
         kind = part.get("type") or _kind_of(part)
         if kind == "text":
             words = _text_of(part, where)
@@ -171,11 +173,13 @@ def _text_of(part: Mapping[str, Any], where: str) -> str:
 def _image_reference(part: Mapping[str, Any], where: str) -> Any:
     """Return what an image part refers to: an image, an index into the row's images, or None for the next image."""
     value = None
+    # Programs use different keys for the same thing.
     for key in ("image", "image_url", "path", "url"):
         value = part.get(key)
         if value is not None:
             break
     if isinstance(value, dict):
+        # OpenAI's form: {"type": "image_url", "image_url": {"url": "file:///a.jpg"}}.
         value = value.get("url", value)
     if value is None:
         return part.get("index")

@@ -193,6 +193,7 @@ def _paths_without_bytes(array: pa.Array, are_embedded: bool) -> list[str | None
 
     if are_embedded:
         return [None] * len(array)
+    # A column of plain bytes: an image is embedded, or missing.
     if not pa.types.is_struct(array.type):
         return [None if is_valid else "" for is_valid in array.is_valid().to_pylist()]
     # `struct_field` is null where the struct is.
@@ -237,6 +238,7 @@ class ParquetRows(ColumnarFile):
                     columns += paths
             elif self.image_column.is_list or not are_embedded:
                 columns += leaves
+                # Bytes must be read to see which rows have them. Take few rows at a time.
                 batch_rows = _BATCH_ROWS_WITH_BYTES
         batches = self.file.iter_batches(batch_rows, columns=columns, use_threads=False)
         for batch in batches:
@@ -253,6 +255,7 @@ class ParquetRows(ColumnarFile):
     def _all_have_bytes(self) -> bool:
         """Return whether the file's statistics prove that every image is embedded. Missing statistics return False."""
         leaves = self._image_leaves()
+        # The statistics of a row group count the missing values of each leaf column.
         with_bytes = [leaf for leaf in leaves if leaf.rpartition(".")[2] != "path"]
         metadata = self.file.metadata
         for group in range(metadata.num_row_groups):
@@ -319,6 +322,8 @@ def _open_arrow(file: Any, path: Path) -> Any:
     import pyarrow as pa
 
     with path.open("rb") as stream:
+        # Arrow has two formats with one suffix: files, which begin with a magic word and have an index of their
+        # batches, and streams, which `datasets` writes.
         has_index = stream.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     return pa.ipc.open_file(file) if has_index else pa.ipc.open_stream(file)
 
@@ -338,6 +343,7 @@ def read_embedded_image(path: Path, key: str) -> bytes:
         MissingExtraError: pyarrow is not installed.
     """
     require_extra("download", "pyarrow", purpose=f"Reading {path.suffix} files")
+    # Only a row with a list of images has a position.
     row_text, _, position = key.partition("/")
     row = int(row_text)
     if path.suffix == ".arrow":

@@ -72,7 +72,7 @@ DECODE_BYTES_PER_PIXEL = 16
 # ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
 MAX_JPEG_SCANS = 500
 MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
-# Pillow decodes run lengths of a BMP in Python, and up to 255 rows of zeros for four bytes of the file.
+# Pillow decodes run lengths of a BMP in Python. Four bytes of the file can stand for 255 rows of zeros.
 MAX_RLE_PIXELS = 10_000_000
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")

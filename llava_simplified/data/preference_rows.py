@@ -29,7 +29,7 @@ _PROMPT_KEYS = ("messages", "prompt", "question")
 def is_pair(row: Mapping[str, Any]) -> bool:
     """Return whether a row is a preference pair, perhaps with an answer that is missing."""
     has_both = all(key in row for key in PAIR_KEYS)
-    # Tables of several kinds of rows have the columns in each.
+    # In a table with several kinds of rows, every row has these columns.
     return has_both and any(row[key] is not None for key in PAIR_KEYS)
 
 

@@ -92,6 +92,7 @@ class Record:
         elif is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
+        # Refuse what would be ignored, such as a video, because the model would learn to answer without it.
         check_row_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
@@ -99,6 +100,7 @@ class Record:
             turns, responses = _parse_instruction(row, where)
         if rejected is not None:
             _check_open_question(responses, where)
+            # In supervised training, the chosen answer is the response.
             responses = (row["chosen"],)
         _check_texts(images, turns, (*responses, rejected or ""), where)
         return cls(
@@ -132,6 +134,7 @@ def _place_images(
     Raises:
         ValueError: See `insert_image_placeholders`; or the missing placeholders are in other turns.
     """
+    # Placeholders in other turns would make the numbers match. Name this cause instead of a wrong number.
     others = [turn.content for turn in turns if turn.role != "user"]
     elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
     if elsewhere and count_images(turns) + elsewhere == count:
@@ -165,6 +168,7 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if not given:
         return ()
     value = given[0]
+    # Both keys may name the same image; some data sets have both.
     if len(given) > 1 and value != given[1] and [value] != given[1]:
         raise ValueError(
             f"{where}: 'image' is {value!r}, but 'images' is {given[1]!r}; keep one of them"
@@ -220,6 +224,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     responses: Any = []
     if "responses" in row:
         responses = row["responses"]
+        # Some data sets repeat one of the responses as `response`.
         single = row.get("response")
         if single and isinstance(responses, list) and single not in responses:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Limit what a directory of a TIFF file, or of EXIF data in any other format, may ask Pillow for.
 
-A directory is a list of entries: tag, type, count, and the position of the values. Nothing keeps a thousand entries from
-naming the same megabyte, and Pillow reads the values of all entries when it opens an image: a file of 1 MB would take
+A directory is a list of entries: tag, type, count, and the position of the values. A thousand entries may name the same
+megabyte, and Pillow reads the values of all entries when it opens an image: a file of 1 MB would take
 40 GB. Numbers are worse, since Pillow makes a Python object of each.
 
     directory   | 65,000 entries of 12 bytes | 300 kB |
@@ -34,7 +34,7 @@ _TYPE_SIZES = {
     16: 8,
 }
 _TEXT_TYPES = (1, 2, 6, 7)  # read as one object, not as numbers
-# Entries may share values, as some cameras write them, but not all values with everybody.
+# Some cameras write entries that share values. All values together may have this many times the size of the file.
 _MAX_SHARING = 4
 _MIN_BYTES = 1_000_000  # that every file may ask for
 # An image of 50 million pixels has some thousand strips or tiles.
@@ -58,7 +58,8 @@ def limit_directories() -> None:
         check_directory(file, directory._endian, directory._bigtiff)
         load(directory, file)
 
-    ImageFileDirectory_v2.load = load_checked  # type: ignore[method-assign]
+    directory_class: Any = ImageFileDirectory_v2
+    directory_class.load = load_checked
 
 
 def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:

@@ -1,8 +1,8 @@
 """Refuse rows that ask for something which training would silently leave out.
 
 A row of a video with its question is a valid row of text if the key `video` is ignored: the model would learn to answer
-without having seen anything. The same holds for an image by a key that is not read, for placeholders of other programs
-in the text, for tools, and for parts of a prompt in keys of their own.
+without having seen anything. The same holds for an image under a key that is not read, for placeholders of other programs
+in the text, for tools, and for parts of a prompt under other keys.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The row names a video, a sound or the like, an image by a key that is not read, tools, or a part of
+        ValueError: The row names a video, a sound or the like, an image under a key that is not read, tools, or a part of
             the prompt beside its instruction.
     """
     for key, value in row.items():

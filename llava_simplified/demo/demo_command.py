@@ -116,6 +116,7 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 def _run_reward_demo(args: argparse.Namespace) -> int:
     check_finished(args.output)
+    # Write to a folder of its own, so that the results of the demo stay for the comparison.
     folder: Path = args.output / REWARD_FOLDER
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -176,6 +177,7 @@ def plan_steps(
     evaluate += ["--title", "LLaVA Simplified: captions of unseen images"]
 
     return [
+        # The seconds are those of two CPU cores. The time left is corrected by the speed of this machine.
         Step("Inspect the tokens of a training sample", inspect, seconds=8),
         Step(
             "Stage 1: train the projector only",

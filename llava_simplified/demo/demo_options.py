@@ -118,7 +118,7 @@ def evaluate_words(
 
 
 def llava_word() -> str:
-    """Return `llava` as it can be typed into a shell: with its path if it is not found otherwise."""
+    """Return the word that starts `llava` in a shell: its path, if the shell would not find it by name."""
     llava = "llava"
     if shutil.which(llava) is None:  # the virtual environment is not activated
         llava = str(Path(sys.executable).with_name(llava))

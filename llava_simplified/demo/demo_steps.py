@@ -129,6 +129,7 @@ class Demo:
         # Delete unfinished captions of the model that this run replaces.
         for part in self.output.glob("*.part*"):
             part.unlink()
+        # Continue only with the same arguments: other settings require a new run.
         if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)
@@ -151,6 +152,7 @@ class Demo:
 
     def _describe_failure(self, step: Step, status: int) -> None:
         """Print which command failed, and the end of its log."""
+        # The output of the command is in the log, where the user has not seen it.
         log = self.output / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
         self.terminal.print(
@@ -245,13 +247,16 @@ class Watcher:
     def _follow(self) -> None:
         """Update terminal and report until the block ends; runs in the thread."""
         next_report = 0.0
+        # `wait` returns False after each interval, and True when the block has ended.
         while not self._stop.wait(self.REDRAW_SECONDS):
             elapsed = time.monotonic() - self._start
             progress = self.step.read_progress()
             left = self._time_left(elapsed, progress.fraction)
             self.demo.terminal.show_progress(f"  {progress.text}; {left}")
             self._print_first_captions()
-            if self.images is not None and elapsed >= next_report:
+            # The last command writes the final report, which must not be replaced by that of a running demo.
+            is_last = self.index == len(self.steps) - 1
+            if self.images is not None and elapsed >= next_report and not is_last:
                 next_report = elapsed + self.REPORT_SECONDS
                 self._write_report(progress, left)
 

@@ -49,9 +49,10 @@ def check_finished(output: Path) -> None:
     # Captions that are older than the model are those of the model before it.
     if not is_finished or predictions.stat().st_mtime < model_config.stat().st_mtime:
         raise ValueError(
-            f"--reward: {output} contains no finished demo, whose model is to be trained further. Run `make demo` "
+            f"--reward trains the model of a finished demo further, but {output} contains none. Run `make demo` "
             f"(llava demo --output {quote_words([str(output)])}) first."
         )
+    # The steps of the reward demo are remembered in this file. Those with another model must run again.
     finished = output / FOLDER / "finished_steps.json"
     if finished.is_file() and finished.stat().st_mtime < predictions.stat().st_mtime:
         finished.unlink()
@@ -113,6 +114,7 @@ def summarize_rewards(output: Path, seconds: float) -> str:
     """
     folder = output / FOLDER
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    # In the order of the prediction files on the command line.
     before, after = scores.values()
     lines = ["", f"On {after['images']} drawings that neither training has seen:"]
     lines.append(f"{'':18}{'before':>8}{'after':>8}   difference, 95 % interval")

@@ -150,6 +150,7 @@ def _evaluate_files(
     from llava_simplified.evaluation.predictions import read_predictions, read_sample_images
     from llava_simplified.evaluation.references import read_references
 
+    # Read these once for all files.
     references = read_references(args.references) if args.references else None
     instances = read_instances(args.instances) if args.instances else None
     image_folder = Path(args.image_folder or ".")
@@ -176,6 +177,7 @@ def _evaluate_files(
             resamples=args.resamples,
             seed=args.seed,
         )
+        # Put the notes about the files before those about the metrics.
         result.notes[:0] = read.notes
         result.counts = read.counts
         runs.append(Run(name, samples, result))
@@ -257,11 +259,13 @@ def format_table(result: Evaluation) -> str:
     columns = _further_columns(result)
     header = ["metric", "score", "95 % interval"]
     if len(result.trials) > 1:
+        # With several trials, each has a column of its own.
         header[1] = "mean"
     for title, _ in columns:
         header.append(title)
     lines = [header]
     for name in METRIC_NAMES:
+        # Metrics that were not computed, such as CLIPScore without --clip, have no line.
         if name not in result.mean:
             continue
         value, low, high = result.mean[name]

@@ -171,10 +171,12 @@ def evaluate(
         notes=notes,
         resampled=table.resampled,
         text=describe_texts(_tokenize_all(captions)),
+        # Each image has one caption per trial. For a fair comparison, use one reference of each.
         reference_text=describe_texts(_tokenize_all([[group[0] for group in references]])),
     )
 
     if num_images > 1:  # a single image cannot be shuffled
+        # Score captions of other images. The difference to the real scores shows how much the model uses the image.
         shuffled = _shuffle_captions(captions, seed)
         result.shuffled = _score_captions(shuffled, references, resamples, seed).mean
     result.shares["distinct captions"] = _distinct_share(captions)
@@ -210,6 +212,7 @@ def _score_captions(
     extra_metrics: Sequence[Metric] = (),
 ) -> ScoreTable:
     """Compute the metrics of texts. `captions` is (trials, images), `references` (images, references)."""
+    # COCO's metrics compare tokens in lower case, without punctuation.
     caption_tokens = _tokenize_all(captions)
     reference_tokens = _tokenize_all(references)
     metrics = ngram_metrics(caption_tokens, reference_tokens)

@@ -122,6 +122,7 @@ class _Reader:
             raise ValueError(
                 f"{where}: a prediction must be a JSON object, got {type(row).__name__}."
             )
+        # Rows of `llava predict` have `pred_output`; results in COCO's format have `image_id` and `caption`.
         if "pred_output" not in row and "image_id" in row:
             return self._parse_coco_result(row, where)
         caption = self._read_text(row, "pred_output", where)
@@ -204,6 +205,7 @@ class _Reader:
 
     def _check_first_use(self, match: ReferenceMatch, image: str, where: str) -> None:
         """Raise ValueError if another image matched the same references, because one of the matches is wrong."""
+        # Images without references are reported elsewhere.
         if not match.captions:
             return
         first = self.image_of_reference.setdefault(match.key, image)
@@ -245,6 +247,7 @@ class _Reader:
         num_matched = dict.fromkeys(_RULE_NAMES, 0)
         by_suffix = []
         used = set()
+        # Count by rule, and remember which references were used.
         for (name, _), match in self.matches.items():
             if match.rule == "none":
                 continue
@@ -260,6 +263,7 @@ class _Reader:
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
                 f"for example those of {by_suffix[0]!r}"
             )
+        # References without a prediction are not an error: a job with --limit captions only some images.
         unused = references.unused(used)
         result.counts["references without a prediction"] = len(unused)
         if unused:
@@ -278,6 +282,7 @@ class _Reader:
         missing = len(self.without_references)
         result.counts["predictions without a reference"] = missing
         if missing:
+            # Name one as an example.
             index, image = next(iter(self.without_references))
             result.notes.append(
                 f"not scored, because they have no reference: {missing} of "

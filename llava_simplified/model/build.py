@@ -138,6 +138,7 @@ def build_vision_tower(
             name, dtype=dtype, image_aspect_ratio=aspect_ratio, **selection
         )
         return tower if device is None else tower.to(device)
+    # On "meta", the config and the preprocessor are enough: no weights are read.
     transformers_config = _load_transformers_config(name)
     transform = ImageTransform.from_pretrained(name, aspect_ratio)
     return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
@@ -202,6 +203,7 @@ def load_tokenizer(
                 name_or_path, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError) as error:
+        # The most frequent cause deserves a message of its own.
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             raise ValueError(
@@ -229,6 +231,7 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
     Raises:
         ValueError: A token has no row. The message names the first one.
     """
+    # A multimodal config contains that of its text model.
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if rows is None:
         return
@@ -249,6 +252,7 @@ def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
     """
     folder = Path(name_or_path)
     if (folder / CONFIG_NAME).is_file():
+        # A checkpoint contains its language model only if it was trained in full. Otherwise it names the base model.
         own_weights = folder / "language_model"
         name_or_path = str(own_weights)
         if not own_weights.is_dir():

@@ -86,8 +86,9 @@ class LlavaConfig:
             )
         for name, value in fields.get("weights_digests", {}).items():
             _check_type(f"weights_digests.{name}", value, (str,))
-        for value in fields.get("mm_vision_select_layer", ()) if isinstance(layer, list) else ():
-            _check_type("mm_vision_select_layer", value, (int,))
+        if isinstance(layer, list):
+            for value in layer:
+                _check_type("mm_vision_select_layer", value, (int,))
         return cls(**fields)
 
 

@@ -606,7 +606,7 @@ def generate_separately(
     options: GenerationOptions,
     hashes: Sequence[bytes],
 ) -> list[list[str] | FloatingPointError]:
-    """Continue each prompt, where no prompt can fail another one.
+    """Continue each prompt. An error in one of them does not affect the others.
 
     Args:
         model: The model.

@@ -77,7 +77,7 @@ class GenerationOptions:
             return
         if self.num_beams > 1:
             raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} requires as many num_beams, not "
+                f"num_return_sequences={self.num_return_sequences} requires num_beams of at least as many, not "
                 f"{self.num_beams}"
             )
         if self.temperature == 0:

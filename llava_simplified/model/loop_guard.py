@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from llava_simplified.prompt import Prompt
 
-# Chinese and Japanese are written without spaces, so that each of their characters counts as a word.
+# Chinese and Japanese are written without spaces, so each of their characters counts as a word.
 _IDEOGRAPHS = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
 # Number of tokens at the end of a sequence that must have occurred before. Text that does not loop repeats so many
-# only by chance, so that it is hardly ever decoded while it is generated.
+# only by chance, so it is hardly ever decoded while it is generated.
 _NUM_PROBED_TOKENS = 4
 
 
@@ -40,7 +40,7 @@ def find_loop(text: str, num_repeated: int) -> int | None:
     """
     matches = list(WORD.finditer(text))
     words = [match[0].casefold() for match in matches]
-    # By the length of the sequence: how many words up to here equal the word that far before.
+    # repeated[n]: how many consecutive words, up to this one, equal the word n words before them.
     repeated = [0] * (num_repeated + 1)
     for position in range(len(words)):
         for length in range(1, min(num_repeated, position) + 1):
@@ -75,7 +75,7 @@ def _repeats_its_end(ids: Sequence[int], size: int) -> bool:
     if len(ids) <= size or ids.count(ids[-size]) < 2:
         return False
     end = list(ids[-size:])
-    # From the newest on: a loop is near.
+    # Search backward: in a loop, the last repetition is near the end.
     for start in range(len(ids) - size - 1, -1, -1):
         if ids[start] == end[0] and list(ids[start : start + size]) == end:
             return True

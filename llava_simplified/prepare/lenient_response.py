@@ -114,7 +114,8 @@ class LenientResponseHandler(ResponseHandler):
             new: The bytes that have come now.
         """
         data = known + new
-        # The end is up to 4 bytes long. What is known was searched before: it may come in pieces of one byte.
+        # The end is up to 4 bytes long. The known part was searched before. Do not search it again for each new
+        # piece: a head may arrive byte by byte.
         start = max(0, len(known) - 3)
         while True:
             match = _END_OF_HEAD.search(data, start)

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import itertools
 import lzma
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ _DECOMPRESSORS: dict[str, Callable[..., Any]] = {
     ".lzma": lzma.open,
 }
 # fsspec decompresses these, some of them only if their library is installed.
-_OTHER_COMPRESSIONS = (".zip", ".zst", ".lz4", ".snappy")
+_OTHER_COMPRESSIONS = (".zst", ".lz4", ".snappy")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _BLOCK_BYTES = 1 << 16
 
@@ -40,13 +41,15 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
         # Keep the `yield` inside the `try`: a truncated file is detected while the caller reads it.
         with _open_stream(source) as stream:
             yield stream
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise ValueError(f"{source}: cannot be read: {error}") from error
 
 
 def _open_stream(source: str) -> Any:
     """Open a file or URL, decompressed, as a stream of bytes."""
     suffix = Path(source).suffix.lower()
+    if suffix == ".zip":
+        return _open_zip(source)
     # Require fsspec only for remote and unusual files; everything else works without the extra.
     if "://" in source or suffix in _OTHER_COMPRESSIONS:
         require_extra("download", "fsspec", purpose=f"the source {source}")
@@ -54,6 +57,36 @@ def _open_stream(source: str) -> Any:
 
         return fsspec.open(source, "rb", compression="infer")
     return _DECOMPRESSORS.get(suffix, open)(source, "rb")
+
+
+@contextlib.contextmanager
+def _open_zip(source: str) -> Iterator[IO[bytes]]:
+    """Open the only file of a ZIP archive. The first of several would silently be read for all."""
+    with _open_raw(source) as file, zipfile.ZipFile(file) as archive:
+        # macOS adds files about the others.
+        names = [
+            info.filename
+            for info in archive.infolist()
+            if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+        ]
+        if len(names) != 1:
+            raise ValueError(
+                f"{source}: the archive has {len(names)} files, and only an archive of one file is read. Unpack it, and "
+                "pass the folder or the file of captions."
+            )
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise ValueError(f"{source}: the archive is encrypted; unpack it first")
+        with archive.open(names[0]) as stream:
+            yield stream
+
+
+def _open_raw(source: str) -> Any:
+    if "://" not in source:
+        return Path(source).open("rb")
+    require_extra("download", "fsspec", purpose=f"the source {source}")
+    import fsspec
+
+    return fsspec.open(source, "rb")
 
 
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
@@ -104,7 +137,7 @@ def read_text(path: Path, issues: ParseIssues, number: int) -> str:
     if "\0" in text:
         text = text.replace("\0", "")
         found.note("NUL byte (removed)", number, path.name)
-    # Once for the file, and with its name: the rows of a folder are files.
+    # Note each kind of repair once, with the name of the file: in a folder, each file is one row.
     for kind in found.counts:
         issues.note(kind, number, path.name)
     return text

@@ -65,7 +65,7 @@ _MAX_TRIED_FILES = 20
 _MAX_TRIED_ROWS = 20
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
-_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
+_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy|zip)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
@@ -163,6 +163,7 @@ def _lower_name(source: str) -> str:
 def _format_suffix(source: str) -> str:
     """Return the suffix that identifies the format, ignoring a compression suffix and the query of a URL."""
     name = _lower_name(source)
+    # In a folder, a compressed tar counts as a tar. `_read_any` refuses it with the remedy.
     if _COMPRESSED_TAR.search(name):
         return ".tar"
     return Path(_COMPRESSIONS.sub("", name)).suffix
@@ -178,11 +179,13 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
     if not parts:
         raise ValueError(f"{pattern}: no file matches")
     for part in map(Path, parts):
+        # A pattern may match folders, whose rows name images relative to that folder.
         rows = _read_any(str(part), issues, columns)
         if part.is_dir():
             folder, is_own = part.relative_to(root), True
         else:
             folder = part.parent.relative_to(root)
+            # Look at some rows to find out which folder the names are relative to, and put them back in front.
             first_rows = list(itertools.islice(rows, _MAX_TRIED_ROWS))
             rows = itertools.chain(first_rows, rows)
             is_own = _names_are_own(part, root, first_rows, issues)
@@ -201,7 +204,7 @@ def _names_are_own(
         return True
     if path.parent == root:
         return False  # there is no difference
-    names = []
+    names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
     names = [name for name in names if name and "#" not in name]
@@ -244,6 +247,7 @@ def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> Sour
 
     record = row.record
     if record is not None and folder != Path():
+        # A record names its images in `image` or `images`. Write all of them to `images`.
         images = [move(image) for image in image_names(record)]
         if images:
             others = {key: value for key, value in record.items() if key != "image"}
@@ -257,8 +261,10 @@ def _read_folder(
     """Yield the rows of a folder: a download, or whatever else it contains, if that is one form only."""
     records = find_records(folder)
     if records.is_file() and not sidecar:
+        # A folder of `llava download`: its records describe all that it contains.
         yield from _read_any(str(records), issues, columns)
         return
+    # A folder that `datasets` has saved: other files in it, such as state.json, are no source.
     saved = dataset_folder(folder)
     for path in dataset_files(saved):
         below = saved.relative_to(folder)
@@ -269,6 +275,7 @@ def _read_folder(
     contents = _scan_folder(folder, sidecar)
     forms = _find_forms(folder, contents, columns)
     if sidecar:
+        # The user has decided.
         forms = {_SIDECARS: contents.sidecars}
     if len(forms) > 1:
         _raise_ambiguous_form(folder, contents, forms)

@@ -46,6 +46,8 @@ _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)
 _UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
+# No text contains these; NUL, which lists do contain, is removed before.
+_CONTROL_CHARACTER = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 # Text after a comma that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not match.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
 
@@ -84,6 +86,12 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if not head:
         raise ValueError(f"{source}: empty file")
     all_lines = itertools.chain(head, lines)
+    # Of any file whose suffix is unknown: an Excel sheet, an image, a pickle.
+    if any(_CONTROL_CHARACTER.search(text) for _, text in head):
+        raise ValueError(
+            f"{source}: not a text file. Captions are read from CSV, TSV, JSON, JSON Lines, Parquet, Arrow and tar; save "
+            "a spreadsheet as CSV."
+        )
     pattern = _list_pattern(source, head)
     if pattern is not None:
         yield from _read_list(all_lines, pattern, issues)
@@ -99,7 +107,9 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     layout = _find_layout(source, sample, columns)
     rows = _split(separator, all_lines, issues)
     if layout.has_header:
-        next(rows)
+        number, text, fields = next(rows)
+        if not _known_names(columns).intersection(field.strip().lower() for field in fields):
+            issues.note("first line, unlike all others (taken for a header)", number, text)
     for number, text, fields in rows:
         # Skip the whole line, since it is unknown which field is missing.
         if len(fields) < layout.width:
@@ -465,7 +475,12 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             column = shares.index(max(shares))
             url = column if pattern is URL_PATTERN else -1
             image = -1 if pattern is URL_PATTERN else column
-            return Layout(url, image, caption=1 - column, width=2, has_header=False)
+            # Names of columns in another language: only the first line does not look like the others.
+            names = (first_fields, last_fields)[column]
+            matches = [bool(pattern.search(name)) for name in names]
+            is_unlike_others = len(names) > 2 and not matches[0] and all(matches[1:])
+            has_header = len(first) > 1 and is_unlike_others
+            return Layout(url, image, caption=1 - column, width=2, has_header=has_header)
     raise ValueError(
         f"{source}: no column looks like a URL or an image name, and there is no header that names one. "
         f"Insert a header line, and name its columns with {COLUMN_OPTIONS}. First row: {first}"

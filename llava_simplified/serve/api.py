@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 # Additional seconds after the deadline for a slow client to read its response.
 _READ_GRACE = 5.0
 # A body may take this many seconds, and longer only if it arrives at this rate. Each slow body occupies a place in
-# the queue, so that a few clients that send a byte a second would lock out all others.
+# the queue, so a few clients that send a byte a second would lock out all others.
 BODY_SECONDS = 10.0
 _BODY_RATE = 50_000  # bytes per second
 # Upper bounds of the histograms in seconds.

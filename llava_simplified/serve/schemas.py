@@ -1,7 +1,7 @@
 """Schemas of request bodies, with strict validation.
 
 One rule applies to all fields. A value that requests what the server does anyway, or nothing, is accepted: null
-for any field, an empty list of tools, `"tool_choice": "auto"` without tools. A value that is unknown, out of
+for any field, an empty value of an unknown one, `"tool_choice": "auto"` without tools. A value that is unknown, out of
 range or not supported raises an error that names the field. If it was ignored instead, the client would get a
 result that differs from what it requested.
 """
@@ -44,17 +44,33 @@ _URL_ESCAPES = {
 
 
 class StrictModel(BaseModel):
-    """A model without type coercion, unknown fields, NaN and infinity. A null is a missing field."""
+    """A model without type coercion, unknown fields, NaN and infinity.
+
+    A null is a missing field, and so is an unknown field that asks for nothing.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    # Clients that write all fields of a message or a request send null for those that are not set.
+    # Clients that write all fields of a message or a request send null for those that are not set, or an empty list
+    # such as LiteLLM's `thinking_blocks`.
     @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, fields: object) -> object:
+    def drop_empty_fields(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        known = cls.model_fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if not (value is None if name in known else asks_for_nothing(value))
+        }
+
+
+def asks_for_nothing(value: object) -> bool:
+    """Return whether a value is null, false or empty. An empty object is not: `"web_search_options": {}` turns it on."""
+    if isinstance(value, list):
+        return all(map(asks_for_nothing, value))
+    return value is None or value is False or value == ""
 
 
 # An empty list or object requests nothing.
@@ -70,6 +86,7 @@ class TextPart(StrictModel):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None  # a hint for other servers
 
 
 class ImageURL(StrictModel):
@@ -133,6 +150,7 @@ class ImagePart(StrictModel):
 
     type: Literal["image_url"]
     image_url: ImageURL
+    cache_control: dict[str, Any] | None = None  # a hint for other servers
 
     @field_validator("image_url", mode="before")
     @classmethod
@@ -153,6 +171,8 @@ class ChatMessage(StrictModel):
     refusal: Literal[""] | None = None
     annotations: EmptyList | None = None
     tool_calls: EmptyList | None = None
+    # LiteLLM puts the fields of a message that it does not know into this one: {"refusal": null}.
+    provider_specific_fields: dict[str, Literal[""] | EmptyList | EmptyObject | None] | None = None
 
     @field_validator("content", mode="before")
     @classmethod

@@ -25,18 +25,18 @@ NGram = tuple[str, ...]
 
 FREQUENCIES_FILE = "document_frequencies.json"  # in the output folder of a run
 
-# References come back in every epoch, and each is compared with every sample of its image.
+# Each reference is compared with every sample of its image, in every epoch.
 cached_tokenize = lru_cache(maxsize=100_000)(tokenize)
 
 
 @dataclass
 class DocumentFrequencies:
-    """In the references of how many images does each n-gram occur?
+    """For each n-gram, the number of images whose references contain it.
 
     Attributes:
         num_images: Number of images.
-        counts: Number of images by n-gram. Those of one image are left out: CIDEr counts an n-gram that occurs nowhere
-            as one of one image, too. They are two thirds of all.
+        counts: Number of images by n-gram. N-grams of one image only (two thirds of all) are left out: CIDEr gives
+            an unknown n-gram the same count, 1.
     """
 
     num_images: int
@@ -53,7 +53,7 @@ class DocumentFrequencies:
         num_images = 0
         for group in references:
             num_images += 1
-            # An n-gram counts once per image, in however many references it occurs.
+            # An n-gram counts once per image, even if several references contain it.
             distinct: set[NGram] = set()
             for reference in group:
                 distinct.update(_count_ngrams(tokenize(reference)))
@@ -130,7 +130,7 @@ class CiderScorer:
             for product, norm, other_norm in zip(products, norms, other_norms):
                 if norm > 0 and other_norm > 0:
                     cosines += product / (norm * other_norm)
-            # The server measures lengths in bigrams.
+            # The COCO caption server measures lengths in bigrams.
             difference = _num_bigrams(counts) - _num_bigrams(other_counts)
             penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
             total += penalty * cosines / MAX_ORDER

@@ -10,7 +10,7 @@ import torch
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.evaluation.clip_metrics import CLIP_SCORE_WEIGHT, ClipEmbedder
 
-# Images come back in every epoch. Of 100,000 images, the embeddings take about 200 MB.
+# Each image is needed again in every epoch. The embeddings of 100,000 images take about 200 MB.
 MAX_CACHED_IMAGES = 100_000
 
 
@@ -43,7 +43,7 @@ class ClipReward:
             ValueError: A record has no image, or it cannot be read.
         """
         image_embeddings = self._embed_images(ids, images)
-        # The samples of an image repeat.
+        # Samples of an image are often equal. Embed each text once.
         texts = list(dict.fromkeys(captions))
         row_of_text = {text: row for row, text in enumerate(texts)}
         text_embeddings = self._embedder.embed_texts(texts)
@@ -62,7 +62,7 @@ class ClipReward:
             files = [_read_image(path, record_id) for path, record_id in missing.items()]
             self._images.update(zip(missing, self._embedder.embed_images(files)))
         result = torch.stack([self._images[image] for image in images])
-        # The oldest leave first.
+        # Remove the oldest embeddings.
         for image in list(self._images)[: max(len(self._images) - MAX_CACHED_IMAGES, 0)]:
             del self._images[image]
         return result

@@ -56,13 +56,15 @@ def plan_cluster(
         rates.save(own.rates)
     else:
         rates = read_rates(own.rates)
+    # Without --tflops, the cluster has devices like the one that was measured.
     device_flops = None if own.tflops is None else own.tflops * 1e12 * own.mfu
     cluster = Cluster(
         machines=own.cluster,
         cores=own.cores,
         devices=own.devices,
+        # Networks are specified in bits per second, files in bytes.
         egress=own.egress * 1e9 / BITS_PER_BYTE,
-        endpoints=own.endpoints or own.cluster,
+        endpoints=own.num_endpoints or own.cluster,
         device_flops_per_second=device_flops,
     )
     works = []
@@ -104,6 +106,7 @@ def count_tower_flops(tower: VisionTower) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker, torch.no_grad():
         weights = {}
         for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
+            # The weights are fake as well. Operations count the same for any values.
             weights[name] = torch.empty_like(tensor, device="cpu")
         functional_call(tower, weights, (pixels,))
     return tracker.flops

@@ -1,4 +1,4 @@
-"""Estimate how long the whole recipe takes on a cluster, for `llava plan --cluster`, with the arithmetic.
+"""Estimate how long the whole recipe takes on a cluster, and show the arithmetic: `llava plan --cluster`.
 
 Each step is bound by one or several resources. Every bound is a product of an amount of work and a rate,
 and both are printed, so that a reader can check each line with a calculator:
@@ -85,7 +85,9 @@ def read_rates(path: Path) -> Rates:
         raise ValueError(f"--rates {path}: expected an object of {sorted(names)}. {advice}")
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise ValueError(f"--rates {path}: {name} must be a number from 0, not {value!r}.")
+            raise ValueError(
+                f"--rates {path}: {name} must be a number of at least 0, not {value!r}."
+            )
     return Rates(**values)
 
 
@@ -149,6 +151,7 @@ class Bound(NamedTuple):
 
 def compute_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
     """Return the bounds of all steps, in the order of the steps."""
+    # Each step passes on only a part of its rows: not every URL is an image, and not every image is usable.
     images = work.urls * rates.downloaded_share
     records = images * rates.usable_share
     bounds = _download_bounds(work, rates, cluster)
@@ -161,8 +164,10 @@ def compute_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
 
 def _download_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
     machines = cluster.machines
+    # Three resources can limit a download: the network of the machines, their CPUs (decoding and checking images), and
+    # the host that most URLs point to, which accepts only a few connections from each machine.
     urls = f"{work.urls:,} URLs"
-    # A machine has its own connections to a host.
+    # Each machine opens its own connections to a host.
     per_host = FetchOptions.per_host
     host_seconds = work.urls * rates.largest_host_share * rates.request_seconds
     return [
@@ -203,6 +208,7 @@ def _clean_bound(images: float, rates: Rates, cluster: Cluster) -> Bound:
 
 def _device_bounds(records: float, work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
     """Return the bounds of encoding and training."""
+    # The speed of devices of another kind replaces both measured speeds.
     devices = cluster.machines * cluster.devices
     encode_speed = cluster.device_flops_per_second or rates.encode_flops_per_second
     train_speed = cluster.device_flops_per_second or rates.train_flops_per_second
@@ -253,6 +259,7 @@ def describe_cluster_plan(works: Sequence[Work], rates: Rates, cluster: Cluster)
         for bound in bounds:
             longest[bound.step] = max(longest.get(bound.step, 0.0), bound.seconds)
         for bound in bounds:
+            # The slowest resource determines how long a step takes.
             mark = "*" if bound.seconds == longest[bound.step] else " "
             duration = _in_units(bound.seconds, _TIME_UNITS)
             lines.append(

@@ -4,7 +4,7 @@
                                                         +-----llava caption --endpoint----> captions
 
 Each command runs twice, on a quarter of the sample and on all of it. What a command costs per row is the
-difference of the two runs divided by the difference of their rows, so that its start-up does not count:
+difference of the two runs divided by the difference of their rows, so its start-up does not count:
 
     seconds
        |            x  all rows
@@ -92,11 +92,12 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
     """
     if sys.platform == "win32":
         raise ValueError(
-            "--measure is not available on Windows: it reports no CPU time of children."
+            "--measure is not available on Windows, which does not report the CPU time of child processes."
         )
     with tempfile.TemporaryDirectory(prefix="llava_plan_") as temporary:
         root = Path(temporary)
         samples, download, clean = [], [], []
+        # The two samples overlap: both begin at the first URL. Each is downloaded into a folder of its own.
         for name, rows in (("quarter", workload.rows // 4), ("all", workload.rows)):
             folder = root / name
             download.append(_download(workload, folder / "images", rows))
@@ -108,6 +109,7 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
                 f"--measure {workload.source}: {workload.rows} URLs have given {whole.num_records} "
                 "usable images, which is too few. Raise --measure-rows."
             )
+        # Shares and means are those of the whole sample; only times are computed from the difference of the two.
         manifest = _read_manifest(whole.images)
         hosts = Counter(host_of(url) for url in manifest["url"])
         encode = [_encode(workload, root / name, root / "features") for name in ("quarter", "all")]
@@ -127,6 +129,7 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
             largest_host_share=max(hosts.values()) / whole.num_urls,
             clean_core_seconds=_per_row([cost.core_seconds for cost in clean], images),
             usable_share=whole.num_records / whole.num_images,
+            # The time per image becomes a speed, so that the plan holds for other vision towers, too.
             encode_flops_per_second=workload.encode_flops / encode_seconds,
             train_flops_per_second=_train(workload, root / "all", root / "output"),
             tokens_per_caption=captions[0],
@@ -136,11 +139,12 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
 
 def _per_row(values: Sequence[float], rows: Sequence[int]) -> float:
     """Return the slope between two runs, or the mean of the larger one if noise hides the slope."""
+    # Both runs have the same start-up, which the difference cancels.
     slope = (values[1] - values[0]) / (rows[1] - rows[0])
     mean = values[1] / rows[1]
     if slope <= 0:
         logger.warning(
-            "A run of %d rows was not slower than one of %d: its start-up is counted. Raise --measure-rows.",
+            "A run of %d rows was not slower than one of %d: the rate includes the start-up. Raise --measure-rows.",
             rows[1],
             rows[0],
         )
@@ -165,6 +169,7 @@ def _run(*words: str) -> Cost:
     """
     logger.info("llava %s", quote_words(words))
     command = [sys.executable, "-m", "llava_simplified.cli", *words]
+    # Count the CPU time of the command and of its worker processes: `children_user` includes children of children.
     before = os.times()
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -195,7 +200,7 @@ def _data_options(folder: Path) -> list[str]:
 
 
 def _encode(workload: Workload, folder: Path, features: Path) -> Cost:
-    # Each sample has its own cache: an image that is there already would not be encoded again.
+    # Use one cache for each sample: an image that is in a cache already would not be encoded again.
     words = [*workload.training_options, *_data_options(folder)]
     words += ["--output_dir", str(folder / "encode"), "--cache_vision_features", "disk"]
     return _run("encode", *words, "--feature_cache_dir", str(features / folder.name))
@@ -207,6 +212,7 @@ def _train(workload: Workload, folder: Path, output: Path) -> float:
     The features are cached beforehand, as in the plan: the vision tower is not part of a step.
     """
     words = [*workload.training_options, *_data_options(folder), "--output_dir", str(output)]
+    # No checkpoints and no preflight, which would take longer than the steps.
     words += ["--max_steps", str(TRAIN_STEPS), "--logging_steps", "1", "--save_strategy", "no"]
     words += ["--preflight", "false", "--cache_vision_features", "memory"]
     _run("train", *words)
@@ -232,6 +238,7 @@ def _caption(
         texts = [row["pred_output"] for row in rows if row.get("pred_output")]
     if not texts:
         raise ValueError("--endpoint: it has not returned a single caption.")
+    # An endpoint answers several requests at a time, so this is a rate of all of them, not the duration of a request.
     seconds_per_image = _per_row(seconds, [sample.num_records for sample in samples])
     tokens = sum(count_tokens(text) for text in texts) / len(texts)
     return tokens, tokens / seconds_per_image

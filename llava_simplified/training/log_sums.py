@@ -26,7 +26,7 @@ class LogSums:
         return bool(self._sums)
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Add a value; a scalar tensor stays on its device, since reading it would wait."""
+        """Add a value; a scalar tensor stays on its device, since reading it would wait for the device."""
         total = self._sums.get(name, torch.zeros(()))
         if isinstance(value, torch.Tensor):
             value = value.detach().float()

@@ -1,11 +1,11 @@
-"""A reward function of one's own, `--reward module:function`, in worker processes.
+"""A reward function of the user, `--reward module:function`, called in worker processes.
 
     training process                      worker processes
     captions of a step --+-- part 0 -->   module.function(image paths, references, captions)
                          +-- part 1 -->   ...
     rewards           <--+--------------  numbers, or the error and the record that it belongs to
 
-A function that hangs or crashes would otherwise take the training with it, with no hint at the record.
+Called in the training process, a function that hangs or crashes would end the training without naming the record.
 """
 
 from __future__ import annotations
@@ -32,6 +32,16 @@ class Part(NamedTuple):
     images: list[str]
     references: list[list[str]]
     captions: list[str]
+
+    def rows(self, start: int, end: int) -> Part:
+        """Return a part of these captions."""
+        return Part(
+            self.name,
+            self.ids[start:end],
+            self.images[start:end],
+            self.references[start:end],
+            self.captions[start:end],
+        )
 
 
 class OwnReward:
@@ -72,19 +82,19 @@ class OwnReward:
         Raises:
             ValueError: The function fails, returns something else than a number per caption, or takes too long.
         """
-        columns = (list(ids), list(images), list(map(list, references)), list(captions))
+        groups = [list(group) for group in references]
+        whole = Part(self._name, list(ids), list(images), groups, list(captions))
         if not self._workers:
-            return call_function(Part(self._name, *columns))
+            return call_function(whole)
+        # Give each worker one part of consecutive captions.
         size = -(-len(captions) // self._workers)  # rounded up
-        parts = []
-        for start in range(0, len(captions), size):
-            end = start + size
-            parts.append(Part(self._name, *(column[start:end] for column in columns)))
-        return self._call_in_workers(parts)
+        starts = range(0, len(captions), size)
+        return self._call_in_workers([whole.rows(start, start + size) for start in starts])
 
     def _call_in_workers(self, parts: Sequence[Part]) -> list[float]:
         if self._backend is None:
             self._backend = LocalBackend(call_function, self._workers, 1)
+            # End the workers when this object is deleted, or at the latest when the process ends.
             weakref.finalize(self, self._backend.close)
         running = {self._backend.submit(part): number for number, part in enumerate(parts)}
         results: list[list[float]] = [[] for _ in parts]
@@ -92,6 +102,7 @@ class OwnReward:
         while running:
             finished = self._backend.wait(list(running), max(deadline - time.monotonic(), 0))
             if not finished:
+                # A worker cannot be interrupted in the middle of a call, so end all of them.
                 late = [parts[number] for number in running.values()]
                 self._stop()
                 raise ValueError(
@@ -131,10 +142,10 @@ def call_function(part: Part) -> list[float]:
     except Exception as error:  # whatever a user's function raises
         if len(part.captions) == 1:
             raise _describe(part, error) from error
-        # One by one: the call that fails names its record.
-        for row in zip(*part[1:]):
-            call_function(Part(part.name, *([value] for value in row)))
-        # It fails only with all of them together.
+        # Call it for one caption at a time: the call that fails names its record.
+        for row in range(len(part.captions)):
+            call_function(part.rows(row, row + 1))
+        # Each caption alone is scored: the function fails only with all of them together.
         raise _describe(part, error) from error
 
 
@@ -163,6 +174,7 @@ def import_function(name: str) -> RewardFunction:
     Raises:
         ValueError: There is no such module, or no such function in it.
     """
+    # The current folder is not searched by installed commands, but that is where a user's module is.
     module_name, _, function_name = name.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:

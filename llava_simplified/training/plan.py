@@ -26,20 +26,20 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 from llava_simplified.training.build_trainer import (
     build_dataset,
     check_options,
-    record_problem,
     set_trainable,
 )
 from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.policy_trainer import kl_coefficient
+from llava_simplified.training.preference_pairs import record_problem
 from llava_simplified.training.resume import find_resume_folder
 from llava_simplified.training.rollouts import PromptExample, branch_examples
 
 # Number of records whose tokens are counted: one half evenly spread over the data, the other half
 # those with the longest texts.
 SAMPLED_RECORDS = 2000
-# A batch of samples is finished with its longest one: about twice the mean length.
+# A batch of samples is finished when its longest sample is, which has about twice the mean length.
 LONGEST_SAMPLE = 2
 # Used without --train_data_path: captions are assumed to be as long as those of Conceptual Captions.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
@@ -201,6 +201,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
 
     # Compute the mean over the evenly spread records only: the longest ones would distort it.
     mean_answer = _mean_answer(model, spread, data, args)
+    # Assume that samples are as long as responses on average, and reach the limit in the largest batch.
     expected = min(math.ceil(mean_answer), args.sample_max_tokens)
     spread_lengths = _example_lengths(model, spread, data, args, expected)
     all_lengths = _example_lengths(model, [*spread, *longest], data, args, args.sample_max_tokens)
@@ -251,6 +252,7 @@ def _example_lengths(
         example = dataset.tokenize(*dataset.locate(index))
         rows = [example]
         if isinstance(example, PromptExample):
+            # The token ids of the samples do not matter, only how many there are.
             samples = [[0] * sampled] * args.num_samples
             rows = branch_examples(
                 example, [*samples, *example.reference_answers], data.share_prefix
@@ -387,7 +389,9 @@ def measure_step(
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 flops = functional_call(with_model, fake_weights, (train,))
                 with torch.no_grad():
+                    # `tracker.flops` is a running total: subtract the first pass below.
                     all_flops = functional_call(with_model, fake_weights, (predict,))
+        # Only objectives that sample captions need a KV cache in training.
         cache = 0
         if args.objective not in ("sft", "dpo"):
             with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

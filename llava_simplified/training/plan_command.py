@@ -98,7 +98,7 @@ def add_cluster_options(parser: CommandParser) -> None:
         help="Gbit/s that each machine receives from the internet (default: %(default)s)",
     )
     group.add_argument(
-        "--endpoints",
+        "--num-endpoints",
         type=int,
         default=0,
         help="Number of endpoints that generate captions (default: one per machine)",
@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava plan`."""
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
+    # Two parsers read the command line: this one takes its own options, and leaves the others to the parser of
+    # `llava train`.
     machine_parser = CommandParser("llava plan", "Estimate a training run.")
     add_machine_options(machine_parser)
     add_cluster_options(machine_parser)
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     tflops = own.tflops
     if tflops is None:
         tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
+    # Measure the memory only if captions are sampled. Training is limited by arithmetic instead.
     bandwidth = own.bandwidth
     if bandwidth is None and plan.sampling is not None:
         bandwidth = measure_bandwidth(args.device) / 1e9
@@ -177,11 +180,12 @@ def check_cluster_options(own: argparse.Namespace) -> None:
         "--devices": own.devices,
         "--egress": own.egress,
         "--urls": min(own.urls),
-        "--endpoints": own.endpoints or 1,
+        "--num-endpoints": own.num_endpoints or 1,
     }
     for option, count in counts.items():
         if not count > 0:
             raise ValueError(f"{option} must be above 0, not {count}.")
+    # A quarter of the sample must have some rows, too.
     if own.measure_rows < 8:
         raise ValueError(f"--measure-rows must be at least 8, not {own.measure_rows}.")
     if bool(own.endpoint) != bool(own.model):
@@ -216,8 +220,10 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
+        # Take the best of several: the first ones allocate memory, or find the clock of the device low.
         product = matrix @ matrix
         float(product[0, 0])  # wait until the device has finished
+        # A product of two n x n matrices takes n multiplications and n additions for each of its n^2 elements.
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
@@ -230,6 +236,7 @@ def measure_bandwidth(device: torch.device) -> float:
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
+        # A sum reads every value once, and computes almost nothing.
         float(values.sum())  # waits until the device has finished
         best = max(best, values.nbytes / (time.perf_counter() - start))
     return best
@@ -257,9 +264,11 @@ def describe_plan(
 
     gigabyte = 1e9
     total_flops = plan.flops * plan.samples
+    # Each device computes its share of the samples, at the fraction `mfu` of its peak.
     seconds = total_flops / (tflops * 1e12 * mfu * devices)
     decoding = 0.0
     if plan.sampling is not None and bandwidth is not None:
+        # A decoding step takes as long as reading the weights and the cache.
         decoding = plan.sampling.steps * plan.sampling.bytes_per_step / (bandwidth * gigabyte)
     if plan.steps:
         run = f"the run           {plan.steps:,} steps, "

@@ -125,6 +125,7 @@ class PolicyTrainer(LlavaTrainer):
         answers = sample_answers(model, examples, features, options, self.state.global_step)
         rewards = self._rewards_of(examples, answers)
         if args.objective == "scst":
+            # The baseline of SCST is the reward of the greedy caption.
             greedy_options = GenerationOptions(
                 max_new_tokens=args.sample_max_tokens, seed=args.seed
             )

@@ -67,10 +67,13 @@ class PreferenceTrainer(LlavaTrainer):
 
         # (pairs, 2): how much likelier each answer has become, in nats; chosen first.
         gains = sums_by_length(outputs.log_probs - reference_log_probs, lengths).view(-1, 2)
+        # The loss depends on the difference only: it also falls if both answers become less likely, the rejected
+        # one more so.
         margins = gains[:, 0] - gains[:, 1]
         beta = self.args.dpo_beta
         loss = dpo_losses(margins, beta, self.args.dpo_label_smoothing).sum()
         if self.args.sft_weight:
+            # Average over the tokens of each answer, so that long answers do not count more than short ones.
             mean_log_probs = sums_by_length(outputs.log_probs, lengths) / lengths
             loss = loss - self.args.sft_weight * mean_log_probs.view(-1, 2)[:, 0].sum()
         self._count(beta * gains.detach())

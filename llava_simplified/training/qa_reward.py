@@ -63,8 +63,8 @@ class QaReward:
         endpoint: The server.
         tries: How often each question is asked, with its options in another order: models prefer some letters.
         seed: Seed of the orders.
-        counts: Is increased by the number of "questions" that were asked, and of those "questions_unanswered": the
-            model refused, or its answer had no letter. They count as wrong.
+        counts: Counter to update: "questions" that were asked, and "questions_unanswered" among them, where the
+            model refused or its answer had no letter. These count as wrong.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class QaReward:
                 raise ValueError(
                     f"--reward qa: {record_id} has no questions; add them with the key 'multiple_choice'."
                 )
+            # One task for each question and order of its options. All tasks of the step are sent together.
             for number, question in enumerate(group):
                 for attempt in range(self._tries):
                     order = self._shuffle(record_id, number, attempt, len(question.options))
@@ -119,12 +120,14 @@ class QaReward:
         also the same in a resumed run.
         """
         key = f"{self._seed}|{record_id}|{number}|{attempt}"
+        # Seed a generator with a hash of the key. `hash()` would differ between processes.
         order = list(range(count))
         random.Random(hashlib.sha256(key.encode()).digest()).shuffle(order)
         return order
 
     async def _ask_all(self, tasks: Sequence[Task]) -> list[bool]:
         async with EndpointClient(self._endpoint, self._options) as client:
+            # The client limits the number of requests in flight. After an error, the others are cancelled.
             running = [asyncio.ensure_future(self._ask(client, task)) for task in tasks]
             try:
                 return await asyncio.gather(*running)
@@ -133,23 +136,25 @@ class QaReward:
                     future.cancel()
 
     async def _ask(self, client: EndpointClient, task: Task) -> bool:
-        """Return whether the model answers rightly."""
+        """Return whether the model answers correctly."""
         lines = []
-        for letter, option in zip(ascii_uppercase, task.order):
-            lines.append(f"{letter}. {task.question.options[option]}")
+        for shown_letter, option in zip(ascii_uppercase, task.order):
+            lines.append(f"{shown_letter}. {task.question.options[option]}")
         text = PROMPT.format(
             caption=task.caption, question=task.question.text, options="\n".join(lines)
         )
         try:
             choices = await client.complete([{"role": "user", "content": text}])
         except RecordError as error:
-            # A server that fails says nothing about the caption. A model that refuses does: it was not enough.
+            # A failure of the server says nothing about the caption. A refusal of the model says that it does not
+            # suffice.
             if error.kind in SERVER_FAILURES or error.kind == "rejected":
                 raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
             self._counts["questions_unanswered"] += 1
             return False
         except EndpointError as error:
             raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
+        # The options were shuffled: the letter is the position at which the right one was shown.
         right_letter = ascii_uppercase[task.order.index(task.question.answer)]
         letter = find_letter(choices[0].text, len(lines))
         if letter is None:
@@ -169,6 +174,6 @@ def find_letter(text: str, count: int) -> str | None:
     found = [letter for letter in _LETTER.findall(text) if letter in letters]
     if not found:
         return None
-    # "A" can be a word: at the beginning of an answer it is the letter, elsewhere the last one is.
+    # "A" can be a word. A letter at the beginning is the answer; otherwise the last letter is.
     first = text.lstrip("([{*\"' ")
     return first[0] if _LETTER.match(first) and first[0] in letters else found[-1]

@@ -8,7 +8,7 @@
     length     1 for a caption as long as a reference in words, 0 for twice as long and for an empty one
     clipscore  how well the caption fits the image, by the CLIP model of `--reward_clip`
     qa         the share of the record's questions that a language model on a server, `--reward_endpoint`,
-               answers rightly from the caption alone
+               answers correctly from the caption alone
 
     my_module:my_function    a function of your own: (image paths, references, captions) -> numbers
 
@@ -56,7 +56,7 @@ class RewardOptions:
     """What single rewards need; see the options of the same names, `--reward_...`.
 
     Attributes:
-        workers: Worker processes of one's own function.
+        workers: Worker processes for a function of the user.
         timeout: Maximum duration of its calls, and of a request to the server, in seconds.
         clip: Folder of a CLIP model.
         device: Where it runs.
@@ -214,6 +214,7 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
         ("qa", "--reward_endpoint", options.endpoint, "the URL of a server with OpenAI's API"),
         ("qa", "--reward_endpoint_model", options.endpoint_model, "the name of its model"),
     )
+    # Refuse a missing option, and an option that would be ignored.
     for name, option, value, meaning in needs:
         if name in names and not value:
             raise ValueError(f"--reward {name} requires {option}: {meaning}.")
@@ -255,6 +256,7 @@ def _frequencies(
 ) -> DocumentFrequencies:
     """Read the document frequencies that the run has stored; else count and store them."""
     path = options.frequencies_file
+    # A resumed run must score as before, and need not count again.
     stored = DocumentFrequencies.load(path, options.data_digest) if path else None
     if stored is not None:
         return stored

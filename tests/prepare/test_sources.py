@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -514,6 +515,33 @@ def test_read_source_names_a_torn_file(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.json"])
+def test_read_source_reads_an_archive_of_one_file_only(tmp_path: Path, name: str) -> None:
+    """The first of several files must not stand for all."""
+    text = "image,caption\n1.jpg,a cat\n"
+    if name == "x.json":
+        text = json.dumps([{"image": "1.jpg", "caption": "a cat"}])
+    path = tmp_path / f"{name}.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"data/{name}", text)
+        archive.writestr(f"__MACOSX/data/._{name}", "about the file")
+    assert read_captions(path) == [("1.jpg", "a cat")]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more.csv", text)
+    with pytest.raises(ValueError, match=r"\.zip: .*2 files"):
+        read(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"\.zip: cannot be read"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["x.xlsx", "x.pkl", "x.jpg"])
+def test_read_source_says_that_a_file_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04\x14\x00\x06\x00image,caption\n\xff\xd8")
+    with pytest.raises(ValueError, match=f"{name}: not a text file.*CSV"):
+        read(tmp_path / name)
+
+
 # ---- lists without captions ----
 
 URL_CHARACTERS = st.sampled_from("ab1,;=&?/.%_-")
@@ -617,6 +645,19 @@ def test_read_source_keeps_the_commas_of_a_url_in_a_table(tmp_path: Path, header
 def test_read_source_reads_csv_with_semicolons(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.csv").write_text(text)
     assert read_captions(tmp_path / "x.csv") == [("1.jpg", "a cat, a dog"), ("2.jpg", "a; b")]
+
+
+@pytest.mark.parametrize("name", ["1.jpg", U])
+def test_read_source_takes_names_of_columns_in_any_language_for_a_header(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "x.csv").write_text(f"Bild;Beschreibung\n{name};eine Katze\n{name};ein Hund\n")
+    rows, issues = read(tmp_path / "x.csv")
+    assert [row.image or row.url for row in rows] == [name, name]
+    assert sum(issues.counts.values()) == 1, "and says so"
+    # A line among others that lacks its name is no header.
+    (tmp_path / "x.csv").write_text(f"{name};a\nBild;b\n{name};c\n")
+    assert len(read(tmp_path / "x.csv")[0]) == 3
 
 
 def test_read_source_keeps_semicolons_in_captions_of_a_csv_with_commas(tmp_path: Path) -> None:

@@ -388,6 +388,40 @@ def test_own_answer_can_be_sent_back(server: LiveServer, model: Llava) -> None:
         assert completion.choices[0].message.content == expected
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"provider_specific_fields": {"refusal": None, "citations": []}, "function_call": None},
+        {"provider_specific_fields": {}, "thinking_blocks": [], "images": [], "audio": None},
+        {"reasoning_content": "", "reasoning": None, "prefix": False, "name": None},
+    ],
+)
+def test_message_of_other_clients_can_be_sent_back(fields: dict[str, Any]) -> None:
+    message = ChatMessage.model_validate({"role": "assistant", "content": "Hi", **fields})
+    assert message.to_message("") == Message("assistant", "Hi")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"provider_specific_fields": {"refusal": "No."}},
+        {"reasoning_content": "Because."},
+        {"prefix": True},
+        {"thinking_blocks": [{"type": "thinking"}]},
+        {"images": [{}]},
+    ],
+)
+def test_message_with_unknown_contents_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        ChatMessage.model_validate({"role": "assistant", "content": "Hi", **fields})
+
+
+def test_part_with_a_hint_for_caching_is_accepted() -> None:
+    part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    message = ChatMessage.model_validate({"role": "user", "content": [part]})
+    assert message.to_message("") == Message("user", "Hi")
+
+
 def test_message_with_tool_calls_is_refused(server: LiveServer) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     for field, value in [("tool_calls", [call]), ("refusal", "No."), ("audio", {"id": "1"})]:

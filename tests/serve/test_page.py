@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shutil
 import signal
 import threading
@@ -300,8 +299,6 @@ def test_veil_of_a_padded_image_shows_the_patches_of_the_image(
         page.locator(".word").first.hover()
         page.locator("#veil").wait_for()
         alpha = veil_alpha(page)
-        if "LLAVA_SCREENSHOT" in os.environ:
-            page.screenshot(path=os.environ["LLAVA_SCREENSHOT"])
         grid = attention_map(model, model.instruction, [photo], words(page))[0, 0]
     assert grid.shape == (4, 4)
     light = (grid - grid.min()) / (grid.max() - grid.min())
