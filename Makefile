@@ -74,7 +74,7 @@ one-file: $(CORE)
 site: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# all tests, in at most five minutes on two cores. Coverage (lines and branches) under 92 % is a failure
+# all tests; the aim is five minutes on two idle cores. Coverage (lines and branches) under 92 % is a failure
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
 
