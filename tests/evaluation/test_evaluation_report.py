@@ -228,6 +228,7 @@ def test_read_training_log_handles_resumed_and_killed_runs(tmp_path: Path) -> No
         "training": [(10, 3.0), (20, 1.5)],
         "validation": [(20, 2.5)],
         "CIDEr-D": [(20, 0.5)],
+        "reward": [],
     }
 
 
