@@ -179,7 +179,7 @@ def test_equal_captions_trained_once_equal_plain_reinforce(
     long, short = [*answers[0], *answers[1]], answers[1][0]
     groups = [
         [short] * 4,
-        [long[0], long[0], *long[1:3], *long[4:]],
+        [long[0], long[0], long[1] * 2, long[2], *long[4:]],
         [long[2], short, short, long[2]],
     ]
     weights = [[0.1, 0.2, -0.4, 0.3], [0.5, -1.0, 0.25, 0.75, -0.2, 0.4], [1.0, -0.5, -0.5, 0.1]]
