@@ -326,8 +326,8 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
         image = _open_image(file, max_pixels)
         longer = max(image.size)
         if longer <= max_side and _is_plain(image):
-            # Not `data`: metadata that must be removed for our decoder may stop others too.
-            if image.format == "PNG":  # decoded already
+            # Return `file`, not `data`: if metadata had to be removed for our decoder, others may fail on it too.
+            if image.format == "PNG":  # `_is_plain` has decoded it.
                 return EncodedImage(file, "png", *image.size)
             return check_image(file, max_pixels)
         scale = min(1.0, max_side / longer)

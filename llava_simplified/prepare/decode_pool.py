@@ -165,7 +165,7 @@ class DecodePool:
         self._timer = self._loop.call_later(interval, self._give_up_slow_jobs)
 
     def _give_up_slow_jobs(self) -> None:
-        """End the waiting of callers whose images take too long, and replace the threads."""
+        """Raise TimeoutError in the callers whose images take too long, and replace the threads."""
         now = time.monotonic()
         slow = []
         with self._lock:

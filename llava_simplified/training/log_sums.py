@@ -1,4 +1,4 @@
-"""Sums of what happens between two log entries, over all micro-batches and processes."""
+"""Sums of logged values between two log entries, over all micro-batches and processes."""
 
 from __future__ import annotations
 
