@@ -266,7 +266,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
         else:
             with _decoder_errors(image.format):
                 image.load()
-                # Conversions depend on the mode and the palette, not on the values of pixels.
+                # Try the conversion on one pixel: whether it succeeds depends on the mode and the palette only.
                 _to_rgb(image.crop((0, 0, 1, 1)))
         width, height = image.size
         if _read_orientation(image) in _TRANSPOSED_ORIENTATIONS:

@@ -164,7 +164,7 @@ class Demo:
 
 
 class FinishedSteps:
-    """Remembers which commands have finished, so that a second demo skips them.
+    """Records which commands have finished, so that a second demo skips them.
 
     A command counts as finished only if its arguments and those of all commands before it are the same.
 
@@ -190,13 +190,13 @@ class FinishedSteps:
         return len(self.finished) >= index and self.finished[index - 1] == list(argv)
 
     def start(self, index: int, argv: Sequence[str]) -> None:
-        """Remember that command `index` was started. Forget it and all later ones, which depend on its output."""
+        """Record the start of command `index`. It and all later commands, which depend on its output, become unfinished."""
         self.finished = self.finished[: index - 1]
         self.started = list(argv)
         self._save()
 
     def add(self, index: int, argv: Sequence[str]) -> None:
-        """Remember that command `index` has finished."""
+        """Record that command `index` has finished."""
         self.finished = [*self.finished[: index - 1], list(argv)]
         self._save()
 

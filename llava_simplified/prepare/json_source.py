@@ -251,13 +251,13 @@ class _JsonReader:
         return bool(self._early)
 
     def read_early_annotations(self, annotations: Iterable[Any]) -> Iterator[SourceRow]:
-        """Yield the rows of the annotations that precede their images, when all images are known.
+        """Yield the rows of the annotations that precede their images in the file. Call this when all images are known.
 
         Args:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        position = 0  # in `_early`
+        position = 0  # of the next entry of `_early`, which has the indices of these annotations
         for number, annotation in enumerate(objects):
             if position == len(self._early):
                 return

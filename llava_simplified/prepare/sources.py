@@ -198,17 +198,18 @@ def _names_are_own(
 ) -> bool:
     """Return whether a file names images relative to its own folder, and not to `root`.
 
-    Metadata do so. Other files do if one of their first images is found there; otherwise, a note says what is assumed.
+    Metadata files always do. Other files do if one of their first images exists in their folder. Otherwise, names are
+    taken to be relative to `root`, which is noted as an issue.
     """
     if path.name in _METADATA_NAMES:
         return True
     if path.parent == root:
-        return False  # there is no difference
+        return False  # Both folders are the same.
     names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
     names = [name for name in names if name and "#" not in name]
-    # A name may be too long, or no name at all.
+    # Looking for a file fails if its name is too long or contains a null character.
     with suppress(OSError, ValueError):
         if any((path.parent / name).is_file() for name in names):
             return True
