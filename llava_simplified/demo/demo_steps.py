@@ -118,7 +118,7 @@ class Demo:
         return 0
 
     def _resume_options(self, step: Step, started: Sequence[str]) -> list[str]:
-        """Return the options that continue a training run; delete what runs with other settings have left.
+        """Return the options that resume a training run. Delete the files of runs with other settings.
 
         Args:
             step: A command that has not finished.
@@ -129,7 +129,7 @@ class Demo:
         # Delete unfinished captions of the model that this run replaces.
         for part in self.output.glob("*.part*"):
             part.unlink()
-        # Continue only with the same arguments: other settings require a new run.
+        # Resume only with the same arguments: other settings require a new run.
         if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)

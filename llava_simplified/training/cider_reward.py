@@ -76,7 +76,7 @@ class DocumentFrequencies:
 
     @classmethod
     def load(cls, path: Path, data_digest: str) -> DocumentFrequencies | None:
-        """Read the frequencies that `save` has written; None without a file, or if its records are others."""
+        """Read the frequencies that `save` has written; None if there are none for these records."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["data"] != data_digest:
