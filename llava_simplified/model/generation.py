@@ -252,7 +252,7 @@ class DecodingBatch:
         return generated
 
     def _is_complete(self, sequence_id: int) -> bool:
-        """Return whether a sequence ends without an end token: it has all its tokens, or repeats itself."""
+        """Return whether a sequence ends without an end token, because it reached its limit or repeats itself."""
         ids = self.generated_ids[sequence_id]
         options = self._options[sequence_id]
         num_generated = len(ids) - self._num_forced[sequence_id]

@@ -166,6 +166,6 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         setattr(parent, name, Int8Linear(linear))
         # The weights are mapped from a file, whose pages otherwise stay in memory until no weight of the file is used.
         release_pages(linear.weight.data_ptr(), linear.weight.nbytes)
-    # Restore the threshold: the largest of glibc, which its automatic adjustment would have reached by now.
+    # The first call has turned off glibc's automatic adjustment. Set the largest threshold that it would choose.
     tune_malloc(_DEFAULT_RETURNED_BLOCK_BYTES)
     return count

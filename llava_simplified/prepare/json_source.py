@@ -292,7 +292,7 @@ class _JsonReader:
             yield SourceRow(number, "", url, (caption,))
 
     def _refuse_unknown_form(self) -> None:
-        """Raise the error for a file that has rows of no form, but other content."""
+        """Raise an error if the file has no rows in any of the forms, but other keys."""
         if self._number >= 0 or self._number_of or not self._ignored:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
