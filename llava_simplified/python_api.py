@@ -95,7 +95,7 @@ def evaluate(
     if isinstance(references, (str, Path)):
         captions_by_image = read_references(Path(references))
     elif references is not None:
-        # A key may be a name, or what the id of a COCO file is: the name without its suffix.
+        # A key may be the name of an image with or without its suffix. The latter is looked up like an id of COCO.
         captions_by_image = References(references, by_id=references)
     if isinstance(train_captions, (str, Path)):
         train_captions = read_train_captions(Path(train_captions))

@@ -172,8 +172,8 @@ def pad_sequences(
 def find_image_positions(input_ids: torch.Tensor) -> torch.Tensor:
     """Return the indices of the image placeholders in the flattened token ids.
 
-    Call it where the token ids are made, on the host: the number of placeholders is unknown to the host if the ids are on a
-    GPU, so it would have to wait for it.
+    Call it on the host, before the token ids are copied to a GPU. The size of the result depends on the values of the ids, so
+    the host would have to wait for the GPU.
 
     Args:
         input_ids: int64 (batch, length).

@@ -58,7 +58,7 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Return the advantages of group relative policy optimization: rewards in standard deviations.
+    """Return the advantages of group relative policy optimization: rewards relative to their mean, in standard deviations.
 
     Args:
         rewards: (images, samples), at least two samples.

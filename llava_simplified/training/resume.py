@@ -37,8 +37,8 @@ from llava_simplified.training_options import INHERITED
 # All of this requires the same values of all options that affect the weights, the samples or their
 # order. `check_same_run` compares them with those in `llava.json` of the checkpoint.
 
-# These options must not change: the weights or samples would differ, or samples would be used twice or
-# never. The contents of the training records and the records of a step must not change either; they are
+# These options must not change: the weights or samples would differ, or samples would be repeated or
+# skipped. The contents of the training records and the records of a step must not change either; they are
 # checked separately (`_check_same_records`, `_check_same_steps`).
 _MUST_NOT_CHANGE = (
     "share_prefix",
@@ -226,12 +226,12 @@ def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[st
 def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError if a step would contain other records than in the run of the checkpoint.
 
-    A resumed run skips the batches of the steps that were trained. A step with more or fewer records
-    would skip others than those that were trained.
+    A resumed run skips the batches of the earlier steps. With more or fewer records per step, it would skip
+    other records than those that were trained on.
     """
     if now.get("ignore_data_skip"):
         raise ValueError(
-            f"--ignore_data_skip True: the records that {folder} has trained in this epoch would be seen twice. Pass "
+            f"--ignore_data_skip True: the records that {folder} has trained on in this epoch would be repeated. Pass "
             f"--ignore_data_skip False, or start a new run from the trained weights with --init_from {folder}."
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
@@ -245,7 +245,7 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
     if not is_same:
         raise ValueError(
             f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "
-            f"step, but this run has {new}. Records of this epoch would be used twice or never. Pass values "
+            f"step, but this run has {new}. Records of this epoch would be repeated or skipped. Pass values "
             f"{requirement}, or start a new run from the trained weights with --init_from {folder}."
         )
 
