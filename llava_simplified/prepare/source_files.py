@@ -166,7 +166,10 @@ def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
 
 
 def _decode_utf16(first: bytes, stream: IO[bytes]) -> Iterator[str]:
-    """Yield the lines of a UTF-16 text, which the bytes of "\\n" do not separate: they are part of other characters."""
+    """Yield the lines of a UTF-16 text.
+
+    The text is decoded before it is split, because the byte of a line break may also be a part of another character.
+    """
     decoder = codecs.getincrementaldecoder("utf-16")("replace")
     pending = decoder.decode(first)
     at_end = False
