@@ -185,7 +185,9 @@ def _find_some_images(source: str) -> FoundImages:
             f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
         )
     if counts:
-        logger.warning("%s: left out, because they are not images: %s", source, counts)
+        logger.warning(
+            "%s: left out, because they are not images of a format that is read: %s", source, counts
+        )
     return found
 
 

@@ -39,6 +39,7 @@ _SIGNATURES = {
     rb"%PDF": "PDF",
     rb"PK\x03\x04": "ZIP archive",
     rb"\x1f\x8b": "gzip file",
+    rb"version https://git-lfs": "Git LFS pointer (run `git lfs pull`)",
 }
 _SIGNATURE_PATTERNS = [
     (re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES.items()
