@@ -451,7 +451,7 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
     # Fall back to the single response if the list is empty.
     answers = record.get("responses") or record.get("response")
     if answers is None and "pred_output" in record:
-        answers = answers_of_prediction(record)
+        answers = answers_of_prediction(record) or [""]
     return tuple(as_text(answer) for answer in _as_list(answers))
 
 
