@@ -53,12 +53,13 @@ demo-long: $(CORE)
 demo-reward: $(CORE)
 	@$(BIN)/llava demo --reward
 
-# the tutorial and the notes of the one file follow a drawing through trained models: run `make demo` and
-# `make one-file` first
+# the tutorial, the notes of the one file and the page on rewards follow a drawing through trained models: run `make demo`,
+# `make demo-reward` and `make one-file` first
 docs: $(STAMP)
 	$(BIN)/python docs/make_tutorial.py
 	$(BIN)/python docs/make_one_file.py --checkpoint output/one-file
 	$(BIN)/python docs/make_picture.py
+	$(BIN)/python docs/make_rewards.py
 	$(MAKE) site
 
 # train llava_in_one_file.py on the demo's drawings, which `make demo` downloads
@@ -73,7 +74,7 @@ one-file: $(CORE)
 site: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# all tests, in at most five minutes on two cores. Coverage (lines and branches) under 92 % is a failure
+# all tests; the aim is five minutes on two idle cores. Coverage (lines and branches) under 92 % is a failure
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
 

@@ -16,7 +16,17 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-BENCHMARKS = ("train", "caption", "serve", "scale", "download", "clean", "convert", "metrics")
+BENCHMARKS = (
+    "train",
+    "rewards",
+    "caption",
+    "serve",
+    "scale",
+    "download",
+    "clean",
+    "convert",
+    "metrics",
+)
 HEAD = """# Results
 
 Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of

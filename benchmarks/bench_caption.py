@@ -11,6 +11,8 @@ Transformers' sides also have the same data type (bfloat16 where this machine is
 tutorial's loop captions one image at a time, and encodes and prefills it again for every sample. The greedy
 captions of all these sides must be the same in float32.
 
+Against llama.cpp, our side runs with `--quantize int8`, too.
+
 llama.cpp's server runs with our exported GGUF, as float16 and quantized, an empty prompt cache, the samples
 of an image as the `n` choices of one request, and 1 to 8 requests at a time, of which the best number counts.
 Its time contains a few milliseconds an image for HTTP and for decoding the image. Its captions cannot be the
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -41,6 +43,7 @@ from workload import (
     MAX_CAPTION_LENGTH,
     compute_dtype,
     draw_caption_lengths,
+    peak_memory,
     run_child,
     stock_projector_weights,
     write_checkpoint,
@@ -56,6 +59,7 @@ TEMPERATURE = 0.7
 GREEDY_IMAGES = 8  # images whose greedy captions are compared
 FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
 OURS, STOCK, TUTORIAL = "ours", "stock, batched", "the tutorial's loop"
+OURS_INT8 = "ours, int8"
 TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
 # (positions of the images, samples per image, temperature) -> token ids of each caption
 Generate = Callable[[list[int], int, float], list[list[int]]]
@@ -193,6 +197,7 @@ def caption_all(
     import torch
 
     from llava_simplified.data.images import decode_image
+    from llava_simplified.model.int8_linear import quantize_linear_layers
     from llava_simplified.prompt import Message
 
     model: Any = build(models)
@@ -203,7 +208,9 @@ def caption_all(
     pixels = torch.stack(images)
     lengths = draw_caption_lengths(len(paths))
     stock: Any = None
-    if side == OURS:
+    if side == OURS_INT8:
+        quantize_linear_layers(model.language_model)
+    if side in (OURS, OURS_INT8):
         generate = make_generate(model, prompt, pixels, lengths)
     else:
         stock, image_token = to_stock(model)
@@ -221,7 +228,7 @@ def caption_all(
             generate(positions, args.samples, TEMPERATURE)
     result: dict[str, Any] = {
         "rate": len(paths) * args.samples / (time.perf_counter() - start),
-        "memory": serving.maximum_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        "memory": peak_memory(os.getpid()),
         # One position of the prompt is the image, which becomes several.
         "prompt_tokens": len(prompt) - 1 + model.vision_tower.num_tokens,
     }
@@ -342,7 +349,7 @@ def run_sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         folder = root / "images"
         folder.mkdir()
         write_data(folder, args.images, 1)
-        sides = [OURS, STOCK, TUTORIAL] if args.peer == TRANSFORMERS else [OURS]
+        sides = [OURS, STOCK, TUTORIAL] if args.peer == TRANSFORMERS else [OURS, OURS_INT8]
         ggufs: dict[str, Path] = {}
         if args.peer == LLAMA_CPP:
             peer_llama_cpp.build_llama_cpp(args.llama_cpp)

@@ -8,6 +8,8 @@ tower in the shape of CLIP ViT-B/16, in bfloat16 where this machine is fast in i
 answer is drawn beforehand and the same for all sides. Each client sends its next request when it has its
 answer. The sides are processes of their own.
 
+Against llama.cpp, our server runs with `--quantize int8`, too.
+
 llama.cpp's server runs with our exported GGUF, as float16 and quantized, with an empty prompt cache. How many
 requests it answers at a time is a setting of the server: 1 to 8 are tried for each number of clients, and the
 one with the most answers per second counts.
@@ -99,10 +101,10 @@ def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namesp
     return Side(latencies, statistics.median(seconds), server.memory[0])
 
 
-def our_command(checkpoint: Path, batch_size: int) -> list[str]:
+def our_command(checkpoint: Path, batch_size: int, *options: str) -> list[str]:
     """Return the command of our server, without a port."""
     command = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint)]
-    return [*command, "--no-page", "--batch-size", str(batch_size), "--timeout", "600"]
+    return [*command, "--no-page", "--batch-size", str(batch_size), "--timeout", "600", *options]
 
 
 def measure_llama_cpp(
@@ -197,6 +199,8 @@ def main() -> None:
             one = measure_server(our_command(checkpoint, 1), bodies, args)
             sides["one at a time"] = one
         else:
+            int8 = our_command(checkpoint, 16, "--quantize", "int8")
+            sides[f"{OURS}, int8"] = measure_server(int8, bodies, args)
             sides |= measure_llama_cpp(checkpoint, root / "gguf", bodies, args)
     print_table(sides, args.clients)
 

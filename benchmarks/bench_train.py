@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 from workload import (
     compute_dtype,
     option_words,
+    peak_memory,
     run_child,
     stock_projector_weights,
     write_data,
@@ -302,7 +302,7 @@ def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) ->
     return {
         "seconds": (times[-1] - times[WARM_UP_STEPS]) / measured_steps,
         "loss": recorded[0][1],
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": peak_memory(os.getpid()),
         "limit": measure_matmul(),
     }
 

@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -17,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from workload import peak_memory
 
 
 class Server(NamedTuple):
@@ -87,18 +88,12 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
     """Stop a server, and return its peak of resident bytes; 0 if it has ended before."""
-    if process.returncode is not None:
+    if process.poll() is not None:
         return 0
+    memory = peak_memory(process.pid)
     process.terminate()
-    # `wait4` returns the usage of one child; `getrusage` returns the maximum of all children.
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return maximum_bytes(usage.ru_maxrss)
-
-
-def maximum_bytes(ru_maxrss: int) -> int:
-    """Convert the peak memory that the system reports to bytes: Linux counts kilobytes."""
-    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024
+    process.wait()
+    return memory
 
 
 # ---- requests ----

@@ -97,6 +97,7 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
             "advantage": float(advantages[index]),
             "before": float(before[index].exp()),
             "after": float(after[index].exp()),
+            "factor": float((after[index] - before[index]).exp()),
         }
         rows.append(row)
     return {
@@ -206,12 +207,16 @@ def main() -> None:
         help="Output folder of the demo (default: %(default)s)",
     )
     parser.add_argument("--cache-dir", type=Path, help="Where `make demo` keeps models and images")
-    parser.add_argument("--image", default="1f44b-1f3fd.png", help="A training drawing")
+    parser.add_argument(
+        "--image", default="1f939-1f3fd-200d-2640-fe0f.png", help="A training drawing"
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples")
     args = parser.parse_args()
+    reward_demo = args.demo / "reward"
     values = {
         "step": follow_step(args.demo / "model", args.cache_dir, args.image, args.seed),
-        "run": read_run(args.demo / "reward"),
+        # The page leaves out what has not been run.
+        "run": read_run(reward_demo) if (reward_demo / "scores.json").is_file() else None,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DOCS),

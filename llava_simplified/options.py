@@ -260,7 +260,7 @@ def log_level() -> int | None:
 
 
 def add_checkpoint_options(parser: Any, *, positional: bool = False, required: bool = True) -> None:
-    """Add the options that load a checkpoint: `model_path`, `model_base`, `vision_tower`, `bits`.
+    """Add the options that load a checkpoint: its path, its parts and their precision.
 
     Args:
         parser: A parser, or one of its groups.
@@ -279,6 +279,11 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
         choices=[4, 8, 16],
         help="Bits per weight of the language model (default: as in training)",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=["int8"],
+        help="Quantize the language model for faster generation on a CPU; captions may change slightly",
+    )
     add_trust_option(parser)
 
 
@@ -288,7 +293,7 @@ def checkpoint_options(args: Any) -> dict[str, Any]:
     Args:
         args: A namespace, or any object with these attributes. A checkpoint that is not given becomes "".
     """
-    names = ("model_base", "vision_tower", "bits", "trust_remote_code")
+    names = ("model_base", "vision_tower", "bits", "quantize", "trust_remote_code")
     values = {name: getattr(args, name) for name in names}
     return {"model_path": args.model_path or "", **values}
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import mmap
 import multiprocessing
 import os
 import re
@@ -34,6 +35,7 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 _MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux's mman.h, which the module mmap does not have
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
 # Python's `select` waits for 512 sockets on Windows. Some of them are not connections: of the resolver, of the loop.
 _MAX_WINDOWS_CONNECTIONS = 480
@@ -153,6 +155,27 @@ def tune_malloc(threshold: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl does not have it
         libc.mallopt(_MALLOC_MMAP_THRESHOLD, threshold)
+
+
+def release_pages(address: int, size: int) -> None:
+    """Let Linux take back the memory of a mapped file's part that is not needed again soon.
+
+    The content stays what it is: a page that is read again comes from the file. Memory that is not mapped from a file,
+    and pages that other processes use, are left alone. Does nothing on other systems.
+
+    Args:
+        address: Address of the first byte.
+        size: Number of bytes.
+    """
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    # Whole pages only: the first and the last one may have other content.
+    start = -(-address // page) * page
+    end = (address + size) // page * page
+    if end > start:
+        # An older kernel does not know this advice, and refuses it.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 
 # ---- event loops ----

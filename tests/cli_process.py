@@ -19,9 +19,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import MappingProxyType
 
 import pytest
@@ -133,6 +135,17 @@ def run_command(words: Sequence[object], folder: Path) -> ForkedProcess:
     status = process.wait(300)
     assert status == 0, process.stdout[-2000:] + process.stderr[-3000:]
     return process
+
+
+def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
+    """Run `python -m MODULE ...` of this package in a forked process. It takes the place of `subprocess.run`."""
+    _, option, module, *words = command
+    assert option == "-m"
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    process = ForkedProcess([spec.origin, *words], environment=env)
+    status = process.wait(300)
+    return CompletedProcess(command, status, process.stdout, process.stderr)
 
 
 def _run_words(

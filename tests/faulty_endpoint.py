@@ -156,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
 # Answers that are JSON, and no captions.
 ANSWERS: dict[str, Any] = {
     "no choices": {"choices": []},
+    "endless text": {"choices": [{"message": {"content": "a " * 1_000_000}}]},
     "a list": [1, 2],
     "no message": {"choices": [{"text": "old API"}]},
     "number": completion([7]),  # type: ignore[list-item]

@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_process import run_forked
 from forms import save_to_disk
 
 import llava_simplified.small_models
@@ -258,8 +259,9 @@ def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("demo_models")
-def test_preflight_of_a_folder_uses_its_longest_records() -> None:
+def test_preflight_of_a_folder_uses_its_longest_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dry run is another process, which finds the small models by the command line alone."""
+    monkeypatch.setattr("llava_simplified.training.preflight.subprocess.run", run_forked)
     root = llava_simplified.small_models.small_models()
     argv = ["--data", "my_folder", "--preflight", "true", "--template", "bare", "--max_steps", "2"]
     argv += ["--model_name_or_path", str(root.language_model)]

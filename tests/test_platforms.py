@@ -430,4 +430,4 @@ def test_package_computes_in_float64_only_where_the_device_has_it() -> None:
         if "torch.float64" in path.read_text(encoding="utf-8")
         or ".double()" in path.read_text(encoding="utf-8")
     }
-    assert uses == {"trainer.py", "import_checkpoint.py", "answer_scores.py"}
+    assert uses == {"trainer.py", "import_checkpoint.py", "answer_scores.py", "int8_linear.py"}

@@ -42,6 +42,8 @@ MAX_PAUSE = 30.0
 CONNECT_TIMEOUT = 20.0
 # Far longer than any caption. It protects the memory from a server that never stops sending.
 MAX_ANSWER_BYTES = 16_000_000
+# Words of a text are compared with each other, and each of them is an object.
+MAX_CAPTION_CHARACTERS = 200_000
 MAX_MESSAGE_LENGTH = 300
 
 # llama-server answers 503 while it loads its model; some hosted services answer 529 when they are overloaded.
@@ -391,6 +393,8 @@ def _parse_choice(choice: object) -> Choice:
     # Some servers send null for an empty text.
     if not isinstance(content, str | None):
         raise _TransientError("bad_answer", f"the content is not a string: {shorten(content)}")
+    if content and len(content) > MAX_CAPTION_CHARACTERS:
+        raise _TransientError("bad_answer", f"a text of {len(content)} characters is no caption")
     if not isinstance(finish_reason, str):
         finish_reason = None
     return Choice((content or "").strip(), finish_reason)

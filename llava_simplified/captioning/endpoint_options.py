@@ -268,7 +268,7 @@ def parse_endpoint_options(
             f"--model: the name of the model on the server is required; {args.endpoint}/models lists "
             "the names."
         )
-    local = ["model_path", "model_base", "vision_tower", "bits", "trust_remote_code"]
+    local = ["model_path", "model_base", "vision_tower", "bits", "quantize", "trust_remote_code"]
     refuse_changed(local, "has no effect with --endpoint: the server has loaded its model")
     refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
     options = {name: getattr(args, name) for name in names}

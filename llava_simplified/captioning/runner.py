@@ -72,7 +72,7 @@ class CaptionJob:
     """A job of `caption_file`, which can be sent to another process or machine.
 
     Attributes:
-        model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
+        model_path, model_base, vision_tower, bits, quantize, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
         output: A .jsonl file; with any other suffix, the output is a JSON array. The journal of a job with
             `sidecars`: a name is that of a file in the folder of the images.
@@ -97,6 +97,7 @@ class CaptionJob:
     model_base: str | None = None
     vision_tower: str | None = None
     bits: int | None = None
+    quantize: str | None = None
     trust_remote_code: bool = False
     limit: int | None = None
     batch_size: int = 16
@@ -320,8 +321,9 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 def _remove_unused(settings: dict[str, Any]) -> None:
     """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
-    if settings["endpoint"] is None:
-        del settings["endpoint"]
+    for name in ("endpoint", "quantize"):
+        if settings[name] is None:
+            del settings[name]
     if not settings["prompts"]:
         del settings["prompts"]
     if settings["text"] == asdict(TextOptions()):

@@ -58,7 +58,8 @@ def limit_directories() -> None:
         check_directory(file, directory._endian, directory._bigtiff)
         load(directory, file)
 
-    ImageFileDirectory_v2.load = load_checked  # type: ignore[method-assign]
+    directory_class: Any = ImageFileDirectory_v2
+    directory_class.load = load_checked
 
 
 def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:

@@ -254,7 +254,9 @@ class Watcher:
             left = self._time_left(elapsed, progress.fraction)
             self.demo.terminal.show_progress(f"  {progress.text}; {left}")
             self._print_first_captions()
-            if self.images is not None and elapsed >= next_report:
+            # The last command writes the final report, which must not be replaced by that of a running demo.
+            is_last = self.index == len(self.steps) - 1
+            if self.images is not None and elapsed >= next_report and not is_last:
                 next_report = elapsed + self.REPORT_SECONDS
                 self._write_report(progress, left)
 

@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_simplified.data.transforms import load_image_processor, processor_pads_to_square
 from llava_simplified.export.import_check import choose_check_images, compare_with_source
 from llava_simplified.export.stock_check import load_stock_processor
-from llava_simplified.foreign_files import blame_file
+from llava_simplified.foreign_files import blame_file, read_json_object, shorten
 from llava_simplified.hub import check_module_counts
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.build import build_model, load_tokenizer
@@ -238,6 +238,30 @@ def _set_final_paths(folder: Path, output: Path) -> None:
 
 # ---- reading ----
 
+# The entries of a `config.json` that are used here; Transformers checks the others.
+_CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
+    "image_aspect_ratio": str,
+    "mm_vision_select_feature": str,
+    "mm_vision_select_layer": (int, list),
+    "mm_vision_tower": str,
+    "model_type": str,
+    "projector_hidden_act": str,
+    "text_config": dict,
+    "vision_config": dict,
+    "vision_feature_layer": (int, list),
+    "vision_feature_select_strategy": str,
+}
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if an entry of a `config.json`, or of a config within it, has another type."""
+    check_module_counts(config, path)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for name, types in _CONFIG_TYPES.items():
+            value = part.get(name) if isinstance(part, dict) else None
+            if value is not None and not isinstance(value, types):
+                raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
+
 
 def read_source(path: Path) -> SourceCheckpoint:
     """Read all files of a checkpoint of another code base.
@@ -251,9 +275,10 @@ def read_source(path: Path) -> SourceCheckpoint:
     """
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
-    config = {}
+    config: dict[str, Any] = {}
     if config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json_object(config_path)
+        _check_config(config, config_path)
     # For a single file, the config.json in the same folder is used too. Without one, the options of the
     # command and the defaults of LLaVA apply.
     language_model, projector, vision_tower = split_weights(read_weights(path))
@@ -479,7 +504,6 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     from transformers import AutoConfig
 
     tokenizer = _load_tokenizer(source)
-    check_module_counts(source.config, source.path)
     with blame_file(source.path):
         settings = dict(source.config.get("text_config", source.config))
         # Original LLaVA calls its language models "llava_mistral", "llava_llama" or just "llava".
@@ -558,7 +582,6 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
     """
     from transformers import AutoConfig, AutoModel
 
-    check_module_counts(source.config, source.path)
     with blame_file(source.path):
         settings = dict(source.config["vision_config"])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)

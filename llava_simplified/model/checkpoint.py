@@ -43,6 +43,7 @@ from llava_simplified.model.config import (
     TrainedParts,
     read_checkpoint_config,
 )
+from llava_simplified.model.int8_linear import check_int8_support, quantize_linear_layers
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora_options import CHANGES_FROZEN_WEIGHTS
 from llava_simplified.model.peft_names import (
@@ -165,6 +166,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     trainable: bool = False,
     merge: bool = False,
+    quantize: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Llava:
@@ -180,6 +182,8 @@ def load_checkpoint(
         trainable: Leave gradients enabled for the trained parts, to train them further.
         merge: Merge the adapters into the weights. A quantized language model is dequantized first,
             so that the adapter is added to the values that it was trained with.
+        quantize: "int8" merges the adapters, and stores the weights of the language model's layers in 8
+            bits for faster generation on a CPU; None: as they are.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
         trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
@@ -201,6 +205,11 @@ def load_checkpoint(
         dtype=dtype or config.dtype,
         bits=bits or config.bits,
     )
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if quantize:
+        _check_quantize(quantize, torch.device(device), config.bits, trainable)
+        merge = True
 
     # A part that was trained in full is loaded from the checkpoint, any other from its base model.
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
@@ -243,9 +252,22 @@ def load_checkpoint(
         tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if quantize:
+        quantize_linear_layers(model.language_model)
     return model.eval().to(device)
+
+
+def _check_quantize(quantize: str, device: torch.device, bits: int, trainable: bool) -> None:
+    """Raise ValueError if a model cannot be quantized as `load_checkpoint` is asked to."""
+    if quantize != "int8":
+        raise ValueError(f"quantize must be int8, not {shorten(quantize)}")
+    if bits != 16:
+        raise ValueError(
+            f"--quantize int8: the weights have {bits} bits already; pass --bits 16, or leave it out."
+        )
+    if trainable:
+        raise ValueError("a quantized model cannot be trained: pass either quantize or trainable")
+    check_int8_support(device)
 
 
 @contextmanager

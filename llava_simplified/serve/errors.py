@@ -21,6 +21,7 @@ _CODES = {
     401: "invalid_api_key",
     403: "origin_not_allowed",
     404: "not_found",
+    408: "body_too_slow",
     413: "body_too_large",
     415: "unsupported_media_type",
     421: "host_not_allowed",

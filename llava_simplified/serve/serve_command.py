@@ -204,6 +204,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         model_base=args.model_base,
         vision_tower=args.vision_tower,
         bits=args.bits,
+        quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
     engine = Engine(model, args.batch_size, args.queue, args.timeout, args.context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
-from llava_simplified.data.records import Record, Records, pair_problem, response_problem
+from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command
 from llava_simplified.model.build import (
     build_model,
@@ -52,7 +52,11 @@ from llava_simplified.training.kernels import (
 )
 from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.policy_trainer import PolicyTrainer, kl_coefficient
-from llava_simplified.training.preference_pairs import PairCollator, PairDataset
+from llava_simplified.training.preference_pairs import (
+    PairCollator,
+    PairDataset,
+    record_problem,
+)
 from llava_simplified.training.preference_trainer import PreferenceTrainer
 from llava_simplified.training.reference_weights import ReferenceWeights
 from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
@@ -261,11 +265,6 @@ def _create_collator(
     if objective == "dpo":
         return PairCollator(share_prefix, *arguments)
     return PromptCollator(*arguments)
-
-
-def record_problem(objective: str) -> Callable[[Record], str]:
-    """Return the function that says why an objective cannot use a record; empty if it can."""
-    return pair_problem if objective == "dpo" else response_problem
 
 
 def build_dataset(

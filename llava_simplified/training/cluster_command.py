@@ -64,7 +64,7 @@ def plan_cluster(
         devices=own.devices,
         # Networks are specified in bits per second, files in bytes.
         egress=own.egress * 1e9 / BITS_PER_BYTE,
-        endpoints=own.endpoints or own.cluster,
+        endpoints=own.num_endpoints or own.cluster,
         device_flops_per_second=device_flops,
     )
     works = []

@@ -19,6 +19,7 @@ from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import weights_digest
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures
 from llava_simplified.training.model_config import model_config
+from llava_simplified.training.preference_pairs import record_problem
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +115,16 @@ def encode_data(
         )
     mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
     opened = []
-    for path, folder, option in (
-        (data.train_data_path, data.train_image_folder, "--train_image_folder"),
-        (data.eval_data_path, data.val_image_folder, "--val_image_folder"),
+    for path, folder, option, objective in (
+        (data.train_data_path, data.train_image_folder, "--train_image_folder", args.objective),
+        (data.eval_data_path, data.val_image_folder, "--val_image_folder", "sft"),
     ):
         if path:
             share = data.max_bad_records
-            records, folder = open_data(path, folder, option, max_bad_records=share)
-            opened.append((set_bad_records_aside(records, share), folder))
+            has_responses = objective != "dpo"  # of pairs, those that cannot be used are set aside
+            records, folder = open_data(path, folder, option, has_responses, share)
+            usable = set_bad_records_aside(records, share, problem_of=record_problem(objective))
+            opened.append((usable, folder))
     if not opened:
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."

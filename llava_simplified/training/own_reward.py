@@ -33,6 +33,16 @@ class Part(NamedTuple):
     references: list[list[str]]
     captions: list[str]
 
+    def rows(self, start: int, end: int) -> Part:
+        """Return a part of these captions."""
+        return Part(
+            self.name,
+            self.ids[start:end],
+            self.images[start:end],
+            self.references[start:end],
+            self.captions[start:end],
+        )
+
 
 class OwnReward:
     """Calls the function.
@@ -72,16 +82,14 @@ class OwnReward:
         Raises:
             ValueError: The function fails, returns something else than a number per caption, or takes too long.
         """
-        columns = (list(ids), list(images), list(map(list, references)), list(captions))
+        groups = [list(group) for group in references]
+        whole = Part(self._name, list(ids), list(images), groups, list(captions))
         if not self._workers:
-            return call_function(Part(self._name, *columns))
+            return call_function(whole)
         # Give each worker one part of consecutive captions.
         size = -(-len(captions) // self._workers)  # rounded up
-        parts = []
-        for start in range(0, len(captions), size):
-            end = start + size
-            parts.append(Part(self._name, *(column[start:end] for column in columns)))
-        return self._call_in_workers(parts)
+        starts = range(0, len(captions), size)
+        return self._call_in_workers([whole.rows(start, start + size) for start in starts])
 
     def _call_in_workers(self, parts: Sequence[Part]) -> list[float]:
         if self._backend is None:
@@ -135,8 +143,8 @@ def call_function(part: Part) -> list[float]:
         if len(part.captions) == 1:
             raise _describe(part, error) from error
         # Call it for one caption at a time: the call that fails names its record.
-        for row in zip(*part[1:]):
-            call_function(Part(part.name, *([value] for value in row)))
+        for row in range(len(part.captions)):
+            call_function(part.rows(row, row + 1))
         # Each caption alone is scored: the function fails only with all of them together.
         raise _describe(part, error) from error
 

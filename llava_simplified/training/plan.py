@@ -26,13 +26,13 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 from llava_simplified.training.build_trainer import (
     build_dataset,
     check_options,
-    record_problem,
     set_trainable,
 )
 from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.policy_trainer import kl_coefficient
+from llava_simplified.training.preference_pairs import record_problem
 from llava_simplified.training.resume import find_resume_folder
 from llava_simplified.training.rollouts import PromptExample, branch_examples
 

@@ -98,7 +98,7 @@ def add_cluster_options(parser: CommandParser) -> None:
         help="Gbit/s that each machine receives from the internet (default: %(default)s)",
     )
     group.add_argument(
-        "--endpoints",
+        "--num-endpoints",
         type=int,
         default=0,
         help="Number of endpoints that generate captions (default: one per machine)",
@@ -180,7 +180,7 @@ def check_cluster_options(own: argparse.Namespace) -> None:
         "--devices": own.devices,
         "--egress": own.egress,
         "--urls": min(own.urls),
-        "--endpoints": own.endpoints or 1,
+        "--num-endpoints": own.num_endpoints or 1,
     }
     for option, count in counts.items():
         if not count > 0:

@@ -6,7 +6,7 @@ prompt, computed once                  chosen         rejected        (see `data
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from llava_simplified.data.collate import Batch, Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
-from llava_simplified.data.records import Record, pair_problem
+from llava_simplified.data.records import Record, pair_problem, response_problem
 from llava_simplified.training.rollouts import branch_examples
 
 
@@ -27,6 +27,11 @@ class PairExample(Example):
     """
 
     answer_lengths: tuple[int, int] = (0, 0)
+
+
+def record_problem(objective: str) -> Callable[[Record], str]:
+    """Return the function that says why an objective cannot use a record; empty if it can."""
+    return pair_problem if objective == "dpo" else response_problem
 
 
 class PairDataset(CaptionDataset):

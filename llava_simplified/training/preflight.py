@@ -24,8 +24,8 @@ from llava_simplified.data.records import Record, open_records, response_problem
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.options import print_text
 from llava_simplified.prompt import Prompt
-from llava_simplified.training.build_trainer import record_problem
 from llava_simplified.training.plan import Plan, format_estimate, make_plan
+from llava_simplified.training.preference_pairs import record_problem
 from llava_simplified.training.resume import is_resuming
 
 logger = logging.getLogger(__name__)

@@ -138,8 +138,8 @@ class QaReward:
     async def _ask(self, client: EndpointClient, task: Task) -> bool:
         """Return whether the model answers correctly."""
         lines = []
-        for letter, option in zip(ascii_uppercase, task.order):
-            lines.append(f"{letter}. {task.question.options[option]}")
+        for shown_letter, option in zip(ascii_uppercase, task.order):
+            lines.append(f"{shown_letter}. {task.question.options[option]}")
         text = PROMPT.format(
             caption=task.caption, question=task.question.text, options="\n".join(lines)
         )

@@ -162,13 +162,13 @@ class TrainedAnswer(NamedTuple):
         ids: Token ids, with the end token.
         scale: Normalization of each token's loss, summed over the equal answers; 0 if the answer was not sampled.
         weight: Factor of each token's loss, summed over the equal answers.
-        count: Number of equal samples; 0 if the answer was not sampled.
+        num_samples: Number of equal samples; 0 if the answer was not sampled.
     """
 
     ids: tuple[int, ...]
     scale: float
     weight: float
-    count: int
+    num_samples: int
 
 
 def merge_equal_answers(answers: Sequence[TrainedAnswer]) -> list[TrainedAnswer]:
@@ -180,7 +180,7 @@ def merge_equal_answers(answers: Sequence[TrainedAnswer]) -> list[TrainedAnswer]
             answer.ids,
             before.scale + answer.scale,
             before.weight + answer.weight,
-            before.count + answer.count,
+            before.num_samples + answer.num_samples,
         )
     return list(merged.values())
 
@@ -222,7 +222,7 @@ def collate_answers(
             for answer in answers_of_example[index]:
                 scales += [answer.scale] * len(answer.ids)
                 weights += [answer.weight] * len(answer.ids)
-                counts += [answer.count] * len(answer.ids)
+                counts += [answer.num_samples] * len(answer.ids)
     batch = cast("dict[str, Any]", collator(packs))
     batch["token_scales"] = torch.tensor(scales)
     batch["token_weights"] = torch.tensor(weights)

@@ -203,6 +203,8 @@ def test_caption_file_refuses_other_settings(model: Llava, folder: Path, output:
     other = folder_job(folder, output, options=GenerationOptions(7), limit=2)
     with pytest.raises(ValueError, match=r"out\.jsonl .*options.*limit"):
         caption_file(other, model)
+    with pytest.raises(ValueError, match=r"out\.jsonl .*quantize"):
+        caption_file(folder_job(folder, output, quantize="int8"), model)
 
 
 @pytest.mark.parametrize("kept_bytes", [None, 700])

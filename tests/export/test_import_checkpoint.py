@@ -732,3 +732,26 @@ def test_import_names_an_activation_that_it_does_not_support(tmp_path: Path) -> 
     save_file({"mm_projector.0.weight": torch.zeros(1, 1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"config\.json.*silu.*projector_hidden_act"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {"vision_config": 3},
+        {"text_config": "llama"},
+        {"model_type": {}},
+        {"text_config": {"model_type": 1}},
+        {"vision_config": {"model_type": ["clip"]}},
+        {"mm_vision_tower": 5},
+        {"mm_vision_select_layer": "last"},
+        {"vision_feature_layer": {}},
+        {"projector_hidden_act": ["gelu"]},
+        {"text_config": {"num_hidden_layers": 10**9}},
+    ],
+)
+def test_import_names_the_config_whose_entries_are_wrong(tmp_path: Path, config: object) -> None:
+    save_file({"mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_source(tmp_path)

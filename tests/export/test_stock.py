@@ -633,7 +633,7 @@ def save_untrained_checkpoint(folder: Path, language_model: Path, vision_tower: 
 
 
 def save_large_language_model(folder: Path) -> None:
-    """Write a model of 160 MB, a third of which are embeddings."""
+    """Write a model of 100 MB, a third of which are embeddings."""
     tokenizer = make_tokenizer()
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     for number in range(len(tokenizer), 25_000):
@@ -642,8 +642,8 @@ def save_large_language_model(folder: Path) -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>"
     )
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=1024,
+        hidden_size=768,
+        intermediate_size=768,
         num_hidden_layers=8,
         num_attention_heads=8,
         vocab_size=len(tokenizer),

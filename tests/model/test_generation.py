@@ -34,7 +34,8 @@ from llava_simplified.model.generation import DecodingBatch, generate, stream
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora
-from llava_simplified.prompt import Message, Prompt
+from llava_simplified.model.sampling import draw, random_numbers
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
 TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, please, in a few words."]
 
@@ -298,6 +299,56 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
         alone += run(batch)
     assert together == alone
     assert [len(ids) for ids in together] == [4, 9, 9, 6]
+
+
+@pytest.mark.parametrize("text", ["llama", "mamba"])
+def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: str) -> None:
+    """Each sample is what its own random numbers draw from a forward over its own whole sequence."""
+    model = build_any(models_folder, text)
+    prompts, pixels = make_prompts(model)
+    features = model.vision_tower(pixels)
+    samples, temperature = 5, 0.1
+    options = GenerationOptions(7, temperature=temperature, num_return_sequences=samples, seed=3)
+    hashes = [b"a", b"b", b"c"]
+    rows: list[int] = []
+
+    def count_rows(_: torch.nn.Module, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "input_ids" in kwargs:  # a step, and not the prompts
+            rows.append(len(kwargs["input_ids"]))
+
+    handle = model.language_model.register_forward_pre_hook(count_rows, with_kwargs=True)
+    batch = DecodingBatch(model, prompts, features, options, hashes)
+    cancelled = 4
+    expected_rows: list[int] = []
+    while batch.active:
+        batch.step()
+        if len(rows) == 2:
+            batch.cancel(cancelled)
+        beginnings = {(i // samples, tuple(batch.generated_ids[i])) for i in batch.active}
+        if beginnings and len(rows) != 2:
+            expected_rows.append(len(beginnings))
+    handle.remove()
+    del rows[1]  # before the sequence was cancelled
+    assert rows == expected_rows
+    # Some have separated, and some have not.
+    assert any(len(prompts) < count < samples * len(prompts) - 1 for count in rows)
+
+    num_images = 0
+    for number, (prompt, prompt_hash) in enumerate(zip(prompts, hashes)):
+        images = prompt.count(IMAGE_INDEX)
+        own_features = features[num_images : num_images + images] if images else None
+        num_images += images
+        prefix = expand_image_placeholders(prompt, model.vision_tower.num_tokens)
+        for sample in range(samples):
+            ids = batch.generated_ids[number * samples + sample]
+            whole = torch.tensor([[*prefix.tolist(), *ids]])
+            with torch.no_grad():
+                embeds = model.splice(whole, own_features)
+                logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
+            numbers = random_numbers(3, prompt_hash, sample)
+            predicted = logits[len(prefix) - 1 : -1] / temperature
+            drawn = [int(draw(row[None], torch.tensor([next(numbers)]))) for row in predicted]
+            assert drawn == ids
 
 
 @pytest.mark.medium

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -484,7 +484,8 @@ def test_download_progress_counts_the_rows_of_this_run(
         return watch.progress.line()
 
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    # Not the module of all: servers of other tests, which run in threads, would wait for the difference.
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     append(0, "".join(row(index) for index in range(1000)))
     watch = DownloadProgress(tmp_path, range(5), {3}, 100_000, True)
     now[0] += 10
@@ -507,7 +508,7 @@ def test_download_progress_can_be_disabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for enabled in (True, False):
         watch = DownloadProgress(tmp_path, range(5), set(), 100_000, enabled)
         now[0] += 60

@@ -25,7 +25,7 @@ pytestmark = [
 ROWS = 1_000_000 if IS_COMPLETE else 100_000
 BATCH = 50_000
 # A million rows may take 300 MB, and Python with this package 40 of them. pyarrow and its buffers take 90.
-MAX_BYTES = 300_000_000 if IS_COMPLETE else 75_000_000
+MAX_BYTES = 300_000_000 if IS_COMPLETE else 85_000_000
 MAX_ARROW_BYTES = 300_000_000 if IS_COMPLETE else 150_000_000
 CAPTION = "a photograph of a small brown dog that runs over a green field"
 TURNS = [

@@ -175,6 +175,7 @@ def test_run_that_is_killed_five_times_ends_with_the_same_weights(
     assert read_log(output, "reward")[-1] == read_log(undisturbed, "reward")[-1]
 
 
+@pytest.mark.medium
 def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) -> None:
     shared = run_training(policy_options("shared", max_steps=1))
     separate = run_training(policy_options("separate", max_steps=1, share_prefix=False))
@@ -184,6 +185,7 @@ def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.medium
 def test_constant_reward_changes_nothing_and_warns(
     policy_options: MakeOptions, checkpoint: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +195,7 @@ def test_constant_reward_changes_nothing_and_warns(
     assert sum("reward_std is 0" in text for text in package_log.messages) == 1
 
 
+@pytest.mark.medium
 def test_captions_without_an_end_are_reported(
     policy_options: MakeOptions, package_log: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +302,7 @@ def test_supervised_loss_is_mixed_in(
     assert 0 < statistics["entropy"] < 6  # log of the vocabulary
 
 
+@pytest.mark.medium
 def test_dry_run_of_the_preflight_samples_captions(
     policy_options: MakeOptions, tmp_path: Path
 ) -> None:

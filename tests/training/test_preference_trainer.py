@@ -140,7 +140,8 @@ def test_chosen_answers_become_likelier_than_rejected_ones(dpo_options: MakeOpti
     """From a margin of zero: the model is its reference. With packs, cached features and bfloat16."""
     changes = {"packing": True, "pack_length": 128, "cache_vision_features": "memory"}
     output = run_training(dpo_options(max_steps=12, learning_rate=1e-2, bf16=True, **changes))
-    assert read_log(output)[0] == pytest.approx(0.6931, abs=2e-3)
+    # On a CPU, attention has another kernel without gradients, which rounds otherwise in bfloat16.
+    assert read_log(output)[0] == pytest.approx(0.6931, abs=0.01)
     assert read_log(output)[-1] < 0.5
     assert read_log(output, "accuracy")[-1] > 0.9
     chosen, rejected = (read_log(output, f"reward_{name}") for name in ("chosen", "rejected"))

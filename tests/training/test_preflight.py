@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_process import run_forked
 from training_runs import assert_equal_weights, read_log, trained_weights, training_options
 
 from llava_simplified.arguments import parse_arguments
@@ -53,8 +54,9 @@ def test_preflight_does_not_change_the_run(
 
 @pytest.mark.medium
 def test_preflight_reports_an_error_of_the_first_steps(
-    models_folder: Path, data_folder: Path, tmp_path: Path
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(preflight_module.subprocess, "run", run_forked)
     output = tmp_path / "out"
     options = training_options(
         models_folder, data_folder, output, preflight="true", learning_rate=1e38, warmup_steps=0

@@ -37,7 +37,7 @@ OPTIONS = {
     "disable_tqdm": True,
 }
 # KILLS=10 kills the run at ten different moments.
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_runs import ROOT, read_log, run_training, training_options
 
 from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training import plots
 
 ENGINES: dict[str, dict[str, object]] = {
     "ddp": {},
@@ -38,6 +39,7 @@ def train_as_rank(rank: int, port: int, options: list[str]) -> None:
     }
     os.environ.update(environment)
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+    plots.plot_training = lambda *_: None
     torch.set_num_threads(1)
     run_training(options)
 
