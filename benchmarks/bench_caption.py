@@ -262,7 +262,7 @@ def measure_first_token(model: Llava, prompt: list[int], paths: list[Path]) -> f
         with torch.inference_mode():
             pixels = model.vision_tower.transform(decode_image(content))
             features = model.vision_tower(pixels[None])
-            # A batch that may generate one token only ends with it, and computes no other.
+            # With a limit of one token, the batch ends after this step, and does not run the model on the token.
             DecodingBatch(model, [prompt], features, GenerationOptions(max_new_tokens=1)).step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)

@@ -147,7 +147,7 @@ def list_failures(results: dict[str, Any]) -> list[str]:
 
 
 class Children:
-    """The processes of the sections.
+    """The child processes, each of which runs one section.
 
     The next process is started while the current section runs: importing everything takes ten seconds, in
     which the GPU would do nothing.

@@ -157,7 +157,7 @@ async def be_healthy(
     number: int,
     end: float,
 ) -> None:
-    """Ask for captions until the end."""
+    """Request captions as a well-behaved client, until the time `end`."""
     while time.monotonic() < end:
         index = number % len(images)
         number += 1

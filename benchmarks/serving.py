@@ -33,7 +33,7 @@ class Server(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a server has answered to one request.
+    """The answer of a server to one request.
 
     Attributes:
         texts: One per choice.

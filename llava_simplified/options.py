@@ -195,7 +195,7 @@ def print_text(text: str, *, end: str = "\n", file: TextIO | None = None) -> Non
 def _encodable(text: str, encoding: str | None) -> str:
     """Replace the characters that an output cannot encode by their escapes.
 
-    On Windows, a pipe or file has the encoding of the country: cp1252 has no Chinese letters.
+    On Windows, output to a pipe or a file has the encoding of the locale, such as cp1252, which has no Chinese characters.
     """
     if not encoding:
         return text

@@ -335,9 +335,10 @@ class Prompt:
         return self._encode(self._inner_encoder, self._lead + text.strip(), "")
 
     def token_texts(self) -> list[bytes]:
-        """Return the text of each token within an answer in UTF-8, by id; empty for special tokens.
+        """Return the text of every token of the vocabulary, as UTF-8 bytes; empty for special tokens.
 
-        A token may be a part of a character. The texts of an answer's tokens, joined, are the answer.
+        The index is the token id. A token may be a part of a character. The texts of an answer's tokens,
+        joined, are the answer.
         """
         if self._token_texts is None:
             self._token_texts = _find_token_texts(

@@ -347,7 +347,7 @@ def _run_worker(
         parent: Process id of the parent.
         level: The log level of the parent; None if it has not configured its log.
     """
-    # A process that was not forked starts without any.
+    # A process that was not forked starts with an unconfigured log.
     if level is not None:
         configure_logging(verbose=level <= logging.DEBUG, quiet=level >= logging.WARNING)
 

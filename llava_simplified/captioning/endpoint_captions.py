@@ -105,6 +105,7 @@ class _EndpointCaptioner:
         self._readers = ThreadPoolExecutor(count_cpus())
         # The results, in the order in which they finish; None after the last one.
         self._results: asyncio.Queue[_Result | None] = asyncio.Queue()
+        # Limits how many results may wait for an earlier one.
         self._window = asyncio.Semaphore(WINDOW * endpoint.concurrency)
         self._positions = iter(range(len(indices)))
         # Results that wait for an earlier one, by position; and the position of the result to return next.

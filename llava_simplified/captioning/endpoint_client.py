@@ -203,8 +203,8 @@ class EndpointClient:
         if failed > self.endpoint.max_failures:
             kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.failures.items())
             raise EndpointError(
-                f"--max-failures {self.endpoint.max_failures}: the server has failed {failed} records "
-                f"({kinds}); the last: {error}. The same command continues."
+                f"--max-failures {self.endpoint.max_failures}: the server failed to caption {failed} records "
+                f"({kinds}); the last: {error}. Run the same command again to continue."
             ) from error
 
     # ---- requests ----
@@ -263,7 +263,7 @@ class EndpointClient:
                 asked = f", and requests a pause of {error.retry_after:g} s"
             raise EndpointError(
                 f"--endpoint {self.endpoint.url}: {error}{asked}; it was unavailable for {waited:.0f} s. "
-                f"The same command continues; --max-wait {max_wait:g} is the limit in seconds."
+                f"Run the same command again to continue; --max-wait {max_wait:g} is the limit in seconds."
             )
         if error.retry_after is not None:
             self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))

@@ -225,7 +225,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         "--max-failures",
         type=int,
         default=defaults.max_failures,
-        help="Stop when the server has failed more records than this; the same command continues "
+        help="Stop when more records than this have failed; run the same command again to continue "
         "(default: %(default)s)",
     )
     group.add_argument(

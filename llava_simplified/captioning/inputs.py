@@ -250,6 +250,7 @@ def find_images(source: str) -> FoundImages:
             image_stems.append(hash(str(file.with_suffix(""))))
         elif file.suffix in SIDECAR_SUFFIXES:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
+        # Do not report the journal of an earlier captioning job in the folder.
         elif Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[_describe_other(file)] += 1
     # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at

@@ -191,7 +191,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
 
 
 def _prepare_records(job: CaptionJob, records: Sequence[Record], folder: str) -> None:
-    """Give the records of images their prompts, and check what only images can have.
+    """Set the prompts of image records. For a file of records, refuse the options that require images.
 
     Raises:
         ValueError: The job has a prompt file or sidecar files, but its source is a file of records.
@@ -274,7 +274,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
 
 
 def _forget_server_failures(failures: Path) -> None:
-    """Remove the failures that a server caused from the file, so that this run tries these records again."""
+    """Remove records that failed because of the server from the file of failures, so that this run retries them."""
     # aiohttp, which the module imports, is an optional package.
     from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
 

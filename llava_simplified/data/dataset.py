@@ -352,7 +352,7 @@ class _PromptLengths:
             self._template_lengths[roles] = self._length(turns, record.id)
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
         most = self._template_lengths[roles] + self._max_expansion * num_bytes
-        # Beside another text than "x", a few more tokens may be needed for the text of the template.
+        # Where the template meets the content of a turn, other content than "x" may need a few more tokens.
         if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
             return True
         return self._length(record.turns, record.id) <= max_tokens

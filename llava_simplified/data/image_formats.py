@@ -47,7 +47,7 @@ _SIGNATURE_PATTERNS = [
 # Comments, a declaration and a document type may precede the element.
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
-IMAGE_HEADER_BYTES = 512  # that `is_image_header` looks at
+IMAGE_HEADER_BYTES = 512  # as many as `is_image_header` needs
 _DECODED = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]", re.DOTALL
 )
@@ -77,7 +77,7 @@ def is_image_header(head: bytes) -> bool:
 def sniff_format(data: bytes) -> str:
     """Return the name of a format that is not decoded, from the first bytes: "HEIC image"; "" if it is unknown."""
     head = data[:_SNIFFED_BYTES]
-    # The order matters: the first bytes of a video are those of every file of its container.
+    # The first pattern that matches wins. HEIC, AVIF and MP4 share a container, whose general pattern comes last.
     for pattern, name in _SIGNATURE_PATTERNS:
         if pattern.match(head):
             return name

@@ -266,7 +266,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
         else:
             with _decoder_errors(image.format):
                 image.load()
-                # Conversions depend on the mode and the palette, not on the values of pixels.
+                # Try the conversion on one pixel: whether it succeeds depends on the mode and the palette only.
                 _to_rgb(image.crop((0, 0, 1, 1)))
         width, height = image.size
         if _read_orientation(image) in _TRANSPOSED_ORIENTATIONS:
@@ -326,8 +326,8 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
         image = _open_image(file, max_pixels)
         longer = max(image.size)
         if longer <= max_side and _is_plain(image):
-            # Not `data`: metadata that must be removed for our decoder may stop others too.
-            if image.format == "PNG":  # decoded already
+            # Return `file`, not `data`: if metadata had to be removed for our decoder, others may fail on it too.
+            if image.format == "PNG":  # `_is_plain` has decoded it.
                 return EncodedImage(file, "png", *image.size)
             return check_image(file, max_pixels)
         scale = min(1.0, max_side / longer)

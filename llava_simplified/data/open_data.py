@@ -80,7 +80,7 @@ def _first_image_names(records: Records) -> Iterator[str]:
 
 
 def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
-    """If the names in the records are not those in the folder, check that they still mean different files.
+    """Check that names which were matched with files of other names are matched with different files.
 
     Raises:
         ValueError: Two names lead to one file.

@@ -1,4 +1,4 @@
-"""Preference pairs -> rows in LLaVA's form, with the texts `chosen` and `rejected`.
+"""Convert preference pairs to rows in LLaVA's form, with the texts `chosen` and `rejected`.
 
     {"image": "0.jpg", "instruction": "Describe it.", "chosen": "a cat", "rejected": "a dog"}         ours
 
@@ -66,10 +66,15 @@ def plain_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
-    """Return an answer as text, and the turns before it: a text, a turn, or a list of turns.
+    """Return an answer as text, and the turns before it.
+
+    Args:
+        value: The answer: a text, a turn, or a list of turns that ends with the answer.
+        key: "chosen" or "rejected", for error messages.
+        where: File name and row number, for error messages.
 
     Raises:
-        ValueError: It is none of these, or the last turn is not the assistant's.
+        ValueError: The value has another form, or its last turn is not the assistant's.
     """
     where = f"{where}: {key!r}"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Multiple-choice questions of a record, which a reward of captions asks (see `training.qa_reward`).
+"""Multiple-choice questions about the image of a record, for the reward `qa` (see `training.qa_reward`).
 
 {"image": "0.jpg", "instruction": "Describe it.", "response": "a red car",
  "multiple_choice": [{"question": "What color is the car?", "options": ["red", "blue"], "answer": "red"}]}
@@ -23,7 +23,7 @@ class Question:
     Attributes:
         text: The question.
         options: Two options or more, all different.
-        answer: Index of the right one.
+        answer: Index of the correct one.
     """
 
     text: str
@@ -35,12 +35,12 @@ def parse_questions(value: Any, where: str) -> tuple[Question, ...]:
     """Parse the questions of a row.
 
     Args:
-        value: The value of "multiple_choice": a list of objects with "question", "options" and "answer", which is one
-            of the options.
+        value: The value of "multiple_choice": a list of objects with "question", "options" and "answer", the text of the
+            correct option.
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: A question has another format.
+        ValueError: The value has another format, or a question has not exactly one correct option.
     """
     if not isinstance(value, list):
         raise ValueError(
@@ -50,9 +50,9 @@ def parse_questions(value: Any, where: str) -> tuple[Question, ...]:
 
 
 def _parse_question(value: Any, where: str) -> Question:
-    if not isinstance(value, dict):
-        value = {"question": value}
-    text, options, answer = (value.get(key) for key in ("question", "options", "answer"))
+    # A value that is not an object has none of the keys, which the first check reports.
+    fields = value if isinstance(value, dict) else {}
+    text, options, answer = (fields.get(key) for key in ("question", "options", "answer"))
     are_texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
     if not isinstance(text, str) or not are_texts or not 2 <= len(options) <= _MAX_OPTIONS:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Limit what a directory of a TIFF file, or of EXIF data in any other format, may ask Pillow for.
+"""Limit how much memory Pillow needs for a directory of a TIFF file, or of EXIF data in any other format.
 
-A directory is a list of entries: tag, type, count, and the position of the values. A thousand entries may name the same
-megabyte, and Pillow reads the values of all entries when it opens an image: a file of 1 MB would take
-40 GB. Numbers are worse, since Pillow makes a Python object of each.
+A directory is a list of entries: tag, type, count, and the position of the values in the file. Pillow reads the values of
+all entries when it opens an image. Many entries may refer to the same bytes, and each gets a copy of them, so a file of
+1 MB could need 20 GB. Numbers need even more, since Pillow creates a Python object for each.
 
-    directory   | 65,000 entries of 12 bytes | 300 kB |
-                       each is "300 kB" ---->|        |      20 GB in memory
+    file        | 65,000 entries of 12 bytes | 300 kB |
+                  every entry refers to ---->|        |      65,000 copies: 20 GB in memory
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ _TYPE_SIZES = {
     16: 8,
 }
 _TEXT_TYPES = (1, 2, 6, 7)  # read as one object, not as numbers
-# Some cameras write entries that share values. All values together may have this many times the size of the file.
+# Some cameras write entries that share values, so all values together may be larger than the file: this many times its
+# size, and a constant for small files.
 _MAX_SHARING = 4
-_MIN_BYTES = 1_000_000  # that every file may ask for
+_ALWAYS_ALLOWED_BYTES = 1_000_000
 # An image of 50 million pixels has some thousand strips or tiles.
 _MAX_NUMBERS = 200_000
-_MAX_ENTRIES = 65_535  # as many as a TIFF of less than 4 GB can count
-MAX_DIRECTORIES = 1_000  # pages of a file that are told apart
+_MAX_ENTRIES = 65_535  # A TIFF that is not a BigTIFF counts its entries in 16 bits.
+MAX_DIRECTORIES = 1_000  # Pages are counted up to this number.
 
 
 class DirectoryError(ValueError):
-    """A directory that asks for too much."""
+    """A directory whose values need too much memory."""
 
 
 def limit_directories() -> None:
@@ -71,14 +72,14 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
         is_big: Whether numbers have 64 bits (BigTIFF).
 
     Raises:
-        DirectoryError: The directory asks for much more than the file has.
+        DirectoryError: The values are much larger than the file, or too many.
     """
     start = file.tell()
     count_form, entry_form = ("Q", "HHQ8x") if is_big else ("H", "HHI4x")
     head = file.read(struct.calcsize(f"{order}{count_form}"))
     try:
         (count,) = struct.unpack(f"{order}{count_form}", head)
-    except struct.error:  # cut off: Pillow says so
+    except struct.error:  # The file ends here, which Pillow reports.
         count = 0
     entries = struct.Struct(f"{order}{entry_form}")
     if count > _MAX_ENTRIES:
@@ -87,13 +88,13 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
     size = file.seek(0, 2)
     file.seek(start)
     num_bytes = num_numbers = 0
-    for _, kind, num_values in entries.iter_unpack(
-        data[: len(data) // entries.size * entries.size]
-    ):
+    # The file may end within an entry.
+    complete = data[: len(data) // entries.size * entries.size]
+    for _, kind, num_values in entries.iter_unpack(complete):
         num_bytes += num_values * _TYPE_SIZES.get(kind, 0)
         if kind not in _TEXT_TYPES and kind in _TYPE_SIZES:
             num_numbers += num_values
-    if num_bytes > _MIN_BYTES + _MAX_SHARING * size:
+    if num_bytes > _ALWAYS_ALLOWED_BYTES + _MAX_SHARING * size:
         raise DirectoryError(f"a directory of {num_bytes} bytes in a file of {size}")
     if num_numbers > _MAX_NUMBERS:
         raise DirectoryError(f"a directory of {num_numbers} numbers")
@@ -102,13 +103,14 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
 def has_many_directories(data: bytes) -> bool:
     """Return whether a TIFF file has `MAX_DIRECTORIES` pages or more.
 
-    Pillow compares each position with all that it has seen, which takes hours for a million.
+    Pillow compares the position of each page with those of all pages before it, which takes hours for a million pages.
     """
-    # Read it in both forms, because programs disagree about which byte says it.
+    # Count the pages of both forms, because programs disagree about which byte marks a BigTIFF.
     return any(_count_chain(data, is_big) == MAX_DIRECTORIES for is_big in (False, True))
 
 
 def _count_chain(data: bytes, is_big: bool) -> int:
+    """Return the number of directories, at most `MAX_DIRECTORIES`. Each contains the position of the next one."""
     order = "<" if data.startswith(b"II") else ">"
     count_form, entry_size, link_form = ("Q", 20, "Q") if is_big else ("H", 12, "I")
     seen: set[int] = set()

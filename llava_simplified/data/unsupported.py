@@ -1,8 +1,8 @@
-"""Refuse rows that ask for something which training would silently leave out.
+"""Refuse rows with content that training would otherwise silently ignore.
 
-A row of a video with its question is a valid row of text if the key `video` is ignored: the model would learn to answer
-without having seen anything. The same holds for an image under a key that is not read, for placeholders of other programs
-in the text, for tools, and for parts of a prompt under other keys.
+If the key `video` of a row were ignored, a question about the video would become a valid text-only example, and the model
+would learn to guess the answer. The same holds for an image under a key that is not read, for placeholders of other
+programs in the text, for tools, and for parts of a prompt under other keys.
 """
 
 from __future__ import annotations
@@ -15,8 +15,20 @@ from llava_simplified.data.questions import QUESTIONS_KEY
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
 _RECORD_KEYS = {
-    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height", "chosen", "rejected", QUESTIONS_KEY),
+    "id",
+    "image",
+    "images",
+    "width",
+    "height",
+    "instruction",
+    "response",
+    "responses",
+    "conversations",
+    "messages",
+    "texts",
+    "chosen",
+    "rejected",
+    QUESTIONS_KEY,
 }
 _TURN_KEYS = {"role", "content", "from", "value", "id", "name"}
 # Keys of media other than images, in the rows of other programs.
@@ -40,8 +52,8 @@ _IMAGE_FILE = re.compile(
 _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
 # Parts of the prompt beside an `instruction`, in Alpaca's form.
 _PROMPT_KEYS = ("input", "history", "system")
-# Placeholders of other programs: <video>, <image_1>, <|image|>, <image/>, <|vision_start|>, [IMG]. HTML is told apart by
-# its end tag, and by its attributes.
+# Placeholders of other programs: <video>, <image_1>, <|image|>, <image/>, <|vision_start|>, [IMG]. HTML does not match: its
+# tags have attributes, or an end tag, for which `check_placeholders` looks.
 _OTHER_PLACEHOLDER = re.compile(
     r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|image|document|pdf|region|depth)"
     r"(?:[ _]?\d+)?\s*/?\|?>"
@@ -54,11 +66,11 @@ _OTHER_PLACEHOLDER = re.compile(
 
 
 def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) -> None:
-    """Refuse a row whose keys ask for something that is not read.
+    """Refuse a row with a key whose value training would silently ignore.
 
     Args:
         row: The row.
-        images: The images that are read.
+        images: The images of the row, from the keys that are read.
         where: File name and row number, for error messages.
 
     Raises:
@@ -66,12 +78,12 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
             the prompt beside its instruction.
     """
     for key, value in row.items():
-        # Empty values have no effect: tables of several media have a column for each.
+        # Ignore empty values: a table with several media has a column for each, which is empty in the rows of the others.
         if not value or key in _RECORD_KEYS:
             continue
         _check_media(key, value, where, has_images=bool(images))
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: the key {key!r} asks for tools, which are not supported")
+            raise ValueError(f"{where}: the key {key!r}: tools are not supported")
         if key in _PROMPT_KEYS and "conversations" not in row:
             raise ValueError(
                 f"{where}: the key {key!r} is not read beside 'instruction'; put the whole prompt into 'instruction', or "
@@ -80,7 +92,7 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
 
 
 def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
-    """Refuse a turn of a conversation whose keys ask for something that is not read.
+    """Refuse a turn of a conversation with a key whose value training would silently ignore.
 
     Raises:
         ValueError: The turn has images or other media of its own, or calls a tool.
@@ -89,17 +101,18 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
         value = turn[key]
         if not value:
             continue
-        _check_media(key, value, f"{where} of a turn", has_images=False)
+        _check_media(key, value, f"{where}: in a turn", has_images=False)
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: the key {key!r} of a turn: tools are not supported")
+            raise ValueError(f"{where}: in a turn: the key {key!r}: tools are not supported")
 
 
 def _check_media(key: str, value: object, where: str, *, has_images: bool) -> None:
+    """Refuse a key that names a video, a sound or the like, or an image that is not read."""
     if not isinstance(value, (str, list, dict)):
         return  # a score or a flag
     if _OTHER_MEDIA_KEY.fullmatch(key):
         raise ValueError(
-            f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
+            f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
             "remove the key or the record"
         )
     if has_images:
@@ -118,7 +131,7 @@ def _check_media(key: str, value: object, where: str, *, has_images: bool) -> No
 
 
 def check_placeholders(turns: Sequence[Message], where: str) -> None:
-    """Refuse placeholders of other programs in the turns of the user. Elsewhere a placeholder is text.
+    """Refuse placeholders of other programs in the turns of the user. In other turns they are ordinary text.
 
     Raises:
         ValueError: A turn contains one.
@@ -127,10 +140,13 @@ def check_placeholders(turns: Sequence[Message], where: str) -> None:
         if turn.role != "user" or not ("<" in turn.content or "[" in turn.content):
             continue
         for match in _OTHER_PLACEHOLDER.finditer(turn.content):
+            if match[0] == IMAGE_PLACEHOLDER:
+                continue
+            # A tag with an end tag is HTML, or a text about HTML.
             tag = match["tag"]
-            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
+            if tag and f"</{tag}>" in turn.content:
                 continue
             raise ValueError(
-                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
-                "and other media must be removed"
+                f"{where}: the placeholder {match[0]} is not supported; write {IMAGE_PLACEHOLDER} for an image, "
+                "and remove other media"
             )

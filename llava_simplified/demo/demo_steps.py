@@ -118,7 +118,7 @@ class Demo:
         return 0
 
     def _resume_options(self, step: Step, started: Sequence[str]) -> list[str]:
-        """Return the options that continue a training run; delete what runs with other settings have left.
+        """Return the options that resume a training run. Delete the files of runs with other settings.
 
         Args:
             step: A command that has not finished.
@@ -129,7 +129,7 @@ class Demo:
         # Delete unfinished captions of the model that this run replaces.
         for part in self.output.glob("*.part*"):
             part.unlink()
-        # Continue only with the same arguments: other settings require a new run.
+        # Resume only with the same arguments: other settings require a new run.
         if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)
@@ -164,7 +164,7 @@ class Demo:
 
 
 class FinishedSteps:
-    """Remembers which commands have finished, so that a second demo skips them.
+    """Records which commands have finished, so that a second demo skips them.
 
     A command counts as finished only if its arguments and those of all commands before it are the same.
 
@@ -190,13 +190,13 @@ class FinishedSteps:
         return len(self.finished) >= index and self.finished[index - 1] == list(argv)
 
     def start(self, index: int, argv: Sequence[str]) -> None:
-        """Remember that command `index` was started. Forget it and all later ones, which depend on its output."""
+        """Record the start of command `index`. It and all later commands, which depend on its output, become unfinished."""
         self.finished = self.finished[: index - 1]
         self.started = list(argv)
         self._save()
 
     def add(self, index: int, argv: Sequence[str]) -> None:
-        """Remember that command `index` has finished."""
+        """Record that command `index` has finished."""
         self.finished = [*self.finished[: index - 1], list(argv)]
         self._save()
 

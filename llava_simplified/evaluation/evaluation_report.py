@@ -591,7 +591,10 @@ _CardScores = tuple[np.ndarray, np.ndarray, np.ndarray]  # word F1, CIDEr-D, exa
 
 
 def _card_scores(run: Run, order: Sequence[int]) -> _CardScores:
-    """Return the scores of all images of a run in the given order: means over the trials, and any exact match."""
+    """Return the scores of all images of a run, in the given order.
+
+    Word F1 and CIDEr-D are means over the trials. An exact match in one of the trials is enough.
+    """
     per_image = run.result.per_image
     word_f1 = per_image["word F1"].mean(axis=0)[order]
     cider_d = per_image["CIDEr-D"].mean(axis=0)[order]

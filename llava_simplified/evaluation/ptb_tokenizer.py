@@ -107,7 +107,7 @@ def tokenize(caption: str) -> str:
     text = _LINE_BREAK.sub(" ", caption)
     if text.isascii() or not _ABOVE_BMP.search(text):
         return _tokenize_line(text)
-    # The original scans UTF-16, where these characters are surrogate pairs: two units long, and in no class.
+    # The original scans UTF-16, where these characters are two surrogates, which are in none of its character classes.
     tokens = _tokenize_line(_ABOVE_BMP.sub(_to_surrogates, text))
     return tokens.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 

@@ -206,7 +206,7 @@ def _list(value: object) -> list[dict[str, object]]:
 
 def _add_name(names: dict[str, str], image_id: str, name: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"'file_name' of image {image_id} is {name!r}")
+        raise TypeError(f"'file_name' of image {image_id} must be a string, not {name!r}")
     known = names.setdefault(image_id, name)
     if known != name:
         raise ValueError(f"the image id {image_id} belongs to two images, {known!r} and {name!r}.")

@@ -71,5 +71,6 @@ def stock_chat_template(model: Llava) -> str:
     template = get_chat_template(model)
     if not model.prompt.accepts_strings:
         return template
+    # A template that writes the image token itself needs no placeholder in the text.
     image = "''" if model.prompt.image_token else _IMAGE_LINE
     return _FLATTEN_FOR_STOCK.replace("IMAGE", image) + template

@@ -555,7 +555,8 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     endings = sorted(name.removeprefix("model.") for name in config["target_modules"])
     alternatives = "|".join(re.escape(ending) for ending in endings)
     config["target_modules"] = rf"model\.language_model\.(.*\.)?({alternatives})"
-    # Ranks and scales of single layers are found by their full names, which are longer there.
+    # PEFT compares the keys of these patterns with the ends of layer names. Remove the `model.` at their beginning: in stock
+    # LLaVA, it is not directly before the rest of the name.
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         config[name] = {layer.removeprefix("model."): value for layer, value in pattern.items()}

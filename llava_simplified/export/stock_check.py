@@ -341,7 +341,7 @@ def _check_logits(
     if largest > tolerance:
         raise ValueError(
             f"The logits differ by {largest:.2g} from those of LLaVA in Transformers, expected at most "
-            f"{tolerance:.2g} (rounding). It does not reproduce this projector or language model."
+            f"{tolerance:.2g} (rounding). LLaVA in Transformers does not reproduce this projector or language model."
         )
     return largest
 

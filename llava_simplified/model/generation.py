@@ -252,7 +252,7 @@ class DecodingBatch:
         return generated
 
     def _is_complete(self, sequence_id: int) -> bool:
-        """Return whether a sequence ends without an end token: it has all its tokens, or repeats itself."""
+        """Return whether a sequence ends without an end token, because it reached its limit or repeats itself."""
         ids = self.generated_ids[sequence_id]
         options = self._options[sequence_id]
         num_generated = len(ids) - self._num_forced[sequence_id]
@@ -309,7 +309,7 @@ class DecodingBatch:
         return mask, next_positions, logits, cache
 
     def _decode(self) -> None:
-        """Feed each active sequence its newest token: one more column, and the next logits."""
+        """Run the model on the newest token of each active sequence: one more column, and the next logits."""
         newest = [self.generated_ids[sequence_id][-1] for sequence_id in self.active]
         if self._decode_in_static_buffers(newest):
             return
@@ -336,7 +336,7 @@ class DecodingBatch:
     # On a CPU, the time of a step is nearly proportional to its rows, and samples of a model that is
     # certain begin alike. On a GPU it would make no difference, and buffers have a fixed number of rows.
     def _split_rows(self, newest: Sequence[int]) -> list[int]:
-        """Give sequences of one row that have chosen different tokens rows of their own.
+        """Copy the rows of sequences that shared a row until now, but have chosen different tokens.
 
         Args:
             newest: The newest token of each active sequence.

@@ -51,7 +51,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if isinstance(self.forbid, str):
             raise ValueError(f"forbid must be a list of words, not the text {self.forbid!r}")
-        # Options identify groups of sequences in a batch, which a list cannot.
+        # Convert a list to a tuple: options must be hashable, because a batch groups its sequences by them.
         object.__setattr__(self, "forbid", tuple(self.forbid))
         requirements = {
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),

@@ -29,7 +29,7 @@ from torch import nn
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.workers import release_pages, tune_malloc
 
-# Blocks that are returned to the system when they are freed, during quantization and afterward.
+# Freed blocks of at least this size are returned to the system: during quantization, and afterward.
 _RETURNED_BLOCK_BYTES = 1 << 20
 _DEFAULT_RETURNED_BLOCK_BYTES = 32 << 20
 # Activations are stored as unsigned bytes: 128 is zero.
@@ -85,7 +85,7 @@ def _quantize_and_pack(weight: torch.Tensor, scales: torch.Tensor) -> Any:
     """
     zero_points = torch.zeros(len(scales), dtype=torch.long)
     with warnings.catch_warnings():
-        # PyTorch will replace quantized tensors. What comes in their place has no product that is as fast yet.
+        # PyTorch deprecates quantized tensors, but their replacement does not have an integer product that is as fast yet.
         warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
         quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
     return torch.ops.quantized.linear_prepack(quantized, None)
@@ -112,8 +112,8 @@ def _multiply(x: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
 def activation_levels() -> int:
     """Return how many positive values an activation may have: 127, or 63 on older CPUs.
 
-    Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, which overflow
-    silently. Try it with the largest values.
+    Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, and the sum may
+    overflow silently. Whether it does is tried with the largest values.
     """
     width = 64
     ones = torch.ones(1, width)
@@ -150,7 +150,7 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         The number of replaced layers.
     """
     torch.backends.quantized.engine = "fbgemm"
-    # Return the float copies of the weights at once: between the packed ones, they would leave gaps as large.
+    # Return the memory of each float copy of a weight at once. Otherwise it would remain as a gap between packed weights.
     tune_malloc(_RETURNED_BLOCK_BYTES)
     lm_head: Any = language_model.get_output_embeddings()
     # Collect them first, because the tree changes below.
@@ -164,8 +164,8 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         # Take it off the list, so that the memory of its weights is freed before the next one is quantized.
         parent, name, linear = found.pop()
         setattr(parent, name, Int8Linear(linear))
-        # Weights are mapped from their file, and stay in memory until all of the file are unused.
+        # The weights are mapped from a file, whose pages otherwise stay in memory until no weight of the file is used.
         release_pages(linear.weight.data_ptr(), linear.weight.nbytes)
-    # The largest threshold of glibc, as its own adjustment would have reached by now.
+    # The first call has turned off glibc's automatic adjustment. Set the largest threshold that it would choose.
     tune_malloc(_DEFAULT_RETURNED_BLOCK_BYTES)
     return count

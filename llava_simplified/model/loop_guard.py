@@ -17,16 +17,16 @@ from llava_simplified.prompt import Prompt
 # Chinese and Japanese are written without spaces, so each of their characters counts as a word.
 _IDEOGRAPHS = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
-# Number of tokens at the end of a sequence that must have occurred before. Text that does not loop repeats so many
-# only by chance, so it is hardly ever decoded while it is generated.
+# A sequence is decoded and searched for a loop only if its last N tokens have occurred in it before. Without a loop this is
+# rare, so the check costs little.
 _NUM_PROBED_TOKENS = 4
 
 
 def find_loop(text: str, num_repeated: int) -> int | None:
-    """Return where the part of a text ends that comes before a loop; None without a loop.
+    """Return the index at which the text before a loop ends; None without a loop.
 
-    A loop is a sequence of words that equals the sequence directly before it, at least once completely
-    and for at least `num_repeated` words. With `num_repeated` 4:
+    In a loop, a sequence of words is repeated directly after itself: at least once completely, and for at
+    least `num_repeated` words. With `num_repeated` 4:
 
         a dog and a dog and a dog and       the words 3 to 6 repeat the words 0 to 3
         a dog and                           the part before the loop
@@ -71,7 +71,7 @@ def is_looping(prompt: Prompt, generated_ids: Sequence[int], num_repeated: int) 
 
 def _repeats_its_end(ids: Sequence[int], size: int) -> bool:
     """Return whether the last `size` token ids occur earlier, too; the two places may overlap."""
-    # The quick answer for most sequences, since this is asked after each token.
+    # Return early for most sequences, since this function is called after each token.
     if len(ids) <= size or ids.count(ids[-size]) < 2:
         return False
     end = list(ids[-size:])

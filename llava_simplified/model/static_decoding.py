@@ -78,7 +78,8 @@ def num_slots(rows: int) -> int:
 
 def num_columns(length: int) -> int:
     """Return the number of columns of a buffer for this many tokens."""
-    # Of long sequences, at most a fifth of the columns is unused.
+    # Round up to a multiple of an eighth of the next power of two: for long sequences, at most a fifth of the
+    # columns is unused.
     next_power = 1 << length.bit_length()
     step = max(COLUMN_STEP, next_power // 8)
     return math.ceil(length / step) * step

@@ -74,7 +74,9 @@ _RESULT_SCHEMA = pa.schema(
         "detail": pa.string(),
         "bad": pa.list_(pa.int16()),
         "digest": pa.binary(DIGEST_BYTES),
-        "look": pa.binary(PERCEPTUAL_BYTES),
+        "look": pa.binary(
+            PERCEPTUAL_BYTES
+        ),  # The perceptual hash. Files of earlier versions have this name.
     }
 )
 

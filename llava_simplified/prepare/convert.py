@@ -197,7 +197,7 @@ class _ImageNames:
         self._matches = NameMatches()
 
     def resolve(self, image: str, row: SourceRow) -> str:
-        """Return the name of an image in the records; "" if it is not in the image folder, which is noted."""
+        """Return the name of an image in the records; "" (counted as an issue) if it is not in the image folder."""
         # An image inside a shard is looked up when it is read.
         if self._image_folder is not None and "#" not in image:
             return _find_image(image, row, self._image_folder, self._matches, self._issues)
@@ -417,5 +417,5 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
             writer.write(row)
         # Raise inside the `with` block, so that the unfinished file is discarded.
         if not writer.count:
-            raise ValueError(f"{source}: no chosen row is a record. {first_error}")
+            raise ValueError(f"{source}: none of the sampled rows is a valid record. {first_error}")
     return writer.count

@@ -97,7 +97,7 @@ class DecodePool:
 
     def _start_thread(self) -> None:
         self._num_threads += 1
-        # Start a daemon thread: at its end, a process does not wait for it, as it does for the threads of an executor.
+        # A process that ends does not wait for daemon threads, whereas it would wait for the threads of an executor.
         threading.Thread(target=self._work, name="decode", daemon=True).start()
 
     # ---- in the threads ----
@@ -132,6 +132,7 @@ class DecodePool:
         try:
             self._set_started(job, time.monotonic())
             width, height = read_image_size(job.data, self._max_pixels)
+            # Stop the clock while the job waits for memory.
             self._set_started(job, None)
             with DECODING.admit(width * height):
                 self._set_started(job, time.monotonic())
@@ -165,7 +166,7 @@ class DecodePool:
         self._timer = self._loop.call_later(interval, self._give_up_slow_jobs)
 
     def _give_up_slow_jobs(self) -> None:
-        """End the waiting of callers whose images take too long, and replace the threads."""
+        """Raise TimeoutError in the callers whose images take too long, and replace the threads."""
         now = time.monotonic()
         slow = []
         with self._lock:

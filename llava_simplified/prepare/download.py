@@ -97,7 +97,7 @@ def download(
         "shard_size": shard_size,
         "limit": limit,
         "resize": options.resize,
-        # Use the size to detect a changed source, of which new rows would never be fetched.
+        # Use the size to detect that the source has changed: otherwise, its new rows would never be fetched.
         "bytes": Path(source).stat().st_size if Path(source).is_file() else 0,
     }
     # The lock excludes all other runs on this output, except for other slices.

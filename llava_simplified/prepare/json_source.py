@@ -251,13 +251,13 @@ class _JsonReader:
         return bool(self._early)
 
     def read_early_annotations(self, annotations: Iterable[Any]) -> Iterator[SourceRow]:
-        """Yield the rows of the annotations that precede their images, when all images are known.
+        """Yield the rows of the annotations that precede their images in the file. Call this when all images are known.
 
         Args:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        position = 0  # in `_early`
+        position = 0  # of the next entry of `_early`, which has the indices of these annotations
         for number, annotation in enumerate(objects):
             if position == len(self._early):
                 return
@@ -292,7 +292,7 @@ class _JsonReader:
             yield SourceRow(number, "", url, (caption,))
 
     def _refuse_unknown_form(self) -> None:
-        """Raise the error for a file that has rows of no form, but other content."""
+        """Raise an error if the file has no rows in any of the forms, but other keys."""
         if self._number >= 0 or self._number_of or not self._ignored:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))

@@ -55,9 +55,12 @@ class LenientResponseHandler(ResponseHandler):
 
     def __init__(self, loop: Any) -> None:
         super().__init__(loop)
-        self._head: bytes | None = None  # as far as it has come; None outside of a head
-        self._num_interim = 0  # interim responses before it
-        self._bytes_left: int | None = None  # of the body; None if its length is not known
+        # The bytes of the current response's head that have arrived; None while no head is expected.
+        self._head: bytes | None = None
+        # Number of interim responses (status 1xx) to the current request.
+        self._num_interim = 0
+        # Number of bytes of the body that are still to come; None if its length is not known.
+        self._bytes_left: int | None = None
         self._is_draining = False
 
     def set_response_params(self, **params: Any) -> None:

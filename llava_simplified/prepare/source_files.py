@@ -61,9 +61,9 @@ def _open_stream(source: str) -> Any:
 
 @contextlib.contextmanager
 def _open_zip(source: str) -> Iterator[IO[bytes]]:
-    """Open the only file of a ZIP archive. The first of several would silently be read for all."""
+    """Open the only file of a ZIP archive. Archives of several files are refused, so that none is silently left out."""
     with _open_raw(source) as file, zipfile.ZipFile(file) as archive:
-        # macOS adds files about the others.
+        # macOS adds a file with metadata for each file.
         names = [
             info.filename
             for info in archive.infolist()

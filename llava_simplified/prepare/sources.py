@@ -198,17 +198,18 @@ def _names_are_own(
 ) -> bool:
     """Return whether a file names images relative to its own folder, and not to `root`.
 
-    Metadata do so. Other files do if one of their first images is found there; otherwise, a note says what is assumed.
+    Metadata files always do. Other files do if one of their first images exists in their folder. Otherwise, names are
+    taken to be relative to `root`, which is noted as an issue.
     """
     if path.name in _METADATA_NAMES:
         return True
     if path.parent == root:
-        return False  # there is no difference
+        return False  # Both folders are the same.
     names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
     names = [name for name in names if name and "#" not in name]
-    # A name may be too long, or no name at all.
+    # Looking for a file fails if its name is too long or contains a null character.
     with suppress(OSError, ValueError):
         if any((path.parent / name).is_file() for name in names):
             return True
@@ -366,29 +367,29 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    One file stands for all, whose errors are reported when they are read. But each text is examined separately, because
-    it may be anything.
+    If one JSON file or table contains captions, all are returned: an error in another one is reported when that file is
+    read. Text files are tried one by one, because a text file may be anything, such as a README.txt.
 
     Args:
         paths: The files.
         columns: Column names that the user passed.
-        errors: Receives why a file is not read, except for texts.
+        errors: Receives the reasons why files are not read, except for text files.
     """
     texts = []
-    is_form = False
+    has_captions = False  # whether one of the files that are not texts contains captions
     for path in paths[:_MAX_TRIED_FILES]:
         is_text = _format_suffix(path.name) == ".txt"
-        if is_form and not is_text:
+        if has_captions and not is_text:
             continue
         error = _first_row_error(path, columns)
         if error is None and is_text:
             texts.append(path)
         elif error is None:
-            is_form = True
+            has_captions = True
         elif not is_text:
             errors.append(error)
     others = [path for path in paths if _format_suffix(path.name) != ".txt"]
-    return sorted([*texts, *others]) if is_form else texts
+    return sorted([*texts, *others]) if has_captions else texts
 
 
 def _first_stem(path: Path) -> str:

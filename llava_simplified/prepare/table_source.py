@@ -539,7 +539,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             column = shares.index(max(shares))
             url = column if pattern is URL_PATTERN else -1
             image = -1 if pattern is URL_PATTERN else column
-            # Names of columns in another language: only the first line does not look like the others.
+            # The first line is a header, perhaps in another language, if it alone has no URL or image name.
             names = (first_fields, last_fields)[column]
             matches = [bool(pattern.search(name)) for name in names]
             is_unlike_others = len(names) > 2 and not matches[0] and all(matches[1:])

@@ -457,6 +457,7 @@ class Engine:
 
     def unregister(self, request: RequestHandle) -> None:
         """Remove a closed request. The next step evicts its sequences."""
+        # Update the moving average, from which `register` computes when to retry.
         self._seconds_per_request += 0.1 * (request.seconds_elapsed - self._seconds_per_request)
         self.requests_in_flight.discard(request)
         self._has_work.set()

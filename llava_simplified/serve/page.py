@@ -132,7 +132,7 @@ def page_routes(
     async def page_settings(_: Request) -> Response:
         return JSONResponse(settings, headers=PAGE_HEADERS)
 
-    # Use one route per file instead of a path pattern, which could be exploited.
+    # Use one route per file. A route with a file name as a parameter could be exploited to read other files.
     routes = [
         _static_route("/", _read("page.html"), "text/html"),
         _static_route("/page.css", _read("page.css"), "text/css"),

@@ -66,7 +66,7 @@ class DocumentFrequencies:
 
         Args:
             path: A JSON file.
-            data_digest: What identifies the training records.
+            data_digest: Digest of the training records.
         """
         joined = {" ".join(gram): count for gram, count in self.counts.items()}
         content = {"data": data_digest, "images": self.num_images, "frequencies": joined}
@@ -76,7 +76,7 @@ class DocumentFrequencies:
 
     @classmethod
     def load(cls, path: Path, data_digest: str) -> DocumentFrequencies | None:
-        """Read the frequencies that `save` has written; None if there are none, or those of other records."""
+        """Read the frequencies that `save` has written; None if there are none for these records."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["data"] != data_digest:

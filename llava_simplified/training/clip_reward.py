@@ -1,4 +1,4 @@
-"""CLIPScore as a reward: how well a caption fits its image, by a CLIP model. It needs no references."""
+"""CLIPScore as a reward: how well a caption fits its image, as measured by a CLIP model. It needs no references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of `llava plan` behind `--cluster`: measure or read the rates, and describe the plan."""
+"""Run `llava plan --cluster`: measure or read the rates, and describe the plan."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def measure(
     train_flops: float,
     tokenizer: Any,
 ) -> Rates:
-    """Measure the rates with the tokenizer of the run as the unit of captions."""
+    """Measure the rates. The length of captions is counted in tokens of the run's tokenizer."""
 
     def count_tokens(caption: str) -> int:
         return len(tokenizer(caption, add_special_tokens=False).input_ids)
@@ -101,7 +101,7 @@ def measure(
 
 
 def count_tower_flops(tower: VisionTower) -> int:
-    """Return the FLOPs that a vision tower needs for one image, counted on tensors without data."""
+    """Return the FLOPs that a vision tower needs for one image, counted with fake tensors."""
     pixels = torch.empty(1, 3, *tower.transform.crop, dtype=torch.uint8)
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker, torch.no_grad():
         weights = {}

@@ -1,7 +1,7 @@
 """Estimate how long the whole recipe takes on a cluster, and show the arithmetic: `llava plan --cluster`.
 
-Each step is bound by one or several resources. Every bound is a product of an amount of work and a rate,
-and both are printed, so that a reader can check each line with a calculator:
+Each step is limited by one or several resources. The time that a resource needs follows from the amount of
+work and a rate. Both are printed, so that a reader can check each line with a calculator:
 
 | step     | resource      | seconds                                                                |
 |----------|---------------|------------------------------------------------------------------------|
@@ -36,7 +36,7 @@ _TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("min", 60.0), ("s", 1.0), 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a small run of each step has needed. Stored as JSON by `llava plan --measure`.
+    """The resources that each step used in a small run. Stored as JSON by `llava plan --measure`.
 
     Attributes:
         download_core_seconds: Seconds of a core per URL.
@@ -73,7 +73,7 @@ def read_rates(path: Path) -> Rates:
     """Read the rates that `Rates.save` has written.
 
     Raises:
-        ValueError: The file is missing, or does not contain exactly these rates, as positive numbers.
+        ValueError: The file is missing, or does not contain exactly these rates, as numbers of at least 0.
     """
     advice = "Write it with `llava plan --cluster N --measure URLS`."
     try:
@@ -101,8 +101,8 @@ class Cluster:
         devices: Devices of each machine, for encoding and training.
         egress: Bytes per second that each machine can receive from the internet.
         endpoints: Number of endpoints that generate captions.
-        device_flops_per_second: FLOP/s of a device in encoding and training, if the devices are of
-            another kind than those of the rates; None: as measured.
+        device_flops_per_second: FLOP/s of a device in encoding and training, if the devices differ
+            from those that were measured; None: as measured.
     """
 
     machines: int
@@ -131,7 +131,7 @@ class Work:
 
 
 class Bound(NamedTuple):
-    """How long a step takes at least because of one resource.
+    """The minimum duration of a step because of one resource.
 
     Attributes:
         step: Name of the step.
@@ -151,7 +151,7 @@ class Bound(NamedTuple):
 
 def compute_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
     """Return the bounds of all steps, in the order of the steps."""
-    # Each step passes on only a part of its rows: not every URL is an image, and not every image is usable.
+    # Later steps have fewer rows: not every URL returns an image, and not every image is usable.
     images = work.urls * rates.downloaded_share
     records = images * rates.usable_share
     bounds = _download_bounds(work, rates, cluster)
@@ -208,7 +208,7 @@ def _clean_bound(images: float, rates: Rates, cluster: Cluster) -> Bound:
 
 def _device_bounds(records: float, work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
     """Return the bounds of encoding and training."""
-    # The speed of devices of another kind replaces both measured speeds.
+    # If the cluster has other devices, their speed replaces both measured speeds.
     devices = cluster.machines * cluster.devices
     encode_speed = cluster.device_flops_per_second or rates.encode_flops_per_second
     train_speed = cluster.device_flops_per_second or rates.train_flops_per_second
@@ -250,7 +250,7 @@ def describe_cluster_plan(works: Sequence[Work], rates: Rates, cluster: Cluster)
     lines = [
         f"{cluster.machines} machines, each with {cluster.cores} cores, {cluster.devices} device(s) and "
         f"{_in_units(cluster.egress, _BYTE_UNITS)}/s from the internet. "
-        "* marks what a step is bound by."
+        "* marks the slowest resource of each step."
     ]
     for work in works:
         bounds = compute_bounds(work, rates, cluster)

@@ -4,7 +4,7 @@
                                                         +-----llava caption --endpoint----> captions
 
 Each command runs twice, on a quarter of the sample and on all of it. What a command costs per row is the
-difference of the two runs divided by the difference of their rows, so its start-up does not count:
+difference of the two durations divided by the difference of the numbers of rows, which excludes its start-up:
 
     seconds
        |            x  all rows
@@ -42,14 +42,14 @@ _SKIPPED_STEPS = 2
 
 
 class Cost(NamedTuple):
-    """What a command has used: seconds on the clock, and seconds of a core in all its processes."""
+    """What a command has used: wall-clock seconds, and CPU seconds of all its processes."""
 
     seconds: float
     core_seconds: float
 
 
 class Workload(NamedTuple):
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         source: The list of URLs, as for `llava download`.
@@ -71,7 +71,7 @@ class Workload(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """The files of one of the two samples, and how many rows each step has read."""
+    """The files of one of the two samples, and how many rows are left after each step."""
 
     images: Path
     records: Path
@@ -81,7 +81,7 @@ class _Sample(NamedTuple):
 
 
 def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rates:
-    """Run the recipe on a sample of the URLs, and return what each step needs.
+    """Run the recipe on a sample of the URLs, and return the rates of each step.
 
     Args:
         workload: What to measure.
@@ -116,9 +116,9 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         encode_seconds = _per_row(
             [cost.seconds for cost in encode], [sample.num_records for sample in samples]
         )
-        captions: tuple[float, float] = (0.0, 0.0)
+        tokens_per_caption = caption_speed = 0.0
         if workload.endpoint_options:
-            captions = _caption(workload, samples, root, count_tokens)
+            tokens_per_caption, caption_speed = _caption(workload, samples, root, count_tokens)
         urls = [sample.num_urls for sample in samples]
         images = [sample.num_images for sample in samples]
         return Rates(
@@ -129,11 +129,11 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
             largest_host_share=max(hosts.values()) / whole.num_urls,
             clean_core_seconds=_per_row([cost.core_seconds for cost in clean], images),
             usable_share=whole.num_records / whole.num_images,
-            # The time per image becomes a speed, so that the plan holds for other vision towers, too.
+            # Store a speed instead of the time per image, so that the plan is valid for other vision towers too.
             encode_flops_per_second=workload.encode_flops / encode_seconds,
             train_flops_per_second=_train(workload, root / "all", root / "output"),
-            tokens_per_caption=captions[0],
-            caption_tokens_per_second=captions[1],
+            tokens_per_caption=tokens_per_caption,
+            caption_tokens_per_second=caption_speed,
         )
 
 
@@ -227,7 +227,7 @@ def _train(workload: Workload, folder: Path, output: Path) -> float:
 def _caption(
     workload: Workload, samples: Sequence[_Sample], root: Path, count_tokens: Callable[[str], int]
 ) -> tuple[float, float]:
-    """Caption both samples at the endpoint. Returns tokens per caption, and tokens per second."""
+    """Caption both samples at the endpoint, and return the tokens per caption and the tokens per second."""
     seconds = []
     texts: list[str] = []
     for number, sample in enumerate(samples):
@@ -237,7 +237,7 @@ def _caption(
         rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         texts = [row["pred_output"] for row in rows if row.get("pred_output")]
     if not texts:
-        raise ValueError("--endpoint: it has not returned a single caption.")
+        raise ValueError("--endpoint: the server has returned no caption.")
     # An endpoint answers several requests at a time, so this is a rate of all of them, not the duration of a request.
     seconds_per_image = _per_row(seconds, [sample.num_records for sample in samples])
     tokens = sum(count_tokens(text) for text in texts) / len(texts)
@@ -258,7 +258,7 @@ def _read_manifest(images: Path) -> dict[str, list[Any]]:
 
 
 def _read_sample(folder: Path) -> _Sample:
-    """Count the rows that each step has left."""
+    """Count the rows that are left after each step."""
     manifest = _read_manifest(folder / "images")
     records = folder / "records.jsonl"
     with records.open(encoding="utf-8") as stream:

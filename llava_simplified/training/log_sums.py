@@ -1,4 +1,4 @@
-"""Sums of what happens between two log entries, over all micro-batches and processes."""
+"""Sums of logged values between two log entries, over all micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LogSums:
         self._sums[name] = total + value
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the sums over all processes, and start again. All processes must call it."""
+        """Return the sums over all processes, and reset them. All processes must call it."""
         sums: list[torch.Tensor] = []
         for name in self._names:
             total = self._sums.get(name, torch.zeros(()))

@@ -84,7 +84,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _count(self, tensor: torch.Tensor) -> None:
-        """Add the memory of a tensor until it is freed."""
+        """Count the memory of a tensor until it is freed."""
         # Count a storage once; views share the storage of their base.
         storage = tensor.untyped_storage()
         key = storage._cdata

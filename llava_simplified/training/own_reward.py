@@ -45,12 +45,12 @@ class Part(NamedTuple):
 
 
 class OwnReward:
-    """Calls the function.
+    """Call the function of `--reward module:function` for the captions of a step.
 
     Args:
         name: "module:function".
-        workers: Number of worker processes. 0 calls the function in this process, which nothing can interrupt.
-        timeout: Maximum duration of a step's rewards in seconds.
+        workers: Number of worker processes. 0 calls the function in this process, without a timeout.
+        timeout: Maximum number of seconds for the captions of a step.
 
     Raises:
         ValueError: The function cannot be imported.
@@ -60,7 +60,7 @@ class OwnReward:
         self._name = name
         self._workers = workers
         self._timeout = timeout
-        # Import it here too: a misspelled name should not be found in the middle of a step.
+        # Import it now, so that a misspelled name is found before the training begins.
         import_function(name)
         self._backend: LocalBackend | None = None
 
@@ -71,7 +71,7 @@ class OwnReward:
         references: Sequence[Sequence[str]],
         captions: Sequence[str],
     ) -> list[float]:
-        """Return a number per caption.
+        """Return one number per caption.
 
         Args:
             ids: The name of each caption's record, for errors.
@@ -80,7 +80,7 @@ class OwnReward:
             captions: The captions.
 
         Raises:
-            ValueError: The function fails, returns something else than a number per caption, or takes too long.
+            ValueError: The function fails, does not return one number per caption, or takes too long.
         """
         groups = [list(group) for group in references]
         whole = Part(self._name, list(ids), list(images), groups, list(captions))
@@ -131,10 +131,10 @@ class OwnReward:
 
 
 def call_function(part: Part) -> list[float]:
-    """Call the function. If it fails, find the record at fault.
+    """Call the function. If it fails, find the record that causes it.
 
     Raises:
-        ValueError: It raises, or returns something else than a number per caption.
+        ValueError: The function raises an exception, or does not return one number per caption.
     """
     function = import_function(part.name)
     try:
@@ -145,7 +145,7 @@ def call_function(part: Part) -> list[float]:
         # Call it for one caption at a time: the call that fails names its record.
         for row in range(len(part.captions)):
             call_function(part.rows(row, row + 1))
-        # Each caption alone is scored: the function fails only with all of them together.
+        # No single caption fails: name all records, since the function fails only for them together.
         raise _describe(part, error) from error
 
 

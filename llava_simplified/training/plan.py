@@ -598,9 +598,9 @@ def _uses_feature_cache(features: int, data: DataArguments, args: TrainingArgume
     """Return True if the run will cache features that take `features` bytes."""
     if data.cache_vision_features in ("memory", "disk"):
         return True
-    sees_images_again = args.num_train_epochs > 1 or args.max_steps > 0
+    repeats_images = args.num_train_epochs > 1 or args.max_steps > 0
     fits = features <= data.feature_cache_gb * 1e9
-    return data.cache_vision_features == "auto" and sees_images_again and fits
+    return data.cache_vision_features == "auto" and repeats_images and fits
 
 
 def _saved_by_quantization(model: Llava, bits: int) -> int:

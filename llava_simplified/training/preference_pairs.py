@@ -30,7 +30,7 @@ class PairExample(Example):
 
 
 def record_problem(objective: str) -> Callable[[Record], str]:
-    """Return the function that says why an objective cannot use a record; empty if it can."""
+    """Return a function that returns why an objective cannot use a record; "" if it can."""
     return pair_problem if objective == "dpo" else response_problem
 
 

@@ -7,7 +7,7 @@ One step, for each pair of a chosen and a rejected answer:
     3. a logistic loss on how much more the model prefers the chosen answer than the reference does
 
 The reference is the model at the start of the run. The loss is averaged over the pairs of the step.
-Everything else is that of `LlavaTrainer`.
+Everything else is as in `LlavaTrainer`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
         |                                   Description: a red car at night
         +-- question, options shuffled -->  What color is the car?  A. blue  B. red      --> "B"
 
-The reward is the share of right answers. The model never sees the image, so whatever it answers must be in the caption,
-or be guessed. The idea is that of CapRL (Xing et al., 2025, arXiv:2509.22647).
+The reward is the share of correct answers. The model is not given the image, so it can only find an answer in the caption,
+or guess it. The idea is that of CapRL (Xing et al., 2025, arXiv:2509.22647).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Answer a question about the image, from this description alone. If it does not s
 {options}
 
 Reply with the letter of the answer only."""
-# Some models begin with a word or a bracket. Longer texts, of models that reason, need the field of --extra-body.
+# Some models write a few words or a bracket before the letter. It is too few for models that reason before they answer.
 MAX_ANSWER_TOKENS = 16
 _LETTER = re.compile(r"\b([A-Z])\b")
 
@@ -57,14 +57,14 @@ class Task(NamedTuple):
 
 
 class QaReward:
-    """Asks the questions.
+    """Score captions by the questions that a text-only model answers correctly from them.
 
     Args:
         endpoint: The server.
-        tries: How often each question is asked, with its options in another order: models prefer some letters.
+        tries: How often each question is asked. The order of its options differs, because models prefer some letters.
         seed: Seed of the orders.
-        counts: Counter to update: "questions" that were asked, and "questions_unanswered" among them, where the
-            model refused or its answer had no letter. These count as wrong.
+        counts: Counter to update: "questions" is the number of questions that were asked, "questions_unanswered" the
+            number of those that the model refused, or answered without a letter. These count as wrong.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class QaReward:
         questions: Sequence[Sequence[Question]],
         captions: Sequence[str],
     ) -> list[float]:
-        """Return the share of right answers for each caption.
+        """Return the share of correct answers for each caption.
 
         Args:
             ids: The name of each caption's record.
@@ -116,8 +116,8 @@ class QaReward:
     def _shuffle(self, record_id: str, number: int, attempt: int, count: int) -> list[int]:
         """Return an order of the options.
 
-        It is the same for all captions of a record: their rewards are compared, and must not differ by the order. It is
-        also the same in a resumed run.
+        It is the same for all captions of a record, because their rewards are compared, and it is the same in a resumed
+        run.
         """
         key = f"{self._seed}|{record_id}|{number}|{attempt}"
         # Seed a generator with a hash of the key. `hash()` would differ between processes.
@@ -146,15 +146,15 @@ class QaReward:
         try:
             choices = await client.complete([{"role": "user", "content": text}])
         except RecordError as error:
-            # A failure of the server says nothing about the caption. A refusal of the model says that it does not
-            # suffice.
+            # A failure of the server is no fault of the caption, and ends the run. A refusal of the model counts as a wrong
+            # answer.
             if error.kind in SERVER_FAILURES or error.kind == "rejected":
                 raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
             self._counts["questions_unanswered"] += 1
             return False
         except EndpointError as error:
             raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
-        # The options were shuffled: the letter is the position at which the right one was shown.
+        # The options were shuffled: the letter is the position at which the correct one was shown.
         right_letter = ascii_uppercase[task.order.index(task.question.answer)]
         letter = find_letter(choices[0].text, len(lines))
         if letter is None:
@@ -174,6 +174,6 @@ def find_letter(text: str, count: int) -> str | None:
     found = [letter for letter in _LETTER.findall(text) if letter in letters]
     if not found:
         return None
-    # "A" can be a word. A letter at the beginning is the answer; otherwise the last letter is.
+    # Prefer a letter at the beginning, and else the last one: in between, "A" can be an article.
     first = text.lstrip("([{*\"' ")
     return first[0] if _LETTER.match(first) and first[0] in letters else found[-1]

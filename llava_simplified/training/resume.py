@@ -208,7 +208,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
 
 
 def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if the training records are not those of the checkpoint, wherever they are."""
+    """Raise ValueError if the training records are not those of the checkpoint. Their file may have moved."""
     path, old_path = now.get("train_data_path"), before.get("train_data_path")
     digest = before.get("train_data_sha256")
     if digest is None:  # a checkpoint of 0.1.0: only the path is known
@@ -217,8 +217,8 @@ def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[st
         is_same = digest == now["train_data_sha256"]
     if not is_same:
         raise ValueError(
-            f"--train_data_path {path}: {folder} was trained with other contents of {old_path}. The position in the "
-            "data is only known for the same records in the same order: others would be seen twice or never. Restore "
+            f"--train_data_path {path}: {folder} was trained on other records, those of {old_path} at that time. A run can "
+            "only be resumed with the same records in the same order: otherwise some would be repeated or skipped. Restore "
             f"the old file, or start a new run from the trained weights with --init_from {folder}."
         )
 
