@@ -308,7 +308,7 @@ class Prompt:
                 images.
         """
         if response is None:
-            ids = self._render_prefix(turns, where).input_ids
+            ids = self._render_prefix(turns, where, is_trained=False).input_ids
             return TokenizedPrompt(ids, [IGNORE_INDEX] * len(ids))
         prefix, (branch,) = self.render_branches(turns, [response], where)
         return TokenizedPrompt(prefix.input_ids + branch, prefix.labels + branch)
@@ -593,8 +593,16 @@ class Prompt:
 
     # ---- token ids ----
 
-    def _render_prefix(self, turns: Sequence[Message], where: str) -> TokenizedPrompt:
-        """Render all parts before the last answer."""
+    def _render_prefix(
+        self, turns: Sequence[Message], where: str, is_trained: bool = True
+    ) -> TokenizedPrompt:
+        """Render all parts before the last answer.
+
+        Args:
+            turns: The turns.
+            where: Name of the record, for error messages.
+            is_trained: Refuse empty answers. A model may have given one, and the conversation goes on.
+        """
         ids: list[int] = []
         labels: list[int] = []
         text = ""
@@ -620,7 +628,10 @@ class Prompt:
                 continue
             flush()
             if isinstance(part, Slot):
-                answer = self._answer_ids(part, turns[part.turn].content, where)
+                content = turns[part.turn].content
+                answer = [self.end_id]
+                if is_trained or content.strip():
+                    answer = self._answer_ids(part, content, where)
                 ids.extend(answer)
                 labels.extend(answer)
             else:

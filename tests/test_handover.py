@@ -298,6 +298,18 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
         assert llava(words) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "reader", [read_by_convert, read_by_clean, read_by_reduce, read_by_predict, read_by_train]
+)
+@pytest.mark.parametrize("writer", ["predict.jsonl", "caption.folder"])
+def test_predictions_are_read_as_records(
+    workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
+) -> None:
+    """Captions of a large model are what a small one is trained on."""
+    reader(workshop, workshop.written(writer), tmp_path)
+
+
 # ---- checkpoints and scores ----
 
 

@@ -224,6 +224,23 @@ def test_inspect_names_rows_with_problems(
     assert read_totals(output)["rows with a problem"] == ("3", "5")
 
 
+def test_inspect_names_prompts_that_leave_no_room_for_an_answer(
+    models_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    """Training sets these rows aside; a long answer is only cut."""
+    rows = [make_row("a cat " * 60), make_row("x", instruction="<image>" + "long " * 60)]
+    data = write_rows(tmp_path, *rows)
+    arguments = ["--data", data, "--model_name_or_path", models_folder / "mistral"]
+    assert inspect(*arguments) == 0
+    capsys.readouterr()
+    assert inspect(*arguments, "--model_max_length", 60) == 1
+    output = capsys.readouterr().out
+    assert "row 1: the prompt leaves no room" in output
+    totals = read_totals(output)
+    assert totals["rows with a problem"][1] == "1"
+    assert totals["cut at 60"][1] == "1"
+
+
 def test_inspect_names_ten_problems_and_counts_the_others(
     models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:

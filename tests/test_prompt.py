@@ -915,6 +915,19 @@ def test_render_refuses_an_empty_answer_and_names_the_record(answer: str) -> Non
         family("llama3").prompt.render(turns, "a cat", "row 3")
 
 
+def test_render_continues_a_conversation_with_an_empty_answer() -> None:
+    """A model may give one, which a client sends back; its place has the end token only."""
+    prompt = family("llama3").prompt
+    before = prompt.render(user_turn(), None).input_ids
+    turns = [*user_turn(), Message("assistant", ""), Message("user", "Where?")]
+    ids = prompt.render(turns, None).input_ids
+    assert ids[: len(before) + 1] == [*before, prompt.end_id]
+    other = [*user_turn(), Message("assistant", "a cat"), Message("user", "Where?")]
+    other_ids = prompt.render(other, None).input_ids
+    rest = ids[len(before) + 1 :]
+    assert other_ids[-len(rest) :] == rest
+
+
 @pytest.mark.parametrize(
     "roles", ["", "assistant", "user user", "user assistant", "user system user"]
 )

@@ -180,12 +180,16 @@ def _find_some_images(source: str) -> FoundImages:
     found = find_images(source)
     counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
     if not found.names:
+        if not counts and not Path(source).exists() and not any(mark in source for mark in "*?["):
+            raise ValueError(f"{source}: no such file or folder")
         others = f" (found: {counts})" if counts else ""
         raise ValueError(
             f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
         )
     if counts:
-        logger.warning("%s: left out, because they are not images: %s", source, counts)
+        logger.warning(
+            "%s: left out, because they are not images of a format that is read: %s", source, counts
+        )
     return found
 
 

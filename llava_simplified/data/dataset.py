@@ -252,7 +252,7 @@ class CaptionDataset(Dataset[Example]):
             ValueError: The prompt leaves no room for one token and the end token.
         """
         if room < MIN_ANSWER_TOKENS:
-            raise ValueError(_no_room(record, self.max_length))
+            raise ValueError(no_room_problem(record, self.max_length))
         # A word has at least one token. The prompt is rendered again for each attempt, because the number of tokens of
         # a text is not the sum of its words'.
         words = text.split(" ")[:room]
@@ -320,7 +320,7 @@ def set_bad_records_aside(
             record = records[index]
             problem = problem_of(record)
             if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
-                problem = problem or _no_room(record, max_length)
+                problem = problem or no_room_problem(record, max_length)
         except ValueError as error:
             problem = str(error)
         if problem:
@@ -361,7 +361,8 @@ class _PromptLengths:
         return len(self._prompt.render(turns, None, where).input_ids)
 
 
-def _no_room(record: Record, max_length: int) -> str:
+def no_room_problem(record: Record, max_length: int) -> str:
+    """Return the message about a record whose prompt leaves no room for an answer."""
     return (
         f"{record.id}: the prompt leaves no room for an answer with "
         f"--model_max_length {max_length}. Raise it, or shorten the instruction."

@@ -39,6 +39,7 @@ _SIGNATURES = {
     rb"%PDF": "PDF",
     rb"PK\x03\x04": "ZIP archive",
     rb"\x1f\x8b": "gzip file",
+    rb"version https://git-lfs": "Git LFS pointer (run `git lfs pull`)",
 }
 _SIGNATURE_PATTERNS = [
     (re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES.items()
@@ -54,6 +55,9 @@ _DECODED = re.compile(
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG that affect pixels, transparency and orientation, and those of an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+# Of these, the chunks of an animation: its length, and each frame's place and its pixels.
+_PNG_ANIMATION = {b"acTL", b"fcTL", b"fdAT"}
+_PNG_CONTROL_SIZES = {b"acTL": 8, b"fcTL": 26}  # bytes of data
 # Chunks of a WebP with pixels, transparency or an animation, and its header.
 _WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 # Tags of a TIFF that its decoder uses: layout, compression, color, orientation.
@@ -146,9 +150,13 @@ def _palette_size(data: bytes, flags_position: int) -> int:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
-    """Copy the chunks of a PNG that affect the pixels."""
+    """Copy the chunks of a PNG that affect the pixels.
+
+    Where the description of an animation is damaged, the image in front of it is left: every viewer shows it then.
+    """
     # length (4 bytes) | name (4) | data | checksum (4)
-    parts = [_PNG_SIGNATURE]
+    chunks: list[tuple[bytes, bytes]] = []
+    is_animation_damaged = False
     position = len(_PNG_SIGNATURE)
     while position < len(data):
         length = int.from_bytes(data[position : position + 4], "big")
@@ -157,11 +165,15 @@ def _png_without_metadata(data: bytes) -> bytes:
         position += length + 12
         if name not in _PNG_CHUNKS:
             continue
-        # The checksums of other chunks are left to the decoder.
-        if name == b"eXIf" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+        # The checksums of chunks with pixels are left to the decoder.
+        is_valid = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if name == b"eXIf" and not is_valid:
             continue
-        parts.append(chunk)
-    return b"".join(parts)
+        if name in _PNG_CONTROL_SIZES and not (is_valid and length == _PNG_CONTROL_SIZES[name]):
+            is_animation_damaged = True
+        chunks.append((name, chunk))
+    dropped = _PNG_ANIMATION if is_animation_damaged else set()
+    return _PNG_SIGNATURE + b"".join(chunk for name, chunk in chunks if name not in dropped)
 
 
 def _webp_without_metadata(data: bytes) -> bytes:

@@ -506,6 +506,8 @@ def _open_other_format(data: bytes) -> Image.Image:
     if is_heif and _has_heif_plugin():
         with _decoder_errors("HEIF"):
             return Image.open(io.BytesIO(data), formats=("HEIF",))
+    if not data:
+        raise ImageError("not_image", "the file is empty")
     shown = f"{len(data)} bytes beginning {data[:16]!r}"
     if name == "web page":
         raise ImageError("html", f"not an image but a web page: {shown}")

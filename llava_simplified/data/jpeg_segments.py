@@ -22,8 +22,9 @@ HARMLESS_WARNINGS = {
     "Warning: unknown JFIF revision number": "the version of a header with nothing but a density",
     "Unknown Adobe color transform code": "three components are read as YCbCr then, as by all readers",
     "Corrupt JPEG data: bad ICC marker": "a color profile, which is not applied",
-    # Only between the segments of the header. Behind entropy-coded data they are the rest of a damaged scan.
-    "extraneous bytes before marker": "padding between segments, which readers skip",
+    # Only between the segments of the header, and zeros. Other bytes behind entropy-coded data are the rest of a
+    # damaged scan.
+    "extraneous bytes before marker": "padding, which readers skip",
 }
 # Warnings that say that pixels are wrong or missing.
 DAMAGING_WARNINGS = (
@@ -43,6 +44,7 @@ _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # TEM, restart markers, SOI, EOI: with
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1, 0xC9)  # baseline, extended, arithmetic
 _APP0, _APP14, _APP15, _COMMENT = 0xE0, 0xEE, 0xEF, 0xFE
 _ADOBE_YCBCR = 1
+_KEPT_ZEROS = 2  # at the end of a scan, whose last bits may be zero
 # Entropy-coded data end at a marker: FF, followed by neither 00 (an escaped FF) nor a restart marker nor FF (filling).
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -122,7 +124,8 @@ def without_metadata(data: bytes) -> bytes:
 
     The pixels are the same. Comments, application segments and bytes between segments are dropped. Two application
     segments affect the colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
-    one that readers assume). Scans of sequential files get the parameters that the specification demands.
+    one that readers assume). Scans of sequential files get the parameters that the specification demands. Zeros that
+    follow a scan are dropped.
     """
     parts = []
     is_sequential = False
@@ -136,13 +139,25 @@ def without_metadata(data: bytes) -> bytes:
         if marker == _APP0 and body.startswith(b"JFIF\0"):
             body = body[:5] + b"\x01\x01" + body[7:]
         elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-            # 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK
-            if body[11] > 2:
+            # 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK. With three components, 2 is unknown. With four,
+            # libjpeg reads every code but 0 as YCCK.
+            if body[11] > _ADOBE_YCBCR:
                 body = body[:11] + bytes([_ADOBE_YCBCR]) + body[12:]
         elif _APP0 <= marker <= _APP15 or marker == _COMMENT:
             continue
         elif marker == _SOS and is_sequential:
             body = body[:-3] + b"\x00\x3f\x00"  # coefficients 0 to 63, all bits
         length = (len(body) + 2).to_bytes(2, "big")
-        parts += [bytes([0xFF, marker]), length, body, scan]
+        parts += [bytes([0xFF, marker]), length, body, _without_padding(scan)]
     return b"".join(parts)
+
+
+def _without_padding(scan: bytes) -> bytes:
+    """Return entropy-coded data without the zeros that some cameras write behind them.
+
+    A file whose rest was overwritten with zeros stays damaged: then pixels are missing, and the decoder says so.
+    """
+    data = scan.rstrip(b"\0")
+    # The zero behind FF belongs to it: FF 00 is an escaped FF.
+    num_escapes = 1 if data.endswith(b"\xff") else 0
+    return scan[: len(data) + num_escapes + _KEPT_ZEROS]

@@ -232,12 +232,24 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
             )
     elif "response" in row:
         responses = [row["response"]]
+    elif "pred_output" in row:
+        responses = answers_of_prediction(row)
     if not _is_list_of_strings(responses):
         raise ValueError(
             f"{where}: 'response' must be a string and 'responses' a list of strings, "
             f"got {shorten(responses)}"
         )
     return [Message("user", instruction)], tuple(responses)
+
+
+def answers_of_prediction(row: dict[str, Any]) -> list[Any]:
+    """Return the answers of a row that `llava predict` or `llava caption` wrote.
+
+    These are the references, if the row has any: it is a record of an evaluation. Or else the caption that was
+    generated: the row is from a job that captions images for training.
+    """
+    given = row.get("gt_caption") or row["pred_output"] or []
+    return given if isinstance(given, list) else [given]
 
 
 def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:

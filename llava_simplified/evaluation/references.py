@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 from llava_simplified.data.names import NameIndex, name_parts
 from llava_simplified.data.records import open_records
+from llava_simplified.prepare.source_rows import Columns, ParseIssues
+from llava_simplified.prepare.sources import read_source
 
 # COCO's names contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg.
 _COCO_NAME = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
@@ -125,11 +127,12 @@ class References:
 
 
 def read_references(path: Path) -> References:
-    """Read a COCO caption file, or records.
+    """Read a COCO caption file, records, or any other source of captions.
 
     Args:
-        path: `{"images": [...], "annotations": [...]}`, or records in any form that `llava train` reads: their
-            responses are the references of their images.
+        path: `{"images": [...], "annotations": [...]}`; records in any form that `llava train` reads: their
+            responses are the references of their images; or what `llava convert` reads, such as rows of
+            `{"image": ..., "caption": ...}`.
 
     Raises:
         ValueError: The file has neither form, or gives one id or one name to two images.
@@ -141,15 +144,18 @@ def read_references(path: Path) -> References:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--references: {path} cannot be read: {error}") from None
-    if isinstance(content, dict):
+    if isinstance(content, dict) and "annotations" in content:
         return _read_coco(content, path)
     try:
         return _read_records(path)
     except ValueError as error:
+        references = _read_captions(path)
+        if references is not None:
+            return references
         raise ValueError(
             f"--references: {path} is not a COCO caption file "
             '({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}), and '
-            f"not a file of records: {error}"
+            f"not a file of records: {error} Convert other formats with `llava convert`."
         ) from None
 
 
@@ -235,3 +241,26 @@ def _read_records(path: Path) -> References:
         "records without a caption": num_without_caption,
     }
     return References(by_name, counts=counts)
+
+
+def _read_captions(path: Path) -> References | None:
+    """Read any source of captions, as `llava convert` does; return None if the file is none."""
+    by_name: dict[str, list[str]] = {}
+    issues = ParseIssues()
+    try:
+        for row in read_source(str(path), issues, Columns()):
+            known = by_name.setdefault(row.image or row.url, [])
+            for text in map(replace_half_surrogates, row.captions):
+                if text not in known:
+                    known.append(text)
+    except (OSError, ValueError):
+        return None
+    by_name.pop("", None)
+    with_captions = {name: captions for name, captions in by_name.items() if captions}
+    if not with_captions:
+        return None
+    counts = {
+        **issues.counts,
+        "images without a caption": len(by_name) - len(with_captions),
+    }
+    return References(with_captions, counts=counts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from llava_simplified.data.dataset import MIN_ANSWER_TOKENS, no_room_problem
 from llava_simplified.data.records import Record, Records, pair_problem
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
 
@@ -18,6 +19,7 @@ class DataTotals:
     Attributes:
         prompt: The prompt renderer of training.
         tokens_per_image: Number of positions per image in the language model.
+        max_length: Maximum number of tokens, `--model_max_length`; None if it is not known.
         num_rows: Number of rows.
         num_trained: Number of trained tokens.
         num_images: Number of images; an image with several responses is counted once for each.
@@ -29,6 +31,7 @@ class DataTotals:
 
     prompt: Prompt
     tokens_per_image: int
+    max_length: int | None = None
     num_rows: int = 0
     num_trained: int = 0
     num_images: int = 0
@@ -55,6 +58,8 @@ class DataTotals:
             )
             if not branches:  # valid for captioning, but not for training
                 raise ValueError(f"{record.id}: no response to train on")
+            if self.max_length and len(prefix.input_ids) > self.max_length - MIN_ANSWER_TOKENS:
+                raise ValueError(no_room_problem(record, self.max_length))
         except ValueError as error:
             self.problems.append(str(error))
             return None

@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     # This cast is safe: `Prompt` has checked that the tokenizer is a fast one.
     fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
     view = SampleView(fast_tokenizer, prompt, tokens_per_image)
-    shown = DataTotals(prompt, tokens_per_image or 1)
-    scanned = DataTotals(prompt, tokens_per_image or 1)
+    shown = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
+    scanned = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
     _show_samples(console, records, view, shown, args)
     _scan(records, scanned, args.scan)
     # Print separate totals of the shown samples, which can be compared with the samples above.

@@ -145,7 +145,8 @@ def validate_record(
     # This condition is also true for a record without any response.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
-        return ValidationResult(reason, repr(record.responses)[:_SHOWN_CAPTION])
+        shown = repr(record.responses) if record.responses else "no response"
+        return ValidationResult(reason, shown[:_SHOWN_CAPTION])
     found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
     notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
     detail = ", ".join(sorted({*problems.values(), *notes}))

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from llava_simplified.data.chat_rows import is_chat, plain_chat
 from llava_simplified.data.preference_rows import PAIR_KEYS, is_pair, plain_pair
-from llava_simplified.data.records import image_names
+from llava_simplified.data.records import answers_of_prediction, image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
 from llava_simplified.prepare.source_rows import (
@@ -450,6 +450,8 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
         return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
     # Fall back to the single response if the list is empty.
     answers = record.get("responses") or record.get("response")
+    if answers is None and "pred_output" in record:
+        answers = answers_of_prediction(record) or [""]
     return tuple(as_text(answer) for answer in _as_list(answers))
 
 

@@ -117,7 +117,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
             continue
         if len(fields) > layout.width:
             fields = _join_fields(fields, layout, separator, number, issues)
-        if '"' in text and separator in _UNQUOTED_SEPARATORS:
+        if separator in _UNQUOTED_SEPARATORS and any('"' in field for field in fields):
             issues.note("quote character (kept as text)", number, text)
         yield _row_of_fields(fields, layout, number)
 
@@ -301,14 +301,48 @@ def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterat
     if separator == "|":
         return _split_bars(lines, issues)
     if separator == "\t":
-        return _split_tabs(lines)
+        return _split_tabs(lines, issues)
     return _split_csv(separator, lines, issues)
 
 
-def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
-    """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text."""
-    for number, text in lines:
-        yield number, text, text.split("\t")
+def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
+    """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text.
+
+    pandas and spreadsheets do quote a field, but only one that contains a line break or a quote, which they double. Both
+    can be told from text:
+
+        1.jpg <tab> "two            the last field of a line is opened, and a later line closes it exactly. The lines
+        lines"                      between have no tab, which they would have if they were rows.
+        2.jpg <tab> "a ""b"" c"     the quotes inside are doubled, all of them
+        3.jpg <tab> "a" and "b"     text
+    """
+    ahead: deque[Line] = deque()
+    while True:
+        line = ahead.popleft() if ahead else next(lines, None)
+        if line is None:
+            return
+        number, text = line
+        fields = text.split("\t")
+        if '"' in text:
+            longer = None
+            if fields[-1].startswith('"') and fields[-1].count('"') % 2:
+                longer = _parse_lines("\t", text, ahead, lines)
+            if longer is None:
+                fields = [_unquote(field, number, issues) for field in fields]
+            else:
+                issues.note("line break inside quotes (kept as a space)", number, text)
+                fields = longer
+        yield number, text, fields
+
+
+def _unquote(field: str, number: int, issues: ParseIssues) -> str:
+    """Return a field of a TSV file without the quotes around it, if those inside are doubled; or else the field."""
+    inside = field.strip()[1:-1]
+    is_quoted = field.startswith('"') and field.rstrip().endswith('"')
+    if not is_quoted or '""' not in inside or '"' in inside.replace('""', ""):
+        return field
+    issues.note("quoted field with doubled quotes (read as one)", number, field)
+    return inside.replace('""', '"')
 
 
 def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
@@ -346,17 +380,47 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
         # A row on one line need not be exact.
         fields = _parse_quoted(separator, iter([text]), strict=False)
         if fields is None:
-            reader_lines = _LookAhead(text, ahead, lines)
-            fields = _parse_quoted(separator, reader_lines, strict=True)
+            fields = _parse_lines(separator, text, ahead, lines)
             if fields is not None:
-                # Remove the lines that belong to this row from `ahead`; the others are processed later.
-                for _ in range(reader_lines.taken):
-                    ahead.popleft()
                 issues.note("line break inside quotes (kept as a space)", number, text)
         if fields is None:
             issues.note("unclosed quote (kept as text)", number, text)
             fields = text.split(separator)
         yield number, text, fields
+
+
+def _parse_lines(
+    separator: str, text: str, ahead: deque[Line], lines: Iterator[Line]
+) -> list[str] | None:
+    """Return the fields of a row of several lines, or None if it is not exact.
+
+    Args:
+        separator: The separator.
+        text: The first line.
+        ahead: Lines that were read already. Those of the row are removed.
+        lines: The lines after them.
+    """
+    reader_lines = _LookAhead(text, ahead, lines)
+    pieces: Iterator[str] = reader_lines
+    if separator == "\t":
+        pieces = _without_rows(reader_lines)
+    fields = _parse_quoted(separator, pieces, strict=True)
+    # A row of a table has several fields. Two lines with a stray quote each are no row.
+    if fields is None or len(fields) < 2:
+        return None
+    # The other lines in `ahead` are processed later.
+    for _ in range(reader_lines.taken):
+        ahead.popleft()
+    return fields
+
+
+def _without_rows(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield a line and those that continue its quoted field, up to one with a tab before its first quote."""
+    yield next(pieces)
+    for text in pieces:
+        if "\t" in text.partition('"')[0]:
+            return
+        yield text
 
 
 def _parse_quoted(separator: str, lines: Iterator[str], strict: bool) -> list[str] | None:

@@ -291,6 +291,17 @@ class ChatRequest(Conversation):
     tool_choice: Literal["none", "auto"] | None = None
     functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
+    # The defaults of other servers, which their clients send.
+    min_p: float | None = Field(None, ge=0, le=0)
+    typical_p: float | None = Field(None, ge=1, le=1)
+    length_penalty: float | None = Field(None, ge=1, le=1)
+    min_tokens: int | None = Field(None, ge=0, le=0)
+    best_of: int | None = Field(None, ge=1, le=1)
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    add_generation_prompt: Literal[True] | None = None
+    chat_template_kwargs: EmptyObject | None = None
+    mm_processor_kwargs: EmptyObject | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

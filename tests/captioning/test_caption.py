@@ -610,6 +610,15 @@ def draw_color(path: Path, color: str) -> None:
     Image.new("RGB", (40, 30), color).save(path)
 
 
+def test_input_that_does_not_exist_is_named_as_such(tmp_path: Path) -> None:
+    """It is not called a file of another kind."""
+    with pytest.raises(ValueError, match=r"no\.jpg: no such file"):
+        open_inputs([str(tmp_path / "no.jpg")], None, ["What?"])
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"a folder of images.*1 x \.txt"):
+        open_inputs([str(tmp_path)], None, ["What?"])
+
+
 @pytest.mark.parametrize("pattern", ["{there}/*.png", "../there/*.png", "../*ere/../there/*.png"])
 @pytest.mark.parametrize("has_namesake", [True, False])
 def test_pattern_opens_the_files_that_it_matched(

@@ -91,6 +91,10 @@ PNG_METADATA = {
     "short chromaticities": png_chunk(b"cHRM", b"\0"),
     "empty rendering intent": png_chunk(b"sRGB", b""),
     "unknown chunk with a wrong checksum": png_chunk(b"abCd", b"x", 7),
+    "short animation": png_chunk(b"acTL", b"\0"),
+    "animation with a wrong checksum": png_chunk(b"acTL", struct.pack(">II", 3, 0), 1),
+    "short frame of an animation": png_chunk(b"acTL", struct.pack(">II", 2, 0))
+    + png_chunk(b"fcTL", b"\0"),
     "hexadecimal exif": png_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 8\nzz\n"),
 }
 

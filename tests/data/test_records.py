@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tiny import make_tokenizer
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.prepare.source_rows import Columns, ParseIssues
+from llava_simplified.prepare.sources import read_source
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt
 
 CONVERSATION = [
@@ -131,6 +134,29 @@ def test_prediction_row_has_the_fields_of_the_tutorial() -> None:
         "gt_caption": "a car",
         "pred_output": "a dog",
     }
+
+
+@pytest.mark.parametrize(
+    ("references", "prediction", "responses"),
+    [
+        ("", "a dog", ("a dog",)),
+        ("a cat", "a dog", ("a cat",)),
+        (["a cat", "my cat"], "a dog", ("a cat", "my cat")),
+        ("", "", ()),
+    ],
+)
+def test_prediction_is_a_record_with_the_reference_or_else_the_caption(
+    tmp_path: Path, references: object, prediction: str, responses: tuple[str, ...]
+) -> None:
+    """Captions that were generated can be trained on; a record that was evaluated keeps its references."""
+    row = {"index": 0, "image": "0.jpg", "instruction": "What?"}
+    row |= {"gt_caption": references, "pred_output": prediction}
+    assert Record.from_json(row, "row 0").responses == responses
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    issues = ParseIssues()
+    [read] = read_source(str(tmp_path / "x.jsonl"), issues, Columns())
+    assert read.captions == responses
+    assert bool(issues.counts) == (not responses)
 
 
 def test_prediction_row_lists_several_references() -> None:

@@ -250,6 +250,25 @@ def test_read_references_accepts_records(tmp_path: Path) -> None:
     assert read.counts["records with no image or several"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", '[{"image": "a.jpg", "caption": "a cat"}, {"image": "a.jpg", "caption": "my"}]'),
+        ("x.json", '{"a.jpg": ["a cat", "my"]}'),
+        ("x.jsonl", '{"image": "a.jpg", "caption": "a cat"}\n{"image": "a.jpg", "caption": "my"}'),
+        ("x.csv", "image,caption\na.jpg,a cat\na.jpg,my\na.jpg,"),
+    ],
+)
+def test_read_references_accepts_what_convert_reads(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    references = read_references(tmp_path / name)
+    assert references.find("a.jpg").captions == ("a cat", "my")
+    if name == "x.csv":
+        assert references.counts["empty caption (skipped)"] == 1
+
+
 def test_read_predictions_reads_coco_results_with_references(tmp_path: Path) -> None:
     results = [{"image_id": 1, "caption": "a cat"}, {"image_id": 3, "caption": "x"}]
     path = write_rows(tmp_path / "results.json", results)

@@ -897,12 +897,64 @@ LINES = st.lists(st.lists(st.sampled_from(LINE_PIECES), max_size=9).map(b"".join
 
 
 @pytest.mark.medium
-@given(LINES)
+@given(LINES, st.sampled_from([b"", b"x", b'"', b'x\t"']))
+@example([b'"', b'"'], b"")
 @settings(max_examples=300, deadline=None)
-def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes]) -> None:
+def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes], start: bytes) -> None:
+    """Each line contains a mark: the mark is in a row, or the line is among those that were left out."""
+    marked = [start + b"@%d@" % index + line for index, line in enumerate(lines)]
     known = [f"{U}\ta cat".encode()] * 20
-    rows, issues = read_bytes("x.tsv", b"\n".join([*known, *lines, *known]))
-    assert len(rows) + count_left_out(issues) == 40 + len(lines)
+    rows, issues = read_bytes("x.tsv", b"\n".join([*known, *marked, *known]))
+    joined = " ".join(field for row in rows for field in (*row.captions, row.url))
+    missed = [index for index in range(len(lines)) if f"@{index}@" not in joined]
+    assert len(missed) <= count_left_out(issues)
+    assert len([row for row in rows if row == (row.number, "", U, ("a cat",), "", None)]) >= 40
+
+
+@pytest.mark.medium
+@given(st.lists(CELLS, min_size=1, max_size=6), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_read_source_reads_what_pandas_writes_with_tabs(
+    cells: list[str], captions_first: bool
+) -> None:
+    """`to_csv(sep="\\t")`, and a spreadsheet's tab-delimited text, quote cells with line breaks or quotes."""
+    captions = [f"x{cell.replace(chr(9), ' ')}x" for cell in cells]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+    columns = ["image", "caption"]
+    writer.writerow(columns[::-1] if captions_first else columns)
+    for index, caption in enumerate(captions):
+        row = [f"{index}.jpg", caption]
+        writer.writerow(row[::-1] if captions_first else row)
+    rows, _ = read_bytes("x.tsv", text.getvalue().encode())
+    assert [row.image for row in rows] == [f"{index}.jpg" for index in range(len(captions))]
+    expected = [" ".join(caption.split()) for caption in captions]
+    assert [" ".join(row.captions[0].split()) for row in rows] == expected
+
+
+# Name -> (rows after the header "caption, url", their captions). In lists of captions, quotes are text.
+STRAY_QUOTES: dict[str, tuple[str, list[str]]] = {
+    "lone": ('"one\tURL0\ntwo\tURL1\n', ['"one', "two"]),
+    "lone in two rows": ('"one\tURL0\ntwo"\tURL1\n', ['"one', 'two"']),
+    "one row quoted": ('"one"\tURL0\ntwo\tURL1\n', ['"one"', "two"]),
+    "quoted words": ('"one" and "more"\tURL0\ntwo\tURL1\n', ['"one" and "more"', "two"]),
+    "empty quotes": ('""\tURL0\ntwo ""\tURL1\n', ['""', 'two ""']),
+    "inches": ('5" x 7"\tURL0\ntwo 8""\tURL1\n', ['5" x 7"', 'two 8""']),
+}
+
+
+@pytest.mark.parametrize("captions_first", [True, False])
+@pytest.mark.parametrize("name", STRAY_QUOTES)
+def test_read_source_keeps_stray_quotes_of_a_tsv_as_text(
+    tmp_path: Path, name: str, captions_first: bool
+) -> None:
+    text, captions = STRAY_QUOTES[name]
+    lines = text.replace("URL", "http://a.example/").splitlines()
+    if not captions_first:
+        lines = ["\t".join(line.split("\t")[::-1]) for line in lines]
+    (tmp_path / "x.tsv").write_text("\n".join(lines))
+    rows, _ = read(tmp_path / "x.tsv")
+    assert [row.captions[0] for row in rows] == captions
 
 
 @pytest.mark.medium

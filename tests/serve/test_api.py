@@ -323,11 +323,26 @@ NEUTRAL: dict[str, list[Any]] = {
     "top_p": [1, 1.0],
     "user": ["me", ""],
     "verbosity": ["medium"],
+    # of other servers
+    "add_generation_prompt": [True],
+    "best_of": [1],
+    "chat_template_kwargs": [{}],
+    "length_penalty": [1, 1.0],
+    "min_p": [0],
+    "min_tokens": [0],
+    "mm_processor_kwargs": [{}],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True],
+    "typical_p": [1],
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 UNSUPPORTED: dict[str, list[Any]] = {
     "audio": [{"voice": "alloy", "format": "wav"}],
+    "best_of": [2],
+    "chat_template_kwargs": [{"enable_thinking": True}],
     "frequency_penalty": [0.1, -1],
+    "min_p": [0.1],
+    "min_tokens": [3],
     "function_call": [{"name": "f"}],
     "functions": [[{"name": "f"}]],
     "logit_bias": [{"50256": -100}],
