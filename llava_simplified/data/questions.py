@@ -52,7 +52,9 @@ def parse_questions(value: Any, where: str) -> tuple[Question, ...]:
 def _parse_question(value: Any, where: str) -> Question:
     # A value that is not an object has none of the keys, which the first check reports.
     fields = value if isinstance(value, dict) else {}
-    text, options, answer = (fields.get(key) for key in ("question", "options", "answer"))
+    text: Any = fields.get("question")
+    options: Any = fields.get("options")
+    answer: Any = fields.get("answer")
     are_texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
     if not isinstance(text, str) or not are_texts or not 2 <= len(options) <= _MAX_OPTIONS:
         raise ValueError(
