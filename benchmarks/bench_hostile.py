@@ -202,9 +202,16 @@ def hostile_bodies(image: bytes) -> list[bytes]:
         {"messages": text * 10_000},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 50_000}]},
         {"messages": [{"role": "user", "content": "<image>" * 10_000}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}],
+                }
+            ]
+        },
         {"messages": None},
-    ]  # fmt: skip
+    ]
     raw = [b"{", b"[" * 1_000_000, b"\xff" * 1000, b'{"max_tokens": ' + b"9" * 1_000_000 + b"}"]
     return [json.dumps(body).encode() for body in bodies] + raw
 

@@ -69,8 +69,22 @@ def test_from_a_list_of_urls_to_captions(
             8,
             folder=tmp_path,
         )
-        call("llava", "clean", "cc", "--vision_tower", tower, "--output", "clean.jsonl", "--compact", "small",
-             "--compact-size", 36, "--dedupe", "exact", folder=tmp_path)  # fmt: skip
+        call(
+            "llava",
+            "clean",
+            "cc",
+            "--vision_tower",
+            tower,
+            "--output",
+            "clean.jsonl",
+            "--compact",
+            "small",
+            "--compact-size",
+            36,
+            "--dedupe",
+            "exact",
+            folder=tmp_path,
+        )
         records, images = tmp_path / "clean.jsonl", tmp_path / "small"
     else:
         scripts = ROOT / "data_preprocessing"
@@ -92,18 +106,52 @@ def test_from_a_list_of_urls_to_captions(
             "all.json",
             folder=tmp_path,
         )
-        call(scripts / "clean.py", "all.json", "--image-folder", images, "--vision_tower", tower,
-             "--output", "clean.json", folder=tmp_path)  # fmt: skip
+        call(
+            scripts / "clean.py",
+            "all.json",
+            "--image-folder",
+            images,
+            "--vision_tower",
+            tower,
+            "--output",
+            "clean.json",
+            folder=tmp_path,
+        )
         call(scripts / "reduce.py", "clean.json", "--count", 12, folder=tmp_path)
         records = tmp_path / "clean_12.json"
     assert told.split()[:2] == ["16", "ok"]
     assert "1 html" in told
     assert "1 http_404" in told
-    call(ROOT / "train.py", "--model_name_or_path", models_folder / "mistral", "--vision_tower", tower,
-         "--train_data_path", records, "--train_image_folder", images, "--max_steps", 2,
-         "--output_dir", "model", folder=tmp_path)  # fmt: skip
-    call(ROOT / "predict.py", "--model-path", "model", "--data-path", records, "--image-folder", images,
-         "--max-new-tokens", 4, "--trials", 1, folder=tmp_path)  # fmt: skip
+    call(
+        ROOT / "train.py",
+        "--model_name_or_path",
+        models_folder / "mistral",
+        "--vision_tower",
+        tower,
+        "--train_data_path",
+        records,
+        "--train_image_folder",
+        images,
+        "--max_steps",
+        2,
+        "--output_dir",
+        "model",
+        folder=tmp_path,
+    )
+    call(
+        ROOT / "predict.py",
+        "--model-path",
+        "model",
+        "--data-path",
+        records,
+        "--image-folder",
+        images,
+        "--max-new-tokens",
+        4,
+        "--trials",
+        1,
+        folder=tmp_path,
+    )
     rows = json.loads((tmp_path / "predictions.json").read_text())
     assert len(rows) == (16 if way == "shards" else 12)
     assert {row["gt_caption"] for row in rows} <= set(captions)

@@ -101,8 +101,16 @@ class Workshop:
         source = self.written("convert.json")
         if form == "compact":
             output, compact = self.folder / "compacted.jsonl", self.folder / "compact"
-            call("clean", source.path, "--image-folder", source.images, "--output", output,
-                 "--compact", compact)  # fmt: skip
+            call(
+                "clean",
+                source.path,
+                "--image-folder",
+                source.images,
+                "--output",
+                output,
+                "--compact",
+                compact,
+            )
             return Written(output, compact)
         output = self.folder / f"cleaned.{form}"
         call("clean", source.path, "--image-folder", source.images, "--output", output)
@@ -135,9 +143,20 @@ class Workshop:
         return path
 
     def _predict_records(self, records: Path, output: Path, *options: object) -> None:
-        call("predict", "--model-path", self.checkpoint, "--data-path", records,
-             "--image-folder", self.images, "--max-new-tokens", 3, "--output", output,
-             *options)  # fmt: skip
+        call(
+            "predict",
+            "--model-path",
+            self.checkpoint,
+            "--data-path",
+            records,
+            "--image-folder",
+            self.images,
+            "--max-new-tokens",
+            3,
+            "--output",
+            output,
+            *options,
+        )
 
     def _caption(self, source: str) -> Written:
         writer = {"records": "convert.json", "shards": "download.shards"}.get(source)
@@ -194,8 +213,15 @@ def read_by_reduce(workshop: Workshop, records: Written, output: Path) -> None:
 
 
 def read_by_inspect(workshop: Workshop, records: Written, output: Path) -> None:
-    call("inspect", "--data", records.path, "--image-folder", records.images,
-         "--model_name_or_path", workshop.models / "mistral")  # fmt: skip
+    call(
+        "inspect",
+        "--data",
+        records.path,
+        "--image-folder",
+        records.images,
+        "--model_name_or_path",
+        workshop.models / "mistral",
+    )
 
 
 def read_by_plan(workshop: Workshop, records: Written, output: Path) -> None:
@@ -213,15 +239,37 @@ def read_by_train(workshop: Workshop, records: Written, output: Path) -> None:
 
 
 def read_by_predict(workshop: Workshop, records: Written, output: Path) -> None:
-    call("predict", "--model-path", workshop.checkpoint, "--data-path", records.path,
-         "--image-folder", records.images, "--max-new-tokens", 2, "--trials", 1,
-         "--output", output / "p.json")  # fmt: skip
+    call(
+        "predict",
+        "--model-path",
+        workshop.checkpoint,
+        "--data-path",
+        records.path,
+        "--image-folder",
+        records.images,
+        "--max-new-tokens",
+        2,
+        "--trials",
+        1,
+        "--output",
+        output / "p.json",
+    )
     assert json.loads((output / "p.json").read_text()), "the images were found"
 
 
 def read_by_caption(workshop: Workshop, records: Written, output: Path) -> None:
-    call("caption", records.path, "--image-folder", records.images, "--max-new-tokens", 2,
-         "--model-path", workshop.checkpoint, "--output", output / "c.jsonl")  # fmt: skip
+    call(
+        "caption",
+        records.path,
+        "--image-folder",
+        records.images,
+        "--max-new-tokens",
+        2,
+        "--model-path",
+        workshop.checkpoint,
+        "--output",
+        output / "c.jsonl",
+    )
 
 
 def read_as_references(workshop: Workshop, records: Written, output: Path) -> None:
@@ -229,8 +277,19 @@ def read_as_references(workshop: Workshop, records: Written, output: Path) -> No
     predictions = output / "p.json"
     read_by_predict(workshop, records, output)
     scores = output / "scores.json"
-    call("evaluate", predictions, "--references", records.path, "--train-captions", records.path,
-         "--no-java", "--resamples", 0, "--output", scores)  # fmt: skip
+    call(
+        "evaluate",
+        predictions,
+        "--references",
+        records.path,
+        "--train-captions",
+        records.path,
+        "--no-java",
+        "--resamples",
+        0,
+        "--output",
+        scores,
+    )
     counts = json.loads(scores.read_text())["p"]["counts"]
     assert counts["predictions without a reference"] == 0
     assert counts["references without a prediction"] == 0
@@ -320,18 +379,41 @@ def test_checkpoints_and_scores_are_read_by_the_commands_that_use_them(
     checkpoint = workshop.checkpoint
     predictions = workshop.written("predict.json")
     scores = tmp_path / "scores.json"
-    call("evaluate", predictions.path, "--model-path", checkpoint, "--no-java", "--output", scores,
-         "--log", checkpoint / "trainer_log.jsonl", "--report", tmp_path / "report.html",
-         "--image-folder", predictions.images)  # fmt: skip
+    call(
+        "evaluate",
+        predictions.path,
+        "--model-path",
+        checkpoint,
+        "--no-java",
+        "--output",
+        scores,
+        "--log",
+        checkpoint / "trainer_log.jsonl",
+        "--report",
+        tmp_path / "report.html",
+        "--image-folder",
+        predictions.images,
+    )
     for form in ("hf", "peft"):
-        call("export", checkpoint, "--format", form, "--output", tmp_path / form,
-             "--scores", scores)  # fmt: skip
+        call(
+            "export", checkpoint, "--format", form, "--output", tmp_path / form, "--scores", scores
+        )
         call("push", tmp_path / form, "owner/name", "--dry-run")
     call("merge", checkpoint, "--output", tmp_path / "merged")
     call("push", checkpoint, "owner/name", "--dry-run")
     call("import", tmp_path / "hf", "--output", tmp_path / "imported")
     for model in (tmp_path / "merged", tmp_path / "imported"):
         records = workshop.written("convert.json")
-        call("caption", records.images, "--model-path", model, "--max-new-tokens", 2, "--limit", 2,
-             "--output", tmp_path / f"{model.name}.jsonl")  # fmt: skip
+        call(
+            "caption",
+            records.images,
+            "--model-path",
+            model,
+            "--max-new-tokens",
+            2,
+            "--limit",
+            2,
+            "--output",
+            tmp_path / f"{model.name}.jsonl",
+        )
         call("inspect", "--data", records.path, "--model_name_or_path", model)

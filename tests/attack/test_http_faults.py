@@ -114,7 +114,9 @@ FAULTS: dict[str, Fault] = {
     "status is a word": Fault(b"HTTP/1.1 two OK\r\n\r\n", "protocol", "close"),
     "status of two digits": Fault(b"HTTP/1.1 20 OK\r\n\r\n", "protocol", "close"),
     "status of five digits": Fault(b"HTTP/1.1 20000 OK\r\n\r\n", "protocol", "close"),
-    "status 000": Fault(b"HTTP/1.1 000 No\r\n" + LENGTH + b"\r\n" + JPEG, "http_0 http_000 protocol"),
+    "status 000": Fault(
+        b"HTTP/1.1 000 No\r\n" + LENGTH + b"\r\n" + JPEG, "http_0 http_000 protocol"
+    ),
     "status 999": Fault(b"HTTP/1.1 999 No\r\nContent-Length: 0\r\n\r\n", "http_999"),
     "negative status": Fault(b"HTTP/1.1 -20 OK\r\n\r\n", "protocol", "close"),
     "unknown version": Fault(answer(LENGTH, JPEG, b"HTTP/9.9 200 OK\r\n"), "protocol", "close"),
@@ -176,15 +178,23 @@ FAULTS: dict[str, Fault] = {
     "chunk size is a word": Fault(answer(CHUNKED, b"zz\r\n" + JPEG), "protocol truncated", "close"),
     "negative chunk size": Fault(answer(CHUNKED, b"-5\r\n" + JPEG), "protocol truncated", "close"),
     "empty chunk size": Fault(answer(CHUNKED, b"\r\n" + JPEG), "protocol truncated", "close"),
-    "chunk size with 0x": Fault(answer(CHUNKED, b"0x5\r\nabcde\r\n0\r\n\r\n"), "protocol truncated", "close"),
-    "chunk beyond 64 bits": Fault(answer(CHUNKED, b"F" * 30 + b"\r\n" + JPEG), "protocol truncated", "close"),
+    "chunk size with 0x": Fault(
+        answer(CHUNKED, b"0x5\r\nabcde\r\n0\r\n\r\n"), "protocol truncated", "close"
+    ),
+    "chunk beyond 64 bits": Fault(
+        answer(CHUNKED, b"F" * 30 + b"\r\n" + JPEG), "protocol truncated", "close"
+    ),
     "chunk larger than its body": Fault(answer(CHUNKED, b"FFFF\r\n" + JPEG), "truncated", "close"),
-    "chunk smaller than its body": Fault(answer(CHUNKED, b"5\r\n" + JPEG), "protocol truncated", "close"),
+    "chunk smaller than its body": Fault(
+        answer(CHUNKED, b"5\r\n" + JPEG), "protocol truncated", "close"
+    ),
     "no last chunk": Fault(answer(CHUNKED, ONE_CHUNK), "truncated", "close"),
     "no last chunk, then silence": Fault(answer(CHUNKED, ONE_CHUNK), "timeout"),
     "no end of the trailer": Fault(answer(CHUNKED, ONE_CHUNK + b"0\r\n"), "truncated", "close"),
     "no chunks at all": Fault(answer(CHUNKED, b"0\r\n\r\n"), "empty"),
-    "chunk extension": Fault(answer(CHUNKED, ONE_CHUNK.replace(b"\r", b";a=b\r", 1) + b"0\r\n\r\n"), "ok"),
+    "chunk extension": Fault(
+        answer(CHUNKED, ONE_CHUNK.replace(b"\r", b";a=b\r", 1) + b"0\r\n\r\n"), "ok"
+    ),
     "huge chunk extension": Fault(
         answer(CHUNKED, b"5;" + b"x" * 2_000_000 + b"\r\nabcde\r\n0\r\n\r\n"),
         "protocol truncated not_image",
@@ -221,7 +231,9 @@ FAULTS: dict[str, Fault] = {
     # ---- headers ----
     "NUL in a header": Fault(answer(b"X: a\0b\r\n" + LENGTH), "ok"),
     "NUL in a header's name": Fault(answer(b"X\0: a\r\n" + LENGTH), "ok"),
-    "NUL in the length": Fault(answer(b"Content-Length: 1\0\r\n"), "protocol empty not_image", "close"),
+    "NUL in the length": Fault(
+        answer(b"Content-Length: 1\0\r\n"), "protocol empty not_image", "close"
+    ),
     "continued line": Fault(answer(b"X: a\r\n\tb\r\n" + LENGTH), "ok"),
     "continued line first": Fault(answer(b" X: a\r\n" + LENGTH), "ok"),
     "continued length": Fault(answer(LENGTH.replace(b": ", b":\r\n ")), "ok"),
@@ -234,7 +246,8 @@ FAULTS: dict[str, Fault] = {
         answer(b"X-Robots-Tag: otherbot: all\r\nX-Robots-Tag: noai\r\n" + LENGTH), "opt_out"
     ),
     "another robot, then ours": Fault(
-        answer(b"X-Robots-Tag: a: all\r\nX-Robots-Tag: llava-simplified: noai\r\n" + LENGTH), "opt_out"
+        answer(b"X-Robots-Tag: a: all\r\nX-Robots-Tag: llava-simplified: noai\r\n" + LENGTH),
+        "opt_out",
     ),
     "two reservations": Fault(
         answer(b"TDM-Reservation: 0\r\nTDM-Reservation: 1\r\n" + LENGTH), "opt_out"
@@ -243,7 +256,9 @@ FAULTS: dict[str, Fault] = {
     "close, but open": Fault(answer(CLOSE + LENGTH), "ok", "hang"),
     "keep-alive, but closed": Fault(answer(b"Connection: keep-alive\r\n" + LENGTH), "ok", "close"),
     # ---- redirects ----
-    "redirect without a target": Fault(answer(b"Content-Length: 0\r\n", b"", b"HTTP/1.1 302 Found\r\n"), "redirect"),
+    "redirect without a target": Fault(
+        answer(b"Content-Length: 0\r\n", b"", b"HTTP/1.1 302 Found\r\n"), "redirect"
+    ),
     "redirect to nothing": Fault(redirect(b""), "redirect"),
     "redirect to itself": Fault(redirect(b"/fault/redirect to itself"), "redirect"),
     "redirect to a relative path": Fault(redirect(b"next"), "redirected"),
@@ -254,7 +269,9 @@ FAULTS: dict[str, Fault] = {
     "redirect to a fragment": Fault(redirect(b"#frag"), "redirect"),
     "redirect with a user": Fault(redirect(b"http://%FF%00:%0d%0aX: y@127.0.0.1:9/"), "refused"),
     "redirect to a zone": Fault(redirect(b"http://[fe80::1%25eth0]:9/"), "connect blocked_address"),
-    "redirect to a long zone": Fault(redirect(b"http://[fe80::1%25" + b"a" * 5000 + b"]/"), "bad_url"),
+    "redirect to a long zone": Fault(
+        redirect(b"http://[fe80::1%25" + b"a" * 5000 + b"]/"), "bad_url"
+    ),
     "redirect to bad punycode": Fault(redirect(b"http://xn--a-ecp.invalid/"), "bad_url"),
     "redirect with 30,000 parents": Fault(redirect(b"/" + b"../" * 30_000 + b"next"), "redirected"),
     "redirect with status 308": Fault(redirect(b"/next", b"308 Permanent"), "redirected"),
@@ -289,7 +306,9 @@ FAULTS: dict[str, Fault] = {
     "damaged gzip": Fault(
         encoded(b"gzip", gzip.compress(JPEG)[:50] + bytes(99)), "not_image corrupt truncated"
     ),
-    "two codings": Fault(encoded(b"gzip, gzip", gzip.compress(gzip.compress(JPEG))), "ok not_image"),
+    "two codings": Fault(
+        encoded(b"gzip, gzip", gzip.compress(gzip.compress(JPEG))), "ok not_image"
+    ),
     "gzip bomb": Fault(encoded(b"gzip", gzip.compress(BOMB)), "too_large"),
     "deflate bomb": Fault(encoded(b"deflate", zlib.compress(BOMB)), "too_large"),
     "deflate bomb without its header": Fault(encoded(b"deflate", raw_deflate(BOMB)), "too_large"),
@@ -306,7 +325,7 @@ FAULTS: dict[str, Fault] = {
     "half-closed at once": Fault(b"", "connection", "half"),
     "half-closed in the head": Fault(b"HTTP/1.1 200", "connection protocol", "half"),
     "half-closed in the body": Fault(WHOLE[:-50], "truncated", "half"),
-}  # fmt: skip
+}
 
 
 class FaultServer:
