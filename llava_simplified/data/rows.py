@@ -266,7 +266,12 @@ def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
     """Yield the items of a JSON object; the elements of its arrays one by one."""
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
+        position = scanner.file_position
         key, _, _ = scanner.read_value()
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{scanner.name}: expected the name of a value, a JSON string, at byte {position}; got {key!r:.80}"
+            )
         scanner.expect(":")
         if scanner.peek() == "[":
             yield from _scan_array(scanner, key)

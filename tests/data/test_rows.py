@@ -85,6 +85,8 @@ def test_scan_json_yields_the_elements_of_arrays_in_an_object(
         (b"[1, 2", "byte 5"),
         (b"[1] [2]", "byte 4"),
         (b'{"a" 1}', "':' expected"),
+        (b'{"a": 2, 1: 5}', "byte 9; got 1"),
+        (b'{"a": 2, [1]: 5}', "byte 9; got [1]"),
         (b'[{"a": }]', "byte 7"),
         (b"[1}", "']' expected"),
     ],

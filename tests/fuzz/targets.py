@@ -144,7 +144,9 @@ def _receive(response: bytes, size: int) -> None:
     """Let the downloader's protocol receive a response in pieces. It keeps errors for whoever waits for the response."""
     loop = _loop()
     handler = LenientResponseHandler(loop)
-    handler.connection_made(_transport())
+    transport = _transport()
+    transport.reset_mock()  # it remembers every call
+    handler.connection_made(transport)
     handler.set_response_params(timer=None, read_until_eof=True, auto_decompress=False)
     for start in range(0, len(response), size):
         handler.data_received(response[start : start + size])
