@@ -127,16 +127,25 @@ def without_end_tokens(model: Llava) -> Iterator[None]:
 
 
 @contextmanager
-def paused_after(model: Llava, steps: int) -> Iterator[threading.Event]:
+def paused_after(
+    model: Llava, steps: int, begin: Callable[[], bool] = lambda: True
+) -> Iterator[threading.Event]:
     """Let the language model run `steps` times, then wait for the event, or until the block ends.
 
     It makes tests of timeouts and disconnections independent of the machine's speed.
+
+    Args:
+        model: The model.
+        steps: Number of forward passes before the pause.
+        begin: The first of them waits for it, for example until all requests have arrived.
     """
     resume = threading.Event()
     calls = 0
 
     def wait(*_: object) -> None:
         nonlocal calls
+        while not (begin() or resume.is_set()):
+            time.sleep(0.001)
         calls += 1
         if calls > steps:
             resume.wait()

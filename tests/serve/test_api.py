@@ -728,7 +728,12 @@ def test_concurrent_clients_get_their_own_answers(model: Llava, photos: list[byt
 
 def test_metrics_count_requests_and_sequences(model: Llava, photos: list[bytes]) -> None:
     with live_server(model, batch_size=2) as server, without_end_tokens(model):
-        with paused_after(model, steps=3):
+
+        def all_arrived() -> bool:
+            return len(server.engine.requests_in_flight) >= 3
+
+        # Without `begin`, the steps could be over before the second request arrives.
+        with paused_after(model, steps=3, begin=all_arrived):
             connections = [open_connection(server, chat_body(photo)) for photo in photos[:3]]
             server.wait_until(lambda: server.metric("llava_sequences_running") == 2)
             server.wait_until(lambda: server.metric("llava_requests_in_flight") == 3)
