@@ -22,8 +22,8 @@ from llava_simplified.demo.demo_options import (
     predict_words,
     training_words,
 )
-from llava_simplified.demo.demo_steps import Demo, Step
-from llava_simplified.demo.progress import captioning_progress, training_progress
+from llava_simplified.demo.demo_steps import Demo, Step, caption_step
+from llava_simplified.demo.progress import training_progress
 from llava_simplified.demo.reward_demo import EXPECTED_SECONDS as REWARD_SECONDS
 from llava_simplified.demo.reward_demo import FOLDER as REWARD_FOLDER
 from llava_simplified.demo.reward_demo import NUM_STEPS as NUM_REWARD_STEPS
@@ -193,12 +193,7 @@ def plan_steps(
             read_progress=lambda: training_progress(model, model_steps),
             run_folder=model,
         ),
-        Step(
-            "Caption images that the model was not trained on",
-            predict,
-            seconds=25,
-            read_progress=lambda: captioning_progress(predictions, num_images),
-        ),
+        caption_step(predict, predictions, num_images),
         Step("Scores and report", evaluate, seconds=10),
     ]
 

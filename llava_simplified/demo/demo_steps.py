@@ -21,6 +21,7 @@ from llava_simplified.demo.progress import (
     NOT_STARTED,
     Progress,
     ReadProgress,
+    captioning_progress,
     read_eval_captions,
 )
 from llava_simplified.demo.terminal import Terminal
@@ -52,6 +53,22 @@ class Step(NamedTuple):
 
 
 DOWNLOAD = Step("Download the models and drawings", [], seconds=30)
+
+
+def caption_step(argv: list[str], predictions: Path, num_images: int) -> Step:
+    """Return the step that captions the held-out drawings.
+
+    Args:
+        argv: Arguments of `llava`.
+        predictions: File of the captions.
+        num_images: Number of drawings to caption.
+    """
+    return Step(
+        "Caption images that the model was not trained on",
+        argv,
+        seconds=25,
+        read_progress=lambda: captioning_progress(predictions, num_images),
+    )
 
 
 class Demo:

@@ -21,8 +21,8 @@ from llava_simplified.demo.demo_options import (
     predict_words,
     training_words,
 )
-from llava_simplified.demo.demo_steps import Step
-from llava_simplified.demo.progress import captioning_progress, training_progress
+from llava_simplified.demo.demo_steps import Step, caption_step
+from llava_simplified.demo.progress import training_progress
 from llava_simplified.jobs import format_duration
 from llava_simplified.options import quote_words
 
@@ -95,12 +95,7 @@ def plan_reward_steps(
             read_progress=lambda: training_progress(model, num_steps),
             run_folder=model,
         ),
-        Step(
-            "Caption images that the model was not trained on",
-            predict,
-            seconds=25,
-            read_progress=lambda: captioning_progress(predictions, num_images),
-        ),
+        caption_step(predict, predictions, num_images),
         Step("Compare the captions before and after", evaluate, seconds=10),
     ]
 
