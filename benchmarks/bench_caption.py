@@ -405,12 +405,7 @@ def main() -> None:
         default=[1, 2, 4, 8],
         help="Requests to llama.cpp at a time; the best number counts (default: %(default)s)",
     )
-    parser.add_argument(
-        "--llama-cpp",
-        type=Path,
-        default=peer_llama_cpp.default_folder(),
-        help="Folder of llama-server and llama-quantize, built if it is missing",
-    )
+    peer_llama_cpp.add_folder_option(parser)
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:

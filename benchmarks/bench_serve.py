@@ -173,12 +173,7 @@ def main() -> None:
         default=[1, 2, 4, 8],
         help="Requests that llama.cpp answers at a time; the best counts (default: %(default)s)",
     )
-    parser.add_argument(
-        "--llama-cpp",
-        type=Path,
-        default=peer_llama_cpp.default_folder(),
-        help="Folder of llama-server and llama-quantize, built if it is missing",
-    )
+    peer_llama_cpp.add_folder_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

@@ -192,7 +192,7 @@ def language_model_weights(model: Llava) -> tuple[int, int]:
     embeddings = model.language_model.get_input_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in model.language_model.parameters())
     layers = total - embeddings
-    # A tied lm_head is the embedding table itself, which is subtracted already.
+    # A tied lm_head shares its weights with the embedding table, so they were subtracted above.
     if not model.language_model.config.tie_word_embeddings:
         layers -= head
     return layers, head

@@ -15,6 +15,7 @@ What makes the comparison fair:
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -53,6 +54,16 @@ BUILD_OPTIONS = {
 def default_folder() -> Path:
     """Return the folder of the programs in the cache of the benchmarks."""
     return peer_cache() / PACKAGE.replace("==", "-")
+
+
+def add_folder_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--llama-cpp`, the folder of the programs."""
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=default_folder(),
+        help="Folder of llama-server and llama-quantize, built if it is missing",
+    )
 
 
 def build_llama_cpp(folder: Path) -> Path:

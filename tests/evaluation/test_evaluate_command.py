@@ -522,7 +522,7 @@ def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
         replace(order[0], index="1003", image="val/a/1.jpg"),
     ]
     assert align_samples(samples, order) == order
-    # Which of the two images is meant, cannot be told; and scores need the same references.
+    # Without its folder, the name fits both images. And samples are only aligned if their references are equal.
     assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
     assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
     assert align_samples(samples[:1], order) is None
