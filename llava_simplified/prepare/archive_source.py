@@ -35,12 +35,10 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-_CAPTION_SUFFIXES = (
-    "txt",
-    "caption",
-    "json",
-)  # of a sample in a tar; the first that exists is used
-_DOWNLOADED = ("ok", "success")  # the status of a downloaded image: ours, and img2dataset's
+# Suffixes of the members of a tar that may contain the caption of a sample, in order of preference.
+_CAPTION_SUFFIXES = ("txt", "caption", "json")
+# Status of a downloaded image in the manifests of `llava download` and of img2dataset.
+_DOWNLOADED = ("ok", "success")
 
 
 def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -53,8 +51,8 @@ def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator
     import fsspec
     import pyarrow as pa
 
-    # Use fsspec for local files too, so that remote files need no separate code. Of a remote file, only
-    # the parts that are read are transferred.
+    # Use fsspec for local files too, so that remote files need no separate code. fsspec transfers only the
+    # parts of a remote file that are read.
     try:
         with fsspec.open(source, "rb") as stream:
             table = ParquetRows(stream, _file_name(source))
@@ -88,7 +86,7 @@ def _file_name(source: str) -> str:
 def _table_rows(
     table: ColumnarFile, source: str, issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of a Parquet or Arrow file, in any of the forms that `find_columns` knows."""
+    """Yield the rows of a Parquet or Arrow file: a manifest, records, Karpathy's split, or any table of captions."""
     names = text_columns(table.schema)
     image_keys = []
     if table.image_column is not None:
@@ -103,7 +101,7 @@ def _table_rows(
         if is_manifest:
             virtual_names = [*names, "image"]
         elif image_keys == ["images"]:
-            # Of a list, the only image.
+            # The loop below converts each list to its only image.
             virtual_names = [*names, "image"]
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
         wanted = [name for name in (*named, "split", "key", "status") if name in names]
@@ -126,6 +124,7 @@ def _table_rows(
 def _has_records(table: ColumnarFile) -> bool:
     """Return whether the rows of a table are records or chats."""
     types = {field.name: str(field.type) for field in table.schema}
+    # Questions with answers (The Cauldron): list<struct<user: string, assistant: string>>.
     is_pairs = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
     is_chat = types.get("messages", "").startswith(("list<", "large_list<"))
     is_preference = all(key in types for key in PAIR_KEYS)
@@ -133,7 +132,7 @@ def _has_records(table: ColumnarFile) -> bool:
 
 
 def _first_row(table: ColumnarFile, names: list[str]) -> object:
-    """Return the first row, for error messages; if the file is empty, its column names."""
+    """Return the first row for error messages, or the column names if the file is empty."""
     return next(table.rows(names), table.schema.names)
 
 
@@ -156,7 +155,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
     # Ignore image names and URLs in the JSON: the image is always the member with the sample's key.
     columns = columns._replace(url="", image="image")
     named: NamedColumns | None = None
-    # Keys of this tar only, which fit into memory.
+    # The keys of a single tar fit into memory.
     seen: set[str] = set()
     for number, (key, members) in enumerate(tar_samples(path)):
         if key in seen:

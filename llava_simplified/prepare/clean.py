@@ -61,22 +61,21 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
-_MATCHED_BY = "image name matched by "  # followed by the rule; in the details of usable records
+# The details of a usable record contain this text and the name of the rule if its image has another name.
+_MATCHED_BY = "image name matched by "
 # Records per file of results: few enough that a killed run repeats little work, and enough to keep the
 # number of files low (6,600 for CC3M).
 CHUNK_RECORDS = 500
-_EXAMPLES_PER_REASON = 12  # in the report
-_SHOWN_CAPTION = 200  # characters of a caption in the report
-# The columns of a chunk's results. Their names are those of version 0.1.0, whose unfinished work can be continued.
+_EXAMPLES_PER_REASON = 12  # maximum number of examples in the report for each reason
+_SHOWN_CAPTION = 200  # maximum length of a caption in the report, in characters
+# The columns of a chunk's results. Keep the names of version 0.1.0, so that its unfinished runs can be continued.
 _RESULT_SCHEMA = pa.schema(
     {
         "reason": pa.string(),
         "detail": pa.string(),
-        "bad": pa.list_(pa.int16()),
+        "bad": pa.list_(pa.int16()),  # indices of the unusable responses
         "digest": pa.binary(DIGEST_BYTES),
-        "look": pa.binary(
-            PERCEPTUAL_BYTES
-        ),  # The perceptual hash. Files of earlier versions have this name.
+        "look": pa.binary(PERCEPTUAL_BYTES),  # the perceptual hash
     }
 )
 
@@ -92,7 +91,7 @@ class ValidationResult(NamedTuple):
         detail: Details of the reason. For a usable record: the reasons why some of its responses are unusable, and the
             rule by which its image was found.
         unusable_responses: Indices of the unusable responses of a usable record.
-        digest: 16 bytes that are equal for equal images; None without images.
+        digest: First 16 bytes of the SHA-256 digest of the image files; None without images.
         perceptual_hash: 19 bytes, see `duplicates`; None if not requested, or without images.
     """
 
@@ -119,7 +118,7 @@ def validate_record(
         folder: The image folder.
         transform: The transform of the vision tower; None checks only that the images can be decoded.
         rules: Requirements on images and captions.
-        matches: Rejects two names that lead to one image file.
+        matches: Remembers the image names that were matched by a rule, and rejects two names that lead to one file.
     """
     if matches is None:
         matches = NameMatches()
@@ -127,7 +126,7 @@ def validate_record(
     try:
         record = Record.from_json(row, where)
         # Catch ImageError first, because it is a ValueError.
-        digest, look = _check_images(record, folder, transform, rules, matches)
+        digest, image_hash = _check_images(record, folder, transform, rules, matches)
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
@@ -139,10 +138,10 @@ def validate_record(
             return ValidationResult("unusable_pair", problem)
         captions = (*captions, record.rejected)
     problems = _check_captions(captions, rules)
-    # A pair needs both of its answers.
+    # A preference pair is unusable if one of its two answers is.
     if record.rejected is not None and problems:
         return ValidationResult(next(iter(problems.values())), repr(captions)[:_SHOWN_CAPTION])
-    # This condition is also true for a record without any response.
+    # No response is usable, or the record has no response at all.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
         shown = repr(record.responses) if record.responses else "no response"
@@ -150,7 +149,7 @@ def validate_record(
     found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
     notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
     detail = ", ".join(sorted({*problems.values(), *notes}))
-    return ValidationResult("", detail, tuple(problems), digest, look)
+    return ValidationResult("", detail, tuple(problems), digest, image_hash)
 
 
 def _check_images(
@@ -180,10 +179,10 @@ def _check_images(
         hasher.update(data)
     digest = hasher.digest()
     # Use the digest for several images, since similarity is not defined for them.
-    look = digest
+    image_hash = digest
     if rules.perceptual and len(record.images) == 1:
-        look = perceptual_hash(decode_image(data))
-    return digest[:DIGEST_BYTES], look[:PERCEPTUAL_BYTES]
+        image_hash = perceptual_hash(decode_image(data))
+    return digest[:DIGEST_BYTES], image_hash[:PERCEPTUAL_BYTES]
 
 
 def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
@@ -197,8 +196,8 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
-    # The transform can fail only at its resize, and only because of the image's size. Check that alone: it
-    # needs no pixels, so the image is decoded only once, by `check_image`.
+    # Only the resize of the transform can fail, and only because of the image's size. Check the size instead of
+    # transforming the pixels, so that the image is decoded only once, by `check_image`.
     if transform is not None:
         transform.resized_size(height, width)
     # Skip JPEGs (most images), which cannot be animated, so that they are not opened a second time.
@@ -266,7 +265,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
 def _validate_row(
     rows: RowFile, index: int, chunk: Chunk, matches: NameMatches
 ) -> ValidationResult:
-    """Read and check one record; a row that is not JSON is not a record."""
+    """Read and check one record. A row that is not JSON is rejected with the reason "not_a_record"."""
     try:
         row = rows[index]
     except ValueError as error:
@@ -293,7 +292,7 @@ def _read_results(
 
 
 def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
-    """Return whether a row has the same images as another one, but a different text. It is not a duplicate then."""
+    """Return whether two rows have the same images but different texts. Such rows are not duplicates."""
     same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
     return same_images and row != original
 
@@ -388,10 +387,13 @@ def clean(
         # Make the chunks of the whole file, then select those of the slice: a last call without
         # --shards has to find the results of all slices.
         chunks = _make_chunks(source, len(rows), folder, transform, rules, work)
-        mine = [chunks[index] for index in parse_slice(shards, len(chunks))]
-        run_record_tasks(validate_chunk, mine, engine=engine, workers=workers, progress=progress)
+        selected = [chunks[index] for index in parse_slice(shards, len(chunks))]
+        run_record_tasks(
+            validate_chunk, selected, engine=engine, workers=workers, progress=progress
+        )
         if shards:
-            return dict(sum((Counter(validate_chunk(chunk)) for chunk in mine), Counter()))
+            # All chunks of the slice are finished now, so these calls only count their results.
+            return dict(sum((Counter(validate_chunk(chunk)) for chunk in selected), Counter()))
         duplicates = {}
         if dedupe:
             numbers, hashes = _read_hashes(chunks, dedupe == "perceptual")
@@ -423,10 +425,14 @@ def clean(
 def _work_folder(
     rows: RowFile, output: Path, folder: Path, transform: ImageTransform | None, rules: Rules
 ) -> Path:
-    """Return the folder of the results. Its name is a digest of everything that they depend on."""
+    """Create the folder for the results of the chunks, and return it.
+
+    Its name is a digest of everything that the results depend on.
+    """
     stat = rows.path.stat()
     # Use size and modification time of the file, because hashing gigabytes of records would take longer
-    # than resuming saves. Keep the order of version 0.1.0, whose unfinished jobs can be resumed.
+    # than resuming saves. Keep the order of the list: otherwise, the runs that version 0.1.0 has left
+    # unfinished would have other digests, and could not be resumed.
     settings = [
         str(rows.path),
         stat.st_size,
@@ -435,6 +441,7 @@ def _work_folder(
         str(transform),
         asdict(rules),
     ]
+    # Add the color only if there is one, so that the digests of all other runs stay the same.
     if transform is not None and transform.pad_color is not None:
         settings.append(transform.pad_color)
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -475,7 +482,8 @@ class _Outputs:
 
     def __init__(self, rows: RowFile, folder: Path, kept: Path, output: Path) -> None:
         self.counts: Counter[str] = Counter()
-        self.matched: Counter[str] = Counter()  # usable records whose image has another name
+        # Number of usable records whose image has another name, by the note about it.
+        self.matched: Counter[str] = Counter()
         self._rows = rows
         self._folder = folder
         self._kept = kept
@@ -497,7 +505,7 @@ class _Outputs:
                 notes = [note for note in result.detail.split(", ") if note]
                 matched = [note for note in notes if note.startswith(_MATCHED_BY)]
                 self.matched.update(matched)
-                # Move only the unusable captions to the quarantine, and keep the record with the others.
+                # Move only the unusable captions to the quarantine, and keep the record with its other captions.
                 if result.unusable_responses:
                     row, removed = _split_responses(row, result.unusable_responses)
                     reason = ", ".join(note for note in notes if note not in matched)

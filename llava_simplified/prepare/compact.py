@@ -28,7 +28,7 @@ from llava_simplified.prepare.record_writer import RecordWriter
 SHARD_RECORDS = 5_000
 SETTINGS_NAME = "compact.json"
 _DIGEST_NAME_0_1_0 = "made_of"  # version 0.1.0 stored one digest of all settings under this name
-_READ_BLOCK = 1 << 20
+_READ_BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
         "compact_size": side,
     }
     settings_path = output / SETTINGS_NAME
-    # A folder with files but without settings comes from version 0.1.0, or is unrelated.
+    # A folder with files but without settings comes from version 0.1.0, or is unrelated. Version 0.1.0 stored
+    # one digest of the image folder, the size and the records.
     if not settings_path.exists() and any(output.iterdir()):
         previous = output / _DIGEST_NAME_0_1_0
         start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
@@ -158,7 +159,7 @@ def _add_image(
 ) -> dict[str, Any]:
     """Add one image to a shard, and return its row of the manifest."""
     data = read_image_bytes(name, spec.folder)
-    # Decode the image in both cases, so that no damaged file gets into a shard.
+    # Decode the image even if it is copied unchanged, so that no damaged file gets into a shard.
     image = shrink_image(data, spec.side) if spec.side else check_image(data)
     key = compact_key(index, number)
     metadata = {"key": key, "source": name, "width": image.width, "height": image.height}
@@ -174,7 +175,7 @@ def _add_image(
 
 
 def compact_key(index: int, number: int) -> str:
-    """Return the key of image `number` of row `index`."""
+    """Return the key of an image in the shards: the row index, and the number of the image in its row unless it is 0."""
     return f"{index:09d}_{number}" if number else f"{index:09d}"
 
 
@@ -191,8 +192,8 @@ def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
     value = row.get(column)
     if not value:  # a record without images
         return row
-    shard = f"{index // SHARD_RECORDS:05d}.tar"
     # Compute the shard from the index among the usable records, as `compact_images` does.
+    shard = f"{index // SHARD_RECORDS:05d}.tar"
     if isinstance(value, list):
         names = [f"{shard}#{compact_key(index, number)}" for number in range(len(value))]
         return {**row, column: names}

@@ -30,7 +30,7 @@ from llava_simplified.prepare.sources import read_source
 
 logger = logging.getLogger(__name__)
 
-_ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
+_ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # of any system: /a.jpg, \a.jpg, C:\a.jpg
 
 
 # ---- captions of one image ----
@@ -39,10 +39,11 @@ _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
 def image_identity(row: SourceRow) -> str:
     """Return the key by which rows of one image are grouped: its name, or its URL if it has no name.
 
-    A URL beside a name may be that of a page with several images.
+    The name comes first, because the URL may be that of a web page with several images.
     """
     name = row.image or row.url
-    # The same file, however its path is written. The test is cheap, and false for almost every name.
+    # Normalize the path, so that "a.jpg" and "./a.jpg" are one image. The test before it is cheap, and false for
+    # almost every name.
     if "./" in row.image or "//" in row.image:
         name = posixpath.normpath(name)
     return name
@@ -66,7 +67,7 @@ def group_captions(
         source      a.jpg  b.jpg  a.jpg  c.jpg        counts: a 2, b 1, c 1
         yields             b             a with two captions, then c
 
-    Memory therefore contains only images of which some captions were read and others were not.
+    Memory therefore contains only the images whose captions were read in part.
 
     Args:
         read: Returns the rows of the source; it is called once for each pass.
@@ -85,7 +86,7 @@ def group_captions(
     waiting: dict[str, list[SourceRow]] = {}
     for row in read(issues):
         key = identity(row)
-        # Do not group records, which have all captions of an image, nor rows without an image.
+        # Do not group records, because they contain all captions of their image, nor rows without an image.
         expected = occurrences.get(hash(key)) if key.strip() else None
         if row.record is not None or expected is None:
             yield row
@@ -94,14 +95,14 @@ def group_captions(
         rows.append(row)
         if len(rows) == expected:
             yield _merge_rows(waiting.pop(key), issues)
-    # What remains are images with the same hash: they were counted together, so none seemed complete.
+    # Images whose keys have the same hash were counted together, so none of them reached the expected number.
     for rows in waiting.values():
         yield _merge_rows(rows, issues)
 
 
 def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     """Return the first row, with the captions of all rows without repetitions."""
-    # An image must not be in the training set and in the test set. It is unknown which one is right, so use the first.
+    # An image must not be in both the training set and the test set. Keep it in the split that is named first.
     for row in rows[1:]:
         if row.split != rows[0].split:
             issues.note("image in two splits (kept in the first)", row.number, row.image or row.url)
@@ -144,7 +145,7 @@ def to_records(
                 yield record, row
             continue
         image = row.image
-        # Use the index of the grouped rows, as the downloader does, so that both derive the same file name.
+        # Use the index of the grouped rows, as `llava download` does, so that both derive the same file name.
         if not image and row.url:
             image = image_file_name(index, row.url)
         if not image:
@@ -156,7 +157,8 @@ def to_records(
         if not row.captions:
             issues.note("image without any caption (skipped)", row.number, image)
         else:
-            # `hash_fraction(image)` decides the split. Append a character, to get an independent number.
+            # `hash_fraction(image)` selects the split. Append a character to get an independent number. Otherwise the
+            # instruction would depend on the split.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
 
@@ -198,7 +200,7 @@ class _ImageNames:
 
     def resolve(self, image: str, row: SourceRow) -> str:
         """Return the name of an image in the records; "" (counted as an issue) if it is not in the image folder."""
-        # An image inside a shard is looked up when it is read.
+        # Do not look up images inside shards ("shard.tar#key") here: their shard is searched when they are read.
         if self._image_folder is not None and "#" not in image:
             return _find_image(image, row, self._image_folder, self._matches, self._issues)
         if _ABSOLUTE_PATH.match(image) and not self._keep_paths:
@@ -216,15 +218,15 @@ def _base_name(
 
     Args:
         image: The path.
-        row: Its row.
-        issues: The change is noted here.
-        absolute_paths: Hashes of the paths by base name; this one is added.
+        row: The row of the image.
+        issues: Collects the changes.
+        absolute_paths: Base name -> hash of the first path with this name. The function adds the path.
     """
     name = re.split(r"[/\\]", image)[-1]
     if absolute_paths.setdefault(name, hash(image)) != hash(image):
-        issues.note("absolute path with the base name of another one (kept)", row.number, image)
+        issues.note("absolute path whose base name another path has too (kept)", row.number, image)
         return image
-    issues.note("absolute path, not in --image-folder (base name kept)", row.number, image)
+    issues.note("absolute path (only the base name kept)", row.number, image)
     return name
 
 
@@ -250,9 +252,9 @@ def _find_image(
         if located is not None:
             matches.add(image, located)
     except AmbiguousNameError as error:
-        issues.note("image name that fits several files (skipped)", row.number, error)
+        issues.note("image name that matches several files (skipped)", row.number, error)
         return ""
-    # For example, the name is too long, or contains a null character.
+    # The system rejects the name, for example because it is too long or contains a null character.
     except (OSError, ValueError):
         located = None
     if located is None:
@@ -369,7 +371,7 @@ def _parse_split(text: str) -> dict[str, float]:
 
 
 def _source_part(row: SourceRow, issues: ParseIssues) -> str:
-    """Return the part that the source assigns to a row; "restval" is Karpathy's name for more training images."""
+    """Return the part that the source assigns to a row; "restval" is Karpathy's name for additional training images."""
     if not row.split:
         issues.note("row without a split (assigned to train)", row.number, row.image)
         return "train"
@@ -392,8 +394,8 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
     """Write a random sample of `count` records in their original order.
 
     Returns:
-        The number of records that were written: all of them if the source has fewer. Rows that are not JSON are left
-        out.
+        The number of records that were written. It is less than `count` if the source has fewer records, or if sampled
+        rows are not JSON and were skipped.
 
     Raises:
         ValueError: `count` is below 1, or the source is not a file of records, or has none.

@@ -26,8 +26,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser("llava convert", "Convert any source of captions to records.")
     parser.add_argument(
         "source",
-        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them or of images with sidecars, a glob pattern, or a "
-        "URL",
+        help="TSV, CSV, JSON, JSON Lines, Parquet or tar file, a folder of these files, a folder of images with caption "
+        "files (a.txt beside a.jpg), a glob pattern, or a URL",
     )
     parser.add_argument(
         "--output",
@@ -53,8 +53,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--sidecar",
         default="",
-        help="Which text files beside images are read: txt or caption (default: both); with `lines`, each line is a "
-        "separate caption (combine them: caption,lines)",
+        help="Suffix of the caption files beside images: txt or caption (default: both). Add `lines` if each line is a "
+        "separate caption, as in caption,lines",
     )
     return parser
 

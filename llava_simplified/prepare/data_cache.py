@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the digest. Increment it when the conversion changes, so that sources are converted again.
 _VERSION = 1
-_COPIES = "files"  # the folder of copies of remote files
+_COPIES = "files"  # name of the folder for copies of remote files
 _NUM_PROBED_ROWS = 20  # number of rows whose images are searched, to find the image folder
 _MAX_SUBFOLDERS = 200  # maximum number of subfolders to search
 # Seconds to wait for another process that converts the same source, such as another rank of the same run.
@@ -101,17 +101,18 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
             with atomic_directory(target) as part:
                 local_source = _local_copy(source, dataset, part / _COPIES)
                 _convert(local_source, source, part, sidecar)
-    about = read_json_object(target / "source.json")
+    source_info = read_json_object(target / "source.json")
     logger.info(
         "--data %s: %s records in %s (%s)",
         source,
-        f"{about['count']:,}",
+        f"{source_info['count']:,}",
         target / "records.jsonl",
         "converted now" if is_new else "converted earlier, unchanged since",
     )
     # Repeat the warnings of the conversion in every run, not only in the first one.
-    for line in about["issues"]:
+    for line in source_info["issues"]:
         logger.warning("%s", line)
+    # The images of a remote source are among its copies.
     copies = target / _COPIES
     if copies.is_dir():
         folder = str(copies)
@@ -119,7 +120,7 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
         folder = image_folder or source
     else:
         folder = image_folder or str(find_image_folder(source))
-    return PreparedData(target / "records.jsonl", Path(folder), about["count"])
+    return PreparedData(target / "records.jsonl", Path(folder), source_info["count"])
 
 
 def _local_copy(source: str, dataset: Any, target: Path) -> str:
@@ -150,12 +151,12 @@ def _convert(local_source: str, source: str, target: Path, sidecar: str) -> None
     counts, issues = convert(
         local_source, target / "records.jsonl", keep_paths=True, sidecar=sidecar
     )
-    about = {
+    source_info = {
         "source": _absolute(source),
         "count": sum(counts.values()),
         "issues": [line.strip() for line in issues.lines()],
     }
-    text = json.dumps(about, indent=1)
+    text = json.dumps(source_info, indent=1)
     (target / "source.json").write_text(text, encoding="utf-8")
 
 
@@ -209,7 +210,7 @@ def _state_of_file(path: Path) -> tuple[int, int]:
 def _state_of_folder(folder: Path) -> str:
     """Return a digest of the names of all files, and of the states of those that are not images."""
     digest = hashlib.sha256()
-    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    image_suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
     for place, subfolders, names in os.walk(folder):
         subfolders.sort()
         names.sort()
@@ -218,8 +219,8 @@ def _state_of_folder(folder: Path) -> str:
             state: tuple[int, int] | tuple[()] = ()
             # The records depend on the names of images, but not on their contents. So skip the slow `stat` of
             # maybe a million images.
-            if not name.lower().endswith(images):
-                with suppress(OSError):  # a broken link
+            if not name.lower().endswith(image_suffixes):
+                with suppress(OSError):  # a broken link has no state
                     state = _state_of_file(Path(place) / name)
             line = f"{relative}/{name} {state}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
@@ -241,10 +242,10 @@ def find_image_folder(source: str) -> Path:
     path = Path(source)
     base = path if path.is_dir() else path.parent
     if not path.exists():
-        # For a pattern, the folder before the first wildcard.
+        # The source is a glob pattern. Use the folder before the first wildcard.
         _, base = expand_pattern(source)
     rows = itertools.islice(_rows(source), _NUM_PROBED_ROWS)
-    # "#" marks an image in a shard.
+    # Skip images in shards ("shard.tar#key"), which are not files in a folder.
     names = [row.image for row in rows if row.image and "#" not in row.image]
     if not names or _count_images(names, base):
         return base
@@ -279,5 +280,5 @@ def _count_images(names: list[str], folder: Path) -> int:
         except AmbiguousNameError:
             count += 1  # several files match the name
         except (OSError, ValueError):
-            continue
+            continue  # not a valid file name, for example too long
     return count

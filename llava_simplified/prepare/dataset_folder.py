@@ -1,7 +1,7 @@
 """Folders of Hugging Face `datasets`: the Arrow files of `Dataset.save_to_disk`, which are read without the library.
 
 train/state.json          the files of the data set, in their order
-train/dataset_info.json   its features
+train/dataset_info.json   the names and types of its columns
 train/data-00000-of-00002.arrow, ...
 dataset_dict.json         in the folder above: the names of the splits
 """
@@ -55,7 +55,9 @@ def dataset_files(folder: Path) -> list[Path]:
     for entry in entries:
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not _is_name(name):
-            raise ValueError(f"{folder / _STATE_FILE}: no name of a file: {shorten(entry)}")
+            raise ValueError(
+                f"{folder / _STATE_FILE}: expected the name of a file in the folder, found {shorten(entry)}"
+            )
         path = folder / str(name)
         if not path.is_file():
             raise ValueError(f"{folder}: the file {name} of this data set is missing")
@@ -64,5 +66,5 @@ def dataset_files(folder: Path) -> list[Path]:
 
 
 def _is_name(value: object) -> bool:
-    """Return whether a value is the name of something in the folder itself."""
+    """Return whether a value is a plain file name. A path such as "../x" could lead out of the folder."""
     return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value

@@ -1,18 +1,18 @@
-"""Decode images beside an event loop, within limits of time and memory.
+"""Decode images in threads for an event loop, with limits on time and memory.
 
 An image from the internet may take seconds to decode, and gigabytes of memory, however small its file is. Three rules
 follow:
 
-- **Never on the event loop.** While the loop decodes, all transfers stand still, and their timeouts run.
-- **A time limit for each image.** It counts from the moment at which the image is decoded, not while it waits for
-  others. Nothing can interrupt a decoder, so its thread is given up: the row fails, another thread takes its place, and
-  the old one ends when the decoder returns (`data.images` limits what a decoder can be asked for).
-- **Pixels in flight.** The header says how many pixels an image has. It is admitted when there is room for it in the
-  process's budget (`data.pixel_budget`).
+- **Never on the event loop.** While the loop decodes an image, no transfer can continue, but its timeout keeps running.
+- **A time limit for each image.** The time starts when the decoder starts, and not while the image waits in the queue.
+  Nothing can interrupt a decoder, so its thread is abandoned: the row fails, a new thread replaces the old one, and the
+  old one ends when the decoder returns (`data.images` limits the work that an image can cause).
+- **Pixels in flight.** The number of pixels of an image is in its header. Decoding starts when the process's budget has
+  room for them (`data.pixel_budget`).
 
     event loop                    threads
     run() --- job ---> queue ---> read the header -> wait for room -> decode
-    future <------- call_soon_threadsafe, once for all results that are there <-
+    future <------- call_soon_threadsafe, once for all finished results <-------
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from llava_simplified.data.images import EncodedImage, read_image_size
 from llava_simplified.data.pixel_budget import DECODING
 
-# Most images take a fraction of a millisecond. More than one thread is for those that take seconds.
+# Most images take less than a millisecond, so one thread would do. The others are for images that take seconds.
 _NUM_THREADS = 4
-_MAX_CHECK_INTERVAL = 0.5  # seconds between two looks at the images that are being decoded
+_MAX_CHECK_INTERVAL = 0.5  # seconds between two searches for images that take too long
 
 
 @dataclass(eq=False)
@@ -39,11 +39,11 @@ class _Job:
     """One image to decode.
 
     Attributes:
-        data: The file.
-        decode: What is done with it.
+        data: The image file.
+        decode: The function that decodes the file.
         future: Receives the result, or the error.
-        started: Since when it is decoded; None while it waits.
-        is_given_up: It has taken too long. Its thread ends with it.
+        started: Time of the monotonic clock at which decoding started; None while the job waits.
+        is_given_up: Decoding took too long. The thread ends when the decoder returns.
     """
 
     data: bytes
@@ -57,8 +57,8 @@ class DecodePool:
     """Threads that decode images for one event loop.
 
     Args:
-        seconds: The time limit of one image.
-        max_pixels: Largest image.
+        seconds: Time limit for decoding one image, in seconds.
+        max_pixels: Maximum number of pixels of an image.
     """
 
     def __init__(self, seconds: float, max_pixels: int) -> None:
@@ -74,11 +74,11 @@ class DecodePool:
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, decode: Callable[[bytes], EncodedImage], data: bytes) -> EncodedImage:
-        """Return `decode(data)`.
+        """Run `decode(data)` in a thread, and return its result.
 
         Raises:
-            TimeoutError: It took longer than the time limit.
-            ImageError: As `decode`.
+            TimeoutError: Decoding took longer than the time limit.
+            ImageError: The image cannot be decoded.
         """
         job = _Job(data, decode, self._loop.create_future())
         if self._num_threads < _NUM_THREADS:
@@ -89,7 +89,7 @@ class DecodePool:
         return await job.future
 
     def close(self) -> None:
-        """End all threads, without waiting for those that still decode."""
+        """End all threads, without waiting for decoders that still run."""
         if self._timer is not None:
             self._timer.cancel()
         for _ in range(self._num_threads):
@@ -97,7 +97,7 @@ class DecodePool:
 
     def _start_thread(self) -> None:
         self._num_threads += 1
-        # A process that ends does not wait for daemon threads, whereas it would wait for the threads of an executor.
+        # Use daemon threads and not an executor: at its end, a process would wait for the threads of an executor.
         threading.Thread(target=self._work, name="decode", daemon=True).start()
 
     # ---- in the threads ----
@@ -117,12 +117,12 @@ class DecodePool:
                 self._finished.append((job, result))
                 is_first = len(self._finished) == 1
                 is_given_up = job.is_given_up
-            # Wake the event loop once for all results that are finished until it runs.
+            # Wake the event loop for the first result only: it then delivers all results that are finished by then.
             if is_first:
                 # The loop may be closed, if the process is about to end.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._deliver)
-            # Another thread has taken the place of this one while the image took too long.
+            # The image took too long, so another thread has replaced this one.
             if is_given_up:
                 return
 
@@ -153,7 +153,7 @@ class DecodePool:
             finished = list(self._finished)
             self._finished.clear()
         for job, result in finished:
-            # The caller does not wait any more: it was cancelled, or the image took too long.
+            # Skip callers that no longer wait: they were cancelled, or their image took too long.
             if job.future.done():
                 continue
             if isinstance(result, BaseException):
@@ -177,6 +177,7 @@ class DecodePool:
                     slow.append(job)
             is_busy = bool(self._running)
         for job in slow:
+            # Do not count the slow thread any more, because it ends after this image.
             self._num_threads -= 1
             self._start_thread()
             if not job.future.done():

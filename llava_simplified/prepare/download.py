@@ -40,6 +40,7 @@ from llava_simplified.prepare.source_rows import Columns, ParseIssues
 from llava_simplified.prepare.sources import read_source
 from llava_simplified.workers import parse_slice, run_tasks
 
+# Values of --retry in addition to FAILURE_KINDS: all, a status code (404 or http_404), or a class of codes (5xx).
 _RETRY_KIND = re.compile(r"all|(http_)?\d{3}|\dxx")
 _SHOWN_FAILURES = 20  # maximum number of shards that an error message names
 # Run two shards per CPU, since fetching mostly waits for the network.
@@ -109,12 +110,12 @@ def download(
         # Exclude shards that an earlier run finished from the rate in the progress line.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
-        watch = DownloadProgress(store.work, numbers, finished_before, rows, progress)
+        tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress)
         specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
-        _fetch_shards(specs, watch, engine, workers)
+        _fetch_shards(specs, tracker, engine, workers)
         # Do not merge after a slice, because other slices may still be running.
         if shards:
-            return {"outcomes": dict(watch.total())}
+            return {"outcomes": dict(tracker.total())}
         return _merge(store, output)
 
 
@@ -138,7 +139,7 @@ def _check_arguments(
     if unknown:
         raise ValueError(
             f"--retry {','.join(unknown)}: unknown kind of failure. "
-            f"Use all, 404, 5xx, {', '.join(FAILURE_KINDS)}."
+            f"Use all, a status code such as 404, a class of codes such as 5xx, or {', '.join(FAILURE_KINDS)}."
         )
 
 
@@ -151,7 +152,7 @@ def _run_lock(store: Store, output: str, shards: str) -> contextlib.AbstractCont
 
 
 def _fetch_shards(
-    specs: list[ShardSpec], watch: DownloadProgress, engine: str, workers: int
+    specs: list[ShardSpec], tracker: DownloadProgress, engine: str, workers: int
 ) -> None:
     """Fetch shards, and raise a ValueError at the end if some could not be finished."""
     failed = []
@@ -161,14 +162,14 @@ def _fetch_shards(
         engine=engine,
         workers=workers,
         per_cpu=_SHARDS_PER_CPU,
-        tick=watch.tick,
+        tick=tracker.tick,
     )
-    with watch.progress:
+    with tracker.progress:
         for done in results:
             if done.result is None:
                 failed.append(f"shard {done.spec.name}: {done.error}")
             else:
-                watch.finish_shard(done.spec.number, done.result)
+                tracker.finish_shard(done.spec.number, done.result)
     if failed:
         shown = "\n".join(failed[:_SHOWN_FAILURES])
         raise ValueError(
@@ -233,8 +234,9 @@ def plan_shards(
             raise ValueError(
                 f"{source}: no URL in the first {len(chunk)} rows. Name the column with --url-column."
             )
-        is_mine = number in parse_slice(shards, number + 1)
-        if is_mine and f"{number:05d}.parquet" not in finished:
+        # The number of shards is not known yet. Whether a slice contains this shard does not depend on it.
+        is_selected = number in parse_slice(shards, number + 1)
+        if is_selected and f"{number:05d}.parquet" not in finished:
             _write_plan(store.work / f"{number:05d}.plan", chunk)
         number += 1
         total += len(chunk)
@@ -329,7 +331,7 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
     report_json = store.work / "report.json"
     report_html = store.work / "report.html"
     report = write_download_report(merged, plan, report_json, report_html)
-    # Mark an incomplete report.
+    # Mark the report as incomplete if other jobs have not finished their shards yet.
     missing = plan["shards"] - len(names)
     if missing > 0:
         report["missing_shards"] = missing

@@ -15,7 +15,7 @@ from llava_simplified.prepare.source_rows import Columns
 
 logger = logging.getLogger(__name__)
 
-_MODULES = ("aiohttp", "aiodns", "fsspec", "pyarrow")  # of the extra "download"
+_MODULES = ("aiohttp", "aiodns", "fsspec", "pyarrow")  # installed by the extra "download"
 
 
 def build_parser() -> CommandParser:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
-    advice = FAILURE_ADVICE.get(most_frequent, "")
+    advice = FAILURE_ADVICE.get(most_frequent, "The Parquet manifests contain the details.")
     print_text(
         f"No image was downloaded. {advice} Then retry with --retry {most_frequent}",
         file=sys.stderr,
@@ -178,7 +178,7 @@ def _print_report(report: dict[str, Any], output: str) -> None:
     for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
         print_text(f"{count:>9,} {kind}")
     print_text(f"{sum(outcomes.values()):>9,} rows -> {output}")
-    # What the source contained; a slice does not report it.
+    # Print the issues of the source. The report of a slice has no settings, and therefore no issues.
     for line in report.get("settings", {}).get("oddities", ()):
         print_text(line)
     missing = report.get("missing_shards")

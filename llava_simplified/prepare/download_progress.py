@@ -62,7 +62,7 @@ class DownloadProgress:
                 with path.open("rb") as stream:
                     stream.seek(self._positions[path])
                     data = stream.read()
-            except FileNotFoundError:  # the shard has just been finished
+            except FileNotFoundError:  # the shard has just been finished, and its journal deleted
                 continue
             # Journals only grow, so continue at the end of the last read. Leave an incomplete last line
             # for the next time.
@@ -96,6 +96,7 @@ class DownloadProgress:
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
         """Replace the outcomes from the journal of a shard with the final ones."""
         self._outcomes[number] = Counter(outcomes)
+        # The journal of a finished shard is deleted, so `_before` does not contain its rows yet.
         if number in self._finished_before:
             self._before += self._outcomes[number]
             self.progress.initial = self._before.total()

@@ -55,27 +55,27 @@ PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa
 MANIFEST_SCHEMA = pa.schema(
     {
         **PLAN_COLUMNS,
-        "key": pa.string(),  # of the sample in the tar
+        "key": pa.string(),  # key of the sample in the tar
         "status": pa.string(),  # ok or failed
         "error": pa.string(),  # the kind of failure: timeout, dns, http_404, html, truncated, opt_out, ...
         "detail": pa.string(),
-        "http": pa.int16(),
-        "sha256": pa.string(),  # of the image as it is stored
-        "bytes": pa.int64(),  # as received
+        "http": pa.int16(),  # status code; 0 without a response
+        "sha256": pa.string(),  # digest of the stored image file
+        "bytes": pa.int64(),  # size of the image file as received
         "width": pa.int32(),
         "height": pa.int32(),
-        "file": pa.string(),
-        "offset": pa.int64(),  # of the image in the tar
-        "length": pa.int32(),
-        "seconds": pa.float32(),
-        "at": pa.float64(),  # Unix time
+        "file": pa.string(),  # name of the stored image file
+        "offset": pa.int64(),  # position of the image file in the tar
+        "length": pa.int32(),  # size of the stored image file
+        "seconds": pa.float32(),  # duration of the fetch
+        "at": pa.float64(),  # Unix time at which the row was finished
     }
 )
 _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
 _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also in a sample's .json
-_END_MARK = -1  # index in a journal line that is not a row, but contains the end of a reopened tar
+_END_MARK = -1  # index of a journal line that is not a row: it contains the end of the samples in a reopened tar
 _SPARE_FILES = 64  # open files in addition to connections
-_RETURNED_BLOCK_BYTES = 4_000_000
+_RETURNED_BLOCK_BYTES = 4_000_000  # see `tune_malloc`
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
 
 
@@ -104,7 +104,7 @@ class ShardSpec:
 
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
-    """Fetch the missing rows of a shard. Does nothing if the shard is finished.
+    """Fetch the missing rows of a shard. Does nothing if the shard is finished, and no failure is to be retried.
 
     Returns:
         The number of rows by outcome: "ok" or a kind of failure.
@@ -244,9 +244,9 @@ def _prepare_process(options: FetchOptions) -> None:
     """Prepare this process for many connections. Only worker processes of a download call this."""
     # Reduce the buffer of each connection; asyncio's default is 16 times as large.
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
-    # Collect garbage less often: with the default thresholds this takes a tenth of the time.
+    # Collect garbage less often: with the default thresholds, it takes a tenth of the run time.
     gc.set_threshold(20_000, 50)
-    # Each thread that decodes images would keep the memory of its largest one.
+    # Return freed memory to the system. Otherwise, each decoding thread would keep the memory of its largest image.
     tune_malloc(_RETURNED_BLOCK_BYTES)
     # Allow two files per request: its connection, and possibly an older one that is being closed.
     _raise_file_limit(2 * options.concurrency + _SPARE_FILES)

@@ -22,10 +22,11 @@ from PIL import Image
 HASH_BYTES = 16  # 128 bits
 PERCEPTUAL_BYTES = HASH_BYTES + 3  # with the mean color
 DIGEST_BYTES = 16
+# Two images are similar if their hashes differ by at most this much.
 MAX_BITS = 5
 MAX_COLOR_DIFFERENCE = 8
 
-_GRID = 8
+_GRID = 8  # cells per row and per column
 _BAND_BYTES = 2
 _NEIGHBOURS = 8  # each image is compared with its next N images, in each sorted order
 
@@ -50,7 +51,7 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
 
 
 def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dict[int, int]:
-    """Find duplicates, and for each the earlier row that it duplicates.
+    """Find duplicates, and the earlier row that each of them duplicates.
 
     Args:
         rows: (n,) row numbers, ascending.
@@ -87,12 +88,14 @@ def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
 
     If several images are similar, each refers to the earliest one that it was compared with.
     """
+    # Number of one bits in each possible byte.
     bits_in_byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
     bits_in_byte = bits_in_byte.astype(np.uint8)
     hashes = data[:, :HASH_BYTES]
     colors = data[:, HASH_BYTES:].astype(np.int16)  # signed, for differences
     found: dict[int, int] = {}
     for band in range(0, HASH_BYTES, _BAND_BYTES):
+        # Move the band to the front, where it is the most significant part of the sort key.
         rolled = np.roll(hashes, -band, axis=1)
         order = np.lexsort(rolled.T[::-1])  # lexsort expects the most significant key last
         for step in range(1, _NEIGHBOURS + 1):

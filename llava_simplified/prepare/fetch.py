@@ -8,10 +8,10 @@ A fetch is rejected
     while the body streams  if the body is too large (also after decompression) or too slow
     before it is stored     if it does not decode as an image in time; see `decode_pool`
 
-The URL is sent as it is, see `request_url`. Responses are read as leniently as by curl where that is harmless, see
-`lenient_response`.
+The URL is sent unchanged (see `request_url`). Responses are parsed as leniently as curl parses them, where that is
+harmless (see `lenient_response`).
 
-`fetch_hosts` uses this module for many URLs, the server for the URLs in requests.
+`fetch_hosts` uses this module for lists of URLs. `llava serve` uses it for the image URLs in requests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# Before Python 3.11, asyncio's and the built-in TimeoutError are different classes.
+# Before Python 3.11, asyncio.TimeoutError and the built-in TimeoutError are different classes.
 TIMEOUT_ERRORS = (TimeoutError, asyncio.TimeoutError)
 AGENT = "llava-simplified"
 MAX_REDIRECTS = 5
@@ -58,18 +58,20 @@ MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
 SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
 MAX_DETAIL_LENGTH = 300
-# A request with a smaller share of the timeout, because other hosts have used the rest, is no evidence about its host.
+# A redirect gets only the time that the requests before it have left. If less than this share of the timeout is left, a
+# timeout is not counted against the host of the redirect, because that host may have had too little time.
 FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
-# Formats of zlib's decompressor. Some servers send "deflate" without the header that it should have, as browsers accept it.
-_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever the data begins with
+# Values of zlib's `wbits`, which select the format. Some servers send "deflate" data without the zlib header that the
+# standard requires, because browsers accept it.
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # detect the format by its header
 _NO_HEADER = -zlib.MAX_WBITS
 _CLOSE_CONNECTION = {"Connection": "close"}
 _ROBOTS_TIMEOUT = 5  # seconds
 _ROBOTS_MAX_BYTES = 500_000  # RFC 9309 requires at least 500 KiB
 _ROBOTS_ALLOW_NOTHING = ["User-agent: *", "Disallow: /"]
-_OPT_OUT_WORDS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
+_OPT_OUT_DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 
 
 class FetchError(Exception):
@@ -145,7 +147,7 @@ class Fetcher:
             timeout=aiohttp.ClientTimeout(total=None),  # `_get` has its own timeout
             max_line_size=MAX_HEAD_BYTES,
             max_field_size=MAX_HEAD_BYTES,
-            auto_decompress=False,  # `_decompress` has its own limit of the size
+            auto_decompress=False,  # `_decompress` limits the size
         )
         self._decode_pool = DecodePool(self.options.timeout, self.options.max_pixels)
         return self
@@ -165,12 +167,19 @@ class Fetcher:
         try:
             data, http = await self._get(url, _CLOSE_CONNECTION if last else None)
             image = await self._check(data)
-            return FetchResult("ok", http, "", image, len(data), time.perf_counter() - start)
+            return FetchResult(
+                "ok",
+                http,
+                detail="",
+                image=image,
+                received=len(data),
+                seconds=time.perf_counter() - start,
+            )
         except FetchError as error:
             failure = error
         # The request succeeded, but the response is not a usable image.
         except ImageError as error:
-            failure = FetchError(error.kind, str(error), 200)
+            failure = FetchError(error.kind, str(error), http=200)
         except UrlError as error:
             failure = FetchError(error.kind, str(error))
         except TIMEOUT_ERRORS as error:
@@ -240,7 +249,7 @@ class Fetcher:
             if not isinstance(answer, URL):
                 return answer
             url = answer
-        raise FetchError("redirect", f"more than {MAX_REDIRECTS} redirects", 302)
+        raise FetchError("redirect", f"more than {MAX_REDIRECTS} redirects", http=302)
 
     async def _request(self, url: URL, headers: dict[str, str] | None) -> URL | tuple[bytes, int]:
         """Send one request. Return the target of a redirect, or body and status code."""
@@ -250,16 +259,16 @@ class Fetcher:
             if response.status in _REDIRECT_STATUSES:
                 location = response.headers.get("Location")
                 if not location:
-                    raise FetchError("redirect", "redirect without a target", response.status)
+                    raise FetchError("redirect", "redirect without a target", http=response.status)
                 return resolve_redirect(url, location)
             if response.status != 200:
                 pause = parse_retry_after(response.headers.get("Retry-After"))
                 kind = f"http_{response.status}"
-                raise FetchError(kind, str(response.reason), response.status, pause)
+                raise FetchError(kind, str(response.reason), http=response.status, pause=pause)
             # Check for an opt-out before reading the body, to avoid a useless transfer.
             reason = opted_out(response.headers)
             if reason:
-                raise FetchError("opt_out", reason, response.status)
+                raise FetchError("opt_out", reason, http=response.status)
             return await self._read_body(response), response.status
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
@@ -268,7 +277,9 @@ class Fetcher:
         announced = response.content_length or 0
         if announced > max_bytes:
             raise FetchError(
-                "too_large", f"Content-Length is {announced} bytes; the limit is {max_bytes}", 200
+                "too_large",
+                f"Content-Length is {announced} bytes; the limit is {max_bytes}",
+                http=200,
             )
         chunks: list[bytes] = []
         size = 0
@@ -277,14 +288,14 @@ class Fetcher:
             chunks.append(chunk)
             size += len(chunk)
             if size > max_bytes:
-                raise FetchError("too_large", f"over {max_bytes} bytes", 200)
+                raise FetchError("too_large", f"over {max_bytes} bytes", http=200)
             seconds = time.perf_counter() - start
             if seconds > SLOW_AFTER and size < SLOW_RATE * seconds:
-                raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
+                raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", http=200)
         # Join the chunks once: appending to one bytes object would copy it for every chunk.
         data = self._decompress(b"".join(chunks), response)
         if not data:
-            raise FetchError("empty", "no bytes", 200)
+            raise FetchError("empty", "no bytes", http=200)
         return data
 
     def _decompress(self, data: bytes, response: aiohttp.ClientResponse) -> bytes:
@@ -302,7 +313,7 @@ class Fetcher:
                 data = zlib.decompressobj(window_bits).decompress(data, max_bytes + 1)
                 break
         if len(data) > max_bytes:
-            raise FetchError("too_large", f"over {max_bytes} bytes when decompressed", 200)
+            raise FetchError("too_large", f"over {max_bytes} bytes when decompressed", http=200)
         return data
 
     # ---- robots.txt ----
@@ -330,14 +341,14 @@ class Fetcher:
             lines = _ROBOTS_ALLOW_NOTHING
         try:
             rules.parse(lines)
-        # A line such as "Disallow: //[", which is ignored.
+        # The parser fails at a line such as "Disallow: //[". Parse again without such lines.
         except ValueError:
             rules = RobotFileParser()
             rules.parse(line for line in lines if _is_robots_line(line))
         return rules
 
     async def _read_robots_lines(self, url: URL) -> list[str]:
-        """Return the lines of a robots.txt; of a server that fails to answer, lines that forbid everything."""
+        """Return the lines of a robots.txt file. After a server error, return lines that forbid everything."""
         for _ in range(MAX_REDIRECTS + 1):
             async with self._session.get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
@@ -384,7 +395,7 @@ def name_failure(error: BaseException) -> str:
         return "protocol"
     if isinstance(error, ValueError):
         return "bad_url"
-    return "connection"  # reset or closed in the middle
+    return "connection"  # reset or closed during the transfer
 
 
 def opted_out(headers: Any) -> str:
@@ -413,8 +424,8 @@ def opted_out(headers: Any) -> str:
             directives = value
         elif agent not in (AGENT, "*"):
             continue
-        words = {word.strip().lower() for word in directives.split(",")}
-        if words & _OPT_OUT_WORDS:
+        names = {name.strip().lower() for name in directives.split(",")}
+        if names & _OPT_OUT_DIRECTIVES:
             return f"X-Robots-Tag: {value}"
     return ""
 

@@ -78,7 +78,7 @@ class _FetchLoop:
         self.results: asyncio.Queue[tuple[Any, str, FetchResult] | None] = asyncio.Queue()
         # The second number breaks ties between lanes, so that hosts are never compared.
         self._lanes: asyncio.PriorityQueue[tuple[int, int, _Host]] = asyncio.PriorityQueue()
-        self._turn = count()
+        self._tie_breaker = count()
         # Treat URLs without a host as one group; the fetcher reports what is wrong with them.
         hosts: dict[str, _Host] = {}
         for row, url in rows:
@@ -91,7 +91,7 @@ class _FetchLoop:
                 self._queue_lane(lane, host)
 
     def _queue_lane(self, lane: int, host: _Host) -> None:
-        self._lanes.put_nowait((lane, next(self._turn), host))
+        self._lanes.put_nowait((lane, next(self._tie_breaker), host))
 
     async def run(self) -> None:
         """Run all workers. When they have ended, for example by an error, put None into the results."""
@@ -147,7 +147,7 @@ class _FetchLoop:
         total = now + fetched.pause - host.pausing_since
         if total > MAX_PAUSE:
             host.given_up = FetchResult(
-                "rate_limited", 0, f"the host requested a pause of {total:.0f} s"
+                "rate_limited", http=0, detail=f"the host requested a pause of {total:.0f} s"
             )
 
 
@@ -179,6 +179,6 @@ async def fetch_all(
         # This also runs if the caller stops early or is cancelled. Waiting for the task closes all connections.
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    # The loop ended too early, so it has failed: raise its error.
+    # Results are missing, so the workers have failed: raise their error.
     if loop.unfinished:
-        task.result()  # raises the error that ended the workers
+        task.result()

@@ -7,25 +7,25 @@ from dataclasses import dataclass
 # The kinds of failures. These names are written to manifests, counted in reports, and accepted by --retry. In addition
 # there is http_NNN for every status code other than 200.
 FAILURE_KINDS = (
-    # The URL itself, or a rule forbids the request.
+    # No request was sent: the URL is wrong, or a rule forbids the request.
     "bad_url",
     "scheme",
     "blocked_address",
     "robots",
-    # The connection.
+    # The connection failed.
     "dns",
     "connect",
     "refused",
     "tls",
     "connection",
     "protocol",
-    # The response.
+    # The server did not send an image in time, or refused to.
     "timeout",
     "too_slow",
     "rate_limited",
     "redirect",
     "opt_out",
-    # The body.
+    # The body is not a usable image.
     "empty",
     "html",
     "not_image",

@@ -10,7 +10,7 @@ The supported formats of JSON, by the keys at the top level:
     by name         {"a.jpg": "a dog", "b.jpg": ["a cat", "my pet"]}: captions by image name or URL
     kohya           {"a.jpg": {"caption": "a dog", "tags": "dog, grass"}}
 
-A .json file of JSON Lines is read as one.
+JSON Lines in a file with the suffix .json are recognized, and read as lines.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from llava_simplified.prepare.source_rows import (
 
 NOT_AN_OBJECT = "not a JSON object (skipped)"
 _SAME_ID = "image with the id of a different image (skipped)"
-_ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level array
+# Keys whose arrays contain rows; "" stands for an array at the top level.
+_ROW_KEYS = ("", "images", "annotations", "data", "rows")
 _PARALLEL_KEYS = ("image_urls", "captions")
 _COCO_URL_NAMES = ("coco_url", "flickr_url", "url")
-_SNIFFED_BYTES = 1 << 20
+_SNIFFED_BYTES = 1 << 20  # bytes that are read to recognize JSON Lines
 # After this many annotations without a caption, a COCO file is assumed to contain boxes or key points.
 _MAX_WITHOUT_CAPTION = 100
 
@@ -85,7 +86,8 @@ class _Texts:
 
     def __init__(self) -> None:
         self._data = bytearray()  # all texts in UTF-8, one after the other
-        self._ends = array("Q", [0])  # where each text ends, after that of the one before it
+        # Text i is data[ends[i]:ends[i + 1]].
+        self._ends = array("Q", [0])
 
     def append(self, text: str) -> None:
         """Add a text at the end."""
@@ -123,7 +125,7 @@ class _JsonReader:
         self._source = source
         self._issues = issues
         self._columns = columns
-        self._number = -1  # of the last row
+        self._number = -1  # number of the last row; -1 before the first one
         self._named: NamedColumns | None = None
         # COCO's images by their number in the file, and the number of the first image with each id.
         self._image_names = _Texts()
@@ -132,21 +134,20 @@ class _JsonReader:
         self._number_of: dict[int | str, int] = {}
         self._ambiguous: set[int | str] = set()  # ids of two different images
         self._has_captions = False  # an annotation of this file has a caption, perhaps an empty one
-        self._ignored: dict[
-            str, None
-        ] = {}  # keys at the top level that no form has, in their order
+        # Top-level keys that no format has. A dictionary is used as a set that keeps their order.
+        self._ignored: dict[str, None] = {}
         self._num_annotations = 0
-        # Annotations before their images: their positions among the annotations, and their numbers.
+        # Annotations before their images: their indices among all annotations, and their row numbers.
         self._early = array("Q")
         self._early_numbers = array("Q")
         self._parallel: dict[str, _Texts] = {}
 
     def read(self, key: str, value: Any) -> Iterator[SourceRow]:
         """Yield the rows of one value of the file; `key` is the name of the array that contains it."""
+        # Collect parallel arrays for `finish`, because a URL and its caption are far apart in the file.
         if key in _PARALLEL_KEYS and not isinstance(value, dict):
             self._parallel.setdefault(key, _Texts()).append(as_text(value))
             return
-        # Parallel arrays are collected, because URLs and captions are far apart in the file.
         if key not in _ROW_KEYS:
             yield from self._read_by_name(key, value)
         elif not isinstance(value, dict):
@@ -211,7 +212,7 @@ class _JsonReader:
         return self._image_names[number] or self._image_urls[number]
 
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
-        """Yield the row of an annotation, if its image is known already; otherwise keep it for `finish`."""
+        """Yield the row of an annotation if its image is known, otherwise note it for `read_early_annotations`."""
         self._number += 1
         self._has_captions = self._has_captions or "caption" in annotation
         if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
@@ -238,7 +239,7 @@ class _JsonReader:
             self._issues.note("annotation of an unknown image (skipped)", number, annotation)
         elif image_id in self._ambiguous:
             self._issues.note(
-                "annotation of an id that different images have (skipped)", number, annotation
+                "annotation with an id of several images (skipped)", number, annotation
             )
         else:
             self._is_captioned[image] = 1
@@ -257,7 +258,7 @@ class _JsonReader:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        position = 0  # of the next entry of `_early`, which has the indices of these annotations
+        position = 0  # index of the next entry of `_early`, which contains the index of an annotation
         for number, annotation in enumerate(objects):
             if position == len(self._early):
                 return
@@ -271,7 +272,7 @@ class _JsonReader:
         """Yield the rows that could not be built before the end of the file.
 
         Raises:
-            ValueError: Parallel arrays differ in length, or the file has none of the forms.
+            ValueError: Parallel arrays differ in length, or the file has none of the supported formats.
         """
         for image_id, image in self._number_of.items():
             if not self._is_captioned[image] and image_id not in self._ambiguous:
@@ -292,7 +293,7 @@ class _JsonReader:
             yield SourceRow(number, "", url, (caption,))
 
     def _refuse_unknown_form(self) -> None:
-        """Raise an error if the file has no rows in any of the forms, but other keys."""
+        """Raise ValueError if the file contains only keys that no format has."""
         if self._number >= 0 or self._number_of or not self._ignored:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
@@ -382,7 +383,7 @@ def row_from_mapping(
 
 
 def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
-    """Yield the row of a record; nothing for a malformed chat, or a pair that nothing can be learned from."""
+    """Yield the row of a record; nothing for a malformed chat, or a pair that training cannot use."""
     if is_pair(record):
         plain = _check_pair(record, number, issues)
         if plain is None:
@@ -395,13 +396,13 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
             issues.note("malformed chat (skipped)", number, error)
             return
     images = image_names(record)
-    # A row is identified by its image, if it has only one.
+    # The image identifies the row only if it is the only one.
     image = images[0] if len(images) == 1 else ""
     yield SourceRow(number, image, "", _last_answers(record), record=record)
 
 
 def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dict[str, Any] | None:
-    """Return a preference pair in the form of records; None if nothing can be learned from it, which is noted."""
+    """Convert a preference pair to the form of records. Return None, and note why, if training cannot use it."""
     if not all(record[key] for key in PAIR_KEYS):
         issues.note("pair with an empty answer (skipped)", number, record)
         return None

@@ -1,9 +1,9 @@
 """Read the heads of HTTP responses as leniently as curl does, where that is harmless.
 
-aiohttp's parser is as strict as a proxy must be: whoever shares a connection with others can smuggle a response to them
-if two programs disagree about where it ends. The downloader shares its connections with nobody, every response belongs
-to its own request, and every image is decoded before it is kept. So the head of a response is rewritten before
-aiohttp's parser reads it:
+aiohttp's parser is as strict as a proxy must be: if clients share a connection, and two programs disagree about where a
+response ends, one client can send a forged response to another one. The downloader shares its connections with no other
+program, every response belongs to its own request, and every image is decoded before it is kept. So the head of a
+response is rewritten before aiohttp's parser reads it:
 
     status line      HTTP/2 200, http/1.1 200 and HTTP/1.1 200 without a reason become HTTP/1.1 200
     headers          only those that are used are passed on; others may be of any number, with any name
@@ -11,8 +11,8 @@ aiohttp's parser reads it:
     Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
-Rejected are: a response without a status line (HTTP/0.9), a head of more than 300 kB, more than 100 interim responses,
-different Content-Lengths, damaged chunks, and a body that ends too early.
+Still rejected are responses without a status line (HTTP/0.9), heads of more than 300 kB, more than 100 interim
+responses, different Content-Lengths, damaged chunks, and bodies that end too early.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _STATUS_LINE = re.compile(
 )
 _CONTINUED_LINE = re.compile(rb"\r?\n[ \t]+")
 _CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-_MAX_REASON = 200
-_MAX_DIGITS = 20  # of a Content-Length
-# What the fetcher or aiohttp reads.
+_MAX_REASON = 200  # maximum length of a reason in bytes
+_MAX_DIGITS = 20  # number of digits of a Content-Length that are read
+# The headers that the fetcher or aiohttp reads.
 _USED_HEADERS = {
     b"connection",
     b"content-encoding",
@@ -46,7 +46,7 @@ _USED_HEADERS = {
     b"transfer-encoding",
     b"x-robots-tag",
 }
-# A value of these may begin with the name of a robot, which the rest of its line is for.
+# The lines of these headers must stay separate: a line may begin with the name of a robot, and is only for that robot.
 _ONE_PER_LINE = {b"x-robots-tag"}
 
 
@@ -71,13 +71,13 @@ class LenientResponseHandler(ResponseHandler):
         self._bytes_left = None
 
     def _drain_tail(self) -> None:
-        # What aiohttp held back comes here a second time.
+        # aiohttp passes bytes that it has held back to `data_received` again. Do not rewrite them twice.
         self._is_draining = True
         super()._drain_tail()
         self._is_draining = False
 
     def data_received(self, data: bytes) -> None:
-        """Pass on bytes, those of a head when it is complete."""
+        """Pass received bytes to aiohttp's parser. The bytes of a head are held back until it is complete."""
         if self._is_draining:
             super().data_received(data)
             return
@@ -110,32 +110,32 @@ class LenientResponseHandler(ResponseHandler):
         return data
 
     def _read_head(self, known: bytes, new: bytes) -> bytes:
-        """Return a complete head, rewritten, and the bytes of the body after it; nothing while the head is incomplete.
+        """Return the rewritten head and the bytes of the body after it, or no bytes while the head is incomplete.
 
         Args:
-            known: The part of the head that has come before.
-            new: The bytes that have come now.
+            known: The part of the head that was received before.
+            new: The bytes that were received now.
         """
         data = known + new
-        # The end is up to 4 bytes long. The known part was searched before. Do not search it again for each new
-        # piece: a head may arrive byte by byte.
+        # Do not search the known part again for each new piece, because a head may arrive byte by byte. Only its last
+        # 3 bytes can be the beginning of the end mark, which has up to 4 bytes.
         start = max(0, len(known) - 3)
         while True:
             match = _END_OF_HEAD.search(data, start)
             start = 0
             if match is None:
-                # aiohttp refuses a head without an end.
+                # Pass on a head that is too long. aiohttp rejects it, because it has no end.
                 is_too_long = len(data) > MAX_HEAD_BYTES
                 self._head = None if is_too_long else data
                 return data if is_too_long else b""
             head, data = data[: match.start()], data[match.end() :]
             status = _STATUS_LINE.match(head)
-            # 100 Continue, 103 Early Hints: the response follows.
+            # Skip interim responses (100 Continue, 103 Early Hints). The response follows them.
             if status is None or not status["status"].startswith(b"1"):
                 break
             self._num_interim += 1
             if self._num_interim > MAX_INTERIM_RESPONSES:
-                # aiohttp refuses it, like any line that is not a status line.
+                # Replace the head with a text that is not a status line, so that aiohttp rejects the response.
                 status, head = None, b"more than %d interim responses" % MAX_INTERIM_RESPONSES
                 break
         self._head = None
@@ -144,7 +144,7 @@ class LenientResponseHandler(ResponseHandler):
         headers = read_headers(head[status.end() :])
         length = headers.get(b"content-length", b"")
         if status["status"] in (b"204", b"304"):
-            # These have no body (RFC 9112, section 6.3). What comes anyway is not the next response.
+            # These have no body (RFC 9112, section 6.3). Drop bytes that follow, which are not the next response.
             self._bytes_left = 0
         elif length.isdigit():
             self._bytes_left = int(length[:_MAX_DIGITS])
@@ -156,8 +156,8 @@ class LenientResponseHandler(ResponseHandler):
 def read_headers(text: bytes) -> dict[bytes, bytes]:
     """Return the headers that are used, by their names in lower case.
 
-    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value, and for
-    `_ONE_PER_LINE`, which are joined with line feeds.
+    The values of repeated headers are joined with commas (RFC 9110, section 5.3), with two exceptions: only the first
+    `Location` and `Retry-After` are kept, and the headers of `_ONE_PER_LINE` are joined with line feeds.
     """
     headers: dict[bytes, bytes] = {}
     for line in _CONTINUED_LINE.sub(b" ", text).split(b"\n"):
@@ -173,10 +173,12 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
     codings = [
         coding.strip().lower() for coding in headers.get(b"transfer-encoding", b"").split(b",")
     ]
+    # "identity" is no coding, so the length is valid. With any other coding it is not.
     if codings == [b"identity"]:
         del headers[b"transfer-encoding"]
     elif b"transfer-encoding" in headers:
         headers.pop(b"content-length", None)
+    # Join repeated equal lengths, and let aiohttp reject different ones.
     if b"content-length" in headers:
         lengths = {
             length.strip().removeprefix(b"+") for length in headers[b"content-length"].split(b",")
@@ -187,11 +189,11 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
 
 
 def _encode_head(status: re.Match[bytes], headers: Mapping[bytes, bytes]) -> bytes:
-    """Return a head of HTTP/1.1, or of HTTP/1.0, where a connection is closed unless a header keeps it open."""
+    """Return a head as bytes. All versions become HTTP/1.1, except for 1.0, whose connections are closed by default."""
     version = b"1.0" if status["version"] == b"1.0" else b"1.1"
     reason = _CONTROL_CHARACTERS.sub(b" ", status["reason"] or b"").strip()[:_MAX_REASON]
     lines = [b"HTTP/" + version + b" " + status["status"] + b" " + reason]
     for name, values in headers.items():
-        # Each line once, because aiohttp limits their number.
+        # Write repeated lines once, because aiohttp limits the number of lines.
         lines += [name + b": " + value for value in dict.fromkeys(values.split(b"\n"))]
     return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -14,9 +14,9 @@ import numpy as np
 from llava_simplified.html_report import Bar, Chart, Tile, histogram, write_page
 from llava_simplified.jobs import SURROGATES_AS_ESCAPES, format_duration
 
-MAX_EXAMPLES = 8  # per kind of error
-MAX_HOSTS = 25
-MAX_CAUSES = 3  # per host
+MAX_EXAMPLES = 8  # examples per kind of error
+MAX_HOSTS = 25  # hosts in the list of those with the most failures
+MAX_CAUSES = 3  # causes of failure per host
 ROWS_PER_BATCH = 50_000  # rows of the manifest to read at a time
 
 _OK = "ok"
@@ -82,7 +82,7 @@ def write_preparation_report(
         path,
         "prepare/preparation_report.html",
         title=title,
-        tiles=[Tile(*fact) for fact in facts.items()],
+        tiles=[Tile(label, value) for label, value in facts.items()],
         outcomes=bars,
         warnings=warnings,
         charts=charts,
@@ -103,8 +103,8 @@ class _DownloadStatistics:
         rows_by_host: Rows by host.
         errors_by_host: Rows by host and error.
         examples: Some rows of each error.
-        columns: For each row its time in seconds, width and height in pixels, and size in bytes: arrays (rows, 4). A
-            row without an image has NaN.
+        columns: Arrays (rows, 4) with the time of each row in seconds, the width and height of its image in pixels, and
+            its size in bytes. The last three are NaN for a row without an image.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -225,6 +225,7 @@ def _read_manifest(manifest: Path) -> _DownloadStatistics:
 
     # Read in batches, because a manifest has millions of rows. Keep only counts and a few examples of the texts.
     statistics = _DownloadStatistics()
+    # The columns of `texts` are in the order of the parameters of `add`.
     texts = ["index", "url", "error", "detail", "captions"]
     numbers = ["at", "width", "height", "length"]
     file = pq.ParquetFile(manifest)
@@ -240,4 +241,9 @@ def _describe_host(host: str, statistics: _DownloadStatistics) -> Host:
     errors = statistics.errors_by_host[host]
     # List the most frequent causes only; the JSON report has all of them.
     causes = [f"{error} {count}" for error, count in errors.most_common(MAX_CAUSES)]
-    return Host(host, statistics.rows_by_host[host], errors.total(), ", ".join(causes))
+    return Host(
+        name=host,
+        num_rows=statistics.rows_by_host[host],
+        num_failed=errors.total(),
+        causes=", ".join(causes),
+    )

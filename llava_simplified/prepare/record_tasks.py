@@ -49,8 +49,7 @@ def run_record_tasks(
     total = sum(task.stop - task.start for task in tasks)
     with Progress(total, "records", enabled=progress) as shown:
         for result in run_tasks(function, tasks, engine=engine, workers=workers):
-            # Raise for a failed task, which means a problem of the code or the machine. Bad records are
-            # ordinary results.
+            # A bad record is an ordinary result. A failed task is a problem of the code or the machine, so stop.
             if result.error:
                 raise ValueError(f"{result.error}\nRun the same command again to continue.")
             shown.advance(result.spec.stop - result.spec.start)

@@ -65,8 +65,8 @@ class RecordWriter:
         # Use one encoder for all records: `json.dumps` with options creates a new one for every call.
         # Dates and decimals of a Parquet source, which JSON does not support, are written as strings.
         self._encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
-        self._file: Any = None  # for JSON
-        self._parquet: Any = None
+        self._file: Any = None  # the output of .json and .jsonl
+        self._parquet: Any = None  # the output of .parquet
         self._rows: list[dict[str, Any]] = []  # rows to be written with the next Parquet batch
 
     def __enter__(self) -> RecordWriter:

@@ -18,6 +18,7 @@ from llava_simplified.foreign_files import blame_file
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-][\w.-]*))?")
+# Suffixes that mark a path such as data/train.json as a file, although it has the form of a name on the Hub.
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|tar|gz|zip|zst|ya?ml)$")
 
 
@@ -36,7 +37,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def state_of_url(source: str) -> list[str]:
-    """Return what the file system lists about the files of a URL (size, version, time), as JSON for each file.
+    """Return the size, version and time of each file of a URL, as far as its file system knows them, as JSON texts.
 
     Raises:
         ValueError: There is no such file, or it cannot be reached.
@@ -88,7 +89,7 @@ def _find_files(source: str) -> tuple[Any, list[str]]:
         raise ValueError(f"{source}: no file matches")
     if folders:
         raise ValueError(
-            f"{source}: a folder. Pass a file, or a pattern such as {source.rstrip('/')}/*.parquet"
+            f"{source}: expected a file, found a folder. Pass a file, or a pattern such as {source.rstrip('/')}/*.parquet"
         )
     return file_system, paths
 

@@ -1,9 +1,9 @@
 """Parse the URLs that are requested, and send them as they are.
 
-Hosts sign the exact path of an image (thumbor, imgproxy, S3, GCS), or tell `%2F` from `/` and `%26` from `&`. So a URL
-that is valid is sent byte for byte (RFC 3986, section 2.2): percent-encodings are neither decoded nor normalized, and
-`..` is left to the server. What a URL must not contain (spaces, quotes, characters beyond ASCII) is percent-encoded, as
-browsers and curl do:
+Some servers sign the exact path of an image (thumbor, imgproxy, S3, GCS), or distinguish `%2F` from `/` and `%26` from
+`&`. So a valid URL is sent byte for byte (RFC 3986, section 2.2): percent-encodings are neither decoded nor
+normalized, and `..` is left to the server. Characters that a URL must not contain (spaces, quotes, anything beyond
+ASCII) are percent-encoded, as browsers and curl do:
 
     http://a.example/x%3Ay/%28b%29?c=%26    sent as it is
     http://a.example/my cat.jpg             http://a.example/my%20cat.jpg
@@ -29,11 +29,11 @@ _HOST_AND_PORT = re.compile(
     r"(?::(?P<port>[0-9]{0,5}))?"
 )
 _MAX_PORT = 65_535
-# What RFC 3986 does not allow in a URL. Square brackets are allowed in the host only, but browsers send them as they
-# are, and so do they a lone percent sign.
+# Characters that RFC 3986 does not allow in a URL. It does not allow square brackets outside of the host or a lone
+# percent sign either, but browsers send them unchanged, so they are kept.
 _INVALID = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]+")
 _LINE_BREAKS = str.maketrans("", "", "\t\r\n")
-# White space and control characters around a URL, as browsers remove them.
+# White space and control characters, which browsers remove around a URL.
 _AROUND = "".join(map(chr, range(0x21)))
 _SHOWN_CHARACTERS = 100
 
@@ -59,7 +59,7 @@ def parse_url(text: str) -> URL:
     Raises:
         UrlError: The text is not a URL, has another scheme, or has no valid host and port.
     """
-    # As browsers do: URLs in HTML and in lists are wrapped and indented.
+    # Remove line breaks and surrounding spaces as browsers do: URLs in HTML and in lists may be wrapped and indented.
     text = text.strip(_AROUND).translate(_LINE_BREAKS)
     match = _HTTP_URL.match(text)
     if match is None:
@@ -69,7 +69,7 @@ def parse_url(text: str) -> URL:
     target = _encode_invalid(target)
     if not target.startswith("/"):
         target = f"/{target}"
-    # The query is part of the path here: yarl would drop the question mark of an empty one.
+    # Pass the query as a part of the path, because yarl would drop the question mark of an empty query.
     return URL.build(
         scheme=scheme,
         authority=_parse_authority(scheme, authority),
@@ -82,7 +82,7 @@ def resolve_redirect(url: URL, location: str) -> URL:
     """Return the URL that a `Location` header leads to.
 
     Raises:
-        UrlError: As `parse_url`.
+        UrlError: The target is not a URL that can be requested; see `parse_url`.
     """
     location = location.strip(_AROUND)
     if _SCHEME.match(location):
@@ -91,7 +91,7 @@ def resolve_redirect(url: URL, location: str) -> URL:
         return parse_url(urljoin(str(url), location))
     except UrlError:
         raise
-    # For example: "//[/", brackets that hold no address.
+    # `urljoin` fails, for example for "//[/", whose bracket contains no address.
     except ValueError as error:
         raise UrlError(
             "bad_url", f"redirect to {location[:_SHOWN_CHARACTERS]!r}: {error}"
@@ -117,9 +117,11 @@ def _other_scheme(text: str) -> UrlError:
     scheme = _SCHEME.match(text)
     shown = repr(text[:_SHOWN_CHARACTERS])
     if scheme is None:
-        return UrlError("bad_url", f"not a URL with http or https: {shown}")
+        return UrlError(
+            "bad_url", f"expected a URL that begins with http:// or https://, found {shown}"
+        )
     if scheme[1].lower() in ("http", "https"):
-        return UrlError("bad_url", f"no // behind the scheme of {shown}")
+        return UrlError("bad_url", f"no // after the scheme of {shown}")
     return UrlError("scheme", f"only http and https are fetched, not {scheme[1][:40]!r}")
 
 
@@ -136,7 +138,7 @@ def _parse_authority(scheme: str, authority: str) -> str:
     if match is None:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     port = int(match["port"]) if match["port"] else None
-    # A backslash is a slash for browsers: they would take what follows for the path, and the user for the host.
+    # Browsers treat a backslash as a slash. They would read the part before it as the host, and the rest as the path.
     if (port or 0) > _MAX_PORT or "\\" in user:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     try:
@@ -148,7 +150,7 @@ def _parse_authority(scheme: str, authority: str) -> str:
 
 
 def _encode_invalid(text: str) -> str:
-    """Percent-encode the characters that no URL may contain; the others stay as they are."""
+    """Percent-encode the characters that a URL must not contain, and keep all others."""
     if not _INVALID.search(text):
         return text
     return _INVALID.sub(_percent_encode, text)

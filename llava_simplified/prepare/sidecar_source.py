@@ -1,8 +1,8 @@
 """Read captions from text files beside the images: `a.jpg` with `a.txt`, `a.caption` or `a.jpg.txt`.
 
-kohya's scripts, OneTrainer and taggui store captions in this way, in folders of any depth. A sidecar belongs to the image
-with whose name it begins; if an image has both, the one with the full name (`a.jpg.txt`) is used, and not that with the
-stem (`a.txt`). Images without a sidecar, and sidecars without an image, are counted and reported.
+kohya's scripts, OneTrainer and taggui store captions in these files, called sidecars, in folders of any depth. A
+sidecar has the full name of its image (`a.jpg.txt`) or the stem of it (`a.txt`). If an image has both, the one with the
+full name is used. Images without a sidecar, and sidecars without an image, are counted and reported.
 
 A folder may contain millions of files, so only the names of one directory are in memory at a time. They are sorted by a
 key that puts the files of an image next to each other. (Sorted by name, `a-1.jpg` would be between `a` and `a.jpg`.)
@@ -54,14 +54,14 @@ class SidecarOptions(NamedTuple):
         Raises:
             ValueError: The value is unknown.
         """
-        words = [word.strip() for word in text.split(",") if word.strip()]
-        unknown = [word for word in words if word not in SIDECAR_CHOICES]
+        choices = [choice.strip() for choice in text.split(",") if choice.strip()]
+        unknown = [choice for choice in choices if choice not in SIDECAR_CHOICES]
         if unknown:
             raise ValueError(
                 f"--sidecar {text}: expected txt, caption or lines, or two of them as in caption,lines"
             )
-        suffixes = tuple(suffix for suffix in SIDECAR_SUFFIXES if suffix[1:] in words)
-        return cls(suffixes or SIDECAR_SUFFIXES, "lines" in words)
+        suffixes = tuple(suffix for suffix in SIDECAR_SUFFIXES if suffix[1:] in choices)
+        return cls(suffixes or SIDECAR_SUFFIXES, lines="lines" in choices)
 
 
 class NameGroup(NamedTuple):
@@ -69,7 +69,7 @@ class NameGroup(NamedTuple):
 
     Attributes:
         folder: The directory, relative to the source; "" for the source itself.
-        images: Each image, with its sidecars: of its full name, or else of its stem.
+        images: Each image with its sidecars: those with its full name (a.jpg.txt), or else with its stem (a.txt).
         orphans: Sidecars without an image.
         others: Files that are neither.
     """
@@ -106,7 +106,7 @@ def read_sidecars(
                 continue
             _check_choice(group, image, sidecars)
             if len(sidecars) > 1:
-                issues.note("several sidecars of one image (first read)", number, path)
+                issues.note("several sidecars of one image (only the first is read)", number, path)
             captions = _read_captions(folder, group.path(sidecars[0]), number, issues, options)
             if captions:
                 yield SourceRow(number, path, "", captions)
@@ -164,7 +164,7 @@ def scan_names(
         relative = Path(place).relative_to(folder).as_posix().removeprefix(".")
         # Change this list in place: `os.walk` then visits the remaining subfolders, in this order.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        # `os.walk` does not follow links to folders, which may form a cycle.
+        # `os.walk` does not follow links to folders, which may form a cycle. Report them as unread files.
         links = [name for name in subfolders if (Path(place) / name).is_symlink()]
         if links:
             yield NameGroup(relative, [], [], links)
@@ -190,7 +190,7 @@ def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]
     """Sort the files of a group into images, sidecars and others, and give each image its sidecars."""
     images: list[str] = []
     others: list[str] = []
-    # The sidecars by what is before their suffix: "a.jpg" of "a.jpg.txt", "a" of "a.txt".
+    # Sidecars by their name without suffix: "a.jpg" for "a.jpg.txt", "a" for "a.txt".
     sidecars: dict[str, list[str]] = {}
     for name in names:
         if name.lower().endswith(IMAGE_DOT_SUFFIXES):
@@ -214,7 +214,7 @@ def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]
 
 
 def _compose(name: str) -> str:
-    """Return a name with composed characters: macOS decomposes them, and archives mix both."""
+    """Return a name in Unicode's composed form (NFC): macOS writes decomposed names, and archives contain both forms."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -234,7 +234,7 @@ def _sort_key(name: str) -> str:
             break
         stem = head
     key = f"{stem}{_MARK}{composed[len(stem) :]}"
-    # Most names are their own composed form, and are not stored twice.
+    # Append the original name only if it differs from the composed one, which is rare.
     return key if composed == name else f"{key}{_MARK}{name}"
 
 

@@ -71,7 +71,7 @@ def _open_zip(source: str) -> Iterator[IO[bytes]]:
         ]
         if len(names) != 1:
             raise ValueError(
-                f"{source}: the archive has {len(names)} files, and only an archive of one file is read. Unpack it, and "
+                f"{source}: expected an archive of one file, found {len(names)} files. Unpack it, and "
                 "pass the folder or the file of captions."
             )
         if archive.getinfo(names[0]).flag_bits & 1:
@@ -154,13 +154,13 @@ def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
         issues.note("byte order mark (removed)", 1, "UTF-8")
         first = first[len(BOM) :]
     for number, raw in enumerate(itertools.chain([first], stream), 1):
-        # Line by line, because lists are put together from files with different encodings.
+        # Decode each line separately, because a list may be put together from files with different encodings.
         try:
             text = raw.decode()
         except UnicodeDecodeError:
             text = raw.decode("cp1252", "replace")
             issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
-        # Of an empty file, the first line is empty.
+        # `first` is empty if the file is empty.
         if text:
             yield text
 

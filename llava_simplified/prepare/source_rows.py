@@ -1,4 +1,4 @@
-"""Rows and issues of caption sources, which every reader produces; and finding columns by their names.
+"""The rows and issues that every reader of a caption source produces, and the search for columns by their names.
 
 This module imports only the standard library, so that the parsers of commands can use it.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # Usual column names, in order of preference; the comparison ignores case.
-# A table of pages has their `url` or `link` beside the `image_url`.
+# A table of web pages may contain the `url` or `link` of the page in addition to the `image_url`.
 URL_NAMES = ("image_url", "img_url", "url", "coco_url", "flickr_url", "link")
 IMAGE_NAMES = (
     "image",

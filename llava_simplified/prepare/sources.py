@@ -50,7 +50,8 @@ _READERS: dict[str, Reader] = {
     ".ndjson": read_json_lines_source,
 }  # any other suffix is a table
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# The forms of captions in a folder, as errors call them. Those of files, with their suffixes:
+# A folder may contain captions in several forms. The keys are the names of forms in error messages, the values are the
+# suffixes of their files. The forms `_METADATA` and `_SIDECARS` are recognized by the names of files.
 _PART_SUFFIXES = {
     "tar shards": (".tar",),
     "Parquet files": (".parquet",),
@@ -59,9 +60,9 @@ _PART_SUFFIXES = {
     "files of JSON lines": (".jsonl", ".ndjson"),
     "JSON files": (".json",),
 }
-# Files of one form that are opened to find out whether it is a form of captions.
+# Maximum number of files of one form that are opened to find out whether they contain captions.
 _MAX_TRIED_FILES = 20
-# Rows of a file that are looked at to find out which folder its images are in.
+# Maximum number of rows of a file that are read to find out which folder contains its images.
 _MAX_TRIED_ROWS = 20
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
@@ -78,7 +79,8 @@ def read_source(
         source: A file, a folder, a glob pattern, or the URL of a file that fsspec can open.
         issues: Collects what was skipped or repaired.
         columns: Column names that the user passed.
-        sidecar: Read the sidecars of a folder, and how; see `SidecarOptions.parse`. "" lets the content decide.
+        sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`. "" chooses the reader of a
+            folder by its contents.
 
     Raises:
         ValueError: The source does not exist, its format is unknown, a column is missing or ambiguous (the message
@@ -90,11 +92,11 @@ def read_source(
         if row.record is not None:
             images = "\n".join(image_names(row.record))
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
-            issues.note("image outside its folder, '..' (skipped)", row.number, images)
+            issues.note("image path with '..' (skipped)", row.number, images)
             continue
-        # What a URL beside it leads to is not the image, but a page about it.
+        # The image column contains a URL. A URL in another column is then probably that of a web page.
         if "://" in row.image and row.record is None and not row.image.startswith("file:"):
-            issues.note("URL in the column of images (kept as the URL)", row.number, row.image)
+            issues.note("URL in the image column (used as the URL)", row.number, row.image)
             row = row._replace(image="", url=row.image)
         # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
@@ -145,8 +147,8 @@ def _read_any(
         raise ValueError(f"{source}: no such file or folder")
     if _COMPRESSED_TAR.search(_lower_name(source)):
         raise ValueError(
-            f"{source}: training reads the images of a tar at random positions, which a compressed one does not allow. "
-            "Decompress it first (gunzip, bunzip2, unxz or unzstd), and pass the .tar file."
+            f"{source}: training reads the images of a tar at random positions, which is not possible in a compressed "
+            "tar. Decompress it first (gunzip, bunzip2, unxz or unzstd), and pass the .tar file."
         )
     if is_url and "*" in source:
         return _read_url_pattern(source, issues, columns)
@@ -185,7 +187,7 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
             folder, is_own = part.relative_to(root), True
         else:
             folder = part.parent.relative_to(root)
-            # Look at some rows to find out which folder the names are relative to, and put them back in front.
+            # Read some rows to find out which folder the names are relative to, and yield these rows again below.
             first_rows = list(itertools.islice(rows, _MAX_TRIED_ROWS))
             rows = itertools.chain(first_rows, rows)
             is_own = _names_are_own(part, root, first_rows, issues)
@@ -204,7 +206,7 @@ def _names_are_own(
     if path.name in _METADATA_NAMES:
         return True
     if path.parent == root:
-        return False  # Both folders are the same.
+        return False  # both folders are the same
     names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
@@ -214,7 +216,11 @@ def _names_are_own(
         if any((path.parent / name).is_file() for name in names):
             return True
     if names:
-        issues.note(f"file whose image names are taken relative to {root} (read)", 0, path)
+        issues.note(
+            f"file with none of its first images in its own folder (image names resolved against {root})",
+            0,
+            path,
+        )
     return False
 
 
@@ -238,7 +244,7 @@ def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> Sour
     Args:
         row: The row.
         folder: Its folder, relative to the source.
-        all_images: Move all images, and not only those inside of other files.
+        all_images: Move all images; otherwise only images inside shards and tables ("shard.tar#key").
     """
 
     def move(image: str) -> str:
@@ -259,24 +265,24 @@ def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> Sour
 def _read_folder(
     folder: Path, issues: ParseIssues, columns: Columns, sidecar: str
 ) -> Iterator[SourceRow]:
-    """Yield the rows of a folder: a download, or whatever else it contains, if that is one form only."""
+    """Yield the rows of a folder: of a download, of a saved data set, or of the only form of captions in it."""
     records = find_records(folder)
     if records.is_file() and not sidecar:
         # A folder of `llava download`: its records describe all that it contains.
         yield from _read_any(str(records), issues, columns)
         return
-    # A folder that `datasets` has saved: other files in it, such as state.json, are no source.
+    # In a folder that `datasets` has saved, the Arrow files are the only source. Do not read state.json, for example.
     saved = dataset_folder(folder)
     for path in dataset_files(saved):
-        below = saved.relative_to(folder)
+        subfolder = saved.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
-            yield _move_images(row, below)
+            yield _move_images(row, subfolder)
     if dataset_files(saved):
         return
     contents = _scan_folder(folder, sidecar)
     forms = _find_forms(folder, contents, columns)
     if sidecar:
-        # The user has decided.
+        # The user has chosen the sidecars, so ignore all other forms.
         forms = {_SIDECARS: contents.sidecars}
     if len(forms) > 1:
         _raise_ambiguous_form(folder, contents, forms)
@@ -297,7 +303,7 @@ class _FolderContents:
     Attributes:
         metadata: The metadata files of an imagefolder, also in subfolders: train/metadata.csv, val/metadata.csv.
         files: Other files directly in the folder by the suffix of their format, without sidecars.
-        sidecars: The first sidecar of an image, if there is one.
+        sidecars: One sidecar as an example; empty if there is none.
         pairs: Number of images with a sidecar.
         images: Number of images.
     """
@@ -319,14 +325,14 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
             if not sidecars:
                 continue
             contents.pairs += 1
-            # One sidecar is enough as an example.
+            # Keep one sidecar, as an example for error messages.
             if not contents.sidecars:
                 contents.sidecars.append(folder / group.path(sidecars[0]))
         for name in (*group.others, *group.orphans):
             path = folder / group.path(name)
             if name in _METADATA_NAMES:
                 contents.metadata.append(path)
-            # Files with the name of an image (`a.json` beside `a.jpg`) describe that image, and are no source.
+            # A file with the name of an image (`a.json` beside `a.jpg`) describes that image, so it is not a source.
             elif not group.folder and not group.images:
                 suffix = _format_suffix(name)
                 paths = contents.files.setdefault(suffix, [])
@@ -339,10 +345,10 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
 def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
-    Files count if a row can be read from them: a README.txt is not a table.
+    Only files from which a row can be read are counted, because a README.txt is not a table, for example.
 
     Raises:
-        ValueError: There is none. The message is that of the first file that could have been one.
+        ValueError: The folder contains no captions. If reading a file failed, the error is that of the first such file.
     """
     forms: dict[str, list[Path]] = {}
     if contents.metadata:
@@ -353,7 +359,7 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
     described: set[str] = set()
     for form, suffixes in _PART_SUFFIXES.items():
         paths = sorted(path for suffix in suffixes for path in contents.files.get(suffix, ()))
-        # The Parquet and JSON files of shards are their manifests and statistics.
+        # Skip the Parquet and JSON files of shards, which are their manifests and statistics.
         paths = [path for path in paths if _first_stem(path) not in described]
         paths = _find_readable(paths, columns, errors)
         if paths:
@@ -367,8 +373,8 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    If one JSON file or table contains captions, all are returned: an error in another one is reported when that file is
-    read. Text files are tried one by one, because a text file may be anything, such as a README.txt.
+    If one JSON file or table contains captions, all JSON files or tables are returned, and an error in one of them is
+    reported when it is read. Text files are tried one by one, because some may be anything else, such as a README.txt.
 
     Args:
         paths: The files.
@@ -393,7 +399,7 @@ def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]
 
 
 def _first_stem(path: Path) -> str:
-    """Return the name up to its first dot: of `00000.tar`, `00000.parquet` and `00000_stats.json`, 00000."""
+    """Return the common name of a shard's files: "00000" for 00000.tar, 00000.parquet and 00000_stats.json."""
     return path.name.partition(".")[0].removesuffix("_stats")
 
 
@@ -402,7 +408,7 @@ def _first_row_error(path: Path, columns: Columns) -> ValueError | None:
     try:
         next(_read_any(str(path), ParseIssues(), columns), None)
     except MissingExtraError:
-        raise  # a ValueError, but not this file's fault
+        raise  # this is a ValueError too, but the file is not the cause
     except ValueError as error:
         return error
     return None
@@ -448,9 +454,9 @@ def _read_image_folder(
     # Hashes of the names in the rows, because a million names would take a hundred megabytes.
     named = array("q")
     for path in metadata:
-        below = path.parent.relative_to(folder)
+        subfolder = path.parent.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
-            image = (below / row.image).as_posix() if row.image else ""
+            image = (subfolder / row.image).as_posix() if row.image else ""
             named.append(hash(image))
             yield row._replace(image=image)
     named = array("q", sorted(named))
@@ -469,6 +475,6 @@ def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> N
     stems = {_first_stem(path) for path in parts}
     others = sorted(path for path in folder.iterdir() if path not in set(parts))
     for number, path in enumerate(others):
-        # Manifests and statistics of shards, hidden files, and work folders.
+        # Do not note files that belong to a shard (manifest, statistics), hidden files, or work folders ("_work").
         if _first_stem(path) not in stems and not path.name.startswith((".", "_")):
             issues.note("another file or folder beside the source (not read)", number, path.name)

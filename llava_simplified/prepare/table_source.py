@@ -45,8 +45,8 @@ _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)
-_UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
-# No text contains these; NUL, which lists do contain, is removed before.
+_UNQUOTED_SEPARATORS = ("\t", "|")  # separators of formats in which a quote is part of the text
+# Control characters that no text contains. NUL is not one of them: it occurs in lists, and `read_lines` removes it.
 _CONTROL_CHARACTER = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 # Text after a comma that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not match.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
@@ -86,7 +86,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if not head:
         raise ValueError(f"{source}: empty file")
     all_lines = itertools.chain(head, lines)
-    # Of any file whose suffix is unknown: an Excel sheet, an image, a pickle.
+    # Any file with an unknown suffix is read as a table, so it may be an Excel sheet, an image or a pickle.
     if any(_CONTROL_CHARACTER.search(text) for _, text in head):
         raise ValueError(
             f"{source}: not a text file. Captions are read from CSV, TSV, JSON, JSON Lines, Parquet, Arrow and tar; save "
@@ -139,7 +139,7 @@ def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
 
 def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
     """Return the separator of a table, and whether the first line only names the separator ("sep=;")."""
-    first = head[0][1]
+    _, first = head[0]
     named = _SEPARATOR_LINE.fullmatch(first)
     if named and len(head) > 1:
         return named[1], True
@@ -189,7 +189,7 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.
     """
     texts = [_list_name(text) for _, text in head if not text.startswith("#")]
-    # At least some captions have several words. So a space means that there are captions.
+    # In a table, at least some captions have several words. A list has none.
     if any(map(_may_have_caption, texts)):
         return None
     num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
@@ -198,7 +198,7 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
         # Is the text after a comma a part of the URL, or a caption of one word?
         num_with_comma = 0
         num_parts_of_url = 0
-        ends_like_image = True  # before the comma: such URLs are complete
+        ends_like_image = True  # every URL is complete at its first comma: it ends like the name of an image
         for text in texts:
             first, *rest = re.split(r"[,;]", text)
             if not rest:
@@ -212,8 +212,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
             return URL_PATTERN
         if not ends_like_image:
             raise ValueError(
-                f"{source}: every line is a URL, and it is not clear whether a caption follows its comma. Insert a first "
-                f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
+                f"{source}: every line is a URL, and the text after a comma may be a part of it or a caption. Insert a "
+                f"first line: `url` for a list of URLs, or `url,caption`. First row: {texts[0][:200]}"
             )
         return None
     has_separator = any(re.search(r"[\s,;]", text) for text in texts)
@@ -309,12 +309,12 @@ def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text.
 
     pandas and spreadsheets do quote a field, but only one that contains a line break or a quote, which they double. Both
-    can be told from text:
+    cases can be distinguished from quotes that are part of the text:
 
         1.jpg <tab> "two            the last field of a line is opened, and a later line closes it exactly. The lines
         lines"                      between have no tab, which they would have if they were rows.
-        2.jpg <tab> "a ""b"" c"     the quotes inside are doubled, all of them
-        3.jpg <tab> "a" and "b"     text
+        2.jpg <tab> "a ""b"" c"     all quotes inside are doubled
+        3.jpg <tab> "a" and "b"     part of the text
     """
     ahead: deque[Line] = deque()
     while True:
@@ -336,7 +336,7 @@ def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
 
 
 def _unquote(field: str, number: int, issues: ParseIssues) -> str:
-    """Return a field of a TSV file without the quotes around it, if those inside are doubled; or else the field."""
+    """Return a field of a TSV file. If all quotes inside it are doubled, remove the quotes around it."""
     inside = field.strip()[1:-1]
     is_quoted = field.startswith('"') and field.rstrip().endswith('"')
     if not is_quoted or '""' not in inside or '"' in inside.replace('""', ""):
@@ -365,7 +365,10 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
     must be followed by a separator or the line end. This detects an unclosed quote, because text follows the first quote
     of a later row. The line is then split at its separators, and the following lines are parsed again as separate rows:
 
-        lines      "a nail,http://a      ahead: [..., ...]   lines that were read ahead, but belong to no row yet
+        "a nail,http://a      opens a quote that is not closed, so it is split at its comma
+        "b",http://b          text follows the first quote of this line, which shows it; the line is parsed again
+
+    Lines that were read ahead, but belong to no row yet, are kept in `ahead`.
     """
     ahead: deque[Line] = deque()
     while True:
@@ -377,7 +380,7 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
         if '"' not in text:
             yield number, text, text.split(separator)
             continue
-        # A row on one line need not be exact.
+        # A row on one line may contain text after a closing quote.
         fields = _parse_quoted(separator, iter([text]), strict=False)
         if fields is None:
             fields = _parse_lines(separator, text, ahead, lines)
@@ -392,20 +395,20 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
 def _parse_lines(
     separator: str, text: str, ahead: deque[Line], lines: Iterator[Line]
 ) -> list[str] | None:
-    """Return the fields of a row of several lines, or None if it is not exact.
+    """Return the fields of a row of several lines, or None if text follows a closing quote.
 
     Args:
         separator: The separator.
         text: The first line.
-        ahead: Lines that were read already. Those of the row are removed.
-        lines: The lines after them.
+        ahead: Lines that were read already. The lines of the row are removed from it.
+        lines: The lines after `ahead`.
     """
     reader_lines = _LookAhead(text, ahead, lines)
     pieces: Iterator[str] = reader_lines
     if separator == "\t":
         pieces = _without_rows(reader_lines)
     fields = _parse_quoted(separator, pieces, strict=True)
-    # A row of a table has several fields. Two lines with a stray quote each are no row.
+    # A row of a table has several fields. Two lines that each contain a stray quote are not a row.
     if fields is None or len(fields) < 2:
         return None
     # The other lines in `ahead` are processed later.
@@ -415,7 +418,10 @@ def _parse_lines(
 
 
 def _without_rows(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield a line and those that continue its quoted field, up to one with a tab before its first quote."""
+    """Yield a line and the lines that may continue its quoted field, up to one with a tab before its first quote.
+
+    A tab before the first quote of a line separates fields, so that line is a new row.
+    """
     yield next(pieces)
     for text in pieces:
         if "\t" in text.partition('"')[0]:
@@ -469,11 +475,13 @@ class _LookAhead:
         if self._first is not None:
             text, self._first = self._first, None
             return text
+        # A quote that is still open after this many characters was probably never closed. Stop, so that the rest of the
+        # file is not read.
         if self._characters > _MAX_QUOTED_CHARACTERS:
             raise StopIteration
         if self.taken == len(self._ahead):
             self._ahead.append(next(self._lines))
-        text = self._ahead[self.taken][1]
+        _, text = self._ahead[self.taken]
         self.taken += 1
         self._characters += len(text)
         return text
@@ -539,7 +547,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             column = shares.index(max(shares))
             url = column if pattern is URL_PATTERN else -1
             image = -1 if pattern is URL_PATTERN else column
-            # The first line is a header, perhaps in another language, if it alone has no URL or image name.
+            # The first line is a header, perhaps in another language, if it is the only one without a URL or image name.
             names = (first_fields, last_fields)[column]
             matches = [bool(pattern.search(name)) for name in names]
             is_unlike_others = len(names) > 2 and not matches[0] and all(matches[1:])

@@ -208,8 +208,8 @@ def test_convert_keeps_paths_below_the_image_folder_and_base_names_of_others(
     )
     assert names == [("1.jpg",), (second,), ("3.jpg",), ("4.jpg",)]
     assert issues.counts == {
-        "absolute path, not in --image-folder (base name kept)": 3,
-        "absolute path with the base name of another one (kept)": 1,
+        "absolute path (only the base name kept)": 3,
+        "absolute path whose base name another path has too (kept)": 1,
     }
 
 

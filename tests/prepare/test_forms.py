@@ -528,7 +528,7 @@ def test_splits_of_a_dataset_must_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"_data_files": [{"filename": "../x.arrow"}]}, "no name of a file"),
+        ({"_data_files": [{"filename": "../x.arrow"}]}, "expected the name of a file"),
         ({"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow.* missing"),
         ({"_data_files": [], "_indices_data_files": [{"filename": "i"}]}, "selection"),
     ],
