@@ -22,8 +22,12 @@ from typing import Any
 # Text of the error. `fetch.name_failure` searches for it, because aiohttp wraps the error in its own types.
 ADDRESS_REFUSED = "address refused"
 
-_IPV6_UNICAST = ipaddress.ip_network("2000::/3")  # the only IPv6 range with public unicast addresses
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # embeds an IPv4 address, for networks that have only IPv6
+_IPV6_UNICAST = ipaddress.ip_network(
+    "2000::/3"
+)  # the only IPv6 range with public unicast addresses
+_NAT64 = ipaddress.ip_network(
+    "64:ff9b::/96"
+)  # embeds an IPv4 address, for networks that have only IPv6
 
 
 def guard_address(info: tuple[Any, ...]) -> socket.socket:

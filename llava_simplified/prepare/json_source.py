@@ -258,7 +258,9 @@ class _JsonReader:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        position = 0  # index of the next entry of `_early`, which contains the index of an annotation
+        position = (
+            0  # index of the next entry of `_early`, which contains the index of an annotation
+        )
         for number, annotation in enumerate(objects):
             if position == len(self._early):
                 return
