@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
 # A Jinja template. `{%-` and `-%}` remove the line breaks and the indentation around each tag, which must
-# not become part of the prompt. The image is written as "<image>\n", as in training.
+# not become part of the prompt. IMAGE and TEXT are replaced below: by what is written for an image, and by
+# the expression for the text of a message.
 _FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -44,6 +45,7 @@ _FLATTEN_CONTENT = """\
 {%- set messages = flat.messages -%}"""
 
 _FLATTEN_FOR_STOCK = _FLATTEN_CONTENT.replace("TEXT", "content.text")
+# A Jinja string. As in training, a line break follows the image.
 _IMAGE_LINE = r"'<image>\n'"
 
 # llama.cpp's markers are <__media__> or <__media_ab12__>. Write exactly one line break after a marker: the
@@ -69,6 +71,7 @@ def get_chat_template(model: Llava) -> str:
 def stock_chat_template(model: Llava) -> str:
     """Return the chat template of an exported stock LLaVA folder, for messages that are lists of parts."""
     template = get_chat_template(model)
+    # A template that expects lists of parts needs no conversion.
     if not model.prompt.accepts_strings:
         return template
     # A template that writes the image token itself needs no placeholder in the text.

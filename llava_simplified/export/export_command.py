@@ -60,7 +60,7 @@ def build_export_parser() -> CommandParser:
 def export_main(argv: list[str] | None = None) -> int:
     """Run `llava export`."""
     args = build_export_parser().parse_args(argv)
-    # Check the option now, before minutes of converting.
+    # Check this option before the conversion, which takes minutes.
     if args.scores and not args.scores.is_file():
         raise ValueError(f"--scores {args.scores}: no such file")
     from llava_simplified.export.model_card import write_model_card
@@ -156,7 +156,7 @@ def push_main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.folder}: no such folder. Pass an exported folder or a checkpoint.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise ValueError(
-            f"{args.repository}: not a repository. Pass its owner and name: owner/name."
+            f"{args.repository}: not a repository of the hub. Pass its owner and name as owner/name."
         )
     _warn_of_local_paths(args.folder)
     if args.dry_run:
@@ -164,7 +164,9 @@ def push_main(argv: list[str] | None = None) -> int:
         return 0
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of httpx, or of requests in older versions
+    from huggingface_hub.errors import (
+        HTTPError,
+    )  # the class of httpx; in older versions, of requests
 
     # Pass exist_ok, so that a second push to the same repository creates a new commit.
     try:

@@ -7,7 +7,7 @@
 | `Modelfile`   | `ollama create NAME -f Modelfile`                         | `ollama.py`                   |
 
 The metadata keys are defined by llama.cpp: in `src/llama-arch.cpp` and `src/llama-vocab.cpp` for the
-language model, in `tools/mtmd/clip-impl.h` for the tower. The `gguf` package has the tensor names.
+language model, in `tools/mtmd/clip-impl.h` for the tower. The `gguf` package defines the tensor names.
 
 Data types: llama.cpp supports matrix products with any data type, but additions in float32 only.
 Therefore only matrices are stored in the data type of the model. Biases, the weights of norms, position
@@ -16,7 +16,7 @@ are stored as float32.
 
 llama.cpp differs from training in two ways that no file can change: it always uses the tanh
 approximation of gelu, and it adds borders to an image that is not square. Models that were trained with
-`--image_aspect_ratio pad` get the same borders here; a warning names the difference for others.
+`--image_aspect_ratio pad` get the same borders here; for others, a warning describes the difference.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def export_gguf(
 def _check_template(model: Llava) -> None:
     """Raise ValueError if the chat template writes the image token.
 
-    llama.cpp puts images where the text of a message has them, and does not use the template's token.
+    llama.cpp inserts an image into the text of a message, and does not recognize an image token that the
+    template writes.
     """
     token = model.prompt.image_token
     if token is not None:
@@ -168,8 +169,8 @@ def _text_metadata(model: Llava, architecture: str) -> Metadata:
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
-    # Limit the context to one sliding window. llama.cpp does not support sliding windows for these
-    # architectures: every token attends to all previous tokens, which is the same within one window.
+    # llama.cpp does not support sliding windows for these architectures: every token attends to all previous
+    # tokens. Within one window this is the same, so limit the context to one window.
     context_length = config.max_position_embeddings
     sliding_window = getattr(config, "sliding_window", None)
     if sliding_window:
@@ -230,7 +231,7 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
 def _permute_for_rope(weight: torch.Tensor, num_heads: int) -> None:
     """Reorder the rows of a query or key projection for llama.cpp's rotary embedding, in place.
 
-    Both rotate pairs of a head's n channels, but they pair different channels:
+    Hugging Face and llama.cpp both rotate pairs of a head's n channels, but they pair different channels:
 
         Hugging Face, halves:       (0, n/2), (1, n/2 + 1), ...
         llama.cpp, neighbors:       (0, 1),   (2, 3), ...
@@ -280,6 +281,7 @@ def _write(path: Path, architecture: str, metadata: Metadata, weights: Weights) 
             value_type = gguf.GGUFValueType.UINT32
         writer.add_key_value(key, value, value_type)
     for name, weight in weights.items():
+        # `_to_numpy` returns bytes for bfloat16, so tell the writer their type.
         raw_dtype = None
         if weight.dtype == torch.bfloat16:
             raw_dtype = gguf.GGMLQuantizationType.BF16

@@ -25,7 +25,7 @@ from llava_simplified.prompt import Message
 Metadata = dict[str, Any]
 
 # The regular expression by which Qwen2 and Llama 3 split a text into words. They differ in the maximum
-# number of digits in a word.
+# number of digits in a word, which replaces NUMBERS below.
 _WORDS_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ class _Vocabulary:
     spec: dict[str, Any]  # contents of tokenizer.json
     pieces: dict[int, str]  # token id -> text
     added: dict[int, dict[str, Any]]  # token id -> entry in "added_tokens"
-    num_rows: int  # of the embedding table, which can be larger than the vocabulary
+    num_rows: int  # rows of the embedding table, which can be more than the tokens
 
     @property
     def bpe(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _common_metadata(model: Llava, vocabulary: _Vocabulary) -> Metadata:
     tokenizer: Any = model.tokenizer
     num_rows = vocabulary.num_rows
     metadata: Metadata = {
-        # Rows of the embedding table without a token get a name that occurs in no text.
+        # Give rows of the embedding table that belong to no token a name that does not occur in texts.
         "tokens": [vocabulary.pieces.get(i, f"[PAD{i}]") for i in range(num_rows)],
         "token_type": [_token_type(vocabulary, i) for i in range(num_rows)],
         "add_eos_token": False,

@@ -13,8 +13,8 @@ Four of its conventions differ from ours:
   of selection. The columns of the first projector matrix are reordered accordingly.
 - The norm after the last block (`post_layernorm`) is not part of any hidden state, and is not written.
 - An image that is not square is resized to fit, and gets borders of one fixed color: CLIP's mean. No key
-  of the file changes that. It is `--image_aspect_ratio pad` with a CLIP tower, up to the resize, which
-  interpolates without antialiasing.
+  of the file changes that. Training with `--image_aspect_ratio pad` and a CLIP tower does the same, except
+  that llama.cpp resizes without antialiasing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def vision_settings(model: Llava) -> dict[str, Any]:
     tower = model.vision_tower
     config = tower.model.config
     _check_tower(tower)
-    # llama.cpp's keys within clip.vision.*:
+    # These keys are prefixed with "clip.vision." below.
     values = {
         "image_size": tower.transform.crop[0],
         "patch_size": config.patch_size,
@@ -126,10 +126,10 @@ def _hidden_state_indices(tower: VisionTower) -> list[int]:
 
 
 def _num_blocks(tower: VisionTower) -> int:
-    """Return the number of blocks to write: those below the selected layer and, if it exists, one more.
+    """Return the number of blocks to write: those before the deepest selected hidden state, and one more if it exists.
 
-    If `feature_layer` is missing, llama.cpp uses the second-to-last block. One more block than necessary makes
-    that the selected one.
+    If `feature_layer` is missing, llama.cpp uses the output of the second-to-last block. With the additional block,
+    this is the selected hidden state.
     """
     deepest = max(_hidden_state_indices(tower))
     return min(deepest + 1, tower.model.config.num_hidden_layers)
@@ -166,7 +166,7 @@ def _projector_weights(model: Llava) -> dict[str, torch.Tensor]:
     tower = model.vision_tower
     # llama.cpp always applies an activation in the projector. With twice the input size between its
     # layers, every linear projector can be written as two layers with gelu.
-    projector = to_stock_projector(model.projector, 2 * tower.width)
+    projector = to_stock_projector(model.projector, hidden_size=2 * tower.width)
     indices = _hidden_state_indices(tower)
     # linear_1.weight is (hidden, features of the first selected layer | of the second | ...). Reorder
     # these groups of columns from the lowest to the highest layer.

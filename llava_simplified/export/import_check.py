@@ -31,7 +31,7 @@ _MAX_IMAGES = 8
 
 
 def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
-    """Return the images to compare two models on, and their kind.
+    """Return images on which two models are compared, and the kind of these images.
 
     Args:
         folder: A folder, whose first eight images are used; None for two generated images.
@@ -52,9 +52,8 @@ def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
             continue
         try:
             images.append(load_pixels(path))
-        except (
-            ImageError
-        ):  # another kind of file; the result contains the number of compared images
+        except ImageError:
+            # Skip files that are not images. The result contains the number of compared images.
             continue
     if not images:
         raise ValueError(f"--check-images {folder}: the folder contains no image")
@@ -67,8 +66,12 @@ def _generate_image(width: int, height: int) -> np.ndarray:
     colors = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
     image = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
-    draw.ellipse((width // 5, height // 7, width // 2, height // 2), "white", "black", 3)
-    draw.rectangle((width // 2, height // 2, width - 9, height - 5), "red", "blue", 2)
+    draw.ellipse(
+        (width // 5, height // 7, width // 2, height // 2), fill="white", outline="black", width=3
+    )
+    draw.rectangle(
+        (width // 2, height // 2, width - 9, height - 5), fill="red", outline="blue", width=2
+    )
     noise = rng.integers(-12, 13, (height, width, 3))
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
@@ -87,16 +90,16 @@ def compare_with_source(
     Raises:
         ValueError: Prompt, pixel values, logits or greedy caption differ.
     """
-    # Our model is freed at the end of this call, before the source is loaded.
+    # Load the checkpoint inside this call, so that its memory is freed before the source is loaded.
     references, chat_template, transform = _compute_references(checkpoint, images)
     # With `--image-aspect-ratio pad`, the checkpoint adds borders although the source does not.
     image_processor = to_stock_image_processor(load_image_processor(source), transform)
     return compare_with_references(
         source,
-        None,
-        images,
-        references,
-        image_kind,
+        adapter=None,
+        images=images,
+        references=references,
+        image_kind=image_kind,
         chat_template=chat_template,
         image_processor=image_processor,
     )
@@ -107,10 +110,11 @@ def _compute_references(
 ) -> tuple[list[Reference], str | None, ImageTransform]:
     """Return a checkpoint's outputs for each image, the template to compare with, and its transform.
 
-    The template is None for that of the source. Sources without one are compared with ours.
+    The template is None if the checkpoint has that of the source. Otherwise, the source is run
+    with the template of the checkpoint.
     """
     model = Llava.from_pretrained(checkpoint, device="cpu")
-    # The source has a single data type.
+    # Convert the projector, which may have another data type than the tower: the source has a single one.
     model.projector.to(model.vision_tower.dtype)
     references = [compute_reference(model, image) for image in images]
     chat_template = None if model.prompt.name == "chat" else get_chat_template(model)

@@ -23,7 +23,7 @@ Loading is strict: an unexpected or missing weight raises an error that names it
 tensors only: a pickle file that would run code is rejected.
 
 A Hugging Face LLaVA folder is then loaded with the classes of Transformers, and compared with the new
-checkpoint (`import_check.py`). Only if both compute the same, the checkpoint gets its final name. The code
+checkpoint (`import_check.py`). The checkpoint gets its final name only if both compute the same. The code
 of original LLaVA is not installed here, so its folders are not compared; the tests of this package compare
 such folders with a forward pass written in plain torch.
 """
@@ -120,20 +120,22 @@ class SourceCheckpoint:
         """The parts whose weights it contains. Our checkpoint stores these, so they are trained parts."""
         vision_tower: Literal["none", "full"] = "full" if self.has_own_tower else "none"
         if self.adapter_config is not None:
-            return TrainedParts("adapter", vision_tower)
-        return TrainedParts("full" if self.has_language_model else "none", vision_tower)
+            return TrainedParts(language_model="adapter", vision_tower=vision_tower)
+        return TrainedParts(
+            language_model="full" if self.has_language_model else "none", vision_tower=vision_tower
+        )
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """The choices of the user, where the source leaves one.
+    """Settings that the user chooses, because the source does not contain them or they override the source.
 
     Attributes:
         model_base: Base language model of an adapter or a single projector.
         vision_tower: Path of the vision tower; overrides the source.
         template: Prompt template used in training: auto, chat, plain or bare.
         instruction: Default instruction of the model.
-        image_aspect_ratio: "crop" or "pad"; None for what the source says.
+        image_aspect_ratio: "crop" or "pad"; None for the setting of the source.
     """
 
     model_base: str | None = None
@@ -273,14 +275,14 @@ def read_source(path: Path) -> SourceCheckpoint:
         ValueError: No weights were found, a file contains anything but tensors, or the activation of the
             projector is not supported.
     """
+    # For a single file, read the config.json in the same folder too. Without one, the options of the command
+    # and the defaults of LLaVA apply.
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     config: dict[str, Any] = {}
     if config_path.is_file():
         config = read_json_object(config_path)
         _check_config(config, config_path)
-    # For a single file, the config.json in the same folder is used too. Without one, the options of the
-    # command and the defaults of LLaVA apply.
     language_model, projector, vision_tower = split_weights(read_weights(path))
     # Only Hugging Face checkpoints name the activation; in the others it is GELU.
     activation = config.get("projector_hidden_act", "gelu")
@@ -314,7 +316,9 @@ def read_weights(path: Path) -> Weights:
     for file in files:
         weights |= _read_weight_file(file)
     if not weights:
-        raise ValueError(f"{path}: no weights found (.safetensors or .bin files)")
+        raise ValueError(
+            f"{path}: no weights found. Expected files such as model.safetensors or pytorch_model.bin."
+        )
     return weights
 
 
@@ -327,7 +331,7 @@ def _read_weight_file(path: Path) -> Weights:
             return load_file(path)
         # Pass weights_only, because a pickle file can run any code. Map the file only if it is a zip
         # archive: files from before PyTorch 1.6 are not, and cannot be mapped.
-        return torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (UnpicklingError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a file of tensors: {error}") from error
 
@@ -343,8 +347,8 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights
     for name, tensor in weights.items():
         if "rotary_emb.inv_freq" in name or name.endswith("position_ids"):
             continue  # computed buffers, which old versions saved
-        # Remove PEFT's prefix, which all weights of a LoRA run have, except from adapter weights: PEFT
-        # expects it there when it loads them.
+        # All weights of a LoRA run have PEFT's prefix. Keep it in the names of the adapter's weights, because
+        # PEFT expects it when it loads them, and remove it from all other names.
         is_adapter = "lora_" in name
         plain = name if is_adapter else name.removeprefix("base_model.model.")
         # model.mm_projector.0.weight, multi_modal_projector.linear_1.weight -> 0.weight
@@ -435,8 +439,8 @@ def _make_config(
     options: ImportOptions,
 ) -> LlavaConfig:
     """Convert the `config.json` of a source to a checkpoint config."""
-    # Count the matrices of the projector. Original LLaVA also stores mm_projector_type, but a single
-    # mm_projector.bin has no config.
+    # Count the layers of the projector, each of which has one matrix. Original LLaVA also stores
+    # mm_projector_type, but a single mm_projector.bin has no config.
     num_layers = sum(weight.dim() == 2 for weight in source.projector.values())
     layer = source.config.get(
         "vision_feature_layer", source.config.get("mm_vision_select_layer", -2)
@@ -479,7 +483,7 @@ def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
     if aspect_ratio not in aspect_ratios:
         raise ValueError(
             f"{source.path} was trained with image_aspect_ratio {aspect_ratio}, which is not supported. To "
-            "import it for whole images, pass --image-aspect-ratio pad or crop."
+            "import it without tiles, pass --image-aspect-ratio pad or crop."
         )
     return aspect_ratios[aspect_ratio]
 
@@ -515,7 +519,7 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
         model = build_model(config, language_model=text_config, tokenizer=tokenizer)
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
-        # Add the tied weight, which files contain once and a state dict twice.
+        # Add the tied weight, which a file contains once, but a state dict under both names.
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     _load_strictly(model.language_model, weights, "language model")
     return model
@@ -532,7 +536,8 @@ def _load_tokenizer(source: SourceCheckpoint) -> PreTrainedTokenizerBase:
     if template:
         tokenizer.chat_template = template
         ids = Prompt(tokenizer).render([Message("user", "x")], None).input_ids
-        # Processors add the BOS token that a template does not write; our prompts are the template alone.
+        # Processors add a BOS token if the template does not write one. Our prompts contain only what the
+        # template writes, so add the token to the template.
         bos = tokenizer.bos_token_id
         if bos is not None and ids[0] != bos and tokenizer("x").input_ids[0] == bos:
             tokenizer.chat_template = "{{ bos_token }}" + template
@@ -566,7 +571,7 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     adapted: Any = get_peft_model(language_model, peft_config)
     check_state_dict(weights, get_peft_model_state_dict(adapted), "adapter")
     set_peft_model_state_dict(adapted, weights)
-    # A checkpoint names the modules, whatever pattern has found them.
+    # Store the names of the adapted modules instead of the pattern that found them, as our checkpoints do.
     peft_config.target_modules = sorted(adapted.targeted_module_names)
     model.language_model = adapted
 

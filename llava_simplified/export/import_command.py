@@ -12,8 +12,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava import`."""
     parser = CommandParser(
         "llava import",
-        "Convert a LLaVA checkpoint of another code base. A Hugging Face LLaVA folder is compared with "
-        "Transformers: only a checkpoint that computes the same is kept.",
+        "Convert a LLaVA checkpoint of another code base. The result for a Hugging Face LLaVA folder is compared "
+        "with Transformers, and is kept only if it computes the same.",
     )
     parser.add_argument(
         "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"
@@ -40,7 +40,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--image-aspect-ratio",
         choices=["crop", "pad"],
-        help="Images that are not square: crop, or pad to a square (default: as the source says)",
+        help="Images that are not square: crop, or pad to a square (default: the setting of the source)",
     )
     parser.add_argument(
         "--check-images",

@@ -43,7 +43,7 @@ def merge_checkpoint(
     checkpoint_config = read_checkpoint_config(checkpoint)
     trained = TrainedParts.from_stored(checkpoint_config)
     if trained.language_model != "adapter" and trained.vision_tower != "lora":
-        raise ValueError(f"{checkpoint} has no adapter to merge.")
+        raise ValueError(f"{checkpoint} has no adapter to merge. Use the checkpoint as it is.")
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
     # Use the CPU, since the merged model is only written and never run.

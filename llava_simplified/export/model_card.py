@@ -18,17 +18,17 @@ from typing import Any
 
 from llava_simplified.model.config import read_checkpoint_config
 
-# Names of options that are not listed in the card: they concern the machine or the display, or are shown
-# elsewhere in the card (data, models, number of steps). "token$" is the most important one: hub_token is
-# a secret.
+# Names of options that are not listed in the card, because they concern the machine or the display, or are
+# shown elsewhere in the card (data, models, number of steps). "token$" is the most important pattern:
+# hub_token is a secret.
 _MACHINE_OPTIONS = re.compile(
     r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
     r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
     r"|^model_name|^vision_tower|deepspeed"
 )
-# By the value of `llava export --format`.
+# Value of `llava export --format` -> how to load the exported folder.
 _HOW_TO_LOAD = {
-    "hf": "The adapters are merged. Load it with `AutoModelForImageTextToText` and `AutoProcessor`.",
+    "hf": "The adapters are merged. Load the model with `AutoModelForImageTextToText` and `AutoProcessor`.",
     "peft": (
         "Load `base/` with `AutoModelForImageTextToText`, and `adapter/` on top of it with "
         "`PeftModel`."
@@ -38,7 +38,7 @@ _HOW_TO_LOAD = {
         "create NAME -f Modelfile`)."
     ),
 }
-# By the entry "trained" of `llava.json`.
+# Entry "trained" of `llava.json` -> the trained parts.
 _TRAINED = {
     "adapter": "the projector and LoRA on the language model",
     "language_model": "the projector and the whole language model",

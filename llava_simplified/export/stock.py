@@ -128,8 +128,9 @@ def export_stock(
     if adapter:
         _check_adapter_can_be_exported(checkpoint, config)
     comparison_images, image_kind = choose_images(config["training"], images)
-    # When a small model is merged and converted, half of its size would stay allocated.
-    tune_malloc(1 << 16)
+    # Return freed memory to the system. Otherwise, half the size of a small model would stay allocated after it
+    # was merged and converted.
+    tune_malloc(threshold=1 << 16)
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None
@@ -148,7 +149,11 @@ def export_stock(
             base_name = f"{Path(output).name}/base"
             _write_peft_adapter(Path(checkpoint) / "adapter", adapter_folder, base_name)
         return compare_with_references(
-            base_folder, adapter_folder, comparison_images, references, image_kind
+            base_folder,
+            adapter=adapter_folder,
+            images=comparison_images,
+            references=references,
+            image_kind=image_kind,
         )
 
 
@@ -213,7 +218,8 @@ def _remove_adapter(
     model.language_model = adapted.unload()
     if not changes_frozen_weights:
         return
-    # PiSSA: load the original weights, which the exported adapter fits. The changed ones are freed first.
+    # PiSSA has changed the frozen weights, but the exported adapter is relative to the original ones. Free the
+    # changed weights before loading the original ones.
     del adapted, model.language_model
     config = read_checkpoint_config(checkpoint)["architecture"]
     model.language_model = load_language_model(
@@ -322,13 +328,15 @@ def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector
         )
     layers = [LinearWeights(layer.weight, layer.bias) for layer in linears]
     if len(layers) == 2:
-        return StockProjector("gelu", layers[0], layers[1])
+        linear_1, linear_2 = layers
+        return StockProjector("gelu", linear_1, linear_2)
 
-    weight, bias = layers[0]
+    (single_layer,) = layers
+    weight, bias = single_layer
     out_features, in_features = weight.shape
     if hidden_size < 2 * in_features:
         identity = LinearWeights(torch.eye(out_features), torch.zeros(out_features))
-        return StockProjector("linear", layers[0], identity)
+        return StockProjector("linear", single_layer, identity)
 
     positive = slice(0, in_features)
     negative = slice(in_features, 2 * in_features)
@@ -379,7 +387,7 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
         image_seq_length=settings.image_seq_length,
     )
-    # Build it on the meta device, without allocating memory; then replace every module by ours.
+    # Build the stock model on the meta device, without allocating memory; then replace every module by ours.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(stock_config)
     stock.model.vision_tower = tower.model
@@ -433,7 +441,7 @@ def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None
         old_size, hidden_size = table.shape
         # Use a memory-mapped file (deleted immediately, valid while mapped) instead of RAM: during the copy
         # both tables exist, and each can be a third of a small model. New rows of the file are zero.
-        if sys.platform == "win32":  # which does not delete a file that is mapped
+        if sys.platform == "win32":  # Windows cannot delete a file that is mapped
             storage = torch.zeros(size * hidden_size, dtype=table.dtype)
         else:
             with NamedTemporaryFile(dir=scratch) as file:
@@ -483,15 +491,15 @@ def _write_processor(
 
 
 def _remove_automatic_bos(tokenizer: Any) -> None:
-    """Let a tokenizer add no BOS token to texts, because the chat template of the exported folder writes it.
+    """Make a tokenizer add no BOS token to texts, because the chat template of the exported folder writes it.
 
-    `processor.apply_chat_template` would not add a second one. But `processor(text=...)` would, with a text from the
-    template, which is how JoyCaption's users call it.
+    `processor.apply_chat_template` would not add a second BOS token, but `processor(text=...)` would add one to a
+    text from the template. JoyCaption's users call it in this way.
     """
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("x").input_ids[0] != bos:
         return
-    # Post-processors add special tokens, and adjust offsets, which prompts do not need.
+    # The post-processor adds the special tokens. It also adjusts offsets, which prompts do not need.
     tokenizer.backend_tokenizer.post_processor = None
     if "add_bos_token" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["add_bos_token"] = False
@@ -521,7 +529,7 @@ def to_stock_image_processor(image_processor: Any, transform: ImageTransform) ->
     return LlavaImageProcessorPil(
         do_pad=True,
         size=size,
-        # Servers read the crop for the number of image tokens, even where nothing is cropped.
+        # Servers compute the number of image tokens from the crop size, even if nothing is cropped.
         crop_size={"height": crop_height, "width": crop_width},
         resample=image_processor.resample,
         rescale_factor=image_processor.rescale_factor,
@@ -547,7 +555,7 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     weights = {}
     for name, weight in load_file(source / "adapter_model.safetensors").items():
         weights[name.replace(old_prefix, new_prefix, 1)] = weight
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     # Restrict the target modules to the language model with a regular expression. PEFT shortens module
@@ -555,8 +563,8 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     endings = sorted(name.removeprefix("model.") for name in config["target_modules"])
     alternatives = "|".join(re.escape(ending) for ending in endings)
     config["target_modules"] = rf"model\.language_model\.(.*\.)?({alternatives})"
-    # PEFT compares the keys of these patterns with the ends of layer names. Remove the `model.` at their beginning: in stock
-    # LLaVA, it is not directly before the rest of the name.
+    # PEFT compares the keys of these patterns with the ends of layer names. Remove the `model.` at their
+    # beginning: in stock LLaVA, it is not directly before the rest of the name.
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         config[name] = {layer.removeprefix("model."): value for layer, value in pattern.items()}

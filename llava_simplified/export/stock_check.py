@@ -1,7 +1,8 @@
-"""Compare a stock LLaVA folder with a checkpoint: the export of it, or the source of its import.
+"""Compare a checkpoint with the stock LLaVA folder that it was exported to, or imported from.
 
-The folder is loaded as users load it, with `AutoModelForImageTextToText` and `AutoProcessor`. For each
-image, four results are compared, in this order, since each depends on the previous ones:
+"Stock LLaVA" means the LLaVA classes of Transformers (see `stock.py`). The folder is loaded as users load
+it, with `AutoModelForImageTextToText` and `AutoProcessor`. For each image, four results are compared, in this
+order, since each depends on the previous ones:
 
 1. the token ids of the prompt must be equal;
 2. the pixel values may differ by two gray levels (see `MAX_GRAY_LEVELS`);
@@ -38,7 +39,7 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.prompt import FIXED_DATE, IMAGE_INDEX, IMAGE_PLACEHOLDER
 
-CAPTION_LENGTH = 16  # number of new tokens of the captions
+CAPTION_LENGTH = 16  # maximum number of tokens of a caption
 # torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results of any image differ
 # by at most two of the 255 gray levels.
 MAX_GRAY_LEVELS = 2.01
@@ -50,6 +51,8 @@ LOGIT_TOLERANCE = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
+# The end of error messages. The caller creates the output folder only if this comparison succeeds.
+_NOTHING_WRITTEN = "The output folder was not created. Use the model in its original format."
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class Reference:
     """The outputs of a checkpoint for one image and the default instruction."""
 
     instruction: str
-    input_ids: list[int]  # of the prompt, with IMAGE_INDEX for each image token
+    input_ids: list[int]  # token ids of the prompt, with IMAGE_INDEX for each image token
     pixel_values: torch.Tensor  # (1, 3, height, width), normalized
-    gray_level: torch.Tensor  # (3, 1, 1): one of 255 gray levels, in units of `pixel_values`
-    logits: torch.Tensor  # (vocabulary,), of the first generated token
-    caption_ids: list[int]  # of the greedy caption
+    gray_level: torch.Tensor  # (3, 1, 1): size of one of the 255 gray levels in `pixel_values`
+    logits: torch.Tensor  # (vocabulary,): logits of the first generated token
+    caption_ids: list[int]  # token ids of the greedy caption
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class StockComparison:
 def choose_images(
     training: dict[str, Any], images: Sequence[ImageSource]
 ) -> tuple[list[np.ndarray], str]:
-    """Return the images to compare two models on, and their kind.
+    """Return images on which two models are compared, and the kind of these images.
 
     Args:
         training: The settings of the training run, from the checkpoint.
@@ -111,7 +114,7 @@ def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.n
     if not records_path.is_file():
         return []
     folder = training.get("train_image_folder") or records_path.parent
-    # Read 16 records, since some may have no image.
+    # Look at 16 records, since some may have no image.
     names: list[str] = []
     for record in open_records(records_path)[:16]:
         names += record.images
@@ -142,7 +145,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     position = prompt.index(IMAGE_INDEX)
     image_tokens = [IMAGE_INDEX] * tower.num_tokens
     input_ids = prompt[:position] + image_tokens + prompt[position + 1 :]
-    # Compute the logits of the last position, which predicts the first token of the caption.
+    # Compute the logits of the last position only, which predicts the first token of the caption.
     last_position = torch.tensor([len(input_ids) - 1])
     with lm_head_at_positions(model.language_model, last_position):
         embeds = model.splice(torch.tensor([input_ids]), features)
@@ -233,7 +236,7 @@ def load_stock_processor(folder: Path) -> Any:
         )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(processor.chat_template, dict):
-        # Several templates by name; this one is used if none is asked for.
+        # There are several named templates. Use the one that Transformers uses by default.
         processor.chat_template = processor.chat_template.get("default")
     if not getattr(processor, "patch_size", None):
         raise ValueError(
@@ -250,7 +253,7 @@ def _process(processor: Any, image: np.ndarray, instruction: str) -> dict[str, t
 
     text = _apply_stock_template(processor, instruction)
     bos_token = processor.tokenizer.bos_token
-    # By the rule of `processor.apply_chat_template`: the tokenizer adds BOS unless the template has.
+    # Follow `processor.apply_chat_template`: the tokenizer adds a BOS token unless the template has written it.
     has_bos = bool(bos_token) and text.startswith(bos_token)
     return dict(
         processor(
@@ -269,7 +272,7 @@ def _apply_stock_template(processor: Any, instruction: str) -> str:
     token themselves), or as a token in the text.
 
     Raises:
-        ValueError: The template accepts none of them.
+        ValueError: The template accepts none of these forms.
     """
     token = processor.image_token
     contents: list[Any] = [
@@ -277,21 +280,22 @@ def _apply_stock_template(processor: Any, instruction: str) -> str:
         instruction,
         f"{token}\n{instruction}",
     ]
-    problem = f"it writes {token} not once"
+    problem = f"it does not write {token} exactly once"
     for content in contents:
         try:
             text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
-                # With the date that our prompts have.
+                # Fix the date that some templates write, as our prompts do.
                 chat_template=FIXED_DATE + processor.chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        # A template is code of the checkpoint's author: it may raise anything.
+        # A template is code by the author of the checkpoint, so it may raise any error.
         except Exception as error:  # noqa: BLE001
             problem = f"{type(error).__name__}: {error}"
             continue
-        # A list may also be printed as Python prints it, with the instruction in it.
+        # Some templates print a list of parts as Python text ("[{'type': 'text', ...}]"), which also contains the
+        # instruction.
         if text.count(token) == 1 and instruction in text and "'type': 'text'" not in text:
             return text
     raise ValueError(
@@ -306,7 +310,7 @@ def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: 
     if input_ids != reference.input_ids:
         raise ValueError(
             "The prompt of Transformers' LlavaProcessor differs from the checkpoint's: token ids "
-            f"{input_ids}, expected {reference.input_ids}."
+            f"{input_ids}, expected {reference.input_ids}. {_NOTHING_WRITTEN}"
         )
 
 
@@ -315,14 +319,14 @@ def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None
     if inputs["pixel_values"].shape != reference.pixel_values.shape:
         raise ValueError(
             f"Transformers' LlavaProcessor returns pixel values of {tuple(inputs['pixel_values'].shape)}, "
-            f"expected {tuple(reference.pixel_values.shape)}."
+            f"expected {tuple(reference.pixel_values.shape)}. {_NOTHING_WRITTEN}"
         )
     difference = (inputs["pixel_values"] - reference.pixel_values).abs()
     levels = float((difference / reference.gray_level).max())
     if levels > MAX_GRAY_LEVELS:
         raise ValueError(
-            f"The pixel values of Transformers' LlavaProcessor differ by {levels:.1f} gray levels, "
-            "expected at most 2 (rounding)."
+            f"The pixel values of Transformers' LlavaProcessor differ by up to {levels:.1f} gray levels from "
+            f"the checkpoint's; rounding explains at most 2. {_NOTHING_WRITTEN}"
         )
 
 
@@ -335,13 +339,14 @@ def _check_logits(
         ValueError: The difference exceeds the tolerance.
     """
     logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-    # Ignore additional entries of an exported vocabulary (the image token).
+    # Ignore the additional entries of an exported vocabulary, such as the image token.
     difference = logits[: len(reference.logits)] - reference.logits
     largest = float(difference.abs().max())
     if largest > tolerance:
         raise ValueError(
-            f"The logits differ by {largest:.2g} from those of LLaVA in Transformers, expected at most "
-            f"{tolerance:.2g} (rounding). LLaVA in Transformers does not reproduce this projector or language model."
+            f"The logits of LLaVA in Transformers differ by up to {largest:.2g} from the checkpoint's; rounding "
+            f"explains at most {tolerance:.2g}. Transformers computes this projector or language model differently. "
+            f"{_NOTHING_WRITTEN}"
         )
     return largest
 
@@ -379,7 +384,7 @@ def _check_caption(
     expected_text = processor.decode(reference.caption_ids, skip_special_tokens=True)
     raise ValueError(
         f"LLaVA in Transformers generates {generated_text!r}, but the checkpoint generates "
-        f"{expected_text!r}."
+        f"{expected_text!r}. {_NOTHING_WRITTEN}"
     )
 
 
