@@ -22,12 +22,10 @@ from typing import Any
 # Text of the error. `fetch.name_failure` searches for it, because aiohttp wraps the error in its own types.
 ADDRESS_REFUSED = "address refused"
 
-_IPV6_UNICAST = ipaddress.ip_network(
-    "2000::/3"
-)  # the only IPv6 range with public unicast addresses
-_NAT64 = ipaddress.ip_network(
-    "64:ff9b::/96"
-)  # embeds an IPv4 address, for networks that have only IPv6
+# The only IPv6 range with public unicast addresses.
+_IPV6_UNICAST = ipaddress.ip_network("2000::/3")
+# These addresses embed an IPv4 address, for networks that have only IPv6.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def guard_address(info: tuple[Any, ...]) -> socket.socket:

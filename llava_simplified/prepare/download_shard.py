@@ -73,9 +73,8 @@ MANIFEST_SCHEMA = pa.schema(
 )
 _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
 _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also in a sample's .json
-_END_MARK = (
-    -1
-)  # index of a journal line that is not a row: it contains the end of the samples in a reopened tar
+# Index of a journal line that is not a row: it contains the end of the samples in a reopened tar.
+_END_MARK = -1
 _SPARE_FILES = 64  # open files in addition to connections
 _RETURNED_BLOCK_BYTES = 4_000_000  # see `tune_malloc`
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record

@@ -258,9 +258,8 @@ class _JsonReader:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        position = (
-            0  # index of the next entry of `_early`, which contains the index of an annotation
-        )
+        # Index into `_early`, whose entries are indices of annotations in ascending order.
+        position = 0
         for number, annotation in enumerate(objects):
             if position == len(self._early):
                 return

@@ -198,9 +198,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
         # Is the text after a comma a part of the URL, or a caption of one word?
         num_with_comma = 0
         num_parts_of_url = 0
-        ends_like_image = (
-            True  # every URL is complete at its first comma: it ends like the name of an image
-        )
+        # Whether every URL ends like the name of an image before its first comma, and is complete there.
+        ends_like_image = True
         for text in texts:
             first, *rest = re.split(r"[,;]", text)
             if not rest:
