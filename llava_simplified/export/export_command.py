@@ -164,9 +164,9 @@ def push_main(argv: list[str] | None = None) -> int:
         return 0
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HTTPError,
-    )  # the class of httpx; in older versions, of requests
+
+    # A class of httpx; in older versions, of requests.
+    from huggingface_hub.errors import HTTPError
 
     # Pass exist_ok, so that a second push to the same repository creates a new commit.
     try:

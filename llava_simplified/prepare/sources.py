@@ -41,6 +41,7 @@ from llava_simplified.prepare.table_source import read_table
 
 Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
 
+# The readers by the suffix of a file. Files with any other suffix are read as tables.
 _READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
@@ -48,7 +49,7 @@ _READERS: dict[str, Reader] = {
     ".json": read_json,
     ".jsonl": read_json_lines_source,
     ".ndjson": read_json_lines_source,
-}  # any other suffix is a table
+}
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # A folder may contain captions in several forms. The keys are the names of forms in error messages, the values are the
 # suffixes of their files. The forms `_METADATA` and `_SIDECARS` are recognized by the names of files.

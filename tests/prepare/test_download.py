@@ -399,7 +399,7 @@ def test_download_refuses_numbers_that_would_fetch_nothing(
 @pytest.mark.parametrize("kinds", ["404,tiemout", "http_5xx", "4"])
 def test_download_refuses_to_retry_an_unknown_failure(tmp_path: Path, kinds: str) -> None:
     unknown = kinds.split(",")[-1]
-    with pytest.raises(ValueError, match=f"--retry {unknown}: .*404, 5xx, bad_url, .*timeout"):
+    with pytest.raises(ValueError, match=f"--retry {unknown}: .*404.*5xx.*bad_url, .*timeout"):
         run(tmp_path / "x.tsv", tmp_path / "out", retry=tuple(kinds.split(",")))
     assert not (tmp_path / "out").exists()
 
