@@ -5,10 +5,10 @@ llama.cpp's `clip_graph_llava` computes:
     patches -> patch filter -> [CLS; patches] + positions -> (pre-norm) -> blocks
             -> concatenate the inputs of the blocks in `feature_layer` -> drop CLS -> mm.0 -> gelu -> mm.2
 
-Four of its conventions differ from ours:
+Four of its conventions differ from those of this package:
 
 - Hidden states have non-negative indices: 0 is the input of the first block. In a tower of 12 layers,
-  our -2 (the input of the last layer) is 11.
+  `mm_vision_select_layer: -2` (the input of the last layer) is 11.
 - Several hidden states are always concatenated from the lowest to the highest, regardless of the order
   of selection. The columns of the first projector matrix are reordered accordingly.
 - The norm after the last block (`post_layernorm`) is not part of any hidden state, and is not written.

@@ -1,4 +1,4 @@
-"""Convert LLaVA checkpoints of other code bases into ours.
+"""Convert LLaVA checkpoints of other code bases to checkpoints of this package.
 
 | source                         | files                                                               |
 |--------------------------------|---------------------------------------------------------------------|
@@ -605,7 +605,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
 
 
 def _check_vision_tower(tower: VisionTower, weights: Weights) -> None:
-    """Check that the vision tower stored in the source has the same weights as ours.
+    """Check that the vision tower stored in the source has the same weights as the given one.
 
     Original LLaVA saves its frozen vision tower with everything else. We store only its name, so the
     weights must be the same.

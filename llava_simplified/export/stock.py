@@ -387,7 +387,7 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
         image_seq_length=settings.image_seq_length,
     )
-    # Build the stock model on the meta device, without allocating memory; then replace every module by ours.
+    # Build the stock model on the meta device, without allocating memory; then replace its modules by those of `model`.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(stock_config)
     stock.model.vision_tower = tower.model

@@ -7,7 +7,7 @@ order, since each depends on the previous ones:
 1. the token ids of the prompt must be equal;
 2. the pixel values may differ by two gray levels (see `MAX_GRAY_LEVELS`);
 3. the logits of the first generated token may differ by rounding only (see `LOGIT_TOLERANCE`). Both
-   models get the same pixel values here, so that differences in 2. have no effect;
+   models receive the same pixel values here, so that the differences in step 2 have no effect;
 4. the greedy captions must be equal, except for ties: at the first difference, the two tokens must have
    the same logit up to rounding.
 """

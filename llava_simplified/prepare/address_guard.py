@@ -40,8 +40,10 @@ def guard_address(info: tuple[Any, ...]) -> socket.socket:
         OSError: The address is private, loopback, link-local, multicast or reserved.
     """
     family, kind, protocol, _, address = info
-    if not is_public(str(address[0])):
-        raise OSError(errno.EPERM, f"{ADDRESS_REFUSED}: {address[0]} is not public")
+    # (address, port) for IPv4; for IPv6, flow and scope follow.
+    ip_address, *_ = address
+    if not is_public(str(ip_address)):
+        raise OSError(errno.EPERM, f"{ADDRESS_REFUSED}: {ip_address} is not public")
     return socket.socket(family, kind, protocol)
 
 

@@ -149,7 +149,12 @@ def validate_record(
     found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
     notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
     detail = ", ".join(sorted({*problems.values(), *notes}))
-    return ValidationResult("", detail, tuple(problems), digest, image_hash)
+    return ValidationResult(
+        detail=detail,
+        unusable_responses=tuple(problems),
+        digest=digest,
+        perceptual_hash=image_hash,
+    )
 
 
 def _check_images(
@@ -278,7 +283,7 @@ def _validate_row(
 def _read_results(
     chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
 ) -> Iterator[ValidationResult]:
-    """Yield the result of every record in order; duplicates get their reason here."""
+    """Yield the result of every record in order. Records in `duplicates` have the reason "duplicate"."""
     for chunk in chunks:
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):

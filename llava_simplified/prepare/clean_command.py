@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 from llava_simplified.extras import require_extra
@@ -119,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         shards=args.shards,
         progress=logger.isEnabledFor(logging.INFO),
     )
-    # Most frequent reasons first.
-    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+    for reason, count in Counter(counts).most_common():
         print_text(f"{count:>9,} {reason or 'ok'}")
     # A slice writes no output, so its number of usable records is not known yet.
     if args.shards:

@@ -103,13 +103,14 @@ def group_captions(
 def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     """Return the first row, with the captions of all rows without repetitions."""
     # An image must not be in both the training set and the test set. Keep it in the split that is named first.
-    for row in rows[1:]:
-        if row.split != rows[0].split:
+    first, *others = rows
+    for row in others:
+        if row.split != first.split:
             issues.note("image in two splits (kept in the first)", row.number, row.image or row.url)
     captions: dict[str, None] = {}
     for row in rows:
         captions.update(dict.fromkeys(row.captions))
-    return rows[0]._replace(captions=tuple(captions))
+    return first._replace(captions=tuple(captions))
 
 
 # ---- rows to records ----
@@ -222,7 +223,7 @@ def _base_name(
         issues: Collects the changes.
         absolute_paths: Base name -> hash of the first path with this name. The function adds the path.
     """
-    name = re.split(r"[/\\]", image)[-1]
+    *_, name = re.split(r"[/\\]", image)
     if absolute_paths.setdefault(name, hash(image)) != hash(image):
         issues.note("absolute path whose base name another path has too (kept)", row.number, image)
         return image
@@ -242,7 +243,7 @@ def _find_image(
     The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
     if row.url and not row.image:
-        stem = image.rpartition(".")[0]
+        stem, _, _ = image.rpartition(".")
         for suffix in IMAGE_SUFFIXES:
             if (image_folder / f"{stem}.{suffix}").is_file():
                 return f"{stem}.{suffix}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from dataclasses import fields
 from typing import Any
 
@@ -175,7 +176,7 @@ def merge_main(argv: list[str] | None = None) -> int:
 def _print_report(report: dict[str, Any], output: str) -> None:
     """Print the number of rows by outcome, the most frequent first."""
     outcomes = report["outcomes"]
-    for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
+    for kind, count in Counter(outcomes).most_common():
         print_text(f"{count:>9,} {kind}")
     print_text(f"{sum(outcomes.values()):>9,} rows -> {output}")
     # Print the issues of the source. The report of a slice has no settings, and therefore no issues.

@@ -83,7 +83,7 @@ class _FetchLoop:
         hosts: dict[str, _Host] = {}
         for row, url in rows:
             host = hosts.setdefault(host_of(url), _Host())
-            host.requests.append(_Request(row, url, 0))
+            host.requests.append(_Request(row, url, attempts=0))
         self.unfinished = sum(len(host.requests) for host in hosts.values())
         self._workers = min(self.unfinished, options.concurrency)
         for host in sorted(hosts.values(), key=lambda host: -len(host.requests)):

@@ -9,8 +9,8 @@ ASCII) are percent-encoded, as browsers and curl do:
     http://a.example/my cat.jpg             http://a.example/my%20cat.jpg
     http://bücher.example/ü.jpg             http://xn--bcher-kva.example/%C3%BC.jpg
 
-The part that decides where the request goes, between `//` and the path, is checked strictly: whatever is not a host and
-a port there is refused, so that no two programs understand different hosts.
+The part that decides where the request goes, between `//` and the path, is checked strictly. It must be a host and a
+port, so that two programs cannot read different hosts from the same URL.
 """
 
 from __future__ import annotations

@@ -201,8 +201,8 @@ def _names_are_own(
 ) -> bool:
     """Return whether a file names images relative to its own folder, and not to `root`.
 
-    Metadata files always do. Other files do if one of their first images exists in their folder. Otherwise, names are
-    taken to be relative to `root`, which is noted as an issue.
+    Metadata files always do. Other files do if one of their first images exists in their folder. Otherwise, the
+    names are resolved against `root`, and an issue is noted.
     """
     if path.name in _METADATA_NAMES:
         return True

@@ -263,7 +263,7 @@ def _list_name(text: str) -> str:
 def _join_fields(
     fields: list[str], layout: Layout, separator: str, number: int, issues: ParseIssues
 ) -> list[str]:
-    """Join fields of a line that has too many: parts of a URL that contains the separator, or else of a caption."""
+    """Join fields of a line that has too many, because a URL or a caption contains the separator."""
     extra = len(fields) - layout.width
     row = separator.join(fields)
     positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
