@@ -146,6 +146,7 @@ def validate_record(
         reason = problems.get(0, "no_caption")
         shown = repr(record.responses) if record.responses else "no response"
         return ValidationResult(reason, shown[:_SHOWN_CAPTION])
+    # The difference of the counters contains the rules that found the images of this record.
     found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
     notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
     detail = ", ".join(sorted({*problems.values(), *notes}))
@@ -507,6 +508,7 @@ class _Outputs:
                     quarantine.write(self._quarantine_row(index, result))
                     continue
                 row = self._rows[index]
+                # `validate_record` has joined the notes about a usable record with commas.
                 notes = [note for note in result.detail.split(", ") if note]
                 matched = [note for note in notes if note.startswith(_MATCHED_BY)]
                 self.matched.update(matched)

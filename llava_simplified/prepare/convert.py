@@ -30,7 +30,7 @@ from llava_simplified.prepare.sources import read_source
 
 logger = logging.getLogger(__name__)
 
-_ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # of any system: /a.jpg, \a.jpg, C:\a.jpg
+_ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # on any system: /a.jpg, \a.jpg, C:\a.jpg
 
 
 # ---- captions of one image ----

@@ -46,8 +46,8 @@ class DownloadProgress:
         self._work = work
         self._numbers = numbers
         self._finished_before = finished_before
-        self._positions: Counter[Path] = Counter()  # how far each journal was read
-        self._outcomes: dict[int, Counter[str]] = {}  # by shard
+        self._positions: Counter[Path] = Counter()  # number of bytes of each journal that were read
+        self._outcomes: dict[int, Counter[str]] = {}  # shard -> its outcomes
         self._read_journals()
         self._before = self.total()  # outcomes of earlier runs
         self.progress = Progress(rows, "rows", self._before.total(), enabled)

@@ -213,6 +213,7 @@ class _ShardJob:
             if fetched.image is not None:
                 data, suffix = fetched.image.data, fetched.image.suffix
                 if writer is None:
+                    # `image_file_name` always ends with ".jpg". Use the suffix of the downloaded format instead.
                     stem = image_file_name(index, url).removesuffix(".jpg")
                     outcome["file"] = f"{stem}.{suffix}"
                     self._write_file(data, outcome["file"])

@@ -129,7 +129,7 @@ class Fetcher:
         self._host_slots = defaultdict[str, asyncio.Semaphore](
             lambda: asyncio.Semaphore(options.per_host)
         )
-        self._consecutive_timeouts = Counter[str]()  # by host
+        self._consecutive_timeouts = Counter[str]()  # host -> number of timeouts
         # Host -> end of its pause on the monotonic clock; only for hosts that a redirect led to.
         self._paused_until = defaultdict[str, float](float)
 

@@ -108,7 +108,7 @@ class _Texts:
 
 
 def _compact_id(value: object) -> int | str:
-    """Return an id of COCO: equal for 5 and "5", and a number if possible, which takes less memory."""
+    """Return a COCO id in one form: 5 for both 5 and "5", because a number takes less memory than a text."""
     text = str(value)
     is_number = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
     return int(text) if is_number else text
@@ -151,6 +151,7 @@ class _JsonReader:
         if key not in _ROW_KEYS:
             yield from self._read_by_name(key, value)
         elif not isinstance(value, dict):
+            # Only a list of URLs contains anything but objects.
             self._number += 1
             row = row_from_text(value, self._number)
             if row is None:

@@ -114,7 +114,7 @@ def read_sidecars(
         uses = Counter(sidecars[0] for _, sidecars in group.images if sidecars)
         for name in sorted(uses):
             if uses[name] > 1:
-                issues.note("sidecar of several images (kept for each)", number, group.path(name))
+                issues.note("sidecar of several images (used for each)", number, group.path(name))
 
 
 def _check_choice(group: NameGroup, image: str, sidecars: list[str]) -> None:

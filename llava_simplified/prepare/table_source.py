@@ -109,7 +109,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if layout.has_header:
         number, text, fields = next(rows)
         if not _known_names(columns).intersection(field.strip().lower() for field in fields):
-            issues.note("first line, unlike all others (taken for a header)", number, text)
+            issues.note("first line, unlike all others (read as a header)", number, text)
     for number, text, fields in rows:
         # Skip the whole line, since it is unknown which field is missing.
         if len(fields) < layout.width:
@@ -266,6 +266,7 @@ def _join_fields(
     """Join fields of a line that has too many, because a URL or a caption contains the separator."""
     extra = len(fields) - layout.width
     row = separator.join(fields)
+    # Join the parts of a URL first, beginning at the first field that looks like a URL.
     positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
     if layout.url >= 0 and positions:
         start = stop = positions[0]
@@ -287,6 +288,7 @@ def _join_fields(
             issues.note(f"{separator!r} inside a URL (kept)", number, row)
     if extra == 0:
         return fields
+    # The other additional fields are parts of the caption. In a list without captions, they are parts of the name.
     start = layout.caption
     kind = f"{separator!r} inside a caption (kept)"
     if start < 0:
@@ -325,24 +327,24 @@ def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
         number, text = line
         fields = text.split("\t")
         if '"' in text:
-            longer = None
+            multiline_fields = None
             if fields[-1].startswith('"') and fields[-1].count('"') % 2:
-                longer = _parse_lines("\t", text, ahead, lines)
-            if longer is None:
+                multiline_fields = _parse_lines("\t", text, ahead, lines)
+            if multiline_fields is None:
                 fields = [_unquote(field, number, issues) for field in fields]
             else:
                 issues.note("line break inside quotes (kept as a space)", number, text)
-                fields = longer
+                fields = multiline_fields
         yield number, text, fields
 
 
 def _unquote(field: str, number: int, issues: ParseIssues) -> str:
-    """Return a field of a TSV file. If all quotes inside it are doubled, remove the quotes around it."""
+    """Return a field of a TSV file, without its quoting if all quotes inside it are doubled."""
     inside = field.strip()[1:-1]
     is_quoted = field.startswith('"') and field.rstrip().endswith('"')
     if not is_quoted or '""' not in inside or '"' in inside.replace('""', ""):
         return field
-    issues.note("quoted field with doubled quotes (read as one)", number, field)
+    issues.note("quoted field with doubled quotes (quoting removed)", number, field)
     return inside.replace('""', '"')
 
 

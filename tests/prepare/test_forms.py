@@ -115,7 +115,7 @@ def names_with_both_suffixes(folder: Path) -> Made:
         (("b.png",), ["of both"]),
         (("v1.2.jpg",), ["a dot in the name"]),
     ]
-    return Made(records, {"sidecar of several images (kept for each)": 1})
+    return Made(records, {"sidecar of several images (used for each)": 1})
 
 
 def text_encodings(folder: Path) -> Made:
