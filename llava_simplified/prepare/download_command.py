@@ -23,7 +23,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava download`."""
     parser = CommandParser("llava download", "Download the images of a list of URLs.")
     parser.add_argument(
-        "source", help="TSV, CSV, JSON, JSON Lines, Parquet, a folder of these files, or a glob pattern"
+        "source",
+        help="TSV, CSV, JSON, JSON Lines, Parquet, a folder of these files, or a glob pattern",
     )
     parser.add_argument(
         "--output", required=True, help="Output folder, or a URL that fsspec can write to"

@@ -301,7 +301,7 @@ def test_export_stock_removes_an_export_that_computes_something_else(
 
     monkeypatch.setattr(stock, "to_stock_projector", wrong_projector)
     monkeypatch.setattr(stock, "compute_reference", wrong_reference)
-    with pytest.raises(ValueError, match="logits differ"):
+    with pytest.raises(ValueError, match="logits .*differ"):
         export_stock(checkpoint, tmp_path / "stock", images=[np.zeros((9, 9, 3), np.uint8)])
     assert not (tmp_path / "stock").exists()
 
