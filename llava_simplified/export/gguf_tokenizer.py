@@ -166,6 +166,7 @@ def _sentencepiece_metadata(vocabulary: _Vocabulary) -> Metadata:
 
     normalizers = _steps(vocabulary.spec["normalizer"], "normalizers")
     pre_tokenizers = _steps(vocabulary.spec["pre_tokenizer"], "pretokenizers")
+    # Texts begin with a space if a normalizer (older tokenizers) or a pre-tokenizer (newer ones) prepends it.
     add_space_prefix = False
     for step in normalizers + pre_tokenizers:
         if step["type"] == "Prepend" or step.get("prepend_scheme") == "always":

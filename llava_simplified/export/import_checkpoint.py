@@ -241,28 +241,29 @@ def _set_final_paths(folder: Path, output: Path) -> None:
 # ---- reading ----
 
 # The entries of a `config.json` that are used here; Transformers checks the others.
-_CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
-    "image_aspect_ratio": str,
-    "mm_vision_select_feature": str,
+_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
+    "image_aspect_ratio": (str,),
+    "mm_vision_select_feature": (str,),
     "mm_vision_select_layer": (int, list),
-    "mm_vision_tower": str,
-    "model_type": str,
-    "projector_hidden_act": str,
-    "text_config": dict,
-    "vision_config": dict,
+    "mm_vision_tower": (str,),
+    "model_type": (str,),
+    "projector_hidden_act": (str,),
+    "text_config": (dict,),
+    "vision_config": (dict,),
     "vision_feature_layer": (int, list),
-    "vision_feature_select_strategy": str,
+    "vision_feature_select_strategy": (str,),
 }
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError if an entry of a `config.json`, or of a config within it, has another type."""
+    """Raise ValueError if an entry of a `config.json`, or of a config within it, has an unexpected type."""
     check_module_counts(config, path)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for name, types in _CONFIG_TYPES.items():
             value = part.get(name) if isinstance(part, dict) else None
             if value is not None and not isinstance(value, types):
-                raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
+                expected = " or ".join(kind.__name__ for kind in types)
+                raise ValueError(f"{path}: {name}: expected {expected}, found {shorten(value)}")
 
 
 def read_source(path: Path) -> SourceCheckpoint:
@@ -442,6 +443,7 @@ def _make_config(
     # Count the layers of the projector, each of which has one matrix. Original LLaVA also stores
     # mm_projector_type, but a single mm_projector.bin has no config.
     num_layers = sum(weight.dim() == 2 for weight in source.projector.values())
+    # A source that names no layer is assumed to use the second-to-last one, as LLaVA 1.5 does.
     layer = source.config.get(
         "vision_feature_layer", source.config.get("mm_vision_select_layer", -2)
     )

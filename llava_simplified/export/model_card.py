@@ -140,6 +140,7 @@ def _scores_section(scores: Path) -> str:
     """Return the table of scores."""
     # {"predictions.json": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}}
     by_file = json.loads(scores.read_text(encoding="utf-8"))
+    # Show the scores of the first file of predictions only.
     first_scores = next(iter(by_file.values()))
     lines = ["## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
     for name, numbers in first_scores["mean"].items():

@@ -34,6 +34,7 @@ def modelfile(model: Llava) -> str:
         before = before.removeprefix(tokenizer.bos_token)  # Ollama adds it itself
     end_token = tokenizer.convert_ids_to_tokens(model.prompt.end_id)
     template = f"{before}{_PROMPT}{after}{{{{ .Response }}}}"
+    # Ollama loads both files: the language model, and the vision tower with the projector.
     lines = [
         "FROM ./model.gguf",
         "FROM ./mmproj.gguf",

@@ -370,6 +370,7 @@ def _check_caption(
     if caption_ids == reference.caption_ids:
         return True
 
+    # If one caption is a prefix of the other, one model has stopped earlier. That is an error, not a tie.
     position = _first_difference(caption_ids, reference.caption_ids)
     if position is not None:
         # Compute the logits at the first difference.
