@@ -253,9 +253,9 @@ def _find_image(
         if located is not None:
             matches.add(image, located)
     except AmbiguousNameError as error:
-        issues.note("image name that matches several files (skipped)", row.number, error)
+        issues.note("image name that fits several files (skipped)", row.number, error)
         return ""
-    # The system rejects the name, for example because it is too long or contains a null character.
+    # For example, the name is too long, or contains a null character.
     except (OSError, ValueError):
         located = None
     if located is None:

@@ -154,13 +154,13 @@ def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
         issues.note("byte order mark (removed)", 1, "UTF-8")
         first = first[len(BOM) :]
     for number, raw in enumerate(itertools.chain([first], stream), 1):
-        # Decode each line separately, because a list may be put together from files with different encodings.
+        # Line by line, because lists are put together from files with different encodings.
         try:
             text = raw.decode()
         except UnicodeDecodeError:
             text = raw.decode("cp1252", "replace")
             issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
-        # `first` is empty if the file is empty.
+        # Of an empty file, the first line is empty.
         if text:
             yield text
 
