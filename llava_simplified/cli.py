@@ -91,6 +91,10 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "llava_simplified.training.train_command:main",
             "Train a LLaVA model",
         ),
+        "pairs": Command(
+            "llava_simplified.training.pairs_command:main",
+            "Make preference pairs from sampled captions, by reward",
+        ),
     },
     "Caption and evaluate": {
         "caption": Command(

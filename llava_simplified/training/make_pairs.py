@@ -1,0 +1,184 @@
+"""Make preference pairs from sampled captions: the highest reward is chosen, the lowest rejected.
+
+llava predict --trials 5        llava pairs                               llava train --objective dpo
+
+0.jpg: a cat                    reward 1.0  --+--> chosen:   a cat
+       a black dog              reward 0.2  --|
+       a dog                    reward 0.0  --+--> rejected: a dog
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.data.questions import Question
+from llava_simplified.data.records import Record, Records, response_problem
+from llava_simplified.data.rows import open_rows
+from llava_simplified.prepare.record_writer import RecordWriter
+from llava_simplified.prompt import IMAGE_PLACEHOLDER
+from llava_simplified.training.rewards import Reward
+
+SUFFIXES = (".json", ".jsonl")
+# Captions are passed to the reward in batches of this size, which matters for rewards that run a model.
+_REWARD_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class _SampledRecord:
+    """A record, as rewards read it (see `rewards.RewardedRecord`)."""
+
+    id: str
+    image: str
+    references: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def read_samples(path: Path, records: Records) -> dict[int, list[str]]:
+    """Read the distinct captions that `llava predict` has generated for each record.
+
+    Args:
+        path: The prediction file: one row per caption, with the `index` of the record.
+        records: The records that were captioned.
+
+    Returns:
+        Index of a record -> its distinct captions, in the order of the file.
+
+    Raises:
+        ValueError: A row is no prediction, or belongs to other records. The message names file and row.
+    """
+    samples: dict[int, dict[str, None]] = {}
+    rows = open_rows(path)
+    for number in range(len(rows)):
+        row = rows[number]
+        where = f"{path} row {number}"
+        index, caption = row.get("index"), row.get("pred_output")
+        if type(index) is not int or not isinstance(caption, str):
+            raise ValueError(
+                f"{where}: expected a row of `llava predict`, with the keys index and pred_output; got {sorted(row)}"
+            )
+        _check_same_image(row, index, records, where)
+        samples.setdefault(index, {})[caption.strip()] = None
+    return {index: list(captions) for index, captions in samples.items()}
+
+
+def _check_same_image(row: Mapping[str, Any], index: int, records: Records, where: str) -> None:
+    """Check that a prediction is about the image of the record with its index.
+
+    Raises:
+        ValueError: There is no such record, or it has another image.
+    """
+    if not 0 <= index < len(records):
+        raise ValueError(
+            f"{where}: index {index}, but --data-path has only {len(records)} records; pass the file that was captioned"
+        )
+    images = records[index].images
+    expected = images[0] if images else None
+    if row.get("image") != expected:
+        raise ValueError(
+            f"{where}: the image is {row.get('image')!r}, but that of record {index} in --data-path is {expected!r}; "
+            "pass the file that was captioned"
+        )
+
+
+def write_pairs(
+    samples: Mapping[int, Sequence[str]],
+    records: Records,
+    reward: Reward,
+    output: Path,
+    *,
+    image_folder: Path,
+    min_difference: float = 0.0,
+) -> Counter[str]:
+    """Write one pair for each record whose captions differ in reward.
+
+    Args:
+        samples: The captions of each record, see `read_samples`.
+        records: The records that were captioned, with their references.
+        reward: The reward of captions.
+        output: Output file: .json or .jsonl.
+        image_folder: Folder of the images.
+        min_difference: Minimum difference of the rewards of chosen and rejected; pairs with equal rewards are
+            never written.
+
+    Returns:
+        Number of records by what became of them: a pair, or the reason why there is none.
+
+    Raises:
+        ValueError: A reward fails, or no pair is left.
+    """
+    counts: Counter[str] = Counter()
+    candidates: dict[int, Record] = {}
+    for index, captions in samples.items():
+        record = records[index]
+        # Empty captions cannot be trained on: DPO needs two answers.
+        usable = [caption for caption in captions if caption]
+        if response_problem(record):
+            counts["without a reference"] += 1
+        elif len(usable) < 2:
+            counts["with fewer than two distinct captions"] += 1
+        else:
+            candidates[index] = record
+
+    with RecordWriter(output) as writer:
+        for indices in _batches(list(candidates)):
+            captions_of = [[text for text in samples[index] if text] for index in indices]
+            batch = [candidates[index] for index in indices]
+            for index, captions, rewards in zip(
+                indices, captions_of, _rewards(batch, captions_of, reward, image_folder)
+            ):
+                best = max(range(len(captions)), key=rewards.__getitem__)
+                worst = min(range(len(captions)), key=rewards.__getitem__)
+                difference = rewards[best] - rewards[worst]
+                if difference <= 0 or difference < min_difference:
+                    counts["with too small a difference of rewards"] += 1
+                    continue
+                writer.write(_pair(candidates[index], captions[best], captions[worst]))
+                counts["pairs"] += 1
+        # Raise inside the `with` block, so that the empty file is discarded.
+        if not writer.count:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            raise ValueError(
+                f"no record has two captions with different rewards ({reasons}). Sample more captions "
+                "(--trials, --temperature), or lower --min-difference."
+            )
+    return counts
+
+
+def _batches(indices: Sequence[int]) -> list[Sequence[int]]:
+    starts = range(0, len(indices), _REWARD_BATCH)
+    return [indices[start : start + _REWARD_BATCH] for start in starts]
+
+
+def _rewards(
+    records: Sequence[Record],
+    captions_of: Sequence[Sequence[str]],
+    reward: Reward,
+    image_folder: Path,
+) -> list[list[float]]:
+    """Return the reward of each caption of each record, computed in one call."""
+    repeated: list[_SampledRecord] = []
+    captions: list[str] = []
+    for record, group in zip(records, captions_of):
+        image = str(image_folder / record.images[0]) if record.images else ""
+        rewarded = _SampledRecord(record.id, image, record.responses, record.questions)
+        repeated += [rewarded] * len(group)
+        captions += group
+    values = iter(reward(repeated, captions))
+    return [[next(values) for _ in group] for group in captions_of]
+
+
+def _pair(record: Record, chosen: str, rejected: str) -> dict[str, Any]:
+    """Return the prompt of a record with two answers, as a JSON object."""
+    answers = {"chosen": chosen, "rejected": rejected}
+    [*others, last] = record.turns
+    if not others and len(record.images) <= 1:
+        # The placeholder in front is inserted again when the pair is read.
+        instruction = last.content.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+        image = record.images[0] if record.images else None
+        return {"image": image, "instruction": instruction, **answers}
+    turns = [{"from": turn.role, "value": turn.content} for turn in record.turns]
+    return {"images": list(record.images), "conversations": turns, **answers}

@@ -1,0 +1,120 @@
+"""`llava pairs`: make preference pairs from sampled captions, by reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_simplified.options import CommandParser, add_image_folder_option, print_text
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava pairs`."""
+    parser = CommandParser(
+        "llava pairs",
+        "Make preference pairs from sampled captions: of each image, the caption with the highest reward is chosen, "
+        "that with the lowest is rejected.",
+    )
+    parser.add_argument(
+        "predictions",
+        type=Path,
+        help="Prediction file of `llava predict --trials N --temperature 1`",
+    )
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        required=True,
+        help="The records that were captioned, with their references",
+    )
+    add_image_folder_option(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="Output file of pairs, .json or .jsonl, for `llava train --objective dpo`",
+    )
+    parser.add_argument(
+        "--reward",
+        default="cider",
+        help="Rewards with weights, as of `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-difference",
+        type=float,
+        default=0.0,
+        help="Minimum difference between the rewards of the chosen and the rejected caption (default: %(default)s)",
+    )
+    _add_reward_options(parser)
+    return parser
+
+
+def _add_reward_options(parser: CommandParser) -> None:
+    """Add what single rewards need; the options of `llava train` have the same names."""
+    group = parser.add_argument_group("options of single rewards")
+    group.add_argument(
+        "--reward-workers",
+        type=int,
+        default=1,
+        help="Number of processes that run module:function (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reward-timeout",
+        type=float,
+        default=60.0,
+        help="Maximum duration in seconds of a call of module:function, and of a request of qa (default: %(default)s)",
+    )
+    group.add_argument("--reward-clip", default="", help="Folder of a CLIP model, for clipscore")
+    group.add_argument(
+        "--reward-endpoint", default="", help="Base URL of a server with OpenAI's API, for qa"
+    )
+    group.add_argument(
+        "--reward-endpoint-model", default="", help="Name of the model on --reward-endpoint"
+    )
+    group.add_argument(
+        "--reward-tries",
+        type=int,
+        default=1,
+        help="How often qa asks each question, each time with its options in another order (default: %(default)s)",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava pairs`: write the pairs, and print what became of the records."""
+    args = build_parser().parse_args(argv)
+
+    # Import these only now, so that `--help` does not wait for numpy and Transformers.
+    from llava_simplified.data.records import open_records
+    from llava_simplified.training.make_pairs import SUFFIXES, read_samples, write_pairs
+    from llava_simplified.training.rewards import Reward, RewardOptions
+
+    if args.output.suffix not in SUFFIXES:
+        raise ValueError(f"--output {args.output}: unsupported suffix; use .json or .jsonl")
+    if args.min_difference < 0:
+        raise ValueError(f"--min-difference {args.min_difference:g}: expected 0 or more.")
+    records = open_records(args.data_path)
+    samples = read_samples(args.predictions, records)
+    options = RewardOptions(
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        clip=args.reward_clip,
+        endpoint=args.reward_endpoint,
+        endpoint_model=args.reward_endpoint_model,
+        tries=args.reward_tries,
+    )
+    # `cider` weights n-grams by their frequencies in all records, not only in those that were captioned.
+    reward = Reward(args.reward, (record.responses for record in records), options)
+    data_path: Path = args.data_path
+    folder_of_records = data_path if data_path.is_dir() else data_path.parent
+    image_folder = Path(args.image_folder or folder_of_records)
+    counts = write_pairs(
+        samples,
+        records,
+        reward,
+        args.output,
+        image_folder=image_folder,
+        min_difference=args.min_difference,
+    )
+    num_pairs = counts.pop("pairs")
+    print_text(f"{num_pairs:>9,} pairs -> {args.output}")
+    for reason, count in counts.items():
+        print_text(f"{count:>9,} records {reason}, without a pair")
+    return 0
