@@ -12,9 +12,9 @@ Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which
 **Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
 again (`image_formats.without_metadata`).
 
-**One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
+**One error type.** A decoder may raise any exception, not only the documented ones: a ZeroDivisionError for an AVIF
 with a time scale of zero, a TypeError for a wrong TIFF tag. So every call of Pillow, simplejpeg or their plugins with
-untrusted bytes is inside of `_decoder_errors`, which makes each exception an `ImageError`.
+untrusted bytes is inside `_decoder_errors`, which converts each exception to an `ImageError`.
 
     path, bytes, PIL image, array --- load_pixels ---> uint8 RGB, upright, transparency on white, 16 bits scaled to 8
 """
@@ -65,8 +65,8 @@ ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 channels), with one (grey), two (grey, alpha), three (RGB) or four (RGBA) channels."""
 
 MAX_PIXELS = 50_000_000  # 150 MB of RGB
-# The most memory that decoding takes, transparency included; measured by a test. An admission limit can multiply it by
-# what `read_image_size` returns.
+# Upper bound of the memory for decoding, with transparency; a test measures it. Multiply it by the number of pixels
+# (see `read_image_size`) to limit how many images are decoded at the same time.
 DECODE_BYTES_PER_PIXEL = 16
 # Every scan of a JPEG is decoded over the whole image, however few bytes it has. libjpeg-turbo's fuzzers stop at 500;
 # ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
@@ -81,7 +81,7 @@ _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 _EXIF_ORIENTATION = 274
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height change places
-# How to make an image upright, by its EXIF orientation; others mean that it is upright.
+# EXIF orientation -> how to make the image upright. Other values mean that it is upright already.
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,8 +93,8 @@ _ORIENTATIONS = {
 }
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 _MAX_SIXTEEN_BITS = 65_535
-_RLE_COMPRESSIONS = (1, 2)  # of a BMP
-_RLE_MAX_ROWS = 255  # that one code of a BMP skips
+_RLE_COMPRESSIONS = (1, 2)  # values of a BMP's compression field: run lengths of 8-bit and of 4-bit pixels
+_RLE_MAX_ROWS = 255  # maximum number of rows that one code of such a BMP skips
 
 Result = TypeVar("Result")
 
@@ -176,8 +176,8 @@ def _read_located(located: LocatedFile) -> bytes:
 def load_pixels(image: ImageSource) -> np.ndarray:
     """Convert any form of an image to uint8 RGB (height, width, 3), upright, with transparency on white.
 
-    A file, its bytes, and the PIL image or the array that was made of it give the same pixels, as far as these contain
-    them: an array has no EXIF orientation. Files are decoded within the process's budget (`pixel_budget`).
+    A file, its bytes, and a PIL image or array of it give the same pixels, except that an array has lost the EXIF
+    orientation. Files are decoded within the process's budget (`pixel_budget`).
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
@@ -212,8 +212,8 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
     if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
         raise ValueError(
-            "an image array must be uint8 RGB (height, width, 3), or uint16 or bool, or have 1, 2 or 4 channels; "
-            f"this one is {array.dtype} {array.shape}"
+            "an image array must be uint8, uint16 or bool, with the shape (height, width) or (height, width, channels) "
+            f"and 1 to 4 channels; got {array.dtype} {array.shape}"
         )
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
@@ -364,8 +364,8 @@ def _encode_resized(image: Image.Image, data: bytes, width: int, height: int) ->
     is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
     if is_transposed:  # by its EXIF orientation
         width, height = height, width
-    # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
-    # to that of the original image.
+    # Bilinear, because bicubic takes 1.6 times as long, and reduces the difference from the original image by only
+    # 3 % once both are resized for the vision tower.
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     encoded = simplejpeg.encode_jpeg(
         np.ascontiguousarray(np.asarray(resized)),
@@ -407,7 +407,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     return _without_metadata_if_needed(count, data)
 
 
-# ---- the border ----
+# ---- errors of decoders ----
 
 
 @contextmanager
@@ -437,11 +437,11 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
     try:
         return decode(data)
     except ImageError as error:
+        # Other kinds are not caused by metadata: "too_large" is a limit, and HTML has no pixels.
         if error.kind not in ("corrupt", "not_image", "truncated") or not data:
             raise
-        # Everything else is left as it was: "too_large" is a rule, and HTML has no pixels.
         is_jpeg = data.startswith(b"\xff\xd8")
-        # libjpeg's message about a JPEG is precise. A damaged scan is not decoded twice.
+        # If libjpeg says that pixels are damaged, do not spend time on a second attempt.
         is_from_libjpeg = any(text in str(error) for text in jpeg_segments.DAMAGING_WARNINGS)
         if is_jpeg and is_from_libjpeg:
             raise
@@ -451,7 +451,7 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
         try:
             return decode(stripped)
         except ImageError as second:
-            # Of two reasons, the one about pixels.
+            # Both attempts failed. Report the second error if it is about the pixels of a JPEG: its metadata are gone.
             if is_jpeg and second.kind in ("corrupt", "truncated"):
                 raise
             raise error from None

@@ -23,7 +23,7 @@ class Question:
     Attributes:
         text: The question.
         options: Two options or more, all different.
-        answer: Index of the correct one.
+        answer: Index of the correct option.
     """
 
     text: str

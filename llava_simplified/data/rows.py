@@ -46,7 +46,7 @@ _MAX_VALUE_BYTES = 1 << 26  # a longer value is treated as broken JSON, such as 
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
 
 
-# An element of a JSON file: (key of the top-level object or "", value, first byte, end byte).
+# An element of a JSON file: (key of the top-level object or "", value, position of its first byte, position of its end).
 JsonItem: TypeAlias = tuple[str, Any, int, int]
 
 
@@ -107,7 +107,8 @@ class RowFile(Sequence[dict[str, Any]]):
             self._starts, self._lengths = _line_spans(path)
         else:
             self._starts, self._lengths = _array_spans(path)
-        self._numbers: np.ndarray | None = None  # of the rows in the file, if some are left out
+        # The number of each row in the file, if `without` has left out some rows.
+        self._numbers: np.ndarray | None = None
         self._file: IO[bytes] | None = None
 
     def without(self, indices: Sequence[int]) -> RowFile:
@@ -270,7 +271,7 @@ def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
         key, _, _ = scanner.read_value()
         if not isinstance(key, str):
             raise ValueError(
-                f"{scanner.name}: expected the name of a value, a JSON string, at byte {position}; got {key!r:.80}"
+                f"{scanner.name}: not JSON: expected the name of a value (a string) at byte {position}; got {key!r:.80}"
             )
         scanner.expect(":")
         if scanner.peek() == "[":
@@ -340,7 +341,7 @@ class _JsonScanner:
         """
         if self.peek() != character:
             raise ValueError(
-                f"{self.name}: not JSON at byte {self.file_position}: {character!r} expected"
+                f"{self.name}: not JSON at byte {self.file_position}: expected {character!r}"
             )
         self.position += 1
 

@@ -6,7 +6,7 @@ processes and in the transfer to a GPU.
 
 **Antialiased resize on uint8.** When an image is shrunk, plain interpolation reads only the 2 or 4 nearest pixels and
 skips those between; edges turn into jagged patterns that did not occur in CLIP's training. With antialiasing the filter
-is as wide as the shrinking factor, so every pixel counts:
+is as wide as the shrinking factor, so every pixel contributes:
 
     plain        x . . . x . . . x      every fourth pixel is read (factor 4)
     antialiased  \\_______/\\_____/        a weighted mean of all pixels
@@ -37,7 +37,7 @@ from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
 
-MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
+MAX_SIDE = 8192  # pixels; the inputs of the largest towers have about 1,500
 
 if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs only the sizes
     import torch
@@ -93,15 +93,15 @@ class ImageTransform:
             image_aspect_ratio: "crop" to follow the file, "pad" to make images square before that.
 
         Raises:
-            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do
-                (tiling, no normalization, or padding although `image_aspect_ratio` is "crop").
+            ValueError: There is no such folder, the file is missing, or its processor is not supported (it cuts images
+                into tiles, does not normalize, or adds borders although `image_aspect_ratio` is "crop").
         """
         if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
             raise ValueError(
                 f"--image_aspect_ratio must be crop or pad, not {image_aspect_ratio!r}"
             )
         check_model_name(name_or_path)
-        # The entries of the file may have any value, and processors do not check them.
+        # The file may contain any values, and processors do not check them, so they may raise any error.
         with blame_file(name_or_path):
             processor = load_image_processor(name_or_path)
             _check_padding(processor, image_aspect_ratio, name_or_path)
@@ -278,12 +278,12 @@ class ImageTransform:
         """
         new_height, new_width = self.resized_size(height, width)
         crop_height, crop_width = self.crop
-        # The size of what is resized, and the position of the image in it.
+        # The size of the image with its borders, and the position of the image in it.
         full_height, full_width, top, left = height, width, 0, 0
         if self.pad_color is not None:
             full_height = full_width = max(height, width)
             top, left = self._offset(height, width)
-        # The crop has the same center as what is resized.
+        # The center of the crop is the center of the image with its borders.
         half_height = crop_height / new_height / 2
         half_width = crop_width / new_width / 2
         return (
@@ -318,7 +318,8 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
     """
     from transformers import utils
 
-    # Not from `transformers`: up to 5.17, what that exports is a placeholder that requires torchvision.
+    # Import it from its module: up to version 5.17, `transformers` itself exports a placeholder that requires
+    # torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     file_name = "preprocessor_config.json"
@@ -396,7 +397,8 @@ def _resize_and_crop(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
             "so images would have different sizes; this is not supported"
         )
-    # This is ConvNeXt's processor. Its `size` is that of the crop; from 384 pixels on, images are stretched instead.
+    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the crop. From 384 pixels on, it does not crop,
+    # but stretches images to a square.
     square = (shorter_side, shorter_side)
     if shorter_side >= 384:
         return square, square
