@@ -412,7 +412,9 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
             "--prompt-file from which one is chosen for each image."
         )
     if args.separator is not None and args.existing not in ("append", "prepend"):
-        raise ValueError("--separator: this option requires --existing append or --existing prepend.")
+        raise ValueError(
+            "--separator: this option requires --existing append or --existing prepend."
+        )
     if args.output and Path(args.output).suffix in (".json", ".jsonl"):
         raise ValueError(
             f"--output {args.output}: with --write, pass a folder for the caption files instead of a file."

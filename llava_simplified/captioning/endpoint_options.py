@@ -76,7 +76,9 @@ class EndpointOptions:
         # `not 0 < value` refuses NaN too, unlike `value <= 0`.
         for name in ("timeout", "max_wait"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{_option(name)} {getattr(self, name)}: must be a number above 0 (seconds)")
+                raise ValueError(
+                    f"{_option(name)} {getattr(self, name)}: must be a number above 0 (seconds)"
+                )
         if "" in self.stop:
             raise ValueError("--stop: the text is empty; pass the text that ends a caption")
         self.extra_fields()  # checks the format

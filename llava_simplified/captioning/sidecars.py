@@ -252,7 +252,9 @@ class SidecarWriter:
             for part in (*parts[:-1], parts[-1] + self.options.suffix):
                 problem = windows_problem(part)
                 if problem:
-                    raise SidecarError(f"the key {key!r} cannot be a file name on Windows: {problem}")
+                    raise SidecarError(
+                        f"the key {key!r} cannot be a file name on Windows: {problem}"
+                    )
         return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
 
     def is_kept(self, image: str) -> bool:

@@ -100,7 +100,9 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
         raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: turn {number} of {key!r} must be an object, got {shorten(turn)}")
+            raise ValueError(
+                f"{where}: turn {number} of {key!r} must be an object, got {shorten(turn)}"
+            )
         check_turn_keys(turn, where)
         turns.append(turn_of(turn))
     return turns

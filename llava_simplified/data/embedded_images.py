@@ -426,5 +426,7 @@ def _name_of_images(path: Path, schema: pa.Schema) -> str:
     """
     column = find_image_column(schema)
     if column is None:
-        raise ValueError(f"{path}: no column with images (a struct with 'bytes', or bytes under a name such as 'image')")
+        raise ValueError(
+            f"{path}: no column with images (a struct with 'bytes', or bytes under a name such as 'image')"
+        )
     return column.name

@@ -93,7 +93,10 @@ _ORIENTATIONS = {
 }
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 _MAX_SIXTEEN_BITS = 65_535
-_RLE_COMPRESSIONS = (1, 2)  # values of a BMP's compression field: run lengths of 8-bit and of 4-bit pixels
+_RLE_COMPRESSIONS = (
+    1,
+    2,
+)  # values of a BMP's compression field: run lengths of 8-bit and of 4-bit pixels
 _RLE_MAX_ROWS = 255  # maximum number of rows that one code of such a BMP skips
 
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_simplified.data.chat_rows import is_chat, join_parts, convert_chat, turn_of
+from llava_simplified.data.chat_rows import convert_chat, is_chat, join_parts, turn_of
 from llava_simplified.foreign_files import shorten
 
 PAIR_KEYS = ("chosen", "rejected")

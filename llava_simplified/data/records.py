@@ -21,8 +21,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from llava_simplified.data.chat_rows import is_chat, path_of_image, convert_chat
-from llava_simplified.data.preference_rows import is_pair, convert_pair
+from llava_simplified.data.chat_rows import convert_chat, is_chat, path_of_image
+from llava_simplified.data.preference_rows import convert_pair, is_pair
 from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.unsupported import (

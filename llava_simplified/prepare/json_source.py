@@ -21,8 +21,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from llava_simplified.data.chat_rows import is_chat, convert_chat
-from llava_simplified.data.preference_rows import PAIR_KEYS, is_pair, convert_pair
+from llava_simplified.data.chat_rows import convert_chat, is_chat
+from llava_simplified.data.preference_rows import PAIR_KEYS, convert_pair, is_pair
 from llava_simplified.data.records import answers_of_prediction, image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines

@@ -66,7 +66,10 @@ def test_conversations_before_the_pair_and_pairs_of_text_are_kept() -> None:
         ({"rejected": None}, "'rejected' must be a text"),
         ({"chosen": [USER]}, "role 'user'"),
         ({"chosen": [USER, CHOSEN]}, "last turn only"),
-        ({"rejected": [{"role": "assistant", "content": [IMAGE_PART]}]}, "an answer must be a text"),
+        (
+            {"rejected": [{"role": "assistant", "content": [IMAGE_PART]}]},
+            "an answer must be a text",
+        ),
         ({"prompt": [USER, CHOSEN]}, "another answer, 'a cat'"),
         ({"images": []}, "0 image"),
     ],
