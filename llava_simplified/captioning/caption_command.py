@@ -145,7 +145,7 @@ def _add_text_options(parser: CommandParser) -> None:
         "--prompt-file",
         metavar="FILE",
         help="Text file of prompts, one per line, as `WEIGHT | PROMPT` or `PROMPT`; one is chosen for each "
-        "image. {name}, {folder} and {tags} are replaced by those of the image",
+        "image. {name}, {folder} and {tags} are replaced by the values of the image",
     )
     group.add_argument(
         "--template",
@@ -306,7 +306,7 @@ def chat_main(argv: list[str] | None = None) -> int:
             return 0
         turns.append(Message("user", question))
         pieces = []
-        # Pass the whole conversation every time, because the model has no memory between calls.
+        # Pass the entire conversation every time, because the model has no memory between calls.
         for piece in model.stream(turns, [pixels], **options):
             print_text(piece, end="")
             pieces.append(piece)
@@ -583,7 +583,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # With a server, this process needs no GPU, and does not import torch.
+    # With a server, this process needs no GPU, and must not import torch, which may not be installed.
     if style.endpoint is None:
         _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)

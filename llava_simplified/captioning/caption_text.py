@@ -128,7 +128,7 @@ def limit_words(text: str, max_words: int) -> str:
     cut = text[: matches[max_words - 1].end()]
     # A sentence must end after the first half of the words, otherwise too much of the text would be lost.
     enough = matches[(max_words - 1) // 2].end()
-    # Find the last sentence end. Search in the whole text, because whether a sentence ends at the end of `cut`
+    # Find the last sentence end. Search in the full text, because whether a sentence ends at the end of `cut`
     # depends on the character after it.
     sentence_end = 0
     for match in _SENTENCE_END.finditer(text):

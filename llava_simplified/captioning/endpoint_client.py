@@ -310,8 +310,8 @@ class EndpointClient:
         status = response.status
         if status == 200:
             return
-        # The body describes an error better than the status does. `error_message` shortens it, since proxies send
-        # whole web pages.
+        # The body describes an error better than the status does. `error_message` shortens it, since the body of a
+        # proxy's error is a web page.
         message = f"status {status}: {error_message(answer) or response.reason}"
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:

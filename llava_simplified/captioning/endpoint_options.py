@@ -61,7 +61,7 @@ class EndpointOptions:
 
     def __post_init__(self) -> None:
         _check_url(self.url)
-        # Integer options, with minimum and maximum.
+        # Options that are integers -> (minimum, maximum).
         ranges = {
             "concurrency": (1, math.inf),
             "max_side": (1, _MAX_SIDE),
@@ -81,7 +81,8 @@ class EndpointOptions:
                 )
         if "" in self.stop:
             raise ValueError("--stop: the text is empty; pass the text that ends a caption")
-        self.extra_fields()  # checks the format
+        # Parse the fields now, so that a wrong format is reported before the job starts.
+        self.extra_fields()
 
     @property
     def completions_url(self) -> str:

@@ -102,7 +102,7 @@ class CaptionFinisher:
         Raises:
             SidecarError: The template has {tags}, and the file with the tags cannot be read.
         """
-        # Read the file only if the template needs it.
+        # Reading a file for every image takes time, so read it only if the template contains {tags}.
         tags = ""
         if self._needs_tags and image:
             tags = read_tags(image, self._image_folder)

@@ -106,7 +106,7 @@ def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> W
 
 
 def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "") -> str:
-    """Return the text of a prompt for an image; the arguments are those of `image_fields`."""
+    """Return the text of a prompt for an image. See `image_fields` for the arguments."""
     fields = image_fields(image, folder, tags)
     # A file may be called "<image>.jpg". Remove the brackets, because a placeholder in the prompt stands for an image.
     without_brackets = IMAGE_PLACEHOLDER.strip("<>")

@@ -107,7 +107,7 @@ def collect_items(
     failures: Iterable[Mapping[str, Any]],
     kept: Mapping[str, str],
 ) -> list[ReviewItem]:
-    """Return one item for each image, sorted by name; the arguments are those of `write_review`."""
+    """Return one item for each image, sorted by name. See `write_review` for the arguments."""
     items: dict[str, ReviewItem] = {}
     for row in rows:
         item = items.setdefault(row["image"] or "", ReviewItem(row["image"] or ""))

@@ -111,10 +111,10 @@ class CaptionJob:
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those that cannot be captioned."""
+    """The result of a job, in records."""
 
-    captioned: int
-    failed: int
+    captioned: int  # records that have captions, also from earlier runs of the job
+    failed: int  # records that cannot be captioned
 
 
 class JobFiles(NamedTuple):
@@ -157,6 +157,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     files = _job_files(job, folder)
     images = records.names if isinstance(records, ImageRecords) else ()
     finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
+    # Hold the lock until the end, because two processes that append to one journal would mix their rows.
     with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
@@ -177,6 +178,8 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
                     write_review(
                         job.review, folder, journal.rows(), failures.rows(), finisher.kept_texts()
                     )
+        # Also after Ctrl-C: without this, a job that has captioned nothing would require that the next run has the same
+        # settings.
         except BaseException:
             _remove_empty_job(files)
             raise
@@ -396,7 +399,7 @@ def _caption_remaining(
     num_finished = len(indices) - len(remaining)
     num_records = len(indices)
     if isinstance(records, ImageRecords) and job.sidecars is not None:
-        # With sidecar files, each image has one prompt, so the index of a record is that of its image.
+        # With sidecar files, each image has one prompt, so records and images have the same indices.
         images = ((index, records.names[index]) for index in remaining)
         remaining, refused = finisher.admit(images, _images_left(job, num_finished))
         num_records = num_finished + len(remaining) + len(refused) + len(finisher.kept)
@@ -454,7 +457,7 @@ def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
 
     Args:
         records: All records.
-        done: Index -> image of the records that have captions, and of those that have failed.
+        done: Index -> image, for the records that have captions, and for the records that have failed.
     """
     per_image = len(records.instructions)
     numbered = chain.from_iterable(images.items() for images in done)

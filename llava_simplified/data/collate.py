@@ -220,7 +220,7 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
         starts = np.flatnonzero(np.diff(branch_ids, prepend=0))
         num_branches = len(starts)
         prompt_length = starts[0]
-        # The first token of a branch follows the last token of the prompt, not that of the branch before.
+        # The first token of a branch follows the last token of the prompt, not the end of the previous branch.
         predicted_from[starts] = prompt_length - 1
         # Index of the first token of the branch that each position belongs to; not used in the prompt.
         branch_number = np.searchsorted(starts, index, side="right")

@@ -97,7 +97,7 @@ class CaptionDataset(Dataset[Example]):
         file in millions must not end a run, and the trainer counts the warnings.
 
         Raises:
-            ValueError: No image of the whole dataset can be read, or a record has no usable response.
+            ValueError: No image of the dataset can be read, or a record has no usable response.
         """
         warnings: list[str] = []
         for offset in range(len(self)):
@@ -240,7 +240,7 @@ class CaptionDataset(Dataset[Example]):
         return prefix, answers, warnings
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
-        """Return the token ids of as many whole words as fit, and the end token.
+        """Cut a response after a word so that it fits, and return its token ids with the end token.
 
         The end token is kept, so that the model still learns to stop.
 

@@ -249,7 +249,10 @@ class ParquetRows(ColumnarFile):
             yield batch, are_embedded
 
     def _image_leaves(self) -> list[str]:
-        """Return the leaf columns of the image column, such as `image.bytes` and `image.path`."""
+        """Return the leaf columns of the image column, such as `image.bytes` and `image.path`.
+
+        The last part is the member of the struct, also for a list: `images.list.element.bytes`.
+        """
         assert self.image_column is not None
         name = self.image_column.name
         schema = self.file.schema

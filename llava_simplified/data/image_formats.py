@@ -53,7 +53,7 @@ _DECODED = re.compile(
 )
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that affect pixels, transparency and orientation, and those of an animation.
+# Chunks of a PNG that contain pixels, transparency, the orientation (eXIf) or an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 # Of these, the chunks of an animation: its length, and each frame's place and its pixels.
 _PNG_ANIMATION = {b"acTL", b"fcTL", b"fdAT"}

@@ -76,7 +76,7 @@ MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
 MAX_RLE_PIXELS = 10_000_000
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-JPEG_QUALITY = 95  # of images that `shrink_image` encodes
+JPEG_QUALITY = 95  # quality of the files that `shrink_image` and `portable_image` write
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 _EXIF_ORIENTATION = 274
@@ -110,7 +110,7 @@ class ImageError(ValueError):
 
     Attributes:
         kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
-            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds further reasons.
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds more reasons.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -138,7 +138,7 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
     """Read the file of a record's image.
 
     Nothing outside `folder` is opened. A name that does not exist there is resolved by the rules of `image_folder`:
-    absolute paths are often those of the machine that wrote the records.
+    absolute paths are often valid only on the machine that wrote the records.
 
     Args:
         image: A path below `folder`, `shard.tar#key`, or `rows.parquet#row`.
@@ -253,7 +253,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Check that `decode_image` would succeed, in less time and memory, and return what the file is.
+    """Check that `decode_image` would succeed, in less time and memory, and return the file's format and size.
 
     A JPEG is decoded at an eighth of its size. This still reads every coded bit, which is what finds truncated and
     damaged files; only the inverse transforms are skipped. Other formats are decoded, but not converted to RGB.
@@ -365,7 +365,7 @@ def _encode_resized(image: Image.Image, data: bytes, width: int, height: int) ->
     # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
     pixels = _decode_pixels(image, data, min_size=(height, width))
     is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
-    if is_transposed:  # by its EXIF orientation
+    if is_transposed:  # the EXIF orientation has exchanged width and height
         width, height = height, width
     # Bilinear, because bicubic takes 1.6 times as long, and reduces the difference from the original image by only
     # 3 % once both are resized for the vision tower.

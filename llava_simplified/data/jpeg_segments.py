@@ -159,9 +159,9 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _without_padding(scan: bytes) -> bytes:
-    """Return entropy-coded data without the zeros that some cameras write behind them.
+    """Return entropy-coded data without the zeros that some cameras write after them.
 
-    A file whose rest was overwritten with zeros stays damaged: then pixels are missing, and the decoder says so.
+    A file whose end was overwritten with zeros stays damaged: pixels are missing, and the decoder reports it.
     """
     data = scan.rstrip(b"\0")
     # `rstrip` may have removed the second byte of an escaped FF, which is FF 00.

@@ -11,9 +11,9 @@ Instead, the file is scanned once, and only the *span* of each row is kept in me
 A row is read with `pread` and parsed on access. Spans need 12 bytes per row (40 MB for 3.3 million), in numpy arrays
 that forked workers share; the text itself stays in the page cache of the operating system. The file is not
 memory-mapped: the kernel would count every page that was read as memory of the process, and after random access to all
-rows that is the whole file. Job schedulers kill processes for that.
+rows that is the entire file. Job schedulers kill processes that seem to use too much memory.
 
-Parquet files cannot be read one row at a time: reading one row decodes its whole row group. They are converted to JSONL
+Parquet files cannot be read one row at a time: reading one row decodes its entire row group. They are converted to JSONL
 in the user's cache folder once.
 """
 

@@ -106,7 +106,8 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
 def has_many_directories(data: bytes) -> bool:
     """Return whether a TIFF file has `MAX_DIRECTORIES` pages or more.
 
-    Pillow compares the position of each page with those of all pages before it, which takes hours for a million pages.
+    Pillow compares the position of each page with the positions of all earlier pages, which takes hours for a million
+    pages.
     """
     # Count the pages of both forms, because programs disagree about which byte marks a BigTIFF.
     return any(_count_chain(data, is_big) == MAX_DIRECTORIES for is_big in (False, True))

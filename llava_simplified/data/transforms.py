@@ -12,7 +12,7 @@ is as wide as the shrinking factor, so every pixel contributes:
     antialiased  \\_______/\\_____/        a weighted mean of all pixels
 
 Pillow, which CLIP's own preprocessing uses, always does this; torch does it with `antialias=True`. The weights of
-torch's uint8 kernel have 16 bits, those of Pillow 22: results differ by at most two of 255 grey levels.
+torch's uint8 kernel have 16 bits, and Pillow's have 22, so results differ by at most 2 of 255 grey levels.
 
 **Images that are not square.** `--image_aspect_ratio` selects one of two rules:
 
@@ -168,14 +168,15 @@ class ImageTransform:
         return _center_crop(image[0], self.crop).contiguous()
 
     # The square of a panorama has many times the pixels of the panorama: 400 million for 20,000 x 2,500. It is never
-    # in memory as a whole, because the resize filters in two passes: first along the rows, then along the columns.
+    # completely in memory. The resize filters in two passes, first along the rows and then along the columns, so the first
+    # pass can run on a few rows at a time:
     #
     #     for a few rows at a time                      for all rows
     #     | border | row of the image | border |   ->   border rows, filtered rows, border rows   ->   the result
     #         side pixels      ->      new_width         side rows            ->          new_height
     #
-    # Filtering rows of one color changes nothing, so the border rows are not filtered. The result equals that of
-    # `interpolate` for the whole square bit by bit, since torch's kernel rounds to uint8 between the passes too.
+    # Filtering rows of one color changes nothing, so the border rows are not filtered. The result is bitwise equal
+    # to `interpolate` of the complete square, since torch's kernel rounds to uint8 between the passes too.
 
     def _resize_padded(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
         """Add borders that make an image square, and resize the square.

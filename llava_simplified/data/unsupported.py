@@ -74,8 +74,8 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The row names a video, a sound or the like, an image under a key that is not read, tools, or a part of
-            the prompt beside its instruction.
+        ValueError: The row contains a video, a sound or the like, an image under a key that is not read, tools, or a part
+            of the prompt in addition to its instruction.
     """
     for key, value in row.items():
         # Ignore empty values: a table with images and videos has a column for each, which is empty in the other rows.

@@ -168,6 +168,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
             root / "drawings",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
+    # `llava train --data FOLDER` finds the models in the same folders; see `small_models`.
     models = small_models(cache)
     return DemoAssets(
         language_model=models.language_model,

@@ -117,9 +117,11 @@ class Demo:
             if finished.contains(index, step.argv):
                 self._announce(index, step, len(steps))
                 self.terminal.print("  already done")
+                # Every step has an entry, because `_write_report` finds them by the number of the step.
                 self.durations.append(0.0)
                 continue
             argv = [*step.argv, *self._prepare_run(step, finished.started)]
+            # Record the command before it runs: if it is interrupted, the next demo with the same arguments resumes it.
             finished.start(index, step.argv)
             self._announce(index, step, len(steps))
             self.terminal.print(f"$ llava {_shell_command(argv)}")
@@ -185,7 +187,7 @@ class Demo:
 class FinishedSteps:
     """Records which commands have finished, so that a second demo skips them.
 
-    A command counts as finished only if its arguments and those of all commands before it are the same.
+    A command counts as finished only if its arguments, and the arguments of all commands before it, are the same.
 
     Args:
         path: JSON file with the commands.
@@ -251,6 +253,7 @@ class Watcher:
         self.step = steps[index]
         self.seconds = 0.0
         self._stop = threading.Event()
+        # A daemon thread, so that it does not keep the process alive after Ctrl-C.
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._printed_captions = False
         self._fraction = 0.0
@@ -261,6 +264,7 @@ class Watcher:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
+        # Wait for the thread, so that it does not redraw the progress line after the step has ended.
         self._stop.set()
         self._thread.join()
         self.seconds = time.monotonic() - self._start
@@ -275,7 +279,7 @@ class Watcher:
             left = self._time_left(elapsed, progress.fraction)
             self.demo.terminal.show_progress(f"  {progress.text}; {left}")
             self._print_first_captions()
-            # The last command writes the final report, which must not be replaced by that of a running demo.
+            # The last command writes the final report to the same file, so do not overwrite it.
             is_last = self.index == len(self.steps) - 1
             if self.images is not None and elapsed >= next_report and not is_last:
                 next_report = elapsed + self.REPORT_SECONDS
@@ -343,6 +347,7 @@ class Watcher:
             rows.append(StepRow(step.title, state, detail))
             if number <= self.index and step.run_folder is not None:
                 runs[step.title] = step.run_folder
+        # The share of a step in the progress bar is its share of the expected duration.
         planned = sum(step.seconds for step in self.steps)
         done = sum(step.seconds for step in self.steps[: self.index])
         write_live_report(

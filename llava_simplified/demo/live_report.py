@@ -80,6 +80,7 @@ def write_live_report(
         rows=_image_rows(shown, images),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Replace characters that cannot be encoded: captions may contain lone surrogates.
     with atomic_file(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
 

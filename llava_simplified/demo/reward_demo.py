@@ -92,6 +92,7 @@ def plan_reward_steps(
     num_steps = number_of_steps(RECIPE, max_steps)
     num_images = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
 
+    # Begin with the checkpoint of the demo. The recipe has the same projector and the same adapter.
     train = ["train", "--config", RECIPE, *training_argv(assets, seed)]
     train += option_argv(init_from=output / "model", output_dir=model, max_steps=num_steps)
     predict = predict_argv(assets, model, predictions, limit)
@@ -145,6 +146,6 @@ def _metric_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any])
     # A mean is stored with its interval: [mean, low, high].
     values = f"{before['mean'][name][0]:8.3f}{after['mean'][name][0]:8.3f}"
     difference, low, high = after["compared with"]["differences"][name]["difference"]
-    # There is no interval if there are too few images.
+    # There is no interval if no resamples were drawn.
     interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
     return f"{name:18}{values}   {difference:+.3f}{interval}"
