@@ -399,7 +399,10 @@ def _parse_choice(choice: object) -> Choice:
     if not isinstance(content, str | None):
         raise _TransientError("bad_answer", f"the content is not a string: {shorten(content)}")
     if content and len(content) > MAX_CAPTION_CHARACTERS:
-        raise _TransientError("bad_answer", f"a text of {len(content)} characters is no caption")
+        raise _TransientError(
+            "bad_answer",
+            f"the text has {len(content)} characters; a caption has at most {MAX_CAPTION_CHARACTERS}",
+        )
     if not isinstance(finish_reason, str):
         finish_reason = None
     return Choice((content or "").strip(), finish_reason)

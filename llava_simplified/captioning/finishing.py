@@ -194,7 +194,7 @@ class CaptionFinisher:
             return row
         # An empty file would look like a caption to the next run, which would then skip the image.
         if not caption:
-            raise SidecarError("the model generated no text")
+            raise SidecarError("the model generated no text, so no file was written")
         plan = self._writer.plan(image, caption)
         return None if plan is None else {**row, "sidecar": plan}
 

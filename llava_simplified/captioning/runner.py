@@ -244,7 +244,10 @@ def _log_finished(
     if job.text.loop_guard or job.text.max_words:
         shortened = count_shortened(journal.rows())
         if shortened["loop"]:
-            logger.warning("Captions that ended where they began to loop: %s.", shortened["loop"])
+            logger.warning(
+                "Captions that were cut where they began to repeat themselves: %s.",
+                shortened["loop"],
+            )
         if shortened["max_words"]:
             logger.info("Captions that were cut at --max-words: %s.", shortened["max_words"])
     if job.sidecars is None:

@@ -163,7 +163,9 @@ def new_contents(
     try:
         return form.byte_order_mark + text.encode(form.codec)
     except UnicodeEncodeError as error:
-        raise SidecarError(f"{path}: the caption cannot be encoded ({error})") from None
+        raise SidecarError(
+            f"{path}: the caption cannot be encoded as {form.codec.upper()} ({error})"
+        ) from None
 
 
 def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> str:
@@ -247,7 +249,9 @@ class SidecarWriter:
         # The key comes from the archive, so it is untrusted, and must not lead out of the folder.
         parts = re.split(r"[/\\]", key)
         if ".." in parts or key.startswith("/") or re.match("[A-Za-z]:", key):
-            raise SidecarError(f"the key {key!r} is not safe as a file name")
+            raise SidecarError(
+                f"the key {key!r} is not safe as a file name; it must be a relative path without '..'"
+            )
         if sys.platform == "win32":
             for part in (*parts[:-1], parts[-1] + self.options.suffix):
                 problem = windows_problem(part)

@@ -177,7 +177,7 @@ class CaptionDataset(Dataset[Example]):
             if name not in self.features:
                 raise ImageError(
                     "corrupt",
-                    f"{name} could not be read when the features of all images were computed",
+                    f"{name} has no stored features, because it could not be read when they were computed",
                 )
         stored = torch.stack([self.features[name] for name in record.images])
         # The store contains pixels if the tower is trained (its features change) or if features would not fit.

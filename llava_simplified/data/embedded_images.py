@@ -359,8 +359,11 @@ def read_embedded_image(path: Path, key: str) -> bytes:
         value = _find_parquet_image(path, row)
     if position:
         values = value.values
-        if values is None or not 0 <= int(position) < len(values):
-            raise ValueError(f"{path}: row {row} has no image {position}")
+        num_images = 0 if values is None else len(values)
+        if not 0 <= int(position) < num_images:
+            raise ValueError(
+                f"{path}: row {row} has no image {position}; it has {num_images}, counted from 0"
+            )
         value = values[int(position)]
     # Convert only this image to Python objects, because that copies its bytes.
     image = value.as_py()

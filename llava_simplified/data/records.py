@@ -141,8 +141,8 @@ def _place_images(
     elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
     if elsewhere and count_images(turns) + elsewhere == count:
         raise ValueError(
-            f"{where}: {IMAGE_PLACEHOLDER} in a turn of the system or the assistant; images are supported in the turns "
-            "of the user"
+            f"{where}: {IMAGE_PLACEHOLDER} occurs in a turn of the system or the assistant; images are supported only in "
+            "turns of the user"
         )
     return insert_image_placeholders(turns, count, where)
 
@@ -221,7 +221,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not isinstance(instruction, str):
         raise ValueError(
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"got only {shorten(sorted(row))}"
+            f"got only the keys {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -314,7 +314,7 @@ def insert_image_placeholders(
     if placeholders > 0 or "user" not in roles:
         raise ValueError(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
-            f"{placeholders} time(s)"
+            f"{placeholders} time(s); the turns of the user must contain it once for each image"
         )
     # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count

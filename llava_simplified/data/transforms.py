@@ -353,7 +353,10 @@ def _check_padding(
     if not getattr(processor, "do_pad", False):
         return
     if not processor_pads_to_square(processor):
-        raise ValueError(f"{name_or_path}: {type(processor).__name__} with do_pad is not supported")
+        raise ValueError(
+            f"{name_or_path}: the image processor {type(processor).__name__} adds borders (do_pad) in a way that is not "
+            "supported"
+        )
     if image_aspect_ratio != "pad":
         raise ValueError(
             f"{name_or_path}: its image processor makes images square (do_pad). Pass "
@@ -383,7 +386,10 @@ def _resize_and_crop(
 
     if not size.get("shortest_edge"):
         if not size.get("height") or not size.get("width"):
-            raise ValueError(f"{name_or_path}: unknown 'size' of the image processor: {size}")
+            raise ValueError(
+                f"{name_or_path}: the 'size' of the image processor must have 'shortest_edge', or 'height' and 'width'; got "
+                f"{size}"
+            )
         stretched = _height_and_width(size)
         if crops:
             return stretched, _height_and_width(crop_size)

@@ -84,7 +84,7 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
         _check_media(key, value, where, has_images=bool(images))
         if key in _TOOL_KEYS:
             raise ValueError(
-                f"{where}: the key {key!r}: tools are not supported; remove the record"
+                f"{where}: the key {key!r} is for tools, which are not supported; remove the record"
             )
         if key in _PROMPT_KEYS and "conversations" not in row:
             raise ValueError(
@@ -106,7 +106,7 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
         _check_media(key, value, f"{where}: in a turn", has_images=False)
         if key in _TOOL_KEYS:
             raise ValueError(
-                f"{where}: in a turn: the key {key!r}: tools are not supported; remove the record"
+                f"{where}: in a turn: the key {key!r} is for tools, which are not supported; remove the record"
             )
 
 
