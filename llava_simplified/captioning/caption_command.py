@@ -111,7 +111,7 @@ def build_caption_parser() -> CommandParser:
 
 
 def _add_sidecar_options(parser: CommandParser) -> None:
-    """Add the options of sidecar files, which contain the captions beside the images; see `sidecars.SidecarOptions`."""
+    """Add the options of sidecar files (see `sidecars.SidecarOptions`), and of the review page."""
     group = parser.add_argument_group(
         "sidecar files", "Write the caption of a.jpg into a.txt instead of one output file."
     )
@@ -487,8 +487,8 @@ def _caption_on_terminal(
     name = Path(image).name
     if style.prompts:
         instructions = [prompt_chooser(style.prompts, folder, options.seed or 0)(name)]
-    # The caption is printed, so there are no sidecar files (None).
-    finisher = CaptionFinisher(style.text, None, folder)
+    # The caption is printed, so there are no sidecar files.
+    finisher = CaptionFinisher(style.text, sidecars=None, image_folder=folder)
     for instruction in instructions:
         # Print while the model generates only if the text cannot change afterward: beam search and text options
         # determine it at the end, and several captions would be mixed on the screen.
@@ -524,11 +524,10 @@ def _print_captions_of_endpoint(
     if style.prompts:
         chooser = prompt_chooser(style.prompts, str(image.parent.absolute()), options.seed or 0)
         instructions = [chooser(image.name)]
-    records, folder = open_inputs(args.sources, None, instructions)
-    finisher = CaptionFinisher(style.text, None, folder)
-    # There is one record for each instruction.
+    records, folder = open_inputs(args.sources, image_folder=None, instructions=instructions)
+    finisher = CaptionFinisher(style.text, sidecars=None, image_folder=folder)
     status = 0
-    indices = range(len(records))
+    indices = range(len(records))  # one record for each instruction
     for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
         for row in rows:
             print_text(finisher.finish_text(image.name, row["pred_output"]).text)
@@ -555,7 +554,7 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
             raise ValueError(
                 "--shards replaces --num-chunks and --chunk-idx; pass either --shards or the other two."
             )
-        parse_slice(args.shards, 0)  # checks the format
+        parse_slice(args.shards, total=0)  # raises ValueError if the format is wrong
         index, _, count = args.shards.partition("/")
         return int(index), int(count)
     # By default, use one slice per torchrun process: torchrun sets WORLD_SIZE and RANK.
@@ -665,7 +664,7 @@ def _make_job(
 
 
 def _report(counts: CaptionCounts, job: CaptionJob) -> int:
-    """Log the result of a job, and return the exit status: 1 if no image could be read, else 0."""
+    """Log the result of a job, and return the exit status: 1 if no record could be captioned, else 0."""
     output = job.output
     if job.sidecars is None:
         logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)

@@ -12,7 +12,10 @@ Row = dict[str, Any]  # a JSON object: one line of an output file or of a list o
 
 
 def parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record; or, because one bad row must not end the job, the error that explains why it is not a record."""
+    """Return a record, or an error if the row is not a record.
+
+    The error is returned and not raised, because one bad row must not end the job.
+    """
     try:
         record = records[index]
         # A file name that is not UTF-8 contains lone surrogates, which cannot be encoded.

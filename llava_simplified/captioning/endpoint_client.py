@@ -197,7 +197,7 @@ class EndpointClient:
         """Count a failed record.
 
         Raises:
-            EndpointError: The server has failed more than `max_failures` records.
+            EndpointError: More than `max_failures` records have failed at the server or were rejected by it.
         """
         self.failures[error.kind] += 1
         # Refusals of the model are not failures of the server.
@@ -205,8 +205,8 @@ class EndpointClient:
         if failed > self.endpoint.max_failures:
             kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.failures.items())
             raise EndpointError(
-                f"--max-failures {self.endpoint.max_failures}: {failed} records have failed because of the server "
-                f"({kinds}); the last error: {error}. Run the same command again to continue the job."
+                f"--max-failures {self.endpoint.max_failures}: {failed} records have failed at the server or were "
+                f"rejected by it ({kinds}); the last error: {error}. Run the same command again to continue the job."
             ) from error
 
     # ---- requests ----
@@ -256,7 +256,7 @@ class EndpointClient:
         now = time.monotonic()
         if self._unavailable_since is None:
             self._unavailable_since = now
-            logger.warning("%s: %s; waiting", self.endpoint.url, error)
+            logger.warning("%s: %s; waiting for the server", self.endpoint.url, error)
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
         if waited > max_wait or (error.retry_after or 0) > max_wait:

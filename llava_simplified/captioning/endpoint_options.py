@@ -169,7 +169,8 @@ def _check_url(url: str) -> None:
 
 def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add `--endpoint` and the options that require it."""
-    defaults = EndpointOptions("http://127.0.0.1", "")
+    # Only the defaults of the other fields are used.
+    defaults = EndpointOptions(url="http://127.0.0.1", model="")
     group = parser.add_argument_group(
         "server",
         "Caption with a model on a server with OpenAI's API: vLLM, SGLang, `llava serve`, or a hosted service.",
@@ -199,7 +200,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="Text that ends a caption; repeat the option for several",
+        help="Text that ends a caption; repeat the option for several texts",
     )
     group.add_argument(
         "--extra-body",

@@ -145,7 +145,10 @@ class CaptionFinisher:
                 failures.append(_failure(row["index"], row["image"], str(error)))
                 continue
             if not is_written:
-                reason = "another program has changed the sidecar file while the image was captioned; it was not overwritten"
+                reason = (
+                    "another program has changed the sidecar file while the image was captioned; "
+                    "it was not overwritten"
+                )
                 failures.append(_failure(row["index"], row["image"], reason))
         return failures
 

@@ -106,8 +106,8 @@ class ImageRecords(Sequence[Record]):
         if self.prompt_of is not None:
             instruction = self.prompt_of(name)
         message = Message("user", instruction)
-        turns = insert_image_placeholders([message], 1, name)
-        return Record((name,), turns, (), name)
+        turns = insert_image_placeholders([message], count=1, where=name)
+        return Record(images=(name,), turns=turns, responses=(), id=name)
 
 
 def open_inputs(

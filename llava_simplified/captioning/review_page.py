@@ -116,7 +116,7 @@ def collect_items(
         if row.get("ended_by"):
             item.kind = row["ended_by"]
     for image, text in kept.items():
-        items[image] = ReviewItem(image, "kept", {"": [text]})
+        items[image] = ReviewItem(image, kind="kept", captions={"": [text]})
     for row in failures:
         name = row["image"] or f"index {row['index']}"
         # The item may exist already: an image whose sidecar file could not be written has captions too.

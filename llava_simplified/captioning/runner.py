@@ -376,7 +376,7 @@ def _caption_remaining(
     """Caption the records that are neither in the journal nor in the list of failures."""
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record, records)
-    failed = _finished_records(failures, 1, records)
+    failed = _finished_records(failures, rows_per_record=1, records=records)
 
     def fail(rows: list[Row]) -> None:
         """Add rows to the list of failures."""
@@ -465,7 +465,7 @@ def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
     per_image = len(records.instructions)
     numbered = chain.from_iterable(images.items() for images in done)
     # Usually no image was added or removed. Return before building `known`, which takes gigabytes for millions of images.
-    if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
+    if all(not image or records.name_at(index // per_image) == image for index, image in numbered):
         return
     known: dict[str, int] = {}
     for images in done:
@@ -519,8 +519,8 @@ def _publish_array(files: JobFiles) -> None:
     published_failures.unlink(missing_ok=True)  # an earlier job may have left one
     if files.failures.exists():
         files.failures.replace(published_failures)
-    # Delete the journal before the settings. If we crash in between, a lone settings file is harmless,
-    # but a lone journal makes the next start fail.
+    # Delete the journal before the settings. If the process is killed in between, settings without a journal are
+    # harmless, whereas a journal without settings is an error at the next start.
     files.journal.unlink()
     files.settings.unlink()
 

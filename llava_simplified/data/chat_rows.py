@@ -31,7 +31,7 @@ _IMAGE_PARTS = ("image", "image_url")
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Return whether a row has one of the forms above."""
+    """Return whether a row has one of the forms in the module's docstring."""
     if row.get("messages") is not None or is_question_answer_list(row.get("texts")):
         return True
     turns = row.get("conversations")

@@ -105,6 +105,7 @@ def text_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns that contain no bytes, which would be images, hashes or embeddings."""
     column = find_image_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
+    # Exclude the column of images by its name too: if no image is embedded, its type contains no "binary".
     return [name for name in names if column is None or name != column.name]
 
 
@@ -237,12 +238,13 @@ class ParquetRows(ColumnarFile):
             leaves = self._image_leaves()
             paths = [leaf for leaf in leaves if leaf.rpartition(".")[2] == "path"]
             if are_embedded and paths:
-                # Do not read the bytes. The paths in a list show how many images a row has.
+                # Do not read the bytes. For a list, read the paths, because they show how many images a row has.
                 if self.image_column.is_list:
                     columns += paths
             elif self.image_column.is_list or not are_embedded:
                 columns += leaves
-                # Bytes must be read to find out which rows have them, so read few rows at a time.
+                # The bytes must be read to find out which rows have an image, or how many images a list has. Read few
+                # rows at a time.
                 batch_rows = _BATCH_ROWS_WITH_BYTES
         batches = self.file.iter_batches(batch_rows, columns=columns, use_threads=False)
         for batch in batches:

@@ -54,7 +54,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 
 
 def exact_path(name: str, folder: Path) -> Path | None:
-    """Return the path of exactly this name in `folder`; None for an absolute path outside it."""
+    """Return the path of a name in `folder`; None if the name is an absolute path outside the folder."""
     path = Path(name)
     # Not `is_absolute`: on Windows, `\\home\\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
     # but lead out of the folder too.
@@ -167,7 +167,7 @@ class NameMatches:
 
     def __init__(self) -> None:
         self.rules: Counter[str] = Counter()
-        # (path, key) of an image -> the name that led to it. Images found by "exact" are not stored: their names differ.
+        # (path, key) of an image -> the name that led to it, for images that were not found by "exact".
         self._names: dict[tuple[Path, str | None], str] = {}
         self._lock = Lock()
 

@@ -186,7 +186,7 @@ def _png_without_metadata(data: bytes) -> bytes:
         position += length + 12
         if name not in _PNG_CHUNKS:
             continue
-        # Check the checksums of orientation and animation here; the decoder checks those of the pixels.
+        # Check the checksums of the orientation and of the animation here. The decoder checks the other chunks.
         is_valid = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if name == b"eXIf" and not is_valid:
             continue
@@ -201,7 +201,7 @@ def _webp_without_metadata(data: bytes) -> bytes:
     """Copy the chunks of a WebP file that affect the pixels, and clear the flags of the others in the header."""
     parts = []
     has_exif = False
-    position = 12
+    position = 12  # after "RIFF", the length of the file and "WEBP"
     while position + 8 <= len(data):
         # name (4 bytes) | length (4) | data, padded to an even length
         name = data[position : position + 4]

@@ -276,6 +276,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
             width, height = height, width
         image_format = str(image.format)
         suffix = _SUFFIX_BY_FORMAT.get(image_format, image_format.lower())
+        # Return the file with its metadata, even if they were removed for the check.
         return EncodedImage(data, suffix, width, height)
 
     return _without_metadata_if_needed(check, data)
@@ -397,7 +398,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because one after the first is damaged.
+        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because a later frame is damaged.
     """
 
     def count(file: bytes) -> int:
@@ -415,13 +416,13 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
 
 @contextmanager
 def _decoder_errors(what: str | None) -> Iterator[None]:
-    """Turn whatever Pillow, simplejpeg or a plugin raises into an ImageError.
+    """Convert any exception of Pillow, simplejpeg or a plugin to an ImageError.
 
     Args:
         what: The format of the image, for the message.
     """
     with warnings.catch_warnings():
-        # Pillow's warnings about the size (`max_pixels` decides) and about damaged metadata.
+        # Ignore Pillow's warnings about the size, which `max_pixels` limits, and about damaged metadata.
         warnings.simplefilter("ignore")
         try:
             yield
@@ -506,7 +507,7 @@ def _open_other_format(data: bytes) -> Image.Image:
     """
     name = sniff_format(data)
     is_heif = name in ("HEIC image", "HEIF image")
-    if is_heif and _has_heif_plugin():
+    if is_heif and _register_heif_plugin():
         with _decoder_errors("HEIF"):
             return Image.open(io.BytesIO(data), formats=("HEIF",))
     if not data:
@@ -525,8 +526,8 @@ def _open_other_format(data: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _has_heif_plugin() -> bool:
-    """Register pillow-heif with Pillow. Returns whether it is installed."""
+def _register_heif_plugin() -> bool:
+    """Register pillow-heif with Pillow, and return whether it is installed."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -626,7 +627,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits per channel. Pillow's `convert` would clip them to 255 instead of scaling.
         values = np.asarray(image)
-        if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
+        if image.mode == "I":  # 32 bits, which Pillow uses for the 16-bit pixels of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
         # A PNG may declare one shade of gray transparent.
         if isinstance(image.info.get("transparency"), int):

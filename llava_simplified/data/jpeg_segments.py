@@ -139,14 +139,15 @@ def without_metadata(data: bytes) -> bytes:
         if marker in _STANDALONE:
             parts.append(bytes([0xFF, marker]))
             continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+        # A frame header. C4 and CC are tables, and C8 is reserved.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             is_sequential = marker in _SEQUENTIAL_FRAMES
         # Version 1.01, which libjpeg knows.
         if marker == _APP0 and body.startswith(b"JFIF\0"):
             body = body[:5] + b"\x01\x01" + body[7:]
         elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-            # 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK. With three components, 2 is unknown. With four,
-            # libjpeg reads every code but 0 as YCCK.
+            # Byte 11 is the color transform. 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK. With three components,
+            # 2 is unknown. With four, libjpeg reads every code but 0 as YCCK.
             if body[11] > _ADOBE_YCBCR:
                 body = body[:11] + bytes([_ADOBE_YCBCR]) + body[12:]
         elif _APP0 <= marker <= _APP15 or marker == _COMMENT:

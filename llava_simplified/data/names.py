@@ -56,9 +56,9 @@ def name_parts(name: str) -> tuple[str, ...]:
     r"""Return the parts of an image's name, from the outermost folder to the file.
 
     Slashes and backslashes separate parts. The root, the drive of Windows (`C:\`), `.` and repeated separators are
-    dropped, and a part before `..` is removed with it. The key of an image in an archive is not cut, since its slashes are not folders on disk:
-    `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because macOS decomposes those in
-    names of files.
+    dropped, and a part before `..` is removed with it. The key of an image in an archive is not split, since its slashes
+    are not folders on disk: `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because
+    macOS decomposes the characters in file names.
     """
     path, key = _split_key(unicodedata.normalize("NFC", name))
     path = _DRIVE.sub("", path)
@@ -157,7 +157,7 @@ class NameIndex:
         if name in self._names:
             return NameMatch(name, "exact")
         parts = name_parts(name)
-        # Try the matches with the most common parts first.
+        # First try the names that share the most parts with this name.
         equal = self._by_parts.get(parts)
         if equal:
             return NameMatch(_the_only(equal, name), "exact")

@@ -160,7 +160,7 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     given: list[Any] = []
     for key in ("image", "images"):
         value = row.get(key)
-        # In rows of text alone, the key is missing, or its value is null or empty.
+        # In rows without images, the key is missing, or its value is null or empty.
         if not value:
             continue
         if isinstance(value, list):
@@ -169,12 +169,13 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
             given.append(path_of_image(value))
     if not given:
         return ()
-    value = given[0]
-    # Both keys may name the same image; some data sets have both.
-    if len(given) > 1 and value != given[1] and [value] != given[1]:
-        raise ValueError(
-            f"{where}: 'image' is {value!r}, but 'images' is {given[1]!r}; keep one of them"
-        )
+    value, *others = given
+    # Some data sets have both keys, which may name the same image.
+    for other in others:
+        if value != other and [value] != other:
+            raise ValueError(
+                f"{where}: 'image' is {value!r}, but 'images' is {other!r}; keep one of them"
+            )
     if isinstance(value, str):
         return (value,)
     if not _is_list_of_strings(value) or "" in value:

@@ -257,14 +257,16 @@ def scan_json(
 
 
 def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
+    """Yield the elements of a JSON array."""
     scanner.expect("[")
+    # Stop at any closing bracket, so that `expect` reports a wrong one.
     while scanner.peek() not in ("]", "}"):
         yield key, *scanner.read_value()
     scanner.expect("]")
 
 
 def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
-    """Yield the items of a JSON object; the elements of its arrays one by one."""
+    """Yield the items of a JSON object. The elements of its arrays are separate items."""
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
         position = scanner.file_position
@@ -349,7 +351,7 @@ class _JsonScanner:
         """Parse the value at the current position.
 
         Returns:
-            The value, its first byte and its end byte.
+            The value, the position of its first byte, and the position after its last byte.
 
         Raises:
             ValueError: There is no valid JSON value at the current position.
@@ -395,8 +397,9 @@ def _parquet_to_jsonl(path: Path) -> Path:
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
+    # Delete the conversions of earlier versions of the Parquet file, whose names begin with the same hash.
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
-        # Windows does not delete a file that another run is reading; the next conversion will.
+        # Windows refuses to delete a file that another run is reading. The next conversion tries again.
         with contextlib.suppress(PermissionError):
             outdated.unlink()
     with blame_file(path):

@@ -10,6 +10,7 @@ all entries when it opens an image. Many entries may refer to the same bytes, an
 
 from __future__ import annotations
 
+import os
 import struct
 from functools import wraps
 from typing import IO, Any
@@ -86,7 +87,7 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
     if count > _MAX_ENTRIES:
         raise DirectoryError(f"a directory has {count} entries; the limit is {_MAX_ENTRIES}")
     data = file.read(count * entries.size)
-    size = file.seek(0, 2)
+    size = file.seek(0, os.SEEK_END)
     file.seek(start)
     num_bytes = num_numbers = 0
     # The file may end within an entry. Check only the complete ones.
@@ -116,6 +117,7 @@ def has_many_directories(data: bytes) -> bool:
 def _count_chain(data: bytes, is_big: bool) -> int:
     """Return the number of directories, at most `MAX_DIRECTORIES`, by following the position of the next one in each."""
     order = "<" if data.startswith(b"II") else ">"
+    # A directory: the number of entries, the entries, the position of the next directory.
     count_form, entry_size, link_form = ("Q", 20, "Q") if is_big else ("H", 12, "I")
     seen: set[int] = set()
     try:

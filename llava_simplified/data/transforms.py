@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
+# ConvNeXt's processor stretches images to a square if its size is at least this; below, it crops.
+_CONVNEXT_MIN_STRETCHED_SIDE = 384
 # Pixels of a padded image that are in memory at the same time; see `ImageTransform._resize_padded`.
 _PADDED_CHUNK_PIXELS = 2_000_000
 
@@ -192,6 +194,7 @@ class ImageTransform:
         side = max(height, width)
         top, left = self._offset(height, width)
         chunk = min(height, max(1, _PADDED_CHUNK_PIXELS // side))
+        # Both images begin in the color of the borders. Then their inner parts are overwritten.
         rows = self._plain_image(chunk, side)
         filtered = self._plain_image(side, new_width)
         for start in range(0, height, chunk):
@@ -287,6 +290,7 @@ class ImageTransform:
         # The center of the crop is the center of the image with its borders.
         half_height = crop_height / new_height / 2
         half_width = crop_width / new_width / 2
+        # Convert fractions of the image with borders to fractions of the image.
         return (
             ((0.5 - half_width) * full_width - left) / width,
             ((0.5 - half_height) * full_height - top) / height,
@@ -387,8 +391,8 @@ def _resize_and_crop(
     if not size.get("shortest_edge"):
         if not size.get("height") or not size.get("width"):
             raise ValueError(
-                f"{name_or_path}: the 'size' of the image processor must have 'shortest_edge', or 'height' and 'width'; got "
-                f"{size}"
+                f"{name_or_path}: the 'size' of the image processor must have 'shortest_edge', or 'height' and 'width'; "
+                f"got {size}"
             )
         stretched = _height_and_width(size)
         if crops:
@@ -404,10 +408,10 @@ def _resize_and_crop(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
             "so images would have different sizes; this is not supported"
         )
-    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the crop. From 384 pixels on, it does not crop,
-    # but stretches images to a square.
+    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the crop. Large images are not cropped, but
+    # stretched to a square.
     square = (shorter_side, shorter_side)
-    if shorter_side >= 384:
+    if shorter_side >= _CONVNEXT_MIN_STRETCHED_SIDE:
         return square, square
     return int(shorter_side / crop_fraction), square
 

@@ -99,6 +99,7 @@ def _run_demo(args: argparse.Namespace) -> int:
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    # The log contains the output of all commands; the terminal shows only the progress.
     with redirect_output(output / "log.txt") as terminal:
         demo = Demo(output, terminal)
         assets = demo.download(args.cache_dir)
@@ -126,7 +127,12 @@ def _run_reward_demo(args: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
     with redirect_output(folder / "log.txt") as terminal:
-        demo = Demo(folder, terminal, NUM_REWARD_STEPS, REWARD_SECONDS)
+        demo = Demo(
+            folder,
+            terminal,
+            num_steps=NUM_REWARD_STEPS,
+            expected_seconds=REWARD_SECONDS,
+        )
         assets = demo.download(args.cache_dir)
         steps = plan_reward_steps(
             assets, args.output, max_steps=args.max_steps, seed=args.seed, limit=args.limit
@@ -213,6 +219,7 @@ def summarize(output: Path, seconds: float) -> str:
     scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     # scores.json has one entry per prediction file, and the demo evaluates only one file.
     first_scores = next(iter(scores.values()))
+    # A score is stored with its interval: [value, low, high].
     # Show the scores with shuffled images too: a model that ignores the image would have equal scores.
     mean = first_scores["mean"]
     shuffled = first_scores["shuffled"]

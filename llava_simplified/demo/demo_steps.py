@@ -256,6 +256,7 @@ class Watcher:
         # A daemon thread, so that it does not keep the process alive after Ctrl-C.
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._printed_captions = False
+        # The progress at the last estimate, and the estimated duration of the step in seconds.
         self._fraction = 0.0
         self._expected = self.step.seconds
 
@@ -364,11 +365,11 @@ class Watcher:
 def _shell_command(argv: Sequence[str]) -> str:
     """Return arguments as they can be pasted into a shell, with `~` for the home folder."""
     home = f"{Path.home()}{os.sep}"
-    words = []
-    for word in argv:
-        quoted = quote_words([word])
-        # Abbreviate only words that need no quotes, because a shell does not expand a quoted `~`.
-        if quoted == word and word.startswith(home):
-            quoted = f"~/{word.removeprefix(home)}"
-        words.append(quoted)
-    return " ".join(words)
+    quoted_arguments = []
+    for argument in argv:
+        quoted = quote_words([argument])
+        # Abbreviate only paths that need no quotes, because a shell does not expand a quoted `~`.
+        if quoted == argument and argument.startswith(home):
+            quoted = f"~/{argument.removeprefix(home)}"
+        quoted_arguments.append(quoted)
+    return " ".join(quoted_arguments)

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from llava_simplified.options import escape_control_characters
 
+# Return to the first column, and clear the line (an ANSI escape sequence).
 CLEAR_LINE = "\r\x1b[2K"
 
 

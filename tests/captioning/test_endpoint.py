@@ -126,7 +126,7 @@ LASTING = {
     # Which of the two depends on whether the surplus arrives together with the announced bytes.
     "wrong length": ("connection or bad_answer", ""),
     "no choices": ("bad_answer", "no choices"),
-    "endless text": ("bad_answer", "a text of 2000000 characters"),
+    "endless text": ("bad_answer", "the text has 2000000 characters"),
     "400": ("rejected", "status 400: failed with 400"),
     "413": ("rejected", "413"),
     "refusal": ("refused", "I can't help"),
