@@ -126,10 +126,10 @@ def _table_rows(
 def _has_records(table: ColumnarFile) -> bool:
     """Return whether the rows of a table are records or chats."""
     types = {field.name: str(field.type) for field in table.schema}
-    is_question_answer_list = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
+    is_pairs = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
     is_chat = types.get("messages", "").startswith(("list<", "large_list<"))
     is_preference = all(key in types for key in PAIR_KEYS)
-    return is_question_answer_list or is_chat or is_preference or is_record(dict.fromkeys(types))
+    return is_pairs or is_chat or is_preference or is_record(dict.fromkeys(types))
 
 
 def _first_row(table: ColumnarFile, names: list[str]) -> object:
