@@ -49,7 +49,7 @@ demo: $(CORE)
 demo-long: $(CORE)
 	@$(BIN)/llava demo --long --output output/demo-long
 
-# train the model of `make demo` further, on the rewards of its own captions
+# continue training the model of `make demo` with reinforcement learning, on its own captions
 demo-reward: $(CORE)
 	@$(BIN)/llava demo --reward
 

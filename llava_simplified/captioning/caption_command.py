@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Number of repeated words that end a caption. Lists of similar things ("red hair, red eyes") repeat fewer words.
+# A caption ends when this number of words repeats the words before them. It is high enough for lists of similar things,
+# such as "red hair, red eyes", which repeat fewer words.
 DEFAULT_LOOP_GUARD = 8
 
 
@@ -110,7 +111,7 @@ def build_caption_parser() -> CommandParser:
 
 
 def _add_sidecar_options(parser: CommandParser) -> None:
-    """Add the options of caption files beside the images; see `sidecars.SidecarOptions`."""
+    """Add the options of sidecar files (see `sidecars.SidecarOptions`), and of the review page."""
     group = parser.add_argument_group(
         "sidecar files", "Write the caption of a.jpg into a.txt instead of one output file."
     )
@@ -122,13 +123,13 @@ def _add_sidecar_options(parser: CommandParser) -> None:
     group.add_argument(
         "--existing",
         choices=EXISTING_POLICIES,
-        help="What to do with an image that has such a file already (default: skip the image)",
+        help="What to do with an image that already has a caption file (default: skip the image)",
     )
     group.add_argument(
         "--separator",
         metavar="TEXT",
-        help="Text between existing text and caption, for --existing append and prepend; \\n is a line "
-        "break (default: ', ')",
+        help="Text between the existing text and the caption, for --existing append and prepend; \\n is a "
+        "line break (default: ', ')",
     )
     parser.add_argument(
         "--review",
@@ -144,13 +145,14 @@ def _add_text_options(parser: CommandParser) -> None:
         "--prompt-file",
         metavar="FILE",
         help="Text file of prompts, one per line, as `WEIGHT | PROMPT` or `PROMPT`; one is chosen for each "
-        "image. {name}, {folder} and {tags} are those of the image",
+        "image. {name}, {folder} and {tags} are replaced by the values of the image",
     )
     group.add_argument(
         "--template",
         default="",
         metavar="TEXT",
-        help="Text with {caption}, {tags} (from the .txt file beside the image), {name} and {folder}",
+        help="Text to write instead of the caption alone, with {caption} and optionally {tags} (from the .txt file beside "
+        "the image), {name} and {folder}",
     )
     group.add_argument(
         "--prefix", default="", help="Text to put before each caption; no space is added"
@@ -222,7 +224,7 @@ def _add_job_options(parser: CommandParser) -> None:
     add_batch_size_option(parser)
     slices = parser.add_argument_group(
         "slices",
-        "Distribute the records over several processes or machines. torchrun requires no option.",
+        "Distribute the records over several processes or machines. With torchrun, no option is needed.",
     )
     add_shards_option(slices)
     slices.add_argument(
@@ -251,21 +253,22 @@ def caption_main(argv: list[str] | None = None) -> int:
         # Check the options before the images are listed, which can take minutes.
         request_fields(options, style.endpoint)
         style.endpoint.api_key()
-    # Print the caption of a single image, unless it is to be written.
+    # Print the caption of a single image, unless an option says where to write it.
     prints = not args.output and not args.write and not args.review
     if prints and len(args.sources) == 1 and _is_image(args.sources[0]):
         if style.endpoint is not None:
             return _print_captions_of_endpoint(args, options, style, style.endpoint)
         return _caption_on_terminal(args, args.sources[0], options, style)
     if args.write:
-        # The journal is in the folder of the sidecar files; by default that is known only with the sources.
+        # The journal is in the folder of the sidecar files. Without --output this is the folder of the images, which
+        # is found later, so pass only the name (see `runner.CaptionJob.output`).
         output = Path(SIDECAR_JOURNAL)
         if args.output:
             output = Path(args.output).absolute() / SIDECAR_JOURNAL
     else:
         output = Path(args.output or "captions.jsonl")
-    # Accept .jsonl only, because a folder may have millions of images, and a JSON array (which
-    # `llava predict` can write) exists only at the end of the job.
+    # Accept .jsonl only: a folder may have millions of images, and the JSON array of `llava predict` would exist only
+    # when all of them are captioned.
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
@@ -278,7 +281,7 @@ def predict_main(argv: list[str] | None = None) -> int:
     args = build_predict_parser().parse_args(argv)
     trials = args.trials
     if trials is None:
-        # LLaVA's tutorial samples three captions per image. Greedy captions would all be the same.
+        # LLaVA's tutorial samples three captions per image. With greedy decoding, all would be the same.
         trials = 1 if args.temperature == 0 or args.image else 3
     options = _generation_options(args, trials)
     if args.image:
@@ -303,7 +306,7 @@ def chat_main(argv: list[str] | None = None) -> int:
             return 0
         turns.append(Message("user", question))
         pieces = []
-        # Pass the whole conversation every time, because the model has no memory between calls.
+        # Pass the entire conversation every time, because the model has no memory between calls.
         for piece in model.stream(turns, [pixels], **options):
             print_text(piece, end="")
             pieces.append(piece)
@@ -352,7 +355,7 @@ def _is_image(source: str) -> bool:
 
 @dataclass(frozen=True)
 class CaptionStyle:
-    """The options of `llava caption` beyond those of `llava predict`; see `runner.CaptionJob`."""
+    """The options that `llava caption` has and `llava predict` does not have; see `runner.CaptionJob`."""
 
     prompts: tuple[WeightedPrompt, ...] = ()
     text: TextOptions = field(default_factory=TextOptions)
@@ -368,10 +371,10 @@ def _caption_style(args: argparse.Namespace, endpoint: EndpointOptions | None) -
         ValueError: An option has a wrong value, or contradicts another one.
     """
     prompts: tuple[WeightedPrompt, ...] = ()
-    # A prompt file is a set of instructions, from which one is drawn for each image.
+    # A prompt file contains several instructions, one of which is chosen for each image.
     if args.prompt_file:
         if args.instructions:
-            raise ValueError("--prompt-file replaces --instruction: pass only one of them.")
+            raise ValueError("--prompt-file replaces --instruction; pass only one of them.")
         prompts = read_prompt_file(args.prompt_file)
     loop_guard = args.loop_guard
     if loop_guard is None:
@@ -394,21 +397,27 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
     if not args.write:
         for option in ("existing", "separator"):
             if getattr(args, option) is not None:
-                raise ValueError(f"--{option}: this option is for sidecar files; pass --write txt.")
+                raise ValueError(
+                    f"--{option}: this option applies to sidecar files; add --write txt or --write caption."
+                )
         return None
     # A sidecar file contains one caption.
     if args.trials > 1:
-        raise ValueError(f"--trials {args.trials}: with --write, an image has one caption.")
+        raise ValueError(
+            f"--trials {args.trials}: a sidecar file (--write) contains one caption; pass --trials 1."
+        )
     if len(args.instructions) > 1:
         raise ValueError(
-            "--instruction: with --write, an image has one caption. Pass one instruction, or a "
+            "--instruction: a sidecar file (--write) contains one caption. Pass one instruction, or a "
             "--prompt-file from which one is chosen for each image."
         )
     if args.separator is not None and args.existing not in ("append", "prepend"):
-        raise ValueError("--separator: this option is for --existing append and prepend.")
+        raise ValueError(
+            "--separator: this option requires --existing append or --existing prepend."
+        )
     if args.output and Path(args.output).suffix in (".json", ".jsonl"):
         raise ValueError(
-            f"--output {args.output}: with --write, this is a folder for caption files."
+            f"--output {args.output}: with --write, pass a folder for the caption files instead of a file."
         )
     separator = ", "
     if args.separator is not None:
@@ -425,14 +434,14 @@ def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
 def _check_tags(
     sidecars: SidecarOptions, text: TextOptions, prompts: Sequence[WeightedPrompt]
 ) -> None:
-    """Check that {tags} make sense if captions are written into the same files that contain the tags.
+    """Check the use of {tags} if captions are written to the same .txt files that the tags are read from.
 
     Raises:
         ValueError: The tags would always be empty, or would be written twice.
     """
     writes_tags = "tags" in field_names(text.template)
-    in_tags_file = sidecars.suffix == TAGS_SUFFIX and sidecars.output is None
-    if not in_tags_file:
+    replaces_tags = sidecars.suffix == TAGS_SUFFIX and sidecars.output is None
+    if not replaces_tags:
         return
     if sidecars.existing == "skip" and (writes_tags or prompts_use_tags(prompts)):
         raise ValueError(
@@ -478,11 +487,11 @@ def _caption_on_terminal(
     name = Path(image).name
     if style.prompts:
         instructions = [prompt_chooser(style.prompts, folder, options.seed or 0)(name)]
-    # One image is printed and not written, so there are no sidecar files.
-    finisher = CaptionFinisher(style.text, None, folder)
+    # The caption is printed, so there are no sidecar files.
+    finisher = CaptionFinisher(style.text, sidecars=None, image_folder=folder)
     for instruction in instructions:
-        # Stream only a single caption without beam search: the result of beam search is known only at
-        # the end, and several captions would be mixed on the screen.
+        # Print while the model generates only if the text cannot change afterward: beam search and text options
+        # determine it at the end, and several captions would be mixed on the screen.
         if count == 1 and options.num_beams == 1 and style.text == TextOptions():
             for piece in model.stream(instruction, [pixels], **generation):
                 print_text(piece, end="")
@@ -515,11 +524,10 @@ def _print_captions_of_endpoint(
     if style.prompts:
         chooser = prompt_chooser(style.prompts, str(image.parent.absolute()), options.seed or 0)
         instructions = [chooser(image.name)]
-    records, folder = open_inputs(args.sources, None, instructions)
-    finisher = CaptionFinisher(style.text, None, folder)
-    # There is one record for each instruction.
+    records, folder = open_inputs(args.sources, image_folder=None, instructions=instructions)
+    finisher = CaptionFinisher(style.text, sidecars=None, image_folder=folder)
     status = 0
-    indices = range(len(records))
+    indices = range(len(records))  # one record for each instruction
     for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
         for row in rows:
             print_text(finisher.finish_text(image.name, row["pred_output"]).text)
@@ -533,9 +541,9 @@ def _print_captions_of_endpoint(
 
 
 def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
-    """Return (index, count) of the slice to caption: slice `index`, counted from 0, of `count`.
+    """Return (index, count) of the slice of the records to caption. The index counts from 0.
 
-    It is given by `--shards i/n`, by LLaVA's `--num-chunks n --chunk-idx i`, or by torchrun's
+    The slice is given by `--shards i/n`, by LLaVA's `--num-chunks n --chunk-idx i`, or by torchrun's
     environment variables.
 
     Raises:
@@ -544,9 +552,9 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
     if args.shards:
         if args.num_chunks is not None or args.chunk_idx is not None:
             raise ValueError(
-                "--shards replaces --num-chunks and --chunk-idx: pass only one of them."
+                "--shards replaces --num-chunks and --chunk-idx; pass either --shards or the other two."
             )
-        parse_slice(args.shards, 0)  # checks the format
+        parse_slice(args.shards, total=0)  # raises ValueError if the format is wrong
         index, _, count = args.shards.partition("/")
         return int(index), int(count)
     # By default, use one slice per torchrun process: torchrun sets WORLD_SIZE and RANK.
@@ -574,7 +582,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # With a server, this process needs no GPU, and does not import torch.
+    # With a server, this process needs no GPU, and must not import torch, which may not be installed.
     if style.endpoint is None:
         _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)
@@ -598,8 +606,7 @@ def _caption_on_cluster(
     # Reject the options that select one slice: with Ray, this process starts all slices.
     if args.shards or args.chunk_idx is not None:
         raise ValueError(
-            "--engine ray captions all slices: pass --num-chunks N, but neither --shards nor "
-            "--chunk-idx."
+            "--engine ray captions all slices. Pass --num-chunks N, and remove --shards and --chunk-idx."
         )
     num_slices = args.num_chunks or 1
     jobs = [
@@ -609,7 +616,7 @@ def _caption_on_cluster(
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):
         if task.result is None:
-            # Let the other slices continue. Running the same command again finishes this one.
+            # Let the other slices continue. When the command is run again, it finishes the slice that failed.
             failed = True
             logger.error("%s: %s", task.spec.output, task.error)
         else:
@@ -657,11 +664,11 @@ def _make_job(
 
 
 def _report(counts: CaptionCounts, job: CaptionJob) -> int:
-    """Log the result of a job, and return the exit status: 1 if no image could be read, else 0."""
+    """Log the result of a job, and return the exit status: 1 if no record could be captioned, else 0."""
     output = job.output
     if job.sidecars is None:
         logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
-    # Jobs with sidecar files log their failures themselves, because they know where the list is.
+    # `caption_file` logs the failures of a job with sidecar files, whose list is in the folder of the files.
     if counts.failed and job.sidecars is None:
         logger.warning(
             "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",

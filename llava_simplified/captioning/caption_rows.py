@@ -1,4 +1,4 @@
-"""The rows of an output file, from records and their captions or errors, for local models and for servers."""
+"""Convert records to rows of an output file, for captions of local models and of servers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # a JSON object: one line of an output file or of a list of failures
 
 
 def parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the error that says why the row is not one. One bad row must not end the job."""
+    """Return a record, or an error if the row is not a record.
+
+    The error is returned and not raised, because one bad row must not end the job.
+    """
     try:
         record = records[index]
+        # A file name that is not UTF-8 contains lone surrogates, which cannot be encoded.
         for name in record.images:
             name.encode()
     except UnicodeEncodeError:
@@ -31,8 +35,8 @@ def failed_row(index: int, record: Record | ValueError, error: object) -> Row:
 
     Args:
         index: Index of the record.
-        record: The record, or the error that says why the row of the file is not a record.
-        error: Why it has no caption; ignored for a row that is not a record.
+        record: The record, or the error of a row that is not a record (see `parse_record`).
+        error: Why the record has no caption. Ignored if `record` is an error.
     """
     if isinstance(record, ValueError):
         return {"index": index, "image": None, "error": str(record)}

@@ -2,9 +2,10 @@
 
     records --> workers: read image, shrink, base64 (threads) --> slots: requests in flight --> order --> rows
 
-There are twice as many workers as slots. While `concurrency` requests are in flight, the images of as many further
-records are prepared, so that a free slot is used immediately. Memory does not grow with the number of records: finished
-records are forgotten once they were yielded, and at most `WINDOW` finished records per slot wait for an earlier one.
+A slot is the permission to have one request in flight; there are `concurrency` slots and twice as many workers. While all
+slots are in use, the other workers prepare the images of the next records, so that a free slot is used immediately.
+Memory does not grow with the number of records: a finished record is dropped after it was yielded, and at most `WINDOW`
+finished records per slot wait for an earlier one.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def caption_at_endpoint(
         indices: Indices of the records to caption.
 
     Yields:
-        Whenever the next record is done: prediction rows, `num_return_sequences` per record, and one row for each
-        record that cannot be captioned, with the reason.
+        Whenever the next records in order are done: their prediction rows, `num_return_sequences` per record, and one
+        row with the reason for each record that cannot be captioned.
 
     Raises:
         EndpointError: The job cannot continue: a setting is wrong, the server is gone, or it failed too often.
@@ -101,14 +102,14 @@ class _EndpointCaptioner:
         self._client = EndpointClient(endpoint, options)
         self._matches = NameMatches()
         self._issue_counts: Counter[str] = Counter()
-        # Threads suffice to use all CPUs, because decoding releases Python's global lock.
+        # Threads can use all CPUs, because decoding releases Python's global interpreter lock.
         self._readers = ThreadPoolExecutor(count_cpus())
         # The results, in the order in which they finish; None after the last one.
         self._results: asyncio.Queue[_Result | None] = asyncio.Queue()
         # Limits how many results may wait for an earlier one.
         self._window = asyncio.Semaphore(WINDOW * endpoint.concurrency)
         self._positions = iter(range(len(indices)))
-        # Results that wait for an earlier one, by position; and the position of the result to return next.
+        # Position -> finished result that waits for an earlier one; and the position of the result to return next.
         self._waiting: dict[int, _Result] = {}
         self._next_position = 0
 
@@ -138,13 +139,14 @@ class _EndpointCaptioner:
         if isinstance(result.outcome, ValueError):
             row = failed_row(index, result.record, result.outcome)
             if isinstance(result.outcome, RecordError):
-                row["kind"] = result.outcome.kind  # another run retries some kinds
+                # The next run retries the kinds that are the server's fault; see `SERVER_FAILURES`.
+                row["kind"] = result.outcome.kind
             failed_rows.append(row)
             return
-        assert isinstance(result.record, Record)  # others have no captions
+        assert isinstance(result.record, Record)  # for an error, the outcome is an error too
         for choice in result.outcome:
             row = prediction_row(index, result.record, choice.text)
-            # Leave out the usual reason, "stop": rows of a local model have no reason either.
+            # Write the reason only if the text was cut. Rows of a local model have no reason, so leave out "stop".
             if choice.finish_reason == "length":
                 row["finish_reason"] = "length"
                 self._issue_counts["cut at --max-new-tokens"] += 1
@@ -157,9 +159,9 @@ class _EndpointCaptioner:
     async def run_workers(self) -> None:
         """Run all workers. When they have ended, put None into the result queue as the end marker.
 
-        It is also put there if an error has stopped the workers, so that `next_rows` does not wait forever.
+        If an error stops the workers, the end marker is put there too, so that `next_rows` does not wait forever.
         """
-        # Twice as many as slots; see the top of this module.
+        # Start two workers per slot; see the top of this module.
         count = min(2 * self._endpoint.concurrency, len(self._indices))
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -178,8 +180,8 @@ class _EndpointCaptioner:
     async def _work(self) -> None:
         """Caption one record after the other."""
         while True:
-            # Acquire a place in the window before choosing a record. In the other order, this worker could choose
-            # the record that all finished ones wait for, and then find no place: a deadlock.
+            # Acquire a place in the window before choosing a record. In the other order, this worker could choose the
+            # record that all finished ones wait for, and then wait for a place that only this record can free.
             await self._window.acquire()
             position = next(self._positions, None)
             if position is None:
@@ -188,7 +190,7 @@ class _EndpointCaptioner:
             self._results.put_nowait(await self._caption(position))
 
     async def _caption(self, position: int) -> _Result:
-        """Caption one record; its own errors become its outcome."""
+        """Caption one record. An error that concerns only this record is returned as its outcome."""
         # Parse in the event loop's thread, because record files are not thread-safe.
         record = parse_record(self._records, self._indices[position])
         if isinstance(record, ValueError):
@@ -197,7 +199,7 @@ class _EndpointCaptioner:
         try:
             messages = await loop.run_in_executor(self._readers, self._messages, record)
             return _Result(position, record, await self._client.complete(messages))
-        # The record fails. An EndpointError is not caught, because it stops the job.
+        # These errors concern one record. An EndpointError is not caught, because it stops the job.
         except (RecordError, ImageError) as error:
             return _Result(position, record, error)
 
@@ -244,7 +246,7 @@ class _EndpointCaptioner:
     # ---- summary ----
 
     def log_summary(self) -> None:
-        """Log how many captions are incomplete, empty or failed, and images that were found under other names."""
+        """Log the numbers of incomplete, empty and failed captions, and of images that were found under other names."""
         if self._matches.describe():
             logger.warning("%s", self._matches.describe())
         counts = self._issue_counts + self._client.failures

@@ -1,15 +1,16 @@
-"""Request chat completions from a server with OpenAI's API, and decide what follows from each answer.
+"""Request chat completions from a server with OpenAI's API, and retry or stop as each answer requires.
 
-    answer                                           meaning                    what happens
+    answer                                           meaning                    reaction
     200 with choices                                 success                    return the captions
     429, 503, 529, connection refused, no route      busy, or starting          pause all requests, then repeat
-    5xx, 408, timeout, cut off, not JSON             error of the server        repeat, at most `retries` times
+    5xx, 408, 425, timeout, cut off, not JSON        error of the server        repeat, at most `retries` times
     other 4xx                                        error of the record        the record fails
     401, 402, 404, 405, redirect, wrong certificate  error of the command line  the job stops
     200 with a refusal                               the model refuses          the record fails
 
-A pause applies to all requests. It is as long as `Retry-After` says, or twice as long as the pause before. The job stops
-only if the server is unavailable for `max_wait` seconds, so that a server can be restarted during a job.
+A pause applies to all requests. It is as long as `Retry-After` says; without this header, it is twice as long as the
+previous pause. The job stops only if the server is unavailable for `max_wait` seconds, so you can restart the server during
+a job.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from llava_simplified.prepare.fetch import TIMEOUT_ERRORS, parse_retry_after
 
 logger = logging.getLogger(__name__)
 
-# Kinds of failed records that another run tries again. Others would fail again, because of the record or the model.
+# Kinds of failures that the next run tries again. Other kinds, caused by the record or the model, would occur again.
 SERVER_FAILURES = ("http_error", "timeout", "connection", "bad_answer")
 
 MIN_PAUSE = 0.1  # seconds; `Retry-After: 0` must not become a busy loop
-FIRST_PAUSE = 0.5  # seconds before the first retry; doubled with every further one
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled with every retry
 MAX_PAUSE = 30.0
 CONNECT_TIMEOUT = 20.0
 # Far longer than any caption. It protects the memory from a server that never stops sending.
 MAX_ANSWER_BYTES = 16_000_000
-# Words of a text are compared with each other, and each of them is an object.
+# The loop guard creates an object for each word and compares words with each other, which takes long for longer texts.
 MAX_CAPTION_CHARACTERS = 200_000
 MAX_MESSAGE_LENGTH = 300
 
@@ -70,7 +71,7 @@ class RecordError(ValueError):
 
 
 class _TransientError(Exception):
-    """One attempt has failed; the next one may succeed."""
+    """A request has failed, and may succeed if it is repeated."""
 
     def __init__(self, kind: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -119,7 +120,7 @@ class EndpointClient:
             self._headers["Authorization"] = f"Bearer {key}"
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._max_n = self._num_choices  # becomes 1 if the server refuses `n`
-        # Whether a status 403 can still mean that the key is wrong.
+        # Whether the server has accepted the key in an earlier request; see `_check_status` for 403.
         self._has_answered = False
         # The pause of all requests; see the top of this module.
         self._resume_at = 0.0
@@ -128,10 +129,10 @@ class EndpointClient:
 
     async def __aenter__(self) -> EndpointClient:
         self._session = aiohttp.ClientSession(
-            # limit: `_slots` limits the connections already. resolver: that of the system, as other programs use.
-            # force_close: a connection is never reused. If a broken server or proxy sent more data than one
-            # answer, the rest would be read as the answer to the next request, and images would get the
-            # captions of others.
+            # limit=0 means no limit, because `_slots` limits the connections already. The resolver is the one of the
+            # operating system, as in other programs. With force_close, a connection is never reused: if a broken
+            # server or proxy sent more data than one answer, the rest would be read as the answer to the next
+            # request, and images would get the captions of others.
             connector=aiohttp.TCPConnector(
                 limit=0, force_close=True, resolver=aiohttp.ThreadedResolver()
             ),
@@ -173,7 +174,7 @@ class EndpointClient:
             body = {**self._fields, "messages": messages}
             if n > 1:
                 body["n"] = n
-            # Change the seed, or the server would generate the same text again.
+            # Use another seed for each request, because equal seeds would generate equal texts.
             if "seed" in body and choices:
                 body["seed"] += len(choices)
             try:
@@ -181,11 +182,12 @@ class EndpointClient:
             except RecordError as error:
                 if n == 1 or error.kind != "rejected":
                     raise
-                max_n = 1  # `n` may be the reason, so try without it
+                max_n = 1  # the field `n` may be the reason, so try without it
                 continue
             # Ignore additional answers: each record has `num_return_sequences` rows.
             choices += answer[:n]
-            # The request has succeeded without `n`, so `n` was the reason for the rejection, and not the image.
+            # The request has succeeded without the field `n`, so this field was the reason for the rejection, and not
+            # the image. Do not send it again.
             if max_n < self._max_n:
                 logger.info("The server accepts one answer per request only (n=1).")
                 self._max_n = max_n
@@ -195,7 +197,7 @@ class EndpointClient:
         """Count a failed record.
 
         Raises:
-            EndpointError: The server has failed more than `max_failures` records.
+            EndpointError: More than `max_failures` records have failed at the server or were rejected by it.
         """
         self.failures[error.kind] += 1
         # Refusals of the model are not failures of the server.
@@ -203,8 +205,8 @@ class EndpointClient:
         if failed > self.endpoint.max_failures:
             kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.failures.items())
             raise EndpointError(
-                f"--max-failures {self.endpoint.max_failures}: the server has failed {failed} records "
-                f"({kinds}); the last: {error}. The same command continues the job."
+                f"--max-failures {self.endpoint.max_failures}: {failed} records have failed at the server or were "
+                f"rejected by it ({kinds}); the last error: {error}. Run the same command again to continue the job."
             ) from error
 
     # ---- requests ----
@@ -234,7 +236,7 @@ class EndpointClient:
             while (pause := self._resume_at - time.monotonic()) > 0:
                 # Do not send all requests at the same moment: a server with a short queue would reject most of them.
                 await asyncio.sleep(pause + random.uniform(0, MIN_PAUSE))
-            # A pause may begin while the request is in flight; see `_pause`.
+            # Remember when the request was sent: a pause may begin while it is in flight; see `_pause`.
             sent_at = time.monotonic()
             try:
                 choices = await self._post(data)
@@ -254,7 +256,7 @@ class EndpointClient:
         now = time.monotonic()
         if self._unavailable_since is None:
             self._unavailable_since = now
-            logger.warning("%s: %s; waiting", self.endpoint.url, error)
+            logger.warning("%s: %s; waiting for the server", self.endpoint.url, error)
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
         if waited > max_wait or (error.retry_after or 0) > max_wait:
@@ -262,12 +264,12 @@ class EndpointClient:
             if error.retry_after:
                 asked = f", and requests a pause of {error.retry_after:g} s"
             raise EndpointError(
-                f"--endpoint {self.endpoint.url}: {error}{asked}; it was unavailable for {waited:.0f} s. "
-                f"The same command continues the job; --max-wait {max_wait:g} is the limit in seconds."
+                f"--endpoint {self.endpoint.url}: {error}{asked}; the server was unavailable for {waited:.0f} s. "
+                f"The limit is --max-wait {max_wait:g}, in seconds. Run the same command again to continue the job."
             )
         if error.retry_after is not None:
             self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))
-        # Requests that were sent before the last pause ended do not prolong it.
+        # Many requests in flight can fail at once. Only those that were sent after the last pause prolong it.
         elif sent_at >= self._resume_at:
             self._resume_at = now + min(MAX_PAUSE, FIRST_PAUSE * 2**self._pause_rounds)
             self._pause_rounds += 1
@@ -284,7 +286,7 @@ class EndpointClient:
             async with self._session.post(url, data=data, allow_redirects=False) as response:
                 answer = await _read_answer(response)
         except TIMEOUT_ERRORS as error:
-            # The name was not resolved in time, or no host answers at the address.
+            # No connection: the host name was not resolved in time, or no host answers at the address.
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise _UnavailableError(f"no connection within {CONNECT_TIMEOUT:g} s") from None
             raise _TransientError(
@@ -292,7 +294,7 @@ class EndpointClient:
             ) from None
         except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError) as error:
             raise EndpointError(f"--endpoint {self.endpoint.url}: {error}") from None
-        # This clause must follow that of TLS errors, which are subclasses of this error.
+        # TLS errors are subclasses of this error, so this clause must follow theirs.
         except aiohttp.ClientConnectorError as error:
             raise _UnavailableError(f"no connection ({error.strerror or error})") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -304,12 +306,12 @@ class EndpointClient:
         return parse_choices(answer)
 
     def _check_status(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
-        """Raise the error that belongs to a status other than 200, see the top of this module."""
+        """Raise the error for a status other than 200; see the top of this module."""
         status = response.status
         if status == 200:
             return
-        # The body describes an error better than the status does. `error_message` shortens it, since proxies send
-        # whole web pages.
+        # The body describes an error better than the status does. `error_message` shortens it, since the body of a
+        # proxy's error is a web page.
         message = f"status {status}: {error_message(answer) or response.reason}"
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:
@@ -317,8 +319,11 @@ class EndpointClient:
         self._unavailable_since = None
         if 300 <= status < 400:
             target = response.headers.get("Location", "another address")
-            raise EndpointError(f"--endpoint {self.endpoint.url}: redirects to {target!r:.200}")
-        # 403 means a wrong key, unless the server has accepted the key before. Then it forbids this content.
+            raise EndpointError(
+                f"--endpoint {self.endpoint.url}: the server redirects to {target!r:.200}, which is not followed; "
+                "pass the final URL."
+            )
+        # If the server has accepted the key before, 403 forbids the content of this request. Otherwise, the key is wrong.
         if status in _FATAL_STATUSES or (status == 403 and not self._has_answered):
             raise EndpointError(self._describe_fatal(status, message))
         if 400 <= status < 500 and status not in _TRANSIENT_STATUSES:
@@ -380,7 +385,7 @@ def _parse_choice(choice: object) -> Choice:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")
-    # Optional, and ignored if it is not a string.
+    # The reason is optional. It is ignored below if it is not a string.
     finish_reason = choice.get("finish_reason")
     # OpenAI's models give the reason of a refusal in `refusal`, filters only in `finish_reason`.
     refusal = message.get("refusal")
@@ -394,7 +399,10 @@ def _parse_choice(choice: object) -> Choice:
     if not isinstance(content, str | None):
         raise _TransientError("bad_answer", f"the content is not a string: {shorten(content)}")
     if content and len(content) > MAX_CAPTION_CHARACTERS:
-        raise _TransientError("bad_answer", f"a text of {len(content)} characters is no caption")
+        raise _TransientError(
+            "bad_answer",
+            f"the text has {len(content)} characters; a caption has at most {MAX_CAPTION_CHARACTERS}",
+        )
     if not isinstance(finish_reason, str):
         finish_reason = None
     return Choice((content or "").strip(), finish_reason)

@@ -1,6 +1,6 @@
 """Options of `llava caption --endpoint`, and the conversion of generation options to fields of a request.
 
-This module imports nothing large, because command-line parsers import it.
+Command-line parsers import this module, so it imports no large libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_SIDE = 65_500  # pixels; the limit of the JPEG format
 # Fields of a request that `--extra-body` must not change, because reading the answers depends on them.
 _OWN_FIELDS = ("model", "messages", "n", "stream")
-# Generation options without a field in OpenAI's API, with the value that turns each one off.
+# Generation options for which OpenAI's API has no field -> the value that turns the option off.
 _UNSUPPORTED: dict[str, Any] = {
     "min_new_tokens": 0,
     "num_beams": 1,
@@ -42,7 +42,7 @@ class EndpointOptions:
         extra_body: Additional fields of each request, as a JSON object. Null removes a field.
         timeout: Maximum duration of one request in seconds.
         retries: Number of retries of a record after an error of the server.
-        max_wait: Seconds to wait for a server that does not answer or refuses requests because it is busy.
+        max_wait: Seconds to wait for a server that is not reachable, or refuses requests because it is busy.
         max_failures: Stop the job when the server has failed more records than this.
         api_key_env: Environment variable that contains the API key. The key itself is never stored.
     """
@@ -61,7 +61,7 @@ class EndpointOptions:
 
     def __post_init__(self) -> None:
         _check_url(self.url)
-        # Integer options, with minimum and maximum.
+        # Options that are integers -> (minimum, maximum).
         ranges = {
             "concurrency": (1, math.inf),
             "max_side": (1, _MAX_SIDE),
@@ -73,13 +73,16 @@ class EndpointOptions:
             if not minimum <= value <= maximum:
                 upper = f" and at most {maximum}" if maximum < math.inf else ""
                 raise ValueError(f"{_option(name)} {value}: must be at least {minimum}{upper}")
-        # This form of the comparison refuses NaN too.
+        # `not 0 < value` refuses NaN too, unlike `value <= 0`.
         for name in ("timeout", "max_wait"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{_option(name)} {getattr(self, name)}: must be above 0 seconds")
+                raise ValueError(
+                    f"{_option(name)} {getattr(self, name)}: must be a number above 0 (seconds)"
+                )
         if "" in self.stop:
-            raise ValueError("--stop: expected a text, got an empty one")
-        self.extra_fields()  # checks the format
+            raise ValueError("--stop: the text is empty; pass the text that ends a caption")
+        # Parse the fields now, so that a wrong format is reported before the job starts.
+        self.extra_fields()
 
     @property
     def completions_url(self) -> str:
@@ -104,9 +107,9 @@ class EndpointOptions:
         return extra
 
     def job_settings(self) -> dict[str, Any]:
-        """Return the options that affect captions. A job cannot continue if they change.
+        """Return the options that affect captions. An unfinished job cannot continue if they change.
 
-        The address is not among them, so a job can continue with another server of the same model.
+        They do not include the address, so a job can continue with another server that runs the same model.
         """
         return {
             "model": self.model,
@@ -119,15 +122,17 @@ class EndpointOptions:
         """Return the API key; empty if there is none, because local servers require none.
 
         Raises:
-            ValueError: A variable was named, and it is not set.
+            ValueError: The user has named a variable that is not set, or the key contains invalid characters.
         """
         # Remove the line break that keys from a file often end with.
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_VARIABLE:
-            raise ValueError(f"--api-key-env {self.api_key_env}: this variable is not set")
-        # The key becomes part of a header. A line break in it could add further headers.
+            raise ValueError(
+                f"--api-key-env {self.api_key_env}: this environment variable is not set; export it"
+            )
+        # The key becomes part of an HTTP header. A line break in it would begin another header.
         if not key.isascii() or not key.isprintable():
-            raise ValueError(f"--api-key-env {self.api_key_env}: the key has invalid characters")
+            raise ValueError(f"--api-key-env {self.api_key_env}: the key must be printable ASCII")
         return key
 
 
@@ -140,7 +145,8 @@ def _check_url(url: str) -> None:
     """Check the base URL of a server.
 
     Raises:
-        ValueError: It has another scheme, no host, or a password, which would be stored with the job.
+        ValueError: The scheme is neither http nor https, there is no host, or the URL contains a password, which would be
+            stored with the job.
     """
     try:
         parts = urlsplit(url)
@@ -155,7 +161,7 @@ def _check_url(url: str) -> None:
             f"{DEFAULT_KEY_VARIABLE} (or --api-key-env)"
         )
     if parts.query or parts.fragment:
-        raise ValueError(f"--endpoint {url}: expected a URL without '?' and '#'")
+        raise ValueError(f"--endpoint {url}: expected a base URL, without '?' and '#'")
 
 
 # ---- command line ----
@@ -163,14 +169,16 @@ def _check_url(url: str) -> None:
 
 def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add `--endpoint` and the options that require it."""
-    defaults = EndpointOptions("http://127.0.0.1", "")
+    # Only the defaults of the other fields are used.
+    defaults = EndpointOptions(url="http://127.0.0.1", model="")
     group = parser.add_argument_group(
-        "server", "Caption with a model that a server with OpenAI's API runs: vLLM, SGLang, ours."
+        "server",
+        "Caption with a model on a server with OpenAI's API: vLLM, SGLang, `llava serve`, or a hosted service.",
     )
     group.add_argument(
         "--endpoint",
         metavar="URL",
-        help="Base URL of the server, such as http://127.0.0.1:8000/v1; instead of --model-path",
+        help="Base URL of the server, such as http://127.0.0.1:8000/v1; replaces --model-path",
     )
     group.add_argument("--model", help="Name of the model on the server")
     group.add_argument(
@@ -192,7 +200,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="Text that ends a caption; repeat the option for several",
+        help="Text that ends a caption; repeat the option for several texts",
     )
     group.add_argument(
         "--extra-body",
@@ -242,8 +250,8 @@ def parse_endpoint_options(
     """Return the options of the server; None without `--endpoint`.
 
     Args:
-        parser: The parser of the command, which knows the defaults.
-        args: What it has parsed.
+        parser: The parser of the command, from which the defaults are read.
+        args: The parsed arguments.
 
     Raises:
         ValueError: An option is invalid, is missing, or has no effect with or without a server.
@@ -252,7 +260,7 @@ def parse_endpoint_options(
     names = [field.name for field in fields(EndpointOptions) if field.name != "url"]
 
     def refuse_changed(options: list[str], reason: str) -> None:
-        """Raise ValueError for an option that differs from its default, and would be ignored."""
+        """Raise ValueError if one of the options differs from its default, because it would be ignored."""
         for name in options:
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"{_option(name)} {reason}.")
@@ -265,8 +273,8 @@ def parse_endpoint_options(
         return None
     if not args.model:
         raise ValueError(
-            f"--model: the name of the model on the server is required; {args.endpoint}/models lists "
-            "the names."
+            f"--model: the name of the model on the server is required with --endpoint; {args.endpoint}/models "
+            "lists the names."
         )
     local = ["model_path", "model_base", "vision_tower", "bits", "quantize", "trust_remote_code"]
     refuse_changed(local, "has no effect with --endpoint: the server has loaded its model")
@@ -287,12 +295,12 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         endpoint: The server.
 
     Raises:
-        ValueError: OpenAI's API has no field for an option.
+        ValueError: An option is used for which OpenAI's API has no field.
     """
     for name, default in _UNSUPPORTED.items():
         if getattr(options, name) != default:
             raise ValueError(
-                f"{_option(name)}: OpenAI's API has no such field. If the server has one, pass it with "
+                f"{_option(name)}: OpenAI's API has no field for this option. If the server has one, pass it with "
                 "--extra-body, for example '{\"min_tokens\": 5}' for vLLM."
             )
     body: dict[str, Any] = {
@@ -311,6 +319,6 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         body["seed"] = options.seed
     if endpoint.stop:
         body["stop"] = list(endpoint.stop)
-    # Last, so that the user's fields take precedence.
+    # Add the user's fields last, so that they take precedence. A null removes a field.
     body.update(endpoint.extra_fields())
     return {name: value for name, value in body.items() if value is not None}

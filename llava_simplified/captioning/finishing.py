@@ -1,11 +1,11 @@
-"""From generated rows to the journal and to sidecar files: finish the texts, and write the files.
+"""Finish the texts of generated rows, and write the sidecar files.
 
     generated rows --finish--> rows, with the plan of each sidecar file --> journal
                                                                               |
                                                                write --> sidecar files
 
-The caller appends the finished rows to its journal before it calls `write`. When a job continues, it calls `resume`
-with the rows of the journal. The module `sidecars` explains why.
+The caller appends the finished rows to its journal before it calls `write`. When a job continues, the caller passes the
+rows of the journal to `resume`. The module `sidecars` explains why a killed job then loses nothing and repeats nothing.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class CaptionFinisher:
         text: How captions are finished.
         sidecars: Where and how sidecar files are written; None for none.
         image_folder: Folder that the image names are relative to.
-        images: Names of all images, to find those with the same sidecar file; only needed for sidecar files.
+        images: Names of all images, to find images that would share a sidecar file; not used without sidecar files.
 
     Attributes:
-        kept: Images that already have a sidecar file, which is left alone.
-        counts: Number of sidecar files that were "written", and "changed" by another program.
+        kept: Images that already have a sidecar file, which is not changed.
+        counts: Number of sidecar files that were "written", or had been "changed" by another program.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class CaptionFinisher:
     def admit(
         self, images: Iterable[tuple[int, str]], max_images: int | None = None
     ) -> tuple[list[int], list[Row]]:
-        """Filter out the images that keep their sidecar file, or cannot have one.
+        """Select the images to caption: those that do not already have a sidecar file to keep, and can have one.
 
         Args:
             images: Index and name of each image without a caption.
-            max_images: Stop after this many images that do not keep a file; None for all images.
+            max_images: Stop after this number of images, not counting those that keep their file; None for all images.
 
         Returns:
             The indices of the images to caption, and a row with the reason for each image that fails.
@@ -81,13 +81,14 @@ class CaptionFinisher:
         admitted: list[int] = []
         failures: list[Row] = []
         for index, image in images:
-            # Images that keep their file do not count, so that each run captions others.
+            # Images that keep their file do not count. Otherwise, a second run with the same limit would find only such
+            # images.
             if max_images is not None and len(admitted) + len(failures) >= max_images:
                 break
             if self._writer.is_kept(image):
                 self.kept.append(image)
                 continue
-            # Find these before the model spends time on them.
+            # Find images that cannot have a file before the model spends time on them.
             problem = self._writer.problem(image)
             if problem:
                 failures.append(_failure(index, image, problem))
@@ -101,7 +102,7 @@ class CaptionFinisher:
         Raises:
             SidecarError: The template has {tags}, and the file with the tags cannot be read.
         """
-        # Read the file only if the template needs it.
+        # Reading a file for every image takes time, so read it only if the template contains {tags}.
         tags = ""
         if self._needs_tags and image:
             tags = read_tags(image, self._image_folder)
@@ -115,7 +116,7 @@ class CaptionFinisher:
             The rows for the journal, and one row with the reason for each record that cannot be written.
         """
         finished: list[Row] = []
-        # By index: a record with several captions fails once.
+        # Index of the record -> row. A record with several captions fails only once.
         failures: dict[int, Row] = {}
         for row in rows:
             try:
@@ -123,7 +124,7 @@ class CaptionFinisher:
             except SidecarError as error:
                 failures[row["index"]] = _failure(row["index"], row["image"], str(error))
                 continue
-            # Another program has written the file while the image was captioned.
+            # None: another program has written the file while the image was captioned.
             if new_row is None:
                 self.kept.append(row["image"])
             else:
@@ -145,7 +146,8 @@ class CaptionFinisher:
                 continue
             if not is_written:
                 reason = (
-                    "another program has changed the sidecar file while the image was captioned"
+                    "another program has changed the sidecar file while the image was captioned; "
+                    "it was not overwritten"
                 )
                 failures.append(_failure(row["index"], row["image"], reason))
         return failures
@@ -153,7 +155,7 @@ class CaptionFinisher:
     def resume(self, rows: Iterable[Row]) -> list[Row]:
         """Write the sidecar files that are in the journal of a killed job, but were not written.
 
-        Files that were changed since then are left alone.
+        Files that the user or another program has changed since then are not overwritten.
 
         Returns:
             A row with the reason for each file that cannot be written.
@@ -162,7 +164,6 @@ class CaptionFinisher:
         for row in rows:
             try:
                 if not self._write_row(row, resumed=True):
-                    # The user or another program has written it since then, and its text takes precedence.
                     self.counts["changed"] += 1
             except SidecarError as error:
                 failures.append(_failure(row["index"], row["image"], str(error)))
@@ -196,7 +197,7 @@ class CaptionFinisher:
             return row
         # An empty file would look like a caption to the next run, which would then skip the image.
         if not caption:
-            raise SidecarError("the model generated no text")
+            raise SidecarError("the model generated no text, so no file was written")
         plan = self._writer.plan(image, caption)
         return None if plan is None else {**row, "sidecar": plan}
 

@@ -38,7 +38,7 @@ class ImageRecords(Sequence[Record]):
     Args:
         names: Image names, relative to the image folder; `shard.tar#key` for an image in a shard.
         instructions: Instructions about every image.
-        prompt_of: Returns the only instruction about the image of a name, instead of `instructions`.
+        prompt_of: Function from the name of an image to its only instruction, which replaces `instructions`.
     """
 
     def __init__(
@@ -55,18 +55,19 @@ class ImageRecords(Sequence[Record]):
         return len(self.names) * len(self.instructions)
 
     def renumber(self, known: Mapping[str, int]) -> None:
-        """Give each image the number that it has in an unfinished output, and new images free numbers.
+        """Keep the numbers of images that an unfinished output already contains, and give the other images free numbers.
 
-        An output of `a c d` in which `a` and `c` are finished is continued in a folder of `a b c d`:
+        For example, `a` and `c` of the images `a c d` are finished, and `b` was added to the folder since:
 
             number    0  1  2  3
             before    a  c  d
             now       a  c  b  d
 
-        An image that was captioned and removed since keeps its number, so that no other image gets it.
+        An image that was captioned and later removed from the folder keeps its number, so that no other image gets it.
 
         Args:
-            known: Number by image name. If no image was added or removed, nothing changes.
+            known: Image name -> number, for the images that are already done. If no image was added or removed since,
+                nothing changes.
         """
         name_of = {number: name for name, number in known.items()}
         number = 0
@@ -77,7 +78,7 @@ class ImageRecords(Sequence[Record]):
             while number in name_of:
                 number += 1
             name_of[number] = name
-        # A number without an image is that of an image which was removed before it was captioned.
+        # Images that were removed before they were captioned leave gaps. The name of a gap is empty.
         num_images = max(name_of, default=-1) + 1
         self.names = [name_of.get(number, "") for number in range(num_images)]
 
@@ -86,7 +87,7 @@ class ImageRecords(Sequence[Record]):
         return self.names[number] if number < len(self.names) else None
 
     def indices(self) -> Sequence[int]:
-        """Return the indices of all records in order, without those of removed images."""
+        """Return the indices of all records in order, without the gaps that removed images leave; see `renumber`."""
         if all(self.names):
             return range(len(self))
         per_image = len(self.instructions)
@@ -105,8 +106,8 @@ class ImageRecords(Sequence[Record]):
         if self.prompt_of is not None:
             instruction = self.prompt_of(name)
         message = Message("user", instruction)
-        turns = insert_image_placeholders([message], 1, name)
-        return Record((name,), turns, (), name)
+        turns = insert_image_placeholders([message], count=1, where=name)
+        return Record(images=(name,), turns=turns, responses=(), id=name)
 
 
 def open_inputs(
@@ -131,16 +132,16 @@ def open_inputs(
             f"{records_files[0]}: a file of records must be the only input. Caption each file with "
             "a separate --output."
         )
-    # Check only the suffix, so that a missing file of records is reported as such.
+    # Recognize a file of records by its suffix, even if it does not exist: the error message then says so.
     if records_files:
         source = records_files[0]
         if instructions:
             raise ValueError(
-                f"--instruction: the records of {source} contain their own instructions; "
+                f"--instruction: the records of {source} already contain instructions; "
                 "remove the option."
             )
-        # Accept records without responses, since this command generates them.
-        # Rows that are not records are set aside during the job. It is an error only if no row is a record.
+        # Accept records without responses, since this command generates them. Rows that are not records are set aside
+        # during the job, so any share of them is accepted here, unless all rows are bad.
         return open_data(
             source,
             image_folder,
@@ -148,7 +149,7 @@ def open_inputs(
             require_responses=False,
             max_bad_records=ALL_RECORDS,
         )
-    # Otherwise the source is images, folders, shards or patterns.
+    # Otherwise, the sources are images, folders, shards or patterns.
     found = [_find_some_images(name) for name in sources]
     names, folder = found[0].names, found[0].folder
     if len(found) > 1:
@@ -182,13 +183,14 @@ def _find_some_images(source: str) -> FoundImages:
     if not found.names:
         if not counts and not Path(source).exists() and not any(mark in source for mark in "*?["):
             raise ValueError(f"{source}: no such file or folder")
-        others = f" (found: {counts})" if counts else ""
+        others = f", only other files ({counts})" if counts else ""
         raise ValueError(
-            f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
+            f"{source}: no images found{others}; pass an image, a folder of images, a .tar shard, a glob pattern, or a "
+            "file of records"
         )
     if counts:
         logger.warning(
-            "%s: left out, because they are not images of a format that is read: %s", source, counts
+            "%s: left out the files that are not images of a supported format: %s", source, counts
         )
     return found
 
@@ -196,13 +198,13 @@ def _find_some_images(source: str) -> FoundImages:
 def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     """Return the images of several sources, and the deepest folder that contains all of them.
 
-    An image that several sources contain is named once.
+    An image that several sources contain is returned once.
     """
-    paths: dict[Path, None] = {}  # ordered
+    paths: dict[Path, None] = {}  # an ordered set
     for images in found:
         folder = images.folder.absolute()
-        # Names with ".." would lead out of the common folder. Only they are resolved, because that takes a system
-        # call for each part, and a name that is a link stays one.
+        # A path with ".." could lead out of the common folder, so resolve its folder. Other paths are not resolved,
+        # which would take a system call for each part. The file itself may be a link, whose name is kept.
         for name in images.names:
             path = folder / name
             if ".." in path.parts:
@@ -213,7 +215,7 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     except ValueError:
         drives = ", ".join(sorted({path.drive for path in paths}))
         raise ValueError(
-            f"the images are on several drives ({drives}); caption each drive with a separate command."
+            f"the images are on several drives ({drives}); caption the images of each drive with a separate command."
         ) from None
     return [path.relative_to(common).as_posix() for path in paths], common
 
@@ -227,11 +229,12 @@ def find_images(source: str) -> FoundImages:
     """
     path = Path(source)
     files, folder = _list_files(path)
-    # Absolute paths stay absolute.
+    # The matches of an absolute glob pattern keep their absolute paths, unless the pattern contains "..". (A source that
+    # does not exist as a path is a pattern.)
     is_absolute_pattern = path.is_absolute() and not path.exists() and ".." not in path.parts
     names: list[str] = []
     skipped: Counter[str] = Counter()
-    # Hashes of paths without their suffixes, because millions of paths would take gigabytes.
+    # Store hashes of the paths without their suffixes, because millions of paths would take gigabytes.
     image_stems = array("q")
     sidecar_stems: dict[str, array[int]] = {suffix: array("q") for suffix in SIDECAR_SUFFIXES}
     for file in files:
@@ -272,11 +275,11 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
         return [path], path.parent
     matches, fixed_folder = expand_pattern(str(path))
     files = sorted(map(Path, matches))
-    # Image names are resolved relative to this folder. With a wrong folder, a name could match a
+    # Image names are later resolved relative to this folder. With a wrong folder, a name could match a
     # different file, for example one in the current directory.
     folder = Path()
     if ".." in path.parts:
-        # Two paths with ".." can lead to one file.
+        # Resolve the folders, because two paths with ".." can lead to the same file.
         files = list(dict.fromkeys(file.parent.resolve() / file.name for file in files))
         if files:
             folder = Path(os.path.commonpath([file.parent for file in files]))
@@ -291,7 +294,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
     Symbolic links to folders are not followed, to avoid infinite recursion.
     """
     try:
-        # The order of comparing paths by their parts: "a/b.jpg" is before "a.jpg", because "a" is before "a.jpg".
+        # Sorting each folder by name equals sorting all paths by their parts: "a/b.jpg" comes before "a.jpg", because
+        # "a" comes before "a.jpg".
         names = sorted(os.listdir(folder), key=os.path.normcase)  # noqa: PTH208
     except PermissionError as error:
         logger.warning("%s: left out: %s", folder, error.strerror)
@@ -305,7 +309,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _describe_other(file: Path) -> str:
-    """Return how counts call what is neither an image nor a sidecar."""
+    """Return the kind of a file that is neither an image nor a sidecar file, for the counts in messages."""
     if file.is_file():
         return file.suffix.lower() or "no suffix"
     kind = "folder" if file.is_dir() else "special file"
@@ -318,7 +322,7 @@ def _has_image(file: Path) -> bool:
     """Return whether a file is an image, judging by its suffix, or by its first bytes if it has none."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return file.is_file()
-    # A name such as ".DS_Store" has no suffix either.
+    # Skip hidden files: a name such as ".DS_Store" has no suffix either.
     if file.suffix or file.name.startswith(".") or not file.is_file():
         return False
     try:

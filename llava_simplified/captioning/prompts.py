@@ -41,7 +41,8 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
     """Read a prompt file; see the module's docstring.
 
     Raises:
-        ValueError: The file is not UTF-8, contains no prompt, a weight without a prompt, or an unknown field.
+        ValueError: The file is not UTF-8 or contains no prompt; or a line has a weight without a prompt, or an unknown
+            field.
     """
     prompts: list[WeightedPrompt] = []
     for number, line in enumerate(read_text_lines(path, "--prompt-file"), start=1):
@@ -53,7 +54,7 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
         if weighted:
             weight, text = float(weighted[1]), weighted[2].strip()
         if not text:
-            raise ValueError(f"{where}: there is no prompt after the weight")
+            raise ValueError(f"{where}: expected a prompt after the weight, as `WEIGHT | PROMPT`")
         check_fields(text, IMAGE_FIELDS, where)
         prompts.append(WeightedPrompt(weight, text))
     if not any(prompt.weight for prompt in prompts):
@@ -72,7 +73,7 @@ def read_text_lines(path: str | Path, option: str) -> list[str]:
         ValueError: The file cannot be read, or is not UTF-8.
     """
     try:
-        # Split at line feeds only, unlike `splitlines`: Unicode has other separators, which may occur in a text.
+        # Do not use `splitlines`, which also splits at other Unicode separators: these may occur within a text.
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None
@@ -89,12 +90,12 @@ def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> W
         image: Name of the image, relative to the image folder.
         seed: Random seed.
     """
-    # Use a hash as the random number. A random generator would make the choice depend on the images before.
+    # Use a hash as the random number. With a random generator, the choice would depend on the previous images.
     name = image.encode(errors="surrogateescape")
     digest = hashlib.sha256(f"{seed}|".encode() + name).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
-    # Imagine the weights as segments of a line, one after the other: return the prompt in whose segment the point
-    # is. Rounding could put the point behind the last segment; then the last prompt is returned.
+    # Imagine the weights as segments of a line, one after the other. The random number is a point on the line: return
+    # the prompt in whose segment it lies. Because of rounding, it may lie just beyond the last segment.
     candidates = [prompt for prompt in prompts if prompt.weight > 0]
     point = fraction * sum(prompt.weight for prompt in prompts)
     for prompt in candidates:
@@ -105,9 +106,9 @@ def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> W
 
 
 def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "") -> str:
-    """Return the text of a prompt for an image; the arguments are those of `image_fields`."""
+    """Return the text of a prompt for an image. See `image_fields` for the arguments."""
     fields = image_fields(image, folder, tags)
-    # A file may be called "<image>.jpg". Remove the brackets, because only the prompt itself may contain placeholders.
+    # A file may be called "<image>.jpg". Remove the brackets, because a placeholder in the prompt stands for an image.
     without_brackets = IMAGE_PLACEHOLDER.strip("<>")
     for name, value in fields.items():
         fields[name] = value.replace(IMAGE_PLACEHOLDER, without_brackets)
@@ -130,7 +131,7 @@ def prompt_chooser(
         prompt = choose_prompt(prompts, image, seed)
         tags = ""
         if "tags" in field_names(prompt.text):
-            # A prompt without tags, or with some wrong characters, is better than no caption.
+            # Do not be strict: a prompt without tags, or with some wrong characters, is better than no caption.
             tags = read_tags(image, folder, strict=False)
         return fill_prompt(prompt, image, folder, tags)
 

@@ -1,7 +1,7 @@
-"""The page of `--review`: all images of a job with their captions, with a search field and filters.
+"""Write the page of `--review`: all images of a job with their captions, a search field and filters.
 
-An HTML file shows up to `CARDS_PER_PAGE` images, whose thumbnails it contains. Larger jobs get several files, which link
-to each other. The files load nothing from elsewhere.
+An HTML file shows up to `CARDS_PER_PAGE` images and contains their thumbnails. Larger jobs get several files with links to
+each other. The files load no other files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava_simplified.html_report import Thumbnail, Tile, make_thumbnail, write_
 
 CARDS_PER_PAGE = 1000  # about 20 MB
 
-# The kinds of cards, in the order of the filters, with their labels.
+# Kind of a card -> its label, in the order of the filters. The page shows one card per image.
 KINDS = {
     "captioned": "captioned",
     "loop": "ended at a loop",
@@ -35,8 +35,8 @@ class ReviewItem:
     Attributes:
         image: Name of the image.
         kind: One of `KINDS`.
-        captions: The texts of each instruction; the instruction of a kept text is "".
-        error: Why there is no caption.
+        captions: Instruction -> texts. The instruction of a text that existed before (kind "kept") is "".
+        error: Why the image has failed; empty if it has not.
     """
 
     image: str
@@ -107,19 +107,19 @@ def collect_items(
     failures: Iterable[Mapping[str, Any]],
     kept: Mapping[str, str],
 ) -> list[ReviewItem]:
-    """Return one item for each image, sorted by name; the arguments are those of `write_review`."""
+    """Return one item for each image, sorted by name. See `write_review` for the arguments."""
     items: dict[str, ReviewItem] = {}
     for row in rows:
         item = items.setdefault(row["image"] or "", ReviewItem(row["image"] or ""))
         item.captions.setdefault(row["instruction"], []).append(row["pred_output"])
-        # If one of several captions was shortened, its filter must show the image.
+        # If one of several captions was shortened, the filter for shortened captions must show the image.
         if row.get("ended_by"):
             item.kind = row["ended_by"]
     for image, text in kept.items():
-        items[image] = ReviewItem(image, "kept", {"": [text]})
+        items[image] = ReviewItem(image, kind="kept", captions={"": [text]})
     for row in failures:
         name = row["image"] or f"index {row['index']}"
-        # The item may exist already: if only its sidecar file could not be written, an image has captions too.
+        # The item may exist already: an image whose sidecar file could not be written has captions too.
         item = items.setdefault(name, ReviewItem(name))
         item.kind = "failed"
         item.error = row["error"]

@@ -10,8 +10,8 @@ Files of a job with `--output captions.jsonl`:
 A JSON array cannot be appended to. With `--output predictions.json`, the journal is therefore
 `predictions.json.part.jsonl`, which is converted to the array at the end.
 
-A job that writes sidecar files (see `sidecars`) has these files with the name `.llava-caption.jsonl` in the folder of
-the images or of the sidecar files, until it is finished. Only the list of failures remains.
+For a job that writes sidecar files (see `sidecars`), the journal is `.llava-caption.jsonl` in the folder of the sidecar
+files. These files are deleted when the job is finished, except the list of failures.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.options import checkpoint_options
 
-# torch is imported when a model is loaded: with `--endpoint`, this process has none.
+# torch is imported when a model is loaded, because it may not be installed where `--endpoint` is used.
 if TYPE_CHECKING:
     import torch
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Number of batches whose records are sorted together by prompt length, to reduce padding.
+# Number of batches whose records are sorted by prompt length together, to reduce padding; see `caption_records`.
 BATCHES_PER_WINDOW = 8
 
 # ---- the job ----
@@ -74,10 +74,10 @@ class CaptionJob:
     Attributes:
         model_path, model_base, vision_tower, bits, quantize, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
-        output: A .jsonl file; with any other suffix, the output is a JSON array. The journal of a job with
-            `sidecars`: a name is that of a file in the folder of the images.
+        output: A .jsonl file; with any other suffix, the output is a JSON array. For a job with `sidecars`, its
+            journal: an absolute path, or a file name, which means a file in the folder of the images.
         options: Generation options; `num_return_sequences` is the number of captions per record.
-        limit: Caption only the first N records; with `sidecars`, the first N images that do not keep a file.
+        limit: Caption only the first N records; with `sidecars`, the first N images without a file to keep.
         batch_size: Records per batch.
         chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
             record `chunk`. (The names are stored in the settings of unfinished jobs.)
@@ -111,10 +111,10 @@ class CaptionJob:
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those that cannot be captioned."""
+    """The result of a job, in records."""
 
-    captioned: int
-    failed: int
+    captioned: int  # records that have captions, also from earlier runs of the job
+    failed: int  # records that cannot be captioned
 
 
 class JobFiles(NamedTuple):
@@ -145,7 +145,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
 
     Args:
         job: The job.
-        model: The model of the job, if it is loaded already.
+        model: The model of the job, if it is already loaded.
 
     Raises:
         ValueError: There is nothing to caption, the output belongs to a job with different settings,
@@ -157,6 +157,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     files = _job_files(job, folder)
     images = records.names if isinstance(records, ImageRecords) else ()
     finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
+    # Hold the lock until the end, because two processes that append to one journal would mix their rows.
     with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
@@ -177,6 +178,8 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
                     write_review(
                         job.review, folder, journal.rows(), failures.rows(), finisher.kept_texts()
                     )
+        # Also after Ctrl-C: without this, a job that has captioned nothing would require that the next run has the same
+        # settings.
         except BaseException:
             _remove_empty_job(files)
             raise
@@ -221,7 +224,8 @@ def _job_files(job: CaptionJob, folder: str) -> JobFiles:
     """
     if job.sidecars is None:
         return JobFiles.of(job.output)
-    # The output is absolute if the sidecar files have a folder of their own, and stays as it is then.
+    # Joining a folder with an absolute path gives the absolute path: the output of a job whose sidecar files are not
+    # beside the images.
     files = JobFiles.of(str(Path(folder) / job.output))
     problem = folder_problem(files.journal.parent)
     if problem:
@@ -236,11 +240,14 @@ def _log_finished(
     files: JobFiles,
     counts: CaptionCounts,
 ) -> None:
-    """Log what became of the captions: written, kept, shortened, failed."""
+    """Log how many captions were written, kept, shortened and failed."""
     if job.text.loop_guard or job.text.max_words:
         shortened = count_shortened(journal.rows())
         if shortened["loop"]:
-            logger.warning("Captions that ended where they began to loop: %s.", shortened["loop"])
+            logger.warning(
+                "Captions that were cut where they began to repeat themselves: %s.",
+                shortened["loop"],
+            )
         if shortened["max_words"]:
             logger.info("Captions that were cut at --max-words: %s.", shortened["max_words"])
     if job.sidecars is None:
@@ -275,7 +282,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
 
 def _forget_server_failures(failures: Path) -> None:
     """Remove records that failed because of the server from the file of failures, so that this run retries them."""
-    # aiohttp, which the module imports, is an optional package.
+    # Import it here, because the module imports aiohttp, an optional package.
     from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
 
     if not failures.exists():
@@ -305,22 +312,22 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     # Keep the names of version 0.1.0, whose unfinished jobs can be resumed.
     settings["questions"] = settings.pop("instructions")
     settings["batch_size"] = None
-    del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
+    del settings["trust_remote_code"]  # affects whether a model can be loaded, but not its captions
     settings["output"] = None
     del settings["review"]
     if job.endpoint is not None:
         settings["endpoint"] = job.endpoint.job_settings()
     _remove_unused(settings)
     settings["model"] = _modification_times(job.model_path)
-    # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
-    # have to know the numbers that the others have given.
+    # Images may be added to a folder while a job is unfinished (see `ImageRecords.renumber`), but not if the job is split
+    # into slices, because a slice does not know which numbers the other slices give to new images.
     if not isinstance(records, ImageRecords) or job.chunks > 1:
         settings["contents of the source"] = _describe_contents(records, job.source)
     return settings
 
 
 def _remove_unused(settings: dict[str, Any]) -> None:
-    """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
+    """Remove options that are off. The settings of unfinished jobs of version 0.1.0 do not contain them."""
     for name in ("endpoint", "quantize"):
         if settings[name] is None:
             del settings[name]
@@ -345,13 +352,13 @@ def _modification_times(model_path: str) -> list[int]:
 def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...]) -> object:
     """Return a value that changes if an index would refer to a different record."""
     if isinstance(records, ImageRecords):
-        # Hash all names: one more image in a folder shifts the indices of all images after it.
+        # Hash all names, because an additional image in a folder shifts the indices of all images after it.
         digest = hashlib.sha256()
         for number, name in enumerate(records.names):
             line = f"\n{name}" if number else name
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
-    # Use size and modification time of a file of records, which may have gigabytes.
+    # A file of records may have gigabytes, so use its size and modification time instead of a hash.
     assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -366,12 +373,13 @@ def _caption_remaining(
     journal: Journal,
     failures: Journal,
 ) -> CaptionCounts:
-    """Caption the records that are in neither journal."""
+    """Caption the records that are neither in the journal nor in the list of failures."""
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record, records)
-    failed = _finished_records(failures, 1, records)
+    failed = _finished_records(failures, rows_per_record=1, records=records)
 
     def fail(rows: list[Row]) -> None:
+        """Add rows to the list of failures."""
         failures.append(rows)
         failed.update((row["index"], row.get("image")) for row in rows)
 
@@ -387,14 +395,14 @@ def _caption_remaining(
         indices = indices[: job.limit]
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
-    # An array, because a list of millions of numbers takes five times as much memory.
+    # Use an array, because a list of millions of numbers takes five times as much memory.
     remaining: Sequence[int] = array(
         "q", (index for index in indices if index not in finished and index not in failed)
     )
     num_finished = len(indices) - len(remaining)
     num_records = len(indices)
     if isinstance(records, ImageRecords) and job.sidecars is not None:
-        # With sidecar files, each image has one prompt, so the index of a record is that of its image.
+        # With sidecar files, each image has one prompt, so records and images have the same indices.
         images = ((index, records.names[index]) for index in remaining)
         remaining, refused = finisher.admit(images, _images_left(job, num_finished))
         num_records = num_finished + len(remaining) + len(refused) + len(finisher.kept)
@@ -406,8 +414,8 @@ def _caption_remaining(
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(num_records, "records", initial, enabled=show_progress) as progress:
         for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
-            # If the process is killed between these writes, the next run tries the failed records again,
-            # and they fail again; and it writes the missing sidecar files of the captions in the journal.
+            # The order matters if the process is killed between these writes. Captions in the journal whose sidecar
+            # files are missing are written by the next run (`resume`). Failures that were not listed occur again.
             finished_rows, unfinished_rows = finisher.finish(rows)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
@@ -418,12 +426,13 @@ def _caption_remaining(
 
 
 def _images_left(job: CaptionJob, num_finished: int) -> int | None:
-    """Return how many images of its slice a job with sidecar files may still caption; None: all of them.
+    """Return how many more images of its slice a job with sidecar files may caption; None for no limit.
 
-    Images that keep their sidecar file do not count for `--limit`: the next run captions other images.
+    Images that keep their sidecar file do not count for `--limit`, so that the next run captions other images.
     """
     if not job.limit:
         return None
+    # The size of this slice of the first `limit` images.
     return len(range(job.chunk, job.limit, job.chunks)) - num_finished
 
 
@@ -434,9 +443,9 @@ def _caption_batches(
     folder: str,
     indices: Sequence[int],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Yield the rows of records in their order, from the model, or from the server if there is none."""
+    """Yield the rows of the records in order, captioned by the model; without a model, by the server."""
     if model is not None:
-        # A sequence ends where its finished text would be cut.
+        # Stop generating a sequence at a loop, because the finished text would be cut there.
         options = replace(job.options, loop_guard=job.text.loop_guard)
         return caption_records(model, records, folder, options, job.batch_size, indices)
 
@@ -447,28 +456,32 @@ def _caption_batches(
 
 
 def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
-    """Give each image the number that it has in the journals; see `ImageRecords.renumber`."""
+    """Keep the numbers of images in an unfinished output; see `ImageRecords.renumber`.
+
+    Args:
+        records: All records.
+        done: Index -> image, for the records that have captions, and for the records that have failed.
+    """
     per_image = len(records.instructions)
-    numbered = chain.from_iterable(part.items() for part in done)
+    numbered = chain.from_iterable(images.items() for images in done)
     # Usually no image was added or removed. Return before building `known`, which takes gigabytes for millions of images.
-    if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
+    if all(not image or records.name_at(index // per_image) == image for index, image in numbered):
         return
     known: dict[str, int] = {}
-    for part in done:
-        known.update((image, index // per_image) for index, image in part.items() if image)
+    for images in done:
+        known.update((image, index // per_image) for index, image in images.items() if image)
     records.renumber(known)
 
 
 def _finished_records(
     journal: Journal, rows_per_record: int, records: Sequence[Record]
 ) -> dict[int, str | None]:
-    """Return index and image of the records whose rows are all in a journal.
+    """Return index -> image of the records whose rows are all in a journal, and remove an incomplete record at its end.
 
-    For a file of records, the images are None: only `_renumber` needs them, and it is not used then.
+    A process that was killed while writing may have left only some rows of the last record. The journal is truncated
+    before them. Random numbers depend only on the record, so the next run generates the same captions again.
 
-    A process that was killed while writing leaves an incomplete record at the end. The journal is
-    truncated before it. Random numbers depend only on the record, so the next run generates the same
-    captions again.
+    For a file of records, the images are None, because only `_renumber` needs them, which applies to images.
     """
     finished: dict[int, str | None] = {}
     last_index = -1
@@ -488,7 +501,7 @@ def _finished_records(
 
 
 def _image_in_memory(row: Row, records: Sequence[Record]) -> str | None:
-    """Return the image of a row; if `records` contains an equal string, that one, to store it only once."""
+    """Return the image of a row. If `records` contains an equal string, return that object, to save memory."""
     if not isinstance(records, ImageRecords):
         return None
     image: str | None = row.get("image")
@@ -503,11 +516,11 @@ def _publish_array(files: JobFiles) -> None:
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
         part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     published_failures = Path(f"{files.output}.bad.jsonl")
-    published_failures.unlink(missing_ok=True)  # of an earlier job
+    published_failures.unlink(missing_ok=True)  # an earlier job may have left one
     if files.failures.exists():
         files.failures.replace(published_failures)
-    # Delete the journal before the settings. If we crash in between, a lone settings file is harmless,
-    # but a lone journal makes the next start fail.
+    # Delete the journal before the settings. If the process is killed in between, settings without a journal are
+    # harmless, whereas a journal without settings is an error at the next start.
     files.journal.unlink()
     files.settings.unlink()
 
@@ -559,8 +572,8 @@ def caption_records(
         indices: Indices of the records to caption; None for all.
 
     Yields:
-        After every batch: prediction rows, `num_return_sequences` per record, and one row for each
-        record that cannot be captioned, with the reason.
+        After every batch: the prediction rows, `num_return_sequences` per record, and one row with the reason for
+        each record that cannot be captioned.
     """
     if indices is None:
         indices = range(len(records))
@@ -575,8 +588,8 @@ def caption_records(
         logger.warning("%s", matches.describe())
 
 
-# The captions of a record, or the error if there are none: its image cannot be read, its prompt
-# cannot be rendered, the row is not a record, or the model's logits for it are not finite.
+# The captions of a record, or the error that prevented them: its image cannot be read, its prompt cannot be rendered, the
+# row is not a record, or the model's logits for it are not finite.
 Outcome = list[str] | ValueError | FloatingPointError
 
 
@@ -585,9 +598,15 @@ def _in_record_order(
     window: Sequence[Record | ValueError],
     batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Convert outcomes to rows, in the order of the records. Outcomes arrive in any order, by their position."""
+    """Convert outcomes to rows, in the order of the records.
+
+    Args:
+        indices: Index of each record of the window.
+        window: The records.
+        batches: Outcomes by position in the window. They may arrive in any order.
+    """
     waiting: dict[int, Outcome] = {}
-    position = 0  # of the next record to yield
+    position = 0  # position of the next record to yield
     for batch in batches:
         waiting.update(batch)
         rows: list[Row] = []
@@ -691,7 +710,7 @@ class _WindowImages:
         self._model = model
         self._image_folder = image_folder
         self._reader = reader
-        self._pixels: dict[str, Any] = {}  # futures by image name
+        self._pixels: dict[str, Any] = {}  # image name -> future of the transformed image
         self._features: dict[str, torch.Tensor] = {}
 
     def read_ahead(self, names: Sequence[str]) -> None:
@@ -705,7 +724,7 @@ class _WindowImages:
         return self._model.vision_tower.transform(image)
 
     def error_of(self, record: Record) -> ImageError | None:
-        """Return the error if an image of the record cannot be read, or None. Raise other errors."""
+        """Return the error if an image of the record cannot be read, else None. Raise errors of any other kind."""
         for name in record.images:
             # This waits until the image has been read.
             error = self._pixels[name].exception()

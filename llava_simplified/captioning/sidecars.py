@@ -1,13 +1,15 @@
 """Sidecar files: the caption of `cats/a.jpg` in the text file `cats/a.txt`, the format that diffusion trainers read.
 
-Each file is written under a temporary name and then renamed, so that it always has its old or its new contents. A job
-that appends to files, and is killed, must know afterward which files it has changed already. It therefore writes what
-it is about to do into its journal (`jobs.Journal`) before it changes a file, with digests of both contents:
+Each file is written under a temporary name and then renamed, so that it always has its old or its new contents. If a job
+that appends captions to files is killed and continued, it must not append a caption twice. It therefore records in its
+journal (`jobs.Journal`) what it is about to do before it changes a file, with digests of the old and the new contents:
 
-    journal   {"image": "a.jpg", "pred_output": "a cat", "sidecar": {"before": "5f3a...", "after": "c071..."}}
-    file      digest is "before"     it was not written: write it
-              digest is "after"      it was written: nothing to do
-              any other digest       another program has changed it since: leave it alone
+    journal         {"image": "a.jpg", "pred_output": "a cat", "sidecar": {"before": "5f3a...", "after": "c071..."}}
+
+    digest of the file
+        "before"    the file was not written: write it
+        "after"     the file was written: nothing to do
+        any other   another program has changed the file since: leave it alone
 
 The caller does this for each batch::
 
@@ -40,7 +42,7 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 # The journal of a job that writes sidecar files. The names of the job's other files begin with this name. They are
 # hidden files, so that no program that reads the folder mistakes them for data.
 SIDECAR_JOURNAL = ".llava-caption.jsonl"
-TAGS_SUFFIX = ".txt"  # of the file beside the image that contains its {tags}
+TAGS_SUFFIX = ".txt"  # suffix of the file beside an image that contains its {tags}
 EXISTING_POLICIES = ("skip", "overwrite", "append", "prepend")
 
 _BYTE_ORDER_MARKS = (
@@ -48,7 +50,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Errors of one file or folder. Other errors, such as a full disk, would also occur for all files that follow.
+# Errors that concern one file or folder only. Other errors, such as a full disk, would occur for all files that follow.
 _ERRORS_OF_ONE_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP),
@@ -65,8 +67,8 @@ class SidecarOptions:
 
     Attributes:
         suffix: Suffix of the files, ".txt" or ".caption".
-        existing: What to do with an image that has such a file: "skip" (leave both alone), "overwrite",
-            "append" or "prepend" the caption.
+        existing: What to do with an image that already has such a file: "skip" the image, "overwrite" the file, or
+            "append" or "prepend" the caption to its text.
         output: Folder for the files, with the same subfolders as the images; None puts them beside the images.
         separator: Text between the existing text and the caption.
     """
@@ -91,7 +93,7 @@ class TextForm(NamedTuple):
     """How a text file is encoded.
 
     Attributes:
-        byte_order_mark: The bytes at its beginning; empty for none.
+        byte_order_mark: The byte order mark at its beginning; empty for none.
         codec: Name of the codec.
         newline: The line end, "\\n" or "\\r\\n".
     """
@@ -102,7 +104,7 @@ class TextForm(NamedTuple):
 
 
 def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
-    """Return the text of a sidecar file, line ends as they are, and its form.
+    """Return the text of a sidecar file, with its line ends unchanged, and its form.
 
     Raises:
         SidecarError: The file is not UTF-8 and has no byte order mark of UTF-16.
@@ -122,7 +124,7 @@ def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
 def join_texts(existing: str, caption: str, options: SidecarOptions, newline: str = "\n") -> str:
     """Return an existing text with a caption appended or prepended.
 
-    The existing text and the line break after it are not changed.
+    Appending keeps the line break at the end of the existing text.
     """
     caption = caption.replace("\n", newline)
     separator = options.separator.replace("\n", newline)
@@ -135,7 +137,7 @@ def join_texts(existing: str, caption: str, options: SidecarOptions, newline: st
 
 
 def _join_neatly(body: str, separator: str, caption: str) -> str:
-    """Return separator and caption. If the body already ends with the separator's comma, do not repeat it."""
+    """Return separator and caption, to append to a body. A comma that the body already ends with is not repeated."""
     visible = separator.rstrip()
     if visible and body.endswith(visible):
         separator = separator[len(visible) :]
@@ -161,7 +163,9 @@ def new_contents(
     try:
         return form.byte_order_mark + text.encode(form.codec)
     except UnicodeEncodeError as error:
-        raise SidecarError(f"{path}: the caption cannot be encoded ({error})") from None
+        raise SidecarError(
+            f"{path}: the caption cannot be encoded as {form.codec.upper()} ({error})"
+        ) from None
 
 
 def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> str:
@@ -180,7 +184,7 @@ def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> s
     file_name, key = split_shard_name(image)
     if key is not None:
         return ""
-    # Tags are in the .txt file, whatever the suffix of the sidecars that are written.
+    # Tags are always in the .txt file, even if captions are written to files with another suffix.
     path = (Path(image_folder) / file_name).with_suffix(TAGS_SUFFIX)
     try:
         data = path.read_bytes()
@@ -208,7 +212,7 @@ class SidecarWriter:
     Args:
         options: Where and how to write.
         image_folder: Folder that the names are relative to.
-        images: Names of all images of the job, to find images with the same sidecar file (a.jpg and a.png).
+        images: Names of all images of the job, to find images that would share a sidecar file (a.jpg and a.png).
     """
 
     def __init__(
@@ -232,25 +236,33 @@ class SidecarWriter:
             # Mirror the subfolders of the images in the output folder.
             folder = Path(self.options.output)
             if not file.is_relative_to(self._image_folder):
-                raise SidecarError(f"{file} is not in {self._image_folder}")
+                raise SidecarError(
+                    f"{file} is not in the image folder {self._image_folder}, so its place below --output is unknown"
+                )
             file = folder / file.relative_to(self._image_folder)
         if key is None:
             return file.with_suffix(self.options.suffix)
         if self.options.output is None:
-            raise SidecarError("an image in a shard cannot have a file beside it; pass --output")
-        # The key comes from the archive, so it is untrusted: it must not lead out of the folder.
+            raise SidecarError(
+                "an image in a shard cannot have a file beside it; pass --output with a folder"
+            )
+        # The key comes from the archive, so it is untrusted, and must not lead out of the folder.
         parts = re.split(r"[/\\]", key)
         if ".." in parts or key.startswith("/") or re.match("[A-Za-z]:", key):
-            raise SidecarError(f"the key {key!r} is not safe as a file name")
+            raise SidecarError(
+                f"the key {key!r} is not safe as a file name; it must be a relative path without '..'"
+            )
         if sys.platform == "win32":
             for part in (*parts[:-1], parts[-1] + self.options.suffix):
                 problem = windows_problem(part)
                 if problem:
-                    raise SidecarError(f"the key {key!r} has no file on Windows: {problem}")
+                    raise SidecarError(
+                        f"the key {key!r} cannot be a file name on Windows: {problem}"
+                    )
         return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
 
     def is_kept(self, image: str) -> bool:
-        """Return whether a sidecar file exists and is left alone, because the policy is "skip"."""
+        """Return whether an image already has a sidecar file, and is skipped for that reason."""
         if self.options.existing != "skip":
             return False
         try:
@@ -267,7 +279,7 @@ class SidecarWriter:
             return ""
 
     def problem(self, image: str) -> str:
-        """Return why no sidecar file can be written for an image; empty if none of the checks fails."""
+        """Return why no sidecar file can be written for an image; empty if no problem was found."""
         if image in self._conflicts:
             return self._conflicts[image]
         try:
@@ -276,7 +288,7 @@ class SidecarWriter:
             return str(error)
         if self.options.output is None and path == self._image_folder / image:
             return f"the sidecar file would replace the image itself, {path}"
-        # A folder, a pipe or a broken link.
+        # Something else has this name: a folder, a pipe or a broken link.
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is not a regular file"
         # Check each folder only once.
@@ -288,7 +300,7 @@ class SidecarWriter:
         """Return what writing a text will change, for the journal.
 
         Returns:
-            The plan; None if a file exists by now, and the policy is "skip".
+            The plan; None if another program has written the file by now, and existing files are skipped.
 
         Raises:
             SidecarError: The existing file cannot be read, or the text cannot be added to it.
@@ -311,7 +323,7 @@ class SidecarWriter:
             resumed: True if a killed process may have left a temporary file, which is removed then.
 
         Returns:
-            False if another program has changed the file since it was planned; then nothing is written.
+            False if another program has changed the file since `plan` was called. Nothing is written then.
 
         Raises:
             SidecarError: The file cannot be written.
@@ -319,10 +331,10 @@ class SidecarWriter:
         path = self.path(image)
         existing = _read(path)
         digest = _digest(existing)
-        # The file was written before the process was killed.
+        # Nothing to do: the file was already written before the process was killed.
         if digest == plan["after"]:
             return True
-        # It is neither the old nor the new contents, so somebody has edited the file. Keep it.
+        # The contents are neither the old nor the new ones, so another program has changed the file. Keep it.
         if digest != plan["before"]:
             return False
         data = new_contents(existing, text, self.options, path)
@@ -333,8 +345,8 @@ class SidecarWriter:
         return True
 
     def _find_conflicts(self, images: Iterable[str]) -> dict[str, str]:
-        """Return the images whose sidecar file is also that of another image, and a message for each."""
-        # The first image with each path, and all images of the paths that occur several times.
+        """Return the images that would share a sidecar file with another image, and a message for each."""
+        # Path -> the first image with it; and path -> all its images, for paths that occur several times.
         first: dict[str, str] = {}
         sharing: dict[str, list[str]] = {}
         for image in images:
@@ -362,7 +374,7 @@ def _comparable(path: Path) -> str:
 
 
 def folder_problem(folder: Path) -> str:
-    """Return why no file can be created in a folder, which may not exist yet; empty if it can."""
+    """Return why no file can be created in a folder, which may not exist yet; empty if files can be created."""
     # Check the nearest parent folder that exists.
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -399,7 +411,10 @@ def _replace_file(path: Path, data: bytes, resumed: bool) -> None:
 
 
 def _as_sidecar_error(error: OSError, path: Path) -> OSError | SidecarError:
-    """Convert an error of this file alone to a `SidecarError`, so that the job continues; return others unchanged."""
+    """Convert an error that concerns this file only to a `SidecarError`, so that the job continues.
+
+    Other errors are returned unchanged.
+    """
     if error.errno in _ERRORS_OF_ONE_FILE:
         return SidecarError(f"{path}: {error.strerror}")
     return error

@@ -4,7 +4,7 @@
      "messages": [{"role": "user", "content": "<image>What is this?"},
                   {"role": "assistant", "content": "a cat"}]}
 
-    {"images": ["0.jpg"],                                         the same with parts
+    {"images": ["0.jpg"],                                         the same, the content as a list of parts
      "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}, ...]}
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.jpg"}, ...]}, ...]}
@@ -31,8 +31,8 @@ _IMAGE_PARTS = ("image", "image_url")
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Return whether a row has one of the forms above."""
-    if row.get("messages") is not None or is_pairs(row.get("texts")):
+    """Return whether a row has one of the forms in the module's docstring."""
+    if row.get("messages") is not None or is_question_answer_list(row.get("texts")):
         return True
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
@@ -40,15 +40,15 @@ def is_chat(row: Mapping[str, Any]) -> bool:
     return "role" in turns[0] or bool(row.get("system"))
 
 
-def is_pairs(texts: object) -> bool:
-    """Return whether a value of the key `texts` is a list of questions with answers."""
+def is_question_answer_list(texts: object) -> bool:
+    """Return whether a value of the key `texts` is a list of questions with answers, as in FineVision."""
     if not isinstance(texts, list) or not texts:
         return False
     return all(isinstance(pair, dict) and "user" in pair for pair in texts)
 
 
-def plain_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a chat row in LLaVA's form; its other keys are kept.
+def convert_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Convert a chat row to LLaVA's form. Its other keys are kept.
 
     Args:
         row: A row for which `is_chat` is true.
@@ -88,7 +88,7 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
     if row.get("system"):
         turns.append(("system", row["system"]))
     # FineVision and The Cauldron: a list of questions with answers instead of turns.
-    if is_pairs(row.get("texts")) and row.get("messages") is None:
+    if is_question_answer_list(row.get("texts")) and row.get("messages") is None:
         for pair in row["texts"]:
             turns.append(("user", pair["user"]))
             turns.append(("assistant", pair.get("assistant")))
@@ -100,14 +100,16 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
         raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: turn {number} of {key!r} must be an object")
+            raise ValueError(
+                f"{where}: turn {number} of {key!r} must be an object, got {shorten(turn)}"
+            )
         check_turn_keys(turn, where)
         turns.append(turn_of(turn))
     return turns
 
 
 def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return role and content of a turn, with the keys of chats or those of LLaVA."""
+    """Return role and content of a turn. Chats call these keys `role` and `content`, LLaVA `from` and `value`."""
     if "role" in turn:
         return turn["role"], turn.get("content")
     return turn.get("from"), turn.get("value")
@@ -118,11 +120,14 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
 
     Args:
         content: A text, or a list of parts.
-        images: Receives each image part: its own image, its index among the images of the row, or None.
-        where: For error messages.
+        images: A list to which one entry is appended for each image part; see `_image_reference`.
+        where: File name, row and turn, for error messages.
+
+    Raises:
+        ValueError: A part is malformed, or is neither text nor image.
     """
     if not isinstance(content, list):
-        return content  # its type is checked with the other turns
+        return content  # the parser of LLaVA's form checks the type
     text = ""
     for part in content:
         if isinstance(part, str):
@@ -132,11 +137,11 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
         # Some programs leave out the type of a part, which follows from its keys.
         kind = part.get("type") or _kind_of(part)
         if kind == "text":
-            words = _text_of(part, where)
+            part_text = _text_of(part, where)
             # Put images on separate lines, as in LLaVA's data.
             if text.endswith(IMAGE_PLACEHOLDER):
                 text += "\n"
-            text += words
+            text += part_text
         elif kind in _IMAGE_PARTS:
             images.append(_image_reference(part, where))
             if text and not text.endswith("\n"):
@@ -144,9 +149,10 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
             text += IMAGE_PLACEHOLDER
         else:
             raise ValueError(
-                f"{where}: a part of the type {kind!r} is not supported, only text and image"
+                f"{where}: a part of the type {kind!r} is not supported; the types are 'text' and 'image'"
             )
-    # `insert_image_placeholders` adds a line break to a placeholder at the end, too.
+    # End a text without words in the same way as `insert_image_placeholders`, which adds a line break to each
+    # placeholder: equal questions must get equal tokens, whatever the form of their rows.
     if text.endswith(IMAGE_PLACEHOLDER):
         text += "\n"
     return text
@@ -171,7 +177,12 @@ def _text_of(part: Mapping[str, Any], where: str) -> str:
 
 
 def _image_reference(part: Mapping[str, Any], where: str) -> Any:
-    """Return what an image part refers to: an image, an index into the row's images, or None for the next image."""
+    """Return what an image part refers to.
+
+    Returns:
+        The image that the part names itself; or, if the image is in the list `images` of the row, its index in that
+        list, or None for the next image of the list.
+    """
     value = None
     # Programs use different keys for the same thing.
     for key in ("image", "image_url", "path", "url"):
@@ -187,11 +198,15 @@ def _image_reference(part: Mapping[str, Any], where: str) -> Any:
         scheme, _, path = value.partition("://")
         if scheme != "file":
             raise ValueError(
-                f"{where}: the image {shorten(value)} must be a file; `llava download` fetches URLs"
+                f"{where}: the image {shorten(value)} is a URL; only local files are supported. "
+                "Download it first, for example with `llava download`."
             )
         return path
     if isinstance(value, str) and value.startswith("data:"):
-        raise ValueError(f"{where}: an image inside the text is not supported; write it to a file")
+        raise ValueError(
+            f"{where}: an image in a data: URL (base64) is not supported; save it to a file, and pass the path of the "
+            "file"
+        )
     return value
 
 
@@ -201,17 +216,22 @@ def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> lis
     if not isinstance(listed, list):
         listed = [listed]
     listed = [path_of_image(image) for image in listed]
-    # A part is an image of its own, or refers to an image in the list: by its index (int), or to the next one (None).
+    # See `_image_reference` for the values of parts: an index and None refer to `listed`, others are images.
     own = [part for part in parts if not isinstance(part, int | None)]
     if own and (listed or len(own) < len(parts)):
         raise ValueError(
-            f"{where}: some images are named by the turns, others by 'images'; name all in one place"
+            f"{where}: the turns name some images, and 'images' names others; name all of them in the turns, or all in "
+            "'images'"
         )
     if own:
         return own
     if all(isinstance(part, int) for part in parts):
-        # An index may name an image again, or in another order.
-        if not all(0 <= part < len(listed) for part in parts):
-            raise ValueError(f"{where}: an image part has an index beyond {len(listed)} image(s)")
+        # Several parts may have the same index, and the indices may be in any order.
+        for part in parts:
+            if not 0 <= part < len(listed):
+                raise ValueError(
+                    f"{where}: an image part has the index {part}, but 'images' has {len(listed)} image(s); the first "
+                    "index is 0"
+                )
         return [listed[part] for part in parts]
     return listed

@@ -74,7 +74,7 @@ class Example:
 
 
 class BatchMetadata(TypedDict):
-    """The part of a batch that the trainer uses for its logs, and the model does not get."""
+    """The part of a batch that only the trainer uses, for its logs. It is not passed to the model."""
 
     ids: list[str]  # `Example.id` of each example
     warnings: list[str]
@@ -172,8 +172,8 @@ def pad_sequences(
 def find_image_positions(input_ids: torch.Tensor) -> torch.Tensor:
     """Return the indices of the image placeholders in the flattened token ids.
 
-    Call it on the host, before the token ids are copied to a GPU. The size of the result depends on the values of the ids, so
-    the host would have to wait for the GPU.
+    Call it before the token ids are copied to a GPU. The size of the result depends on the values of the ids, so on a
+    GPU the host would have to wait for it.
 
     Args:
         input_ids: int64 (batch, length).
@@ -190,9 +190,7 @@ class ExpandedExample(NamedTuple):
     input_ids: np.ndarray  # (length,)
     branch_ids: np.ndarray  # (length,)
     position_ids: np.ndarray  # (length,), continued from the end of the prompt in every branch
-    logit_positions: (
-        np.ndarray
-    )  # (trained,), the position that each trained token is predicted from
+    logit_positions: np.ndarray  # (trained,), where each trained token is predicted
     labels: np.ndarray  # (trained,), the trained tokens
 
 
@@ -222,7 +220,7 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
         starts = np.flatnonzero(np.diff(branch_ids, prepend=0))
         num_branches = len(starts)
         prompt_length = starts[0]
-        # The first token of a branch follows the last token of the prompt, not that of the branch before.
+        # The first token of a branch follows the last token of the prompt, not the end of the previous branch.
         predicted_from[starts] = prompt_length - 1
         # Index of the first token of the branch that each position belongs to; not used in the prompt.
         branch_number = np.searchsorted(starts, index, side="right")

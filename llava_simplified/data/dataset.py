@@ -97,18 +97,18 @@ class CaptionDataset(Dataset[Example]):
         file in millions must not end a run, and the trainer counts the warnings.
 
         Raises:
-            ValueError: No image of the whole dataset can be read, or a record has no usable response.
+            ValueError: No image of the dataset can be read, or a record has no usable response.
         """
         warnings: list[str] = []
         for offset in range(len(self)):
             # Wrap around: the first example follows the last one.
             record, responses = self.locate((index + offset) % len(self))
             example = self.tokenize(record, responses)
-            # The trainer counts warnings by what is before the comma.
             matches = NameMatches()
             try:
                 example.pixel_values, example.image_features = self.load_images(record, matches)
             except ImageError as error:
+                # The trainer counts equal kinds of warnings: the kind is the text before the first comma.
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
             for rule in matches.rules:
@@ -117,14 +117,14 @@ class CaptionDataset(Dataset[Example]):
             example.warnings = warnings + example.warnings
             return example
         raise ValueError(
-            f"none of the {len(self)} examples has an image that can be read; "
-            f"the first: {warnings[0]}"
+            f"the images of all {len(self)} examples cannot be read; check the image folder. "
+            f"The first problem: {warnings[0]}"
         )
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
-        """Return the number of positions of each example, images expanded.
+        """Return the number of positions of each example, with expanded image placeholders.
 
-        Tokenizes all text: some 20,000 examples per second.
+        This tokenizes all text, about 20,000 examples per second.
 
         Args:
             tokens_per_image: Number of patch features per image.
@@ -177,7 +177,7 @@ class CaptionDataset(Dataset[Example]):
             if name not in self.features:
                 raise ImageError(
                     "corrupt",
-                    f"{name} could not be read when the features of all images were computed",
+                    f"{name} has no stored features, because it could not be read when they were computed",
                 )
         stored = torch.stack([self.features[name] for name in record.images])
         # The store contains pixels if the tower is trained (its features change) or if features would not fit.
@@ -227,7 +227,8 @@ class CaptionDataset(Dataset[Example]):
         """
         warnings: list[str] = []
         prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
-        # Every answer may have as many tokens as if it were the only one after the prompt.
+        # The limit applies to the prompt with one answer, so answers that share a prompt are truncated as if each
+        # were alone.
         room = self.max_length - len(prefix.input_ids)
         for number, text in enumerate(responses):
             if len(answers[number]) > room:
@@ -239,7 +240,7 @@ class CaptionDataset(Dataset[Example]):
         return prefix, answers, warnings
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
-        """Return the token ids of as many whole words as fit, and the end token.
+        """Cut a response after a word so that it fits, and return its token ids with the end token.
 
         The end token is kept, so that the model still learns to stop.
 
@@ -253,8 +254,8 @@ class CaptionDataset(Dataset[Example]):
         """
         if room < MIN_ANSWER_TOKENS:
             raise ValueError(no_room_problem(record, self.max_length))
-        # A word has at least one token. The prompt is rendered again for each attempt, because the number of tokens of
-        # a text is not the sum of its words'.
+        # A word has at least one token, so more words than tokens cannot fit. Render the text again for each attempt:
+        # its number of tokens is not the sum over its words, because tokenizers may merge across spaces.
         words = text.split(" ")[:room]
         while True:
             _, (answer,) = self.prompt.render_branches(record.turns, [" ".join(words)], record.id)
@@ -296,22 +297,22 @@ def set_bad_records_aside(
     max_length: int = 0,
     problem_of: Callable[[Record], str] = response_problem,
 ) -> Records:
-    """Return the records that can be trained on, so that none of them ends a run in the middle.
+    """Return the records without those that cannot be trained on, which would stop a run in the middle.
 
-    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, which
-    shows for most prompts that they are short enough.
+    All rows are parsed, millions per minute. Few of them are tokenized: the size of a prompt in bytes limits its number
+    of tokens, and most prompts are short enough by this limit.
 
     Args:
         records: All records.
-        max_bad_records: Largest share of them that may be left out, `--max_bad_records`.
+        max_bad_records: Maximum share of bad records, `--max_bad_records`.
         prompt: Renders text to token ids; without it, only the records themselves are checked.
         max_length: Maximum number of tokens, `--model_max_length`. Prompts that leave no room for an answer are bad.
-        problem_of: Returns why a record cannot be trained on; empty if it can.
+        problem_of: Function that returns why a record cannot be trained on; empty if it can.
 
     Raises:
-        ValueError: More cannot be used. The message names the first of them.
+        ValueError: The share of bad records exceeds the maximum. The message names the first of them.
     """
-    # Found now, a bad record is a line in the log. Found by a worker at step 10,000, it ends the run.
+    # A bad record that is found now is a line in the log. One that a worker finds at step 10,000 stops the run.
     bad = BadRecords(max_bad_records, len(records))
     indices = []
     lengths = None if prompt is None else _PromptLengths(prompt)
@@ -319,7 +320,7 @@ def set_bad_records_aside(
         try:
             record = records[index]
             problem = problem_of(record)
-            if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
+            if lengths is not None and not lengths.fits(record, max_length - MIN_ANSWER_TOKENS):
                 problem = problem or no_room_problem(record, max_length)
         except ValueError as error:
             problem = str(error)
@@ -333,14 +334,15 @@ def set_bad_records_aside(
 class _PromptLengths:
     """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
 
-    TOKENS_AT_BOUNDARIES = 4  # for each turn, see `fit`
+    TOKENS_AT_BOUNDARIES = 4  # additional tokens per turn, see `fits`
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
         self._max_expansion = prompt.max_expansion()
-        self._template_lengths: dict[tuple[str, ...], int] = {}  # tokens, by the roles of the turns
+        # Roles of the turns -> number of tokens of the template with these roles.
+        self._template_lengths: dict[tuple[str, ...], int] = {}
 
-    def fit(self, record: Record, max_tokens: int) -> bool:
+    def fits(self, record: Record, max_tokens: int) -> bool:
         """Return whether the prompt of a record has at most `max_tokens` tokens.
 
         Raises:
@@ -351,10 +353,13 @@ class _PromptLengths:
             turns = [Message(turn.role, "x") for turn in record.turns]
             self._template_lengths[roles] = self._length(turns, record.id)
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
-        most = self._template_lengths[roles] + self._max_expansion * num_bytes
-        # Where the template meets the content of a turn, other content than "x" may need a few more tokens.
-        if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
+        # Add an upper bound of the tokens of the content to the tokens of the template. The latter were counted with
+        # the content "x": where the template meets other content, a few more tokens may be needed.
+        upper_bound = self._template_lengths[roles] + self._max_expansion * num_bytes
+        upper_bound += self.TOKENS_AT_BOUNDARIES * len(roles)
+        if upper_bound <= max_tokens:
             return True
+        # The bound does not decide it: count the tokens.
         return self._length(record.turns, record.id) <= max_tokens
 
     def _length(self, turns: Sequence[Message], where: str) -> int:
@@ -365,5 +370,5 @@ def no_room_problem(record: Record, max_length: int) -> str:
     """Return the message about a record whose prompt leaves no room for an answer."""
     return (
         f"{record.id}: the prompt leaves no room for an answer with "
-        f"--model_max_length {max_length}. Raise it, or shorten the instruction."
+        f"--model_max_length {max_length}. Raise --model_max_length, or shorten the instruction."
     )

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor of the host to a device; on CUDA, the copy is queued and this returns immediately.
+    """Copy a tensor from host memory to a device. For CUDA, queue the copy and return immediately.
 
-    A plain `.to("cuda")` of ordinary memory waits until the GPU has finished everything that was queued
-    before: the GPU then idles until the host has queued more. From page-locked ("pinned") memory, the
-    GPU copies by itself. PyTorch keeps that memory until the copy is done.
+    A plain `.to("cuda")` from ordinary memory waits until the GPU has finished all work that was queued before, and
+    the GPU is then idle until the host has queued more. From page-locked ("pinned") memory, the copy runs on the GPU
+    without the host. PyTorch does not reuse the pinned memory before the copy is done.
 
     Args:
         tensor: A tensor in the host's memory, or one that is on `device` already.

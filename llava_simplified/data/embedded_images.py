@@ -3,13 +3,13 @@
 Such an image is named by the file and its row: `train.parquet#7`; if a row has several, also by its position:
 `train.parquet#7/1`. The column of images has one of these types:
 
-    struct<bytes, path>          one image a row; without bytes, the path names a file
-    list<struct<bytes, path>>    several
-    binary, list<binary>         the same without paths, under a usual name
+    struct<bytes, path>          one image per row; if bytes is null, path names a file
+    list<struct<bytes, path>>    several images per row
+    binary, list<binary>         the bytes alone; only in a column with one of the names in _IMAGE_COLUMN_NAMES
 
 Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded.
-Only if some are not, bytes are read to find out which ones. Arrow files are memory-mapped, so bytes that nobody accesses
-are not read either.
+Only if some are not, bytes are read to find out which ones. Arrow files are memory-mapped, so bytes that are not accessed
+are not read from the disk.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ImageColumn(NamedTuple):
     """A column that contains images.
 
     Attributes:
-        name: Its name.
-        is_list: A row has a list of images.
-        has_paths: Images have paths.
+        name: Name of the column.
+        is_list: Whether each row has a list of images instead of one image.
+        has_paths: Whether the column also has the path of each image.
     """
 
     name: str
@@ -63,6 +63,7 @@ def find_image_column(schema: pa.Schema) -> ImageColumn | None:
     for field in schema:
         value_type, is_list = _value_type(field.type)
         members = _member_types(value_type)
+        # Compare names of types, because Arrow has several: binary, large_binary, binary_view, fixed_size_binary.
         is_binary = "binary" in str(members.get("bytes", ""))
         if is_binary or {"bytes", "path"} <= members.keys():
             return ImageColumn(field.name, is_list, "path" in members)
@@ -101,9 +102,10 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of all columns without bytes: bytes are images, hashes or embeddings."""
+    """Return the names of the columns that contain no bytes, which would be images, hashes or embeddings."""
     column = find_image_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
+    # Exclude the column of images by its name too: if no image is embedded, its type contains no "binary".
     return [name for name in names if column is None or name != column.name]
 
 
@@ -114,7 +116,7 @@ class ColumnarFile:
     """The rows of a Parquet or Arrow file, read from beginning to end.
 
     Attributes:
-        name: The name of the file, which images inside it are named by.
+        name: The name of the file, with which the names of its images begin.
         schema: The columns.
         image_column: The column with images, or None.
     """
@@ -128,7 +130,7 @@ class ColumnarFile:
         """Yield batches of rows, and whether it is known that all of their images are embedded.
 
         Args:
-            names: Columns to read. The column of images is added where it must be read.
+            names: Columns to read. The column of images is added if it must be read.
         """
         raise NotImplementedError
 
@@ -138,7 +140,7 @@ class ColumnarFile:
         for batch, are_embedded in self.batches(names):
             table = batch.select([name for name in batch.schema.names if name in names])
             rows = table.to_pylist()
-            # A table without columns has no rows.
+            # For a table without columns, `to_pylist` returns no rows.
             if not table.num_columns:
                 rows = [{} for _ in range(batch.num_rows)]
             if self.image_column is not None:
@@ -155,7 +157,7 @@ class ColumnarFile:
             rows: The rows of the batch.
             batch: The batch, with the column of images unless all are embedded.
             start: Number of the first row in the file.
-            are_embedded: All images are embedded.
+            are_embedded: Whether it is known that all images are embedded.
         """
         column = self.image_column
         assert column is not None
@@ -176,7 +178,7 @@ class ColumnarFile:
                     name = f"{self.name}#{number}"
                     if column.is_list:
                         name += f"/{index}"
-                # An image without bytes and path does not exist.
+                # Skip an image that has neither bytes nor a path.
                 if name:
                     images.append(name)
             position += length
@@ -196,14 +198,17 @@ def _paths_without_bytes(array: pa.Array, are_embedded: bool) -> list[str | None
     # A column of plain bytes: an image is embedded, or missing.
     if not pa.types.is_struct(array.type):
         return [None if is_valid else "" for is_valid in array.is_valid().to_pylist()]
-    # `struct_field` is null where the struct is.
+    # `struct_field` is null where the struct is null.
     have_bytes = pc.is_valid(pc.struct_field(array, "bytes")).to_pylist()
     paths: list[str | None] = [None] * len(array)
     if array.type.get_field_index("path") >= 0:
         paths = pc.struct_field(array, "path").to_pylist()
     names: list[str | None] = []
     for has_bytes, path in zip(have_bytes, paths):
-        names.append(None if has_bytes else path or "")
+        if has_bytes:
+            names.append(None)
+        else:
+            names.append(path or "")
     return names
 
 
@@ -219,7 +224,7 @@ class ParquetRows(ColumnarFile):
         require_extra("download", "pyarrow", purpose="Reading Parquet files")
         import pyarrow.parquet as pq
 
-        # Pass a buffer size, so that only a part of each column is read at a time, and not whole row groups.
+        # Pass a buffer size, so that parts of columns are read instead of whole row groups.
         self.file = pq.ParquetFile(source, buffer_size=1 << 20)
         super().__init__(name, self.file.schema_arrow)
 
@@ -233,19 +238,23 @@ class ParquetRows(ColumnarFile):
             leaves = self._image_leaves()
             paths = [leaf for leaf in leaves if leaf.rpartition(".")[2] == "path"]
             if are_embedded and paths:
-                # Do not read the bytes. The paths in a list show how many images a row has.
+                # Do not read the bytes. For a list, read the paths, because they show how many images a row has.
                 if self.image_column.is_list:
                     columns += paths
             elif self.image_column.is_list or not are_embedded:
                 columns += leaves
-                # Bytes must be read to see which rows have them. Take few rows at a time.
+                # The bytes must be read to find out which rows have an image, or how many images a list has. Read few
+                # rows at a time.
                 batch_rows = _BATCH_ROWS_WITH_BYTES
         batches = self.file.iter_batches(batch_rows, columns=columns, use_threads=False)
         for batch in batches:
             yield batch, are_embedded
 
     def _image_leaves(self) -> list[str]:
-        """Return the paths of the file's leaf columns that belong to the image column."""
+        """Return the leaf columns of the image column, such as `image.bytes` and `image.path`.
+
+        The last part is the member of the struct, also for a list: `images.list.element.bytes`.
+        """
         assert self.image_column is not None
         name = self.image_column.name
         schema = self.file.schema
@@ -288,7 +297,7 @@ class ArrowRows(ColumnarFile):
     def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """See `ColumnarFile.batches`."""
         for batch in _arrow_batches(self._path):
-            # Yield slices: a batch may have any number of rows, and the caller converts texts to Python objects.
+            # A batch may have any number of rows, and the caller converts its texts to Python objects, so yield slices.
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 yield batch.slice(start, _BATCH_ROWS), False
 
@@ -313,7 +322,7 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
         batches = map(reader.get_batch, range(reader.num_record_batches))
     for batch in batches:
         yield batch
-        # The kernel counts every page that was read as memory of the process. Tell it that these can be dropped.
+        # The kernel counts every mapped page that was read as memory of the process. Release the pages of this batch.
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -352,8 +361,11 @@ def read_embedded_image(path: Path, key: str) -> bytes:
         value = _find_parquet_image(path, row)
     if position:
         values = value.values
-        if values is None or not 0 <= int(position) < len(values):
-            raise ValueError(f"{path}: row {row} has no image {position}")
+        num_images = 0 if values is None else len(values)
+        if not 0 <= int(position) < num_images:
+            raise ValueError(
+                f"{path}: row {row} has no image {position}; it has {num_images}, counted from 0"
+            )
         value = values[int(position)]
     # Convert only this image to Python objects, because that copies its bytes.
     image = value.as_py()
@@ -365,7 +377,7 @@ def read_embedded_image(path: Path, key: str) -> bytes:
 
 def _check_row(path: Path, row: int, num_rows: int) -> None:
     if not 0 <= row < num_rows:
-        raise ValueError(f"{path}: no row {row}, the file has {num_rows} rows")
+        raise ValueError(f"{path}: no row {row}; the file has {num_rows} rows, counted from 0")
 
 
 def _find_arrow_image(path: Path, row: int) -> Any:
@@ -398,12 +410,15 @@ def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
 
     table = pq.ParquetFile(path, memory_map=True)
     name = _name_of_images(path, table.schema_arrow)
-    return table.read_row_group(group, columns=[name], use_threads=False)[0]
+    return table.read_row_group(group, columns=[name], use_threads=False).column(0)
 
 
 @lru_cache(maxsize=64)
 def _arrow_image_column(path: Path, _modified_ns: int) -> pa.ChunkedArray:
-    """Map the image column of an Arrow file into memory. The bytes of an image are read from the disk on access."""
+    """Map the image column of an Arrow file into memory. The bytes of an image are read from the disk on access.
+
+    The time of modification is an argument so that a changed file misses the cache.
+    """
     import pyarrow as pa
 
     reader = _open_arrow(pa.memory_map(str(path)), path)
@@ -412,7 +427,14 @@ def _arrow_image_column(path: Path, _modified_ns: int) -> pa.ChunkedArray:
 
 
 def _name_of_images(path: Path, schema: pa.Schema) -> str:
+    """Return the name of the image column.
+
+    Raises:
+        ValueError: No column contains images.
+    """
     column = find_image_column(schema)
     if column is None:
-        raise ValueError(f"{path}: no column with images")
+        raise ValueError(
+            f"{path}: no column with images (a struct with 'bytes', or bytes under a name such as 'image')"
+        )
     return column.name

@@ -1,7 +1,8 @@
 """Find the file of an image that a record names.
 
-Records are moved between machines, and their names with them: `/home/ann/photos/cats/1.jpg` was written where the image
-folder was `/home/ann/photos`. A name is resolved by the first of these rules that finds a file below the image folder:
+Records are copied between machines, and the image names in them stay the same: `/home/ann/photos/cats/1.jpg` was written
+on a machine whose image folder was `/home/ann/photos`. A name is resolved by the first of these rules that finds a file
+below the image folder:
 
     exact       the name itself
     suffix      the longest end of the name in whole parts: photos/cats/1.jpg, cats/1.jpg, 1.jpg
@@ -9,7 +10,8 @@ folder was `/home/ann/photos`. A name is resolved by the first of these rules th
     extension   as above, for a name without an extension: IMG_1 for IMG_1.JPG
 
 A rule that finds several files is an error. Only `exact` is certain to find the image that was meant, so callers count
-which rule was used. Two names that lead to one file are an error too: at least one of them is another image.
+how often each rule was used. If two names lead to one file, that is an error too: at least one of them means an image
+that is not there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suffixes
 
-_MAX_LISTED_FILES = 200_000  # a larger folder is not listed to find a name that differs in case
+_MAX_LISTED_FILES = 200_000  # in a larger folder, the rules `case` and `extension` find nothing
 _ARCHIVE_SUFFIXES = (".tar", ".parquet", ".arrow")
 
 
@@ -52,7 +54,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 
 
 def exact_path(name: str, folder: Path) -> Path | None:
-    """Return the path of exactly this name in `folder`; None for an absolute path outside it."""
+    """Return the path of a name in `folder`; None if the name is an absolute path outside the folder."""
     path = Path(name)
     # Not `is_absolute`: on Windows, `\\home\\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
     # but lead out of the folder too.
@@ -81,10 +83,10 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
     # `is_file` excludes pipes and devices: reading one would block.
     if path is not None and path.is_file():
         return LocatedFile(path, key, "exact")
-    # The longest end first: it shares most with the name.
+    # Try long ends of the name first, because they are less likely to match a different image.
     suffixes = list(name_suffixes(file_name))
     for parts in suffixes:
-        # Joined to one name first: on Windows, a part such as `D:` would replace the folder.
+        # Join the parts before the folder is put in front: on Windows, a part such as `D:` would replace the folder.
         path = exact_path("/".join(parts), folder)
         if path is not None and path.is_file():
             return LocatedFile(path, key, "suffix")
@@ -97,16 +99,21 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
 
 
 def _find_other_case(folder: Path, parts: tuple[str, ...]) -> Path | None:
-    """Find a file whose path differs from `parts` in case, or by an extension that the name lacks."""
+    """Find a file whose path differs from `parts` in case only, or by an extension that the name lacks.
+
+    Raises:
+        AmbiguousNameError: Several files match.
+    """
     for part in parts[:-1]:
-        found = _listed(folder).get(_fold(part), ())
+        found = _names_in(folder).get(_fold(part), ())
         folders = [name for name in found if (folder / name).is_dir()]
-        # With several such folders, the file could be in any of them.
+        # Give up if several folders match: the file could be in any of them.
         if len(folders) != 1:
             return None
         folder /= folders[0]
-    listed = _listed(folder)
+    listed = _names_in(folder)
     found = listed.get(_fold(parts[-1]), ())
+    # Names without their extensions are listed with a dot at the end; see `_names_in`.
     if not found and not Path(parts[-1]).suffix:
         found = listed.get(_fold(parts[-1]) + ".", ())
     files = [name for name in found if (folder / name).is_file()]
@@ -123,17 +130,21 @@ def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _listed(folder: Path) -> dict[str, list[str]]:
-    """Return the names in a folder by their folded form, and by their stem with a dot; {} for a very large folder."""
+def _names_in(folder: Path) -> dict[str, list[str]]:
+    """Return the names in a folder by their folded form, with and without the extension.
+
+    `IMG_1.JPG` is listed as `img_1.jpg` and as `img_1.`. The result is {} for a folder that cannot be read or has more
+    than `_MAX_LISTED_FILES` files.
+    """
     try:
-        return _listed_at(folder, folder.stat().st_mtime_ns)
+        return _cached_names_in(folder, folder.stat().st_mtime_ns)
     except OSError:
         return {}
 
 
 @lru_cache(maxsize=16)
-def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
-    """Return the file names of a folder by their normalized names, with and without suffix; {} if it has too many."""
+def _cached_names_in(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
+    """List a folder; see `_names_in`. A changed folder has another time of modification, which misses the cache."""
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, start=1):
@@ -148,7 +159,7 @@ def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
 
 
 class NameMatches:
-    """Counts how many images each rule found, and which name led to which file. Several threads may add images.
+    """Counts how many images each rule found, and refuses two names that lead to one file. It is thread-safe.
 
     Attributes:
         rules: Number of images by rule.
@@ -156,7 +167,7 @@ class NameMatches:
 
     def __init__(self) -> None:
         self.rules: Counter[str] = Counter()
-        # (path, key) of an image -> the name that led to it; without the images that were found by "exact".
+        # (path, key) of an image -> the name that led to it, for images that were not found by "exact".
         self._names: dict[tuple[Path, str | None], str] = {}
         self._lock = Lock()
 
@@ -170,7 +181,7 @@ class NameMatches:
             if located.rule != "exact":
                 first = self._names.setdefault((located.path, located.key), name)
                 if first != name:
-                    raise _two_names(first, name, located.path)
+                    raise _same_file_error(first, name, located.path)
             self.rules[located.rule] += 1
 
     def describe(self) -> str:
@@ -181,27 +192,27 @@ class NameMatches:
         return f"Images whose names do not match exactly: {', '.join(counts)}."
 
 
-def _two_names(first: str, second: str, path: Path) -> AmbiguousNameError:
+def _same_file_error(first: str, second: str, path: Path) -> AmbiguousNameError:
     return AmbiguousNameError(
-        f"{first!r} and {second!r} are two names, but both lead to {path}. "
-        "Use names relative to the image folder, or pass the folder that contains both."
+        f"{first!r} and {second!r} are different images, but both names lead to the file {path}. "
+        "Use names relative to the image folder, or pass the folder that contains both images."
     )
 
 
 def check_distinct(names: Iterable[str], folder: Path) -> None:
     """Check that no two names lead to one file, for names that are not found by `exact`.
 
-    Only names that end with the same part can do so, so no file is looked up in the usual case.
+    Only names with the same last part can lead to one file. Usually all last parts differ, and no file is looked up.
 
     Raises:
         AmbiguousNameError: Two names lead to one file.
     """
     import numpy as np  # imported here, because parsers of commands import this module
 
-    # Hashes in an array, because a dict of millions of names would take gigabytes.
+    # Compare hashes in an array, because a dict of millions of names would take gigabytes.
     all_names = list(names)
-    ends = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
-    values, counts = np.unique(np.array(ends, np.int64), return_counts=True)
+    hashes = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
+    values, counts = np.unique(np.array(hashes, np.int64), return_counts=True)
     repeated = set(values[counts > 1].tolist())
     matches = NameMatches()
     for name in dict.fromkeys(all_names):

@@ -1,7 +1,7 @@
 """Name the format of a file by its first bytes, and copy a file without its metadata.
 
-Metadata never affect the pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
-them is decoded instead.
+Metadata never affect the pixels: if a decoder rejects a file because of its texts, color profile or EXIF data, a copy
+without these is decoded instead.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import zlib
 
 from llava_simplified.data import jpeg_segments
 
-# Formats of images that Pillow does not decode here, and other files that are often found under an image's name, by the
-# first bytes. `.` is any byte.
+# First bytes of a file -> name of its format: images that are not decoded here, and other files that are often saved
+# under an image's name. `.` matches any byte.
 _SIGNATURES = {
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL image",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000 image",
@@ -31,7 +31,7 @@ _SIGNATURES = {
     rb"#\?RADIANCE|#\?RGBE": "Radiance HDR image",
     rb"\xd7\xcd\xc6\x9a|\x01\x00\x09\x00": "WMF image",
     rb"II\xbc": "JPEG XR image",
-    rb"....ftypavi[fs]": "",  # decoded, unless it is damaged
+    rb"....ftypavi[fs]": "",  # AVIF is decoded; without this line, it would match the pattern of MP4 below
     rb"....ftyp": "MP4 or QuickTime video",
     rb"\x1aE\xdf\xa3": "WebM or Matroska video",
     rb"RIFF....AVI ": "AVI video",
@@ -44,21 +44,22 @@ _SIGNATURES = {
 _SIGNATURE_PATTERNS = [
     (re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES.items()
 ]
-# Comments, a declaration and a document type may precede the element.
+# Searched for, not matched at the beginning: comments, a declaration and a document type may precede the element.
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
-IMAGE_HEADER_BYTES = 512  # as many as `is_image_header` needs
+IMAGE_HEADER_BYTES = 512  # number of bytes to pass to `is_image_header`
 _DECODED = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]", re.DOTALL
 )
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that affect pixels, transparency and orientation, and those of an animation.
+# Chunks of a PNG that contain pixels, transparency, the orientation (eXIf) or an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 # Of these, the chunks of an animation: its length, and each frame's place and its pixels.
 _PNG_ANIMATION = {b"acTL", b"fcTL", b"fdAT"}
-_PNG_CONTROL_SIZES = {b"acTL": 8, b"fcTL": 26}  # bytes of data
-# Chunks of a WebP with pixels, transparency or an animation, and its header.
+# Number of data bytes that the specification prescribes for the chunks that describe an animation.
+_PNG_CONTROL_SIZES = {b"acTL": 8, b"fcTL": 26}
+# Chunks of a WebP that contain pixels, transparency or an animation, and its header (VP8X).
 _WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 # Tags of a TIFF that its decoder uses: layout, compression, color, orientation.
 _TIFF_TAGS = {
@@ -70,12 +71,19 @@ _TIFF_ENTRY = 12  # bytes: tag, type, count, value or its position
 
 
 def is_image_header(head: bytes) -> bool:
-    """Return whether a file begins like an image: one that is decoded, or one whose format is only named."""
+    """Return whether a file begins like an image, of a format that is decoded or of one that is only recognized."""
     return bool(_DECODED.match(head)) or sniff_format(head).endswith("image")
 
 
 def sniff_format(data: bytes) -> str:
-    """Return the name of a format that is not decoded, from the first bytes: "HEIC image"; "" if it is unknown."""
+    """Return the name of the format of a file that is not decoded here, such as "HEIC image".
+
+    Args:
+        data: The file; only its first bytes are used.
+
+    Returns:
+        The name; it ends with "image" for images. "" if the format is unknown, or is decoded.
+    """
     head = data[:_SNIFFED_BYTES]
     # The first pattern that matches wins. HEIC, AVIF and MP4 share a container, whose general pattern comes last.
     for pattern, name in _SIGNATURE_PATTERNS:
@@ -84,7 +92,7 @@ def sniff_format(data: bytes) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text.startswith(b"<"):
         return ""
-    # An SVG inside of a web page is a part of the page.
+    # A web page may contain an SVG element.
     is_page = re.match(rb"<(!doctype\s+html|html)", text, re.IGNORECASE)
     if _SVG.search(text) and not is_page:
         return "SVG image"
@@ -92,9 +100,9 @@ def sniff_format(data: bytes) -> str:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a copy of an image file without the metadata; the file itself if its format has none that can be dropped.
+    """Return a copy of an image file without metadata; the file itself if its format is not one of those below.
 
-    The copy of a damaged file is damaged too, so it must be decoded as strictly as the file.
+    The copy of a damaged file is damaged too, so decode it as strictly as the file itself.
     """
     if data.startswith(b"\xff\xd8"):
         return jpeg_segments.without_metadata(data)
@@ -105,27 +113,31 @@ def without_metadata(data: bytes) -> bytes:
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _tiff_without_metadata(data)
     if data[4:8] == b"ftyp":
-        # An AVIF lists its items with their types. One of an unknown type is ignored.
+        # An AVIF lists its items with their types, and decoders ignore items of an unknown type. Overwriting the type
+        # keeps all positions in the file valid.
         return re.sub(rb"(infe.{8})(?:Exif|mime)", rb"\1skip", data, flags=re.DOTALL)
     return data
 
 
 _GIF_COMMENT = b"!\xfe"
-# What a GIF has behind its header; everything else between blocks is skipped.
+# First byte of a block: "!" is an extension, "," an image, ";" the end. Other bytes between blocks are skipped.
 _GIF_BLOCK = re.compile(rb"[!,;]")
 
 
 def without_gif_comments(data: bytes) -> bytes:
     """Return a GIF without its comments, or the same file if it has none.
 
-    Pillow appends each part of a comment to all before it, which takes minutes for a comment of some megabytes.
+    Pillow appends each part of a comment to a copy of the parts before it, which takes minutes for some megabytes.
     """
     if not data.startswith(b"GIF8") or _GIF_COMMENT not in data:
         return data
     kept = []
-    start = 0  # of what is kept next
+    start = 0  # start of the bytes that are kept next
+    # The header has 13 bytes; byte 10 has the flags of the global palette.
     position = 13 + _palette_size(data, 10)
-    # label (1 byte) | kind or size and place (1 or 9) | palette, code size (1), if an image | parts: size (1), data | 0
+    # extension   "!" | kind (1 byte)         |                           | parts: size (1), data | 0
+    # image       "," | place and size (8),   | palette, if the flags say | parts: size (1), data | 0
+    #                 | flags (1)             | so; code size (1)         |
     while block := _GIF_BLOCK.search(data, position):
         is_comment = data.startswith(_GIF_COMMENT, block.start())
         if is_comment:
@@ -144,15 +156,24 @@ def without_gif_comments(data: bytes) -> bytes:
 
 
 def _palette_size(data: bytes, flags_position: int) -> int:
-    """Return the number of bytes of a palette of a GIF, from the byte that says whether there is one."""
+    """Return the number of bytes of a palette of a GIF; 0 if the flags say that there is none.
+
+    Args:
+        data: The file.
+        flags_position: Position of the byte with the flags.
+    """
     flags = data[flags_position] if flags_position < len(data) else 0
-    return 3 << ((flags & 7) + 1) if flags & 128 else 0
+    has_palette = flags & 128
+    if not has_palette:
+        return 0
+    # The lowest three bits are the logarithm of the number of colors, minus 1. A color has three bytes.
+    return 3 << ((flags & 7) + 1)
 
 
 def _png_without_metadata(data: bytes) -> bytes:
     """Copy the chunks of a PNG that affect the pixels.
 
-    Where the description of an animation is damaged, the image in front of it is left: every viewer shows it then.
+    If the description of an animation is damaged, only the still image of the file is copied, which viewers show then.
     """
     # length (4 bytes) | name (4) | data | checksum (4)
     chunks: list[tuple[bytes, bytes]] = []
@@ -165,7 +186,7 @@ def _png_without_metadata(data: bytes) -> bytes:
         position += length + 12
         if name not in _PNG_CHUNKS:
             continue
-        # The checksums of chunks with pixels are left to the decoder.
+        # Check the checksums of the orientation and of the animation here. The decoder checks the other chunks.
         is_valid = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if name == b"eXIf" and not is_valid:
             continue
@@ -177,10 +198,10 @@ def _png_without_metadata(data: bytes) -> bytes:
 
 
 def _webp_without_metadata(data: bytes) -> bytes:
-    """Copy the chunks of a WebP file that affect the pixels, and adapt its header."""
+    """Copy the chunks of a WebP file that affect the pixels, and clear the flags of the others in the header."""
     parts = []
     has_exif = False
-    position = 12
+    position = 12  # after "RIFF", the length of the file and "WEBP"
     while position + 8 <= len(data):
         # name (4 bytes) | length (4) | data, padded to an even length
         name = data[position : position + 4]
@@ -188,20 +209,24 @@ def _webp_without_metadata(data: bytes) -> bytes:
         end = position + 8 + length + length % 2
         chunk = data[position:end]
         position = end
+        # Keep EXIF data for the orientation, unless they are cut off.
         if name == b"EXIF":
             has_exif = end <= len(data)
         if name in _WEBP_CHUNKS or (name == b"EXIF" and has_exif):
             parts.append(chunk)
     body = b"".join(parts)
     if body.startswith(b"VP8X") and len(body) > 8:
-        # The header says which metadata follow: a color profile (0x20), EXIF (0x08), XMP (0x04).
+        # Byte 8 has a flag for each kind of metadata that follows: a color profile (0x20), EXIF (0x08), XMP (0x04).
         dropped = 0x24 if has_exif else 0x2C
         body = body[:8] + bytes([body[8] & ~dropped]) + body[9:]
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
 def _tiff_without_metadata(data: bytes) -> bytes:
-    """Return a copy of a TIFF with a new first directory, at its end."""
+    """Return a copy of a TIFF whose header points to a new directory without metadata tags, appended to the file.
+
+    A directory (IFD) lists the tags of an image. The old one stays in the file, but nothing refers to it.
+    """
     order = "<" if data.startswith(b"II") else ">"
     try:
         (start,) = struct.unpack_from(f"{order}I", data, 4)
@@ -212,9 +237,9 @@ def _tiff_without_metadata(data: bytes) -> bytes:
             (tag,) = struct.unpack_from(f"{order}H", data, offset)
             if tag in _TIFF_TAGS:
                 entries.append(data[offset : offset + _TIFF_ENTRY])
-    except struct.error:  # the directory is cut off; the decoder reports it
+    except struct.error:  # The directory is cut off, which the decoder reports.
         return data
-    # The number of entries, the entries, and the position of the next directory: there is none.
+    # A directory consists of the number of entries, the entries, and the position of the next directory (0: none).
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
     padding = bytes(len(data) % 2)  # a directory begins at an even position
     end = len(data) + len(padding)

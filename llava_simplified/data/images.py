@@ -12,9 +12,9 @@ Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which
 **Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
 again (`image_formats.without_metadata`).
 
-**One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
+**One error type.** A decoder may raise any exception, not only the documented ones: a ZeroDivisionError for an AVIF
 with a time scale of zero, a TypeError for a wrong TIFF tag. So every call of Pillow, simplejpeg or their plugins with
-untrusted bytes is inside of `_decoder_errors`, which makes each exception an `ImageError`.
+untrusted bytes is inside `_decoder_errors`, which converts each exception to an `ImageError`.
 
     path, bytes, PIL image, array --- load_pixels ---> uint8 RGB, upright, transparency on white, 16 bits scaled to 8
 """
@@ -65,8 +65,8 @@ ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 channels), with one (grey), two (grey, alpha), three (RGB) or four (RGBA) channels."""
 
 MAX_PIXELS = 50_000_000  # 150 MB of RGB
-# The most memory that decoding takes, transparency included; measured by a test. An admission limit can multiply it by
-# what `read_image_size` returns.
+# Upper bound of the memory for decoding, with transparency; a test measures it. Multiply it by the number of pixels
+# (see `read_image_size`) to limit how many images are decoded at the same time.
 DECODE_BYTES_PER_PIXEL = 16
 # Every scan of a JPEG is decoded over the whole image, however few bytes it has. libjpeg-turbo's fuzzers stop at 500;
 # ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
@@ -76,12 +76,12 @@ MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
 MAX_RLE_PIXELS = 10_000_000
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-JPEG_QUALITY = 95  # of images that `shrink_image` encodes
+JPEG_QUALITY = 95  # quality of the files that `shrink_image` and `portable_image` write
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 _EXIF_ORIENTATION = 274
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height change places
-# How to make an image upright, by its EXIF orientation; others mean that it is upright.
+# EXIF orientation -> how to make the image upright. Other values mean that it is upright already.
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,8 +93,11 @@ _ORIENTATIONS = {
 }
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 _MAX_SIXTEEN_BITS = 65_535
-_RLE_COMPRESSIONS = (1, 2)  # of a BMP
-_RLE_MAX_ROWS = 255  # that one code of a BMP skips
+_RLE_COMPRESSIONS = (
+    1,
+    2,
+)  # values of a BMP's compression field: run lengths of 8-bit and of 4-bit pixels
+_RLE_MAX_ROWS = 255  # maximum number of rows that one code of such a BMP skips
 
 Result = TypeVar("Result")
 
@@ -107,7 +110,7 @@ class ImageError(ValueError):
 
     Attributes:
         kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
-            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds further reasons.
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds more reasons.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -135,7 +138,7 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
     """Read the file of a record's image.
 
     Nothing outside `folder` is opened. A name that does not exist there is resolved by the rules of `image_folder`:
-    absolute paths are often those of the machine that wrote the records.
+    absolute paths are often valid only on the machine that wrote the records.
 
     Args:
         image: A path below `folder`, `shard.tar#key`, or `rows.parquet#row`.
@@ -148,7 +151,7 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
-        raise ImageError("unsafe", f"the image path {image!r} leaves its folder ('..')")
+        raise ImageError("unsafe", f"the image path {image!r} leaves the image folder ('..')")
     folder = Path(folder)
     try:
         located = locate_file(image, folder)
@@ -176,8 +179,8 @@ def _read_located(located: LocatedFile) -> bytes:
 def load_pixels(image: ImageSource) -> np.ndarray:
     """Convert any form of an image to uint8 RGB (height, width, 3), upright, with transparency on white.
 
-    A file, its bytes, and the PIL image or the array that was made of it give the same pixels, as far as these contain
-    them: an array has no EXIF orientation. Files are decoded within the process's budget (`pixel_budget`).
+    A file, its bytes, and a PIL image or array of it give the same pixels, except that an array has lost the EXIF
+    orientation. Files are decoded within the process's budget (`pixel_budget`).
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
@@ -212,8 +215,8 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
     if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
         raise ValueError(
-            "an image array must be uint8 RGB (height, width, 3), or uint16 or bool, or have 1, 2 or 4 channels; "
-            f"this one is {array.dtype} {array.shape}"
+            "an image array must be uint8, uint16 or bool, with the shape (height, width) or (height, width, channels) "
+            f"and 1 to 4 channels; got {array.dtype} {array.shape}"
         )
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
@@ -250,7 +253,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Check that `decode_image` would succeed, in less time and memory, and return what the file is.
+    """Check that `decode_image` would succeed, in less time and memory, and return the file's format and size.
 
     A JPEG is decoded at an eighth of its size. This still reads every coded bit, which is what finds truncated and
     damaged files; only the inverse transforms are skipped. Other formats are decoded, but not converted to RGB.
@@ -273,6 +276,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
             width, height = height, width
         image_format = str(image.format)
         suffix = _SUFFIX_BY_FORMAT.get(image_format, image_format.lower())
+        # Return the file with its metadata, even if they were removed for the check.
         return EncodedImage(data, suffix, width, height)
 
     return _without_metadata_if_needed(check, data)
@@ -362,10 +366,10 @@ def _encode_resized(image: Image.Image, data: bytes, width: int, height: int) ->
     # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
     pixels = _decode_pixels(image, data, min_size=(height, width))
     is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
-    if is_transposed:  # by its EXIF orientation
+    if is_transposed:  # the EXIF orientation has exchanged width and height
         width, height = height, width
-    # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
-    # to that of the original image.
+    # Bilinear, because bicubic takes 1.6 times as long, and reduces the difference from the original image by only
+    # 3 % once both are resized for the vision tower.
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     encoded = simplejpeg.encode_jpeg(
         np.ascontiguousarray(np.asarray(resized)),
@@ -394,7 +398,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because one after the first is damaged.
+        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because a later frame is damaged.
     """
 
     def count(file: bytes) -> int:
@@ -407,18 +411,18 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     return _without_metadata_if_needed(count, data)
 
 
-# ---- the border ----
+# ---- errors of decoders ----
 
 
 @contextmanager
 def _decoder_errors(what: str | None) -> Iterator[None]:
-    """Turn whatever Pillow, simplejpeg or a plugin raises into an ImageError.
+    """Convert any exception of Pillow, simplejpeg or a plugin to an ImageError.
 
     Args:
         what: The format of the image, for the message.
     """
     with warnings.catch_warnings():
-        # Pillow's warnings about the size (`max_pixels` decides) and about damaged metadata.
+        # Ignore Pillow's warnings about the size, which `max_pixels` limits, and about damaged metadata.
         warnings.simplefilter("ignore")
         try:
             yield
@@ -437,11 +441,11 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
     try:
         return decode(data)
     except ImageError as error:
+        # Other kinds are not caused by metadata: "too_large" is a limit, and HTML has no pixels.
         if error.kind not in ("corrupt", "not_image", "truncated") or not data:
             raise
-        # Everything else is left as it was: "too_large" is a rule, and HTML has no pixels.
         is_jpeg = data.startswith(b"\xff\xd8")
-        # libjpeg's message about a JPEG is precise. A damaged scan is not decoded twice.
+        # If libjpeg says that pixels are damaged, do not spend time on a second attempt.
         is_from_libjpeg = any(text in str(error) for text in jpeg_segments.DAMAGING_WARNINGS)
         if is_jpeg and is_from_libjpeg:
             raise
@@ -451,7 +455,7 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
         try:
             return decode(stripped)
         except ImageError as second:
-            # Of two reasons, the one about pixels.
+            # Both attempts failed. Report the second error if it is about the pixels of a JPEG: its metadata are gone.
             if is_jpeg and second.kind in ("corrupt", "truncated"):
                 raise
             raise error from None
@@ -503,7 +507,7 @@ def _open_other_format(data: bytes) -> Image.Image:
     """
     name = sniff_format(data)
     is_heif = name in ("HEIC image", "HEIF image")
-    if is_heif and _has_heif_plugin():
+    if is_heif and _register_heif_plugin():
         with _decoder_errors("HEIF"):
             return Image.open(io.BytesIO(data), formats=("HEIF",))
     if not data:
@@ -522,8 +526,8 @@ def _open_other_format(data: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _has_heif_plugin() -> bool:
-    """Register pillow-heif with Pillow. Returns whether it is installed."""
+def _register_heif_plugin() -> bool:
+    """Register pillow-heif with Pillow, and return whether it is installed."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -623,7 +627,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits per channel. Pillow's `convert` would clip them to 255 instead of scaling.
         values = np.asarray(image)
-        if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
+        if image.mode == "I":  # 32 bits, which Pillow uses for the 16-bit pixels of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
         # A PNG may declare one shade of gray transparent.
         if isinstance(image.info.get("transparency"), int):

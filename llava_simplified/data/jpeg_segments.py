@@ -22,8 +22,8 @@ HARMLESS_WARNINGS = {
     "Warning: unknown JFIF revision number": "the version of a header with nothing but a density",
     "Unknown Adobe color transform code": "three components are read as YCbCr then, as by all readers",
     "Corrupt JPEG data: bad ICC marker": "a color profile, which is not applied",
-    # Only between the segments of the header, and zeros. Other bytes behind entropy-coded data are the rest of a
-    # damaged scan.
+    # Harmless only between the segments of the header, or if the bytes are zeros. Other bytes after entropy-coded data
+    # are the rest of a damaged scan.
     "extraneous bytes before marker": "padding, which readers skip",
 }
 # Warnings that say that pixels are wrong or missing.
@@ -36,16 +36,20 @@ DAMAGING_WARNINGS = (
     "Inconsistent progression sequence",
 )
 
-# An ordinary file has some 20 segments; 65 kB of metadata each, and as many scans as are decoded.
+# An ordinary file has about 20 segments. The limit leaves room for a gigabyte of metadata (at most 65 kB per segment),
+# and for more scans than are decoded.
 MAX_SEGMENTS = 20_000
+# This number of scans is allowed for an image of any size (see `images.MAX_JPEG_SCAN_PIXELS`), so it is not necessary
+# to count fewer scans exactly.
+_ALWAYS_ALLOWED_SCANS = 20
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # TEM, restart markers, SOI, EOI: without a length
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1, 0xC9)  # baseline, extended, arithmetic
 _APP0, _APP14, _APP15, _COMMENT = 0xE0, 0xEE, 0xEF, 0xFE
-_ADOBE_YCBCR = 1
-_KEPT_ZEROS = 2  # at the end of a scan, whose last bits may be zero
-# Entropy-coded data end at a marker: FF, followed by neither 00 (an escaped FF) nor a restart marker nor FF (filling).
+_ADOBE_YCBCR = 1  # value of the color transform in an Adobe segment
+_KEPT_ZEROS = 2  # zeros that are kept at the end of a scan, because its last bits may be zero
+# Entropy-coded data end at a marker: FF, followed by none of 00 (an escaped FF), FF (padding) and D0 to D7 (restarts).
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 
@@ -100,11 +104,12 @@ def count_scans(data: bytes) -> int:
     Raises:
         ValueError: The file has more than `MAX_SEGMENTS` segments.
     """
-    # Counting two bytes takes a tenth of a millisecond per megabyte. Metadata may contain them, but rarely often.
+    # Count the marker's two bytes, which takes a tenth of a millisecond per megabyte. Metadata may contain them by
+    # chance, so this is an upper bound.
     at_most = data.count(bytes([0xFF, _SOS]))
-    # FF is a marker, unless 00 follows.
+    # FF begins a marker, unless 00 follows.
     may_have_many = data.count(b"\xff") - data.count(b"\xff\0") > MAX_SEGMENTS
-    if at_most < 20 and not may_have_many:
+    if at_most < _ALWAYS_ALLOWED_SCANS and not may_have_many:
         return at_most
     scans = 0
     for number, segment in enumerate(segments(data)):
@@ -134,13 +139,15 @@ def without_metadata(data: bytes) -> bytes:
         if marker in _STANDALONE:
             parts.append(bytes([0xFF, marker]))
             continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+        # A frame header. C4 and CC are tables, and C8 is reserved.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             is_sequential = marker in _SEQUENTIAL_FRAMES
+        # Version 1.01, which libjpeg knows.
         if marker == _APP0 and body.startswith(b"JFIF\0"):
             body = body[:5] + b"\x01\x01" + body[7:]
         elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-            # 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK. With three components, 2 is unknown. With four,
-            # libjpeg reads every code but 0 as YCCK.
+            # Byte 11 is the color transform. 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK. With three components,
+            # 2 is unknown. With four, libjpeg reads every code but 0 as YCCK.
             if body[11] > _ADOBE_YCBCR:
                 body = body[:11] + bytes([_ADOBE_YCBCR]) + body[12:]
         elif _APP0 <= marker <= _APP15 or marker == _COMMENT:
@@ -153,11 +160,11 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _without_padding(scan: bytes) -> bytes:
-    """Return entropy-coded data without the zeros that some cameras write behind them.
+    """Return entropy-coded data without the zeros that some cameras write after them.
 
-    A file whose rest was overwritten with zeros stays damaged: then pixels are missing, and the decoder says so.
+    A file whose end was overwritten with zeros stays damaged: pixels are missing, and the decoder reports it.
     """
     data = scan.rstrip(b"\0")
-    # The zero behind FF belongs to it: FF 00 is an escaped FF.
+    # `rstrip` may have removed the second byte of an escaped FF, which is FF 00.
     num_escapes = 1 if data.endswith(b"\xff") else 0
     return scan[: len(data) + num_escapes + _KEPT_ZEROS]

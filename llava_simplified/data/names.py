@@ -56,9 +56,9 @@ def name_parts(name: str) -> tuple[str, ...]:
     r"""Return the parts of an image's name, from the outermost folder to the file.
 
     Slashes and backslashes separate parts. The root, the drive of Windows (`C:\`), `.` and repeated separators are
-    dropped, and a part before `..` is removed with it. The key of an image in an archive is not cut, since its slashes are not folders on disk:
-    `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because macOS decomposes those in
-    names of files.
+    dropped, and a part before `..` is removed with it. The key of an image in an archive is not split, since its slashes
+    are not folders on disk: `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because
+    macOS decomposes the characters in file names.
     """
     path, key = _split_key(unicodedata.normalize("NFC", name))
     path = _DRIVE.sub("", path)
@@ -128,15 +128,15 @@ def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
 
 
 class NameIndex:
-    """Names that others are matched with. A look-up takes constant time.
+    """An index of names, with which other names are matched. A look-up takes constant time.
 
     Args:
-        names: The names. One that is given twice counts once.
+        names: The names. Duplicates are ignored.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = dict.fromkeys(names)
-        # The names that consist of some parts, and those that end with them.
+        # Parts -> the names that consist of exactly these parts, and the longer names that end with them.
         self._by_parts: dict[tuple[str, ...], list[str]] = {}
         self._by_suffix: dict[tuple[str, ...], list[str]] = {}
         for name in self._names:
@@ -157,7 +157,7 @@ class NameIndex:
         if name in self._names:
             return NameMatch(name, "exact")
         parts = name_parts(name)
-        # Each step shares fewer parts with the name than the step before.
+        # First try the names that share the most parts with this name.
         equal = self._by_parts.get(parts)
         if equal:
             return NameMatch(_the_only(equal, name), "exact")
@@ -184,8 +184,8 @@ def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
     """Match many names, each with a different name.
 
     Args:
-        names: The names. One that occurs several times is the same image.
-        index: The names that they are matched with.
+        names: The names. Equal names are the same image.
+        index: The names to match them with.
 
     Returns:
         The matches by name; names without a match are absent.

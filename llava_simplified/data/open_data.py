@@ -1,6 +1,6 @@
 """Open a file of records together with its image folder, and check that both belong together.
 
-This module does not import torch, unlike `dataset`: captions can also be made where none is installed.
+Unlike `dataset`, this module does not import torch, so that `llava caption --endpoint` works without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava_simplified.data.rows import find_records
 
 logger = logging.getLogger(__name__)
 
-NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
+NUM_PROBED_RECORDS = 20  # number of records whose images `open_data` tries to read
 
 
 def open_data(
@@ -37,7 +37,7 @@ def open_data(
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
         require_responses: Every record must have a response, as training needs them.
-        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
+        max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
 
     Returns:
         The records, and the image folder.
@@ -67,9 +67,10 @@ def open_data(
             return records, folder
     if first_error is not None:
         raise ValueError(
-            f"{option} {folder}: none of the first images can be read; the first: {first_error}"
+            f"{option} {folder}: none of the first images can be read; "
+            f"the first error: {first_error}"
         )
-    return records, folder  # text only
+    return records, folder  # the first records have no images
 
 
 def _first_image_names(records: Records) -> Iterator[str]:
@@ -80,7 +81,7 @@ def _first_image_names(records: Records) -> Iterator[str]:
 
 
 def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
-    """Check that names which were matched with files of other names are matched with different files.
+    """Check that images which were found under other names are different files, and log how many there are.
 
     Raises:
         ValueError: Two names lead to one file.

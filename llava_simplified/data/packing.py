@@ -9,7 +9,7 @@ first, each into the pack with the least room that is still enough.
 
     pack_length 10, lengths 6 5 4 3 2
       6 -> [6 . . . .]                 a new pack
-      5 -> [6 ....] [5 .....]          does not fit into the first
+      5 -> [6 ....] [5 .....]          a new pack: 5 does not fit into the first
       4 -> [6 4] [5 .....]             room 4 fits better than room 5
       3 -> [6 4] [5 3 ..]
       2 -> [6 4] [5 3 2]
@@ -81,7 +81,7 @@ def plan_packs(
 class PackedDataset(Dataset[list[Example]]):
     """A dataset whose items are packs: lists of examples for one sequence.
 
-    The packs are planned once and stay the same in all epochs; a sampler shuffles their order.
+    The examples are assigned to packs once, and the packs stay the same in all epochs. A sampler shuffles their order.
 
     Args:
         dataset: The examples.
@@ -125,8 +125,8 @@ class PackedDataset(Dataset[list[Example]]):
         """Return the number of positions of each pack.
 
         Args:
-            tokens_per_image: Ignored, since the packs were planned for a fixed number; the parameter exists for
-                compatibility with `CaptionDataset.lengths`.
+            tokens_per_image: Ignored, because the examples were assigned to packs for a fixed number. The parameter
+                exists for compatibility with `CaptionDataset.lengths`.
         """
         return self._lengths
 

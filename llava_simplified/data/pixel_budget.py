@@ -1,4 +1,4 @@
-"""How many pixels a process decodes at the same time: what bounds the memory of decoders that run in threads."""
+"""Limit how many pixels a process decodes at the same time, and thereby the memory of decoders in several threads."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Decoding takes 4 to 16 bytes a pixel, see `data.images.DECODE_BYTES_PER_PIXEL`: at most 0.8 GB.
+# Decoding takes 4 to 16 bytes per pixel (see `data.images.DECODE_BYTES_PER_PIXEL`), so at most 0.8 GB.
 MAX_PIXELS_IN_FLIGHT = 50_000_000
-# Smaller ones never wait: a few large images must not delay everybody else's.
+# Images of at most this size never wait, so that a few large images do not delay all other requests.
 SMALL_IMAGE = 2_000_000
 
 
 class PixelBudget:
-    """Admits images while all that are decoded have at most `max_pixels` together; a larger one alone.
+    """Admits images to decoding as long as they have at most `max_pixels` together. A larger image is decoded alone.
 
-    Images of at most `SMALL_IMAGE` pixels are always admitted, and not counted: the number of threads bounds them.
+    Images of at most `SMALL_IMAGE` pixels are always admitted and not counted: the number of threads limits them.
 
     Args:
-        max_pixels: The limit.
+        max_pixels: Maximum number of pixels of all images that are decoded at the same time.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
         self._in_flight = 0
         self._has_room = threading.Condition()
-        # Held by the next image to be admitted: a large one must not wait forever while small ones pass it.
+        # Held by the image that is admitted next. Images are admitted in the order of their arrival: otherwise, a large
+        # one could wait forever, because smaller ones that arrive later fit first.
         self._turn = threading.Lock()
 
     @contextmanager
     def admit(self, pixels: int) -> Iterator[None]:
-        """Wait until an image fits beside those that are being decoded, and count it while the block runs.
+        """Wait until there is room for an image, and count it while the `with` block runs.
 
-        The blocks of one thread must not be nested: the inner one could wait for the outer one.
+        One thread must not nest these blocks: the inner one could wait for the outer one forever.
         """
         if pixels <= SMALL_IMAGE:
             yield
@@ -49,5 +50,5 @@ class PixelBudget:
                 self._has_room.notify()
 
 
-# One for the whole process. The downloader's threads and the server's share it.
+# The budget of the process. The threads of the downloader and of the server share it.
 DECODING = PixelBudget(MAX_PIXELS_IN_FLIGHT)

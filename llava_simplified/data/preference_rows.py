@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_simplified.data.chat_rows import is_chat, join_parts, plain_chat, turn_of
+from llava_simplified.data.chat_rows import convert_chat, is_chat, join_parts, turn_of
 from llava_simplified.foreign_files import shorten
 
 PAIR_KEYS = ("chosen", "rejected")
@@ -27,14 +27,14 @@ _PROMPT_KEYS = ("messages", "prompt", "question")
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a preference pair, perhaps with an answer that is missing."""
+    """Return whether a row is a preference pair. One of the two answers may be null, which parsing reports."""
     has_both = all(key in row for key in PAIR_KEYS)
     # In a table with several kinds of rows, every row has these columns.
     return has_both and any(row[key] is not None for key in PAIR_KEYS)
 
 
-def plain_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a pair whose answers are texts, and whose prompt is in LLaVA's form; other keys are kept.
+def convert_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Convert a pair: make both answers texts, and bring the prompt to LLaVA's form. Other keys are kept.
 
     Args:
         row: A row for which `is_pair` is true.
@@ -62,7 +62,7 @@ def plain_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if turns:
         plain["messages"] = turns
     plain |= {"chosen": chosen, "rejected": rejected}
-    return plain_chat(plain, where) if is_chat(plain) else plain
+    return convert_chat(plain, where) if is_chat(plain) else plain
 
 
 def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
@@ -88,5 +88,5 @@ def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
     images: list[Any] = []
     text = join_parts(content, images, where)
     if images or not isinstance(text, str):
-        raise ValueError(f"{where}: an answer is a text, got {shorten(content)}")
+        raise ValueError(f"{where}: an answer must be a text, got {shorten(content)}")
     return text, turns[:-1]

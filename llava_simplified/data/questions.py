@@ -23,7 +23,7 @@ class Question:
     Attributes:
         text: The question.
         options: Two options or more, all different.
-        answer: Index of the correct one.
+        answer: Index of the correct option.
     """
 
     text: str
@@ -40,7 +40,7 @@ def parse_questions(value: Any, where: str) -> tuple[Question, ...]:
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The value has another format, or a question has not exactly one correct option.
+        ValueError: The value has another format, or a question does not have exactly one correct option.
     """
     if not isinstance(value, list):
         raise ValueError(

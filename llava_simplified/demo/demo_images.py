@@ -1,7 +1,7 @@
 """The demo's images and captions: emoji drawings and their English names.
 
-The drawings and the names come from two packages. They are matched by the code points of the emoji, which
-the packages write differently (see `normalize_code_points`).
+The drawings and the names come from two packages. They are matched by the code points of the emoji, whose notation
+differs between the packages (see `normalize_code_points`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 NUM_HELD_OUT = 300  # images that the demo does not train on
-PREVIEW_STRIDE = 6  # every sixth of them is evaluated while the model trains, which takes a few seconds each time
-# The prompt is the image alone: a caption needs no question, and a fifth of the tokens of a sample would be its words.
+PREVIEW_STRIDE = 6  # every sixth of these is evaluated while the model trains, which takes a few seconds each time
+# The prompt is only the image. A question would take a fifth of the tokens of a sample, and a caption does not need it.
 INSTRUCTION = ""
 _DRAWING = re.compile(r"package/img/google/64/([0-9a-f-]+)\.png")
 
 
 def build_images(drawings: Path, names: Path, target: Path) -> None:
-    """Write `images/*.png` (64 x 64, with alpha), `train.json`, `val.json` and a part of it, `preview.json`.
+    """Write `images/*.png` (64 x 64, with alpha), `train.json`, `val.json`, and `preview.json`, a part of `val.json`.
 
     Args:
         drawings: The npm package `emoji-datasource-google` (.tgz).
@@ -31,8 +31,8 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     Raises:
         ValueError: A drawing has no name.
     """
-    # Select the single images (the package also contains sheets of all drawings). Their names are the
-    # code points: "1f1f3-1f1f4.png" is the flag of Norway.
+    # Select the files with one drawing each; the package also contains sheets of all drawings. Their names are code
+    # points: "1f1f3-1f1f4.png" is the flag of Norway.
     captions_by_code = _read_captions(names)
     folder = target / "images"
     folder.mkdir()
@@ -44,12 +44,13 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
             if match is None:
                 continue
             source = archive.extractfile(member)
-            if source is None:  # not a file
+            if source is None:  # a folder or a link
                 continue
             code = normalize_code_points(match[1])
             if code not in captions_by_code:
-                raise ValueError(f"{drawings}: {names} has no name for {member.name}")
+                raise ValueError(f"{drawings}: the package {names} has no name for {member.name}")
             data = source.read()
+            # Hash the drawing, because some emoji have the same one; see `choose_held_out`.
             name = f"{match[1]}.png"
             (folder / name).write_bytes(data)
             digests[name] = hashlib.sha256(data).hexdigest()
@@ -110,12 +111,14 @@ def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
     groups: dict[str, list[str]] = {}
     for name, digest in digests.items():
         groups.setdefault(digest, []).append(name)
-    # Use the hashes as random numbers that are the same on every machine.
+    # Sorting by hash gives a random order that is the same on every machine.
     chosen: set[str] = set()
     for digest in sorted(groups):
         group = groups[digest]
         if len(chosen) + len(group) <= count:
             chosen.update(group)
     if len(chosen) < count or len(chosen) == len(digests):
-        raise ValueError(f"Cannot hold out {count} of {len(digests)} images.")
+        raise ValueError(
+            f"cannot hold out {count} of {len(digests)} images and keep others for training"
+        )
     return chosen

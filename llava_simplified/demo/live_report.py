@@ -1,4 +1,4 @@
-"""The report of a demo that is still running: steps, losses and captions so far. The page reloads itself."""
+"""Write the report of a demo that is still running: steps, losses and captions so far. The page reloads itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llava_simplified.html_report import Chart, Thumbnail, line_chart, make_thum
 from llava_simplified.jobs import atomic_file
 
 REFRESH_SECONDS = 5
-SHOWN_EVALUATIONS = 4  # columns of the table
-SHOWN_IMAGES = 12
+SHOWN_EVALUATIONS = 4  # the last evaluations, one column of the table each
+SHOWN_IMAGES = 12  # rows of the table
 
 
 class StepRow(NamedTuple):
@@ -61,11 +61,11 @@ def write_live_report(
         runs: Title -> output folder of each training run that has begun.
         images: Image folder.
     """
-    captions: dict[int, list[CaptionRow]] = {}
+    captions: dict[int, list[CaptionRow]] = {}  # training step -> captions of the validation images
     charts = []
     for name, folder in runs.items():
         charts += _charts(name, folder)
-        # Only one of the runs captions validation images.
+        # Merging cannot overwrite captions, because only one of the runs captions validation images.
         captions |= read_eval_captions(folder)
     shown = dict(list(captions.items())[-SHOWN_EVALUATIONS:])
     page = render_report(
@@ -80,6 +80,7 @@ def write_live_report(
         rows=_image_rows(shown, images),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Replace characters that cannot be encoded: captions may contain lone surrogates.
     with atomic_file(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
 
@@ -95,8 +96,9 @@ def _charts(name: str, folder: Path) -> list[Chart]:
 
 
 def _image_rows(captions: dict[int, list[CaptionRow]], images: Path) -> list[ImageRow]:
-    """Return the rows of the table: the evaluations caption the same images in the same order."""
+    """Return the rows of the table, one per image."""
     rows = []
+    # All evaluations caption the same images in the same order, so `zip` collects the captions of each image.
     for evaluations in list(zip(*captions.values()))[:SHOWN_IMAGES]:
         shown = []
         for row in evaluations:
@@ -108,5 +110,5 @@ def _image_rows(captions: dict[int, list[CaptionRow]], images: Path) -> list[Ima
 
 @cache
 def _thumbnail(folder: Path, image: str) -> Thumbnail:
-    """Return the thumbnail of an image; the page is written many times with the same images."""
+    """Return the thumbnail of an image. It is cached, because the page is written many times with the same images."""
     return make_thumbnail(decode_image(read_image_bytes(image, folder)))

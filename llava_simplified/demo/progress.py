@@ -1,4 +1,4 @@
-"""The progress of a command of the demo, read from the files that the command writes while it runs."""
+"""Read the progress of a command of the demo from the files that the command writes while it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Progress(NamedTuple):
 
     Attributes:
         fraction: Completed part of the work, 0 to 1.
-        text: The same in words, with the latest values.
+        text: The progress in words, with the latest loss or reward.
     """
 
     fraction: float
@@ -45,7 +45,7 @@ def training_progress(folder: Path, max_steps: int) -> Progress:
         max_steps: Number of steps of the run.
     """
     curves = read_curves(folder)
-    # With rewards, the loss has no meaning of its own.
+    # In a run with rewards, show the reward, because a lower loss does not mean better captions there.
     shown = "reward" if curves["reward"] else "training"
     if not curves[shown]:
         return NOT_STARTED
@@ -61,7 +61,7 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
         predictions: Output file. Until it is complete, the captions are in a file beside it.
         total: Number of images.
     """
-    # The journal has one line per caption.
+    # The journal of the unfinished job has one line per caption.
     journal = predictions.with_name(f"{predictions.name}.part.jsonl")
     try:
         done = journal.read_bytes().count(b"\n")
@@ -85,7 +85,7 @@ def read_eval_captions(folder: Path) -> dict[int, list[CaptionRow]]:
     captions = {}
     for path in (folder / EVAL_CAPTIONS).glob("step-*.jsonl"):
         rows = []
-        # The trainer writes the file in one call, but not atomically: skip a file without its end.
+        # The trainer writes a file in one call, but not atomically. Skip a file whose end has not been written yet.
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
             continue

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from llava_simplified.options import escape_control_characters
 
+# Return to the first column, and clear the line (an ANSI escape sequence).
 CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -36,7 +37,7 @@ class Terminal:
         """Redraw the progress line."""
         if not self.is_interactive:
             return
-        # A line that wraps could not be cleared.
+        # Cut the line at the width of the terminal: of a line that wraps, only the last part could be cleared.
         width = shutil.get_terminal_size().columns - 1
         self.stream.write(CLEAR_LINE + escape_control_characters(text)[:width])
         self.stream.flush()
@@ -57,10 +58,12 @@ def redirect_output(log: Path) -> Iterator[Terminal]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # Keep copies of stdout and stderr, to restore them at the end and to show progress meanwhile.
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
     terminal_stream = os.fdopen(os.dup(saved[0]), "w", encoding="utf-8", errors="replace")
     try:
         with log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+            # 1 and 2 are the descriptors of stdout and stderr.
             for descriptor in (1, 2):
                 os.dup2(file.fileno(), descriptor)
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

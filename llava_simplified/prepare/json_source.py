@@ -21,8 +21,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from llava_simplified.data.chat_rows import is_chat, plain_chat
-from llava_simplified.data.preference_rows import PAIR_KEYS, is_pair, plain_pair
+from llava_simplified.data.chat_rows import convert_chat, is_chat
+from llava_simplified.data.preference_rows import PAIR_KEYS, convert_pair, is_pair
 from llava_simplified.data.records import answers_of_prediction, image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
@@ -393,7 +393,7 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
         record = plain
     elif is_chat(record):
         try:
-            record = plain_chat(record, "chat")
+            record = convert_chat(record, "chat")
         except ValueError as error:
             issues.note("malformed chat (skipped)", number, error)
             return
@@ -409,7 +409,7 @@ def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dic
         issues.note("pair with an empty answer (skipped)", number, record)
         return None
     try:
-        plain = plain_pair(record, "pair")
+        plain = convert_pair(record, "pair")
     except ValueError as error:
         issues.note("malformed pair (skipped)", number, error)
         return None

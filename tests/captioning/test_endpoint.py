@@ -126,7 +126,7 @@ LASTING = {
     # Which of the two depends on whether the surplus arrives together with the announced bytes.
     "wrong length": ("connection or bad_answer", ""),
     "no choices": ("bad_answer", "no choices"),
-    "endless text": ("bad_answer", "a text of 2000000 characters"),
+    "endless text": ("bad_answer", "the text has 2000000 characters"),
     "400": ("rejected", "status 400: failed with 400"),
     "413": ("rejected", "413"),
     "refusal": ("refused", "I can't help"),
@@ -264,7 +264,7 @@ def test_job_stops_at_max_failures_and_continues(
     job = with_endpoint(job, retries=0, max_failures=2, concurrency=1)
     for path in image_files[5:]:
         server.always[path.read_bytes()] = "500"
-    with pytest.raises(EndpointError, match=r"--max-failures 2.*failed with 500.*continues"):
+    with pytest.raises(EndpointError, match=r"--max-failures 2.*failed with 500.*continue"):
         caption_file(job)
     sent = len(server.requests)
     assert sent - 8 in (0, 1)  # five captions, three failures, perhaps one that was in flight

@@ -160,7 +160,7 @@ def test_loops_are_cut_and_counted(
     monkeypatch.setattr(generation, "generate_separately", generate)
     caption_file(sidecar_job(folder, text=TextOptions(prefix="sks ", loop_guard=8)), model)
     assert texts(folder)["0.txt"] == b"sks a dog and\n"
-    assert "began to loop: 3" in package_log.text
+    assert "repeat themselves: 3" in package_log.text
 
 
 def test_generation_ends_at_a_loop(model: Llava, folder: Path, package_log: object) -> None:
@@ -171,7 +171,7 @@ def test_generation_ends_at_a_loop(model: Llava, folder: Path, package_log: obje
     with looping(model, loop), count_steps() as num_steps:
         caption_file(job, model)
     assert {texts(folder)[f"{number}.txt"] for number in range(3)} == {f"{loop}\n".encode()}
-    assert "began to loop: 3" in package_log.text
+    assert "repeat themselves: 3" in package_log.text
     assert sum(num_steps) < 40
 
 

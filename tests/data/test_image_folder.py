@@ -88,7 +88,7 @@ def test_two_names_that_lead_to_one_file_are_ambiguous(tmp_path: Path) -> None:
     assert error.value.kind == "ambiguous"
     names = ["/home/ann/cats/2.jpg", "/home/ann/cats/1.jpg", "/home/ann/cats/1.jpg"]
     check_distinct(names, tmp_path)
-    with pytest.raises(AmbiguousNameError, match="two names"):
+    with pytest.raises(AmbiguousNameError, match="both names lead"):
         check_distinct([*names, "/home/ann/dogs/1.jpg"], tmp_path)
 
 

@@ -373,7 +373,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyP
     )
     plugin.__spec__ = importlib.util.spec_from_loader("pillow_heif", None)
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    images._has_heif_plugin.cache_clear()
+    images._register_heif_plugin.cache_clear()
     try:
         data = b"\0\0\0\x18ftypheic".ljust(32, b"\0") + bytes(range(72))
         assert decode_image(data).ravel().tolist() == list(range(72))
@@ -382,7 +382,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyP
             decode_image(data[:50])
         assert error.value.kind in ("corrupt", "truncated")
     finally:
-        images._has_heif_plugin.cache_clear()
+        images._register_heif_plugin.cache_clear()
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
 

@@ -66,8 +66,11 @@ def test_conversations_before_the_pair_and_pairs_of_text_are_kept() -> None:
         ({"rejected": None}, "'rejected' must be a text"),
         ({"chosen": [USER]}, "role 'user'"),
         ({"chosen": [USER, CHOSEN]}, "last turn only"),
-        ({"rejected": [{"role": "assistant", "content": [IMAGE_PART]}]}, "an answer is a text"),
-        ({"prompt": [USER, CHOSEN]}, "another one, 'a cat'"),
+        (
+            {"rejected": [{"role": "assistant", "content": [IMAGE_PART]}]},
+            "an answer must be a text",
+        ),
+        ({"prompt": [USER, CHOSEN]}, "another answer, 'a cat'"),
         ({"images": []}, "0 image"),
     ],
 )

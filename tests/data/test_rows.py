@@ -84,11 +84,11 @@ def test_scan_json_yields_the_elements_of_arrays_in_an_object(
         (b"", "array or object"),
         (b"[1, 2", "byte 5"),
         (b"[1] [2]", "byte 4"),
-        (b'{"a" 1}', "':' expected"),
+        (b'{"a" 1}', "expected ':'"),
         (b'{"a": 2, 1: 5}', "byte 9; got 1"),
         (b'{"a": 2, [1]: 5}', "byte 9; got [1]"),
         (b'[{"a": }]', "byte 7"),
-        (b"[1}", "']' expected"),
+        (b"[1}", "expected ']'"),
     ],
 )
 def test_scan_json_error_names_the_file_and_the_byte(text: bytes, message: str) -> None:

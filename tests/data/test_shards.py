@@ -151,7 +151,9 @@ def test_tar_members_names_the_truncated_member(tmp_path: Path) -> None:
         list(tar_members(path))
     # In the header of the image.
     path.write_bytes(data[: last_image.offset - 300])
-    with pytest.raises(ValueError, match=r"truncated after member '000000018.json': 212 bytes"):
+    with pytest.raises(
+        ValueError, match=r"truncated after member '000000018.json'.*212 other bytes"
+    ):
         list(tar_members(path))
 
 

@@ -21,7 +21,11 @@ from llava_simplified.demo import demo_command, demo_options, demo_steps
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
-from llava_simplified.demo.reward_demo import check_finished, plan_reward_steps
+from llava_simplified.demo.reward_demo import (
+    check_finished,
+    forget_outdated_steps,
+    plan_reward_steps,
+)
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.model.llava import Llava
 
@@ -161,10 +165,10 @@ def test_reward_demo_starts_anew_after_another_demo(tmp_path: Path) -> None:
     finished = tmp_path / "reward" / "finished_steps.json"
     finished.parent.mkdir()
     finished.write_text("{}")
-    check_finished(tmp_path)
+    forget_outdated_steps(tmp_path)
     assert finished.exists()
     os.utime(finished, (1, 1))
-    check_finished(tmp_path)
+    forget_outdated_steps(tmp_path)
     assert not finished.exists()
 
 

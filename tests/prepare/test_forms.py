@@ -572,18 +572,18 @@ ANSWER = {"role": "assistant", "content": "a cat"}
                 "messages": [{**USER, "content": [part("image", index=3)]}, ANSWER],
                 "images": ["1.jpg"],
             },
-            "index beyond 1",
+            "has the index 3, .* 1 image",
         ),
         (
             {
                 "messages": [{**USER, "content": [part("image", image="2.jpg")]}, ANSWER],
                 "images": ["1.jpg"],
             },
-            "one place",
+            "name all of them in the turns",
         ),
         (
             {"messages": [{**USER, "content": [part("image", image="data:image/png;base64,x")]}]},
-            "inside the text",
+            "data: URL",
         ),
         (
             {
