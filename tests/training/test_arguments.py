@@ -19,7 +19,7 @@ from llava_simplified.arguments import (
     non_default_options,
     parse_arguments,
     split_options,
-    to_words,
+    to_argv,
 )
 from llava_simplified.training.train_command import build_parser
 from llava_simplified.training.train_command import main as train_main
@@ -265,7 +265,7 @@ def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
 
 
 def test_split_options_inverts_to_words() -> None:
-    words = to_words({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
+    words = to_argv({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
     assert split_options(words) == [
         ("lora_r", ["8"]),
         ("layers", ["-1", "-2"]),
