@@ -250,7 +250,7 @@ def test_inspect_names_ten_problems_and_counts_the_others(
     named = [line for line in lines if line.startswith("rows.json row ")]
     assert len(named) == 10
     assert all("empty" in line for line in named)
-    assert any("20 more rows with a problem" in line for line in lines)
+    assert any("20 more problems" in line for line in lines)
 
 
 @pytest.mark.parametrize(

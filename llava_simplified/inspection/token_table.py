@@ -152,7 +152,7 @@ def _token_table() -> Table:
 def _make_visible(text: str) -> str:
     """Escape every character that cannot be seen, such as line breaks, joiners and unusual spaces.
 
-    (`escape_control_characters` keeps line breaks and tabs. Here, a token must fit on one line.)
+    `escape_control_characters` keeps them, because they are harmless. Here, each token must be recognizable.
     """
     # Check each character separately, so that emoji and letters of all scripts stay readable.
     characters = []
