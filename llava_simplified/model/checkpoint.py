@@ -375,8 +375,8 @@ def read_adapter_config(
 
     Args:
         folder: The folder of the adapter.
-        accept_pattern: Accept a regular expression as `target_modules`. Do this only for trusted files, since
-            matching a malicious expression may take forever.
+        accept_pattern: Accept a regular expression as `target_modules`. Matching a malicious expression may take
+            forever.
         pissa: The entry "pissa" of `llava.json`: the values of the trained adapter. They replace those of the
             joined adapter that is in the file (see pissa.py).
 
