@@ -373,7 +373,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     # Check this before the work is done. (`rename` would also silently replace an empty folder.)
     if target.exists():
-        raise FileExistsError(f"{target} exists already; choose another output folder, or delete it")
+        raise FileExistsError(
+            f"{target} exists already; choose another output folder, or delete it"
+        )
     part = _temporary_path(target)
     part.mkdir(parents=True)
     try:

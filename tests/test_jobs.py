@@ -21,7 +21,6 @@ from llava_simplified.jobs import (
     Progress,
     atomic_directory,
     atomic_file,
-    store_or_check_settings,
     compare_settings,
     encode_json_lines,
     exclusive_lock,
@@ -30,6 +29,7 @@ from llava_simplified.jobs import (
     remove_temporary_files,
     rename_folder,
     replace_folder,
+    store_or_check_settings,
 )
 
 
@@ -45,7 +45,9 @@ def test_store_or_check_settings_stores_the_settings_of_a_new_job(tmp_path: Path
     settings = {"source": "a.tsv", "sizes": (1, 2)}
     assert store_or_check_settings(path, settings, "out") is False
     assert json.loads(path.read_text()) == {"source": "a.tsv", "sizes": [1, 2]}
-    assert store_or_check_settings(path, settings, "out") is True, "tuples and lists are the same in JSON"
+    assert store_or_check_settings(path, settings, "out") is True, (
+        "tuples and lists are the same in JSON"
+    )
 
 
 def test_store_or_check_settings_names_each_difference(tmp_path: Path) -> None:

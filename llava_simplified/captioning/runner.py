@@ -44,10 +44,10 @@ from llava_simplified.jobs import (
     Journal,
     Progress,
     atomic_file,
-    store_or_check_settings,
     encode_json_lines,
     exclusive_lock,
     read_json_lines,
+    store_or_check_settings,
 )
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions

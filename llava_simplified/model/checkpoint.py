@@ -266,7 +266,9 @@ def _check_quantize(quantize: str, device: torch.device, bits: int, trainable: b
             f"--quantize int8: the weights have {bits} bits already; pass --bits 16, or leave out --quantize."
         )
     if trainable:
-        raise ValueError("a quantized model cannot be trained; pass either quantize or trainable, not both")
+        raise ValueError(
+            "a quantized model cannot be trained; pass either quantize or trainable, not both"
+        )
     check_int8_support(device)
 
 

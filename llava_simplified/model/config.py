@@ -74,7 +74,9 @@ class LlavaConfig:
             _check_type(name, value, _FIELD_TYPES[name])
         for name in ("language_model", "vision_tower"):
             if not fields.get(name):
-                raise ValueError(f'{CONFIG_NAME}: the entry {name} of "architecture" is missing or empty')
+                raise ValueError(
+                    f'{CONFIG_NAME}: the entry {name} of "architecture" is missing or empty'
+                )
         if fields.get("dtype", cls.dtype) not in DTYPES:
             raise ValueError(
                 f"{CONFIG_NAME}: dtype must be {_alternatives(DTYPES)}, not {fields['dtype']!r}"

@@ -116,9 +116,9 @@ def activation_levels() -> int:
     """Return how many positive values a rounded activation may have: 127, or 63 on older CPUs.
 
     Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, and the sum may
-    overflow silently. With 63 values, it cannot.
+    overflow silently. Such CPUs get fewer values.
     """
-    # Multiply vectors of the largest values, and look whether the result is correct.
+    # Detect an overflow: multiply vectors of the largest values, and check the result.
     width = 64
     ones = torch.ones(1, width)
     packed = _quantize_and_pack(ones, torch.tensor([1 / 127]))
@@ -149,7 +149,7 @@ def check_int8_support(device: torch.device) -> None:
 def quantize_linear_layers(language_model: CausalLM) -> int:
     """Replace the linear layers of a language model, except the lm_head, by `Int8Linear`.
 
-    Call this after adapters have been merged. The matrices of separate adapters would be converted, too.
+    Call this only after adapters have been merged into the weights.
 
     Returns:
         The number of replaced layers.

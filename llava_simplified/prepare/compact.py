@@ -17,9 +17,9 @@ from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.shards import ShardWriter
 from llava_simplified.jobs import (
     atomic_file,
-    store_or_check_settings,
     exclusive_lock,
     remove_temporary_files,
+    store_or_check_settings,
 )
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter
