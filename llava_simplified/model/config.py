@@ -156,9 +156,10 @@ class TrainedParts:
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
         trained = checkpoint_config.get("trained")
         trained_tower = checkpoint_config.get("trained_tower", "off")
-        _check_stored("trained", trained, language_model)
-        _check_stored("trained_tower", trained_tower, vision_tower)
-        return cls(language_model[trained], vision_tower[trained_tower])
+        return cls(
+            language_model=_look_up("trained", trained, language_model),
+            vision_tower=_look_up("trained_tower", trained_tower, vision_tower),
+        )
 
 
 # Value of the attribute of `TrainedParts` -> value in llava.json. The stored values are historical, and cannot
@@ -176,14 +177,24 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 }
 
 
-def _check_stored(name: str, value: object, allowed: Mapping[str, str]) -> None:
-    """Raise ValueError unless an entry of a `llava.json` has one of the allowed values."""
+def _look_up(name: str, value: object, parts: Mapping[str, Any]) -> Any:
+    """Return the attribute of `TrainedParts` for an entry of a `llava.json`.
+
+    Args:
+        name: The entry, for the message.
+        value: Its value.
+        parts: Attributes by allowed value.
+
+    Raises:
+        ValueError: The value is not allowed.
+    """
     # Check the type first: a list, for example, cannot be looked up in a dict.
-    if not isinstance(value, str) or value not in allowed:
+    if not isinstance(value, str) or value not in parts:
         raise ValueError(
-            f"{CONFIG_NAME}: {name} must be {_alternatives(allowed)}, not {shorten(value)}. The file is damaged, or a newer "
+            f"{CONFIG_NAME}: {name} must be {_alternatives(parts)}, not {shorten(value)}. The file is damaged, or a newer "
             "version of LLaVA Simplified wrote it; copy the checkpoint again, or install the newest version."
         )
+    return parts[value]
 
 
 def _alternatives(values: Iterable[str]) -> str:
