@@ -220,8 +220,8 @@ class Prompt:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, without tokenizer.json; convert it to a fast "
-                "tokenizer first"
+                f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are supported, so "
+                "convert it to one first"
             )
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; pass --template plain")

@@ -294,4 +294,4 @@ def test_inspect_names_a_token_without_a_row_in_the_embedding_table(
         (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
         assert inspect("--data", data, "--model_name_or_path", model) == status
     output = capsys.readouterr().out
-    assert "has the id 50, but the embedding table has 50 rows" in output
+    assert "has the id 50, but the embedding table has only 50 rows" in output

@@ -210,7 +210,7 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
         is_exempt = row.name == "language model" and _trains_biases(model.language_model)
         if row.trained != expected[row.name] and not is_exempt:
             raise RuntimeError(
-                f"{row.name}: {row.trained:,} parameters are trainable, but {expected[row.name]:,} should be; "
+                f"{row.name}: {row.trained:,} parameters are trainable, expected {expected[row.name]:,}; "
                 "call `freeze` before adding adapters, and do not change `requires_grad` afterward"
             )
         lines.append(f"{row.name:<16}{row.parameters:>16,}{row.trained:>16,}  {row.dtypes}")

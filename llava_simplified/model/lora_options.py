@@ -92,7 +92,7 @@ def parse_lora_options(text: str) -> dict[str, Any]:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"--lora_options {text}: not valid JSON ({error}); expected a mapping such as '{{\"use_dora\": true}}'"
+            f"--lora_options {text}: not valid JSON ({error}); expected a JSON mapping such as '{{\"use_dora\": true}}'"
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
@@ -206,6 +206,6 @@ def _check_initialization(value: bool | str) -> None:
     if isinstance(value, str) and value.startswith(CHANGES_FROZEN_WEIGHTS):
         reason = ": it changes the frozen weights, which checkpoints do not contain"
     raise ValueError(
-        f"--lora_options: init_lora_weights {json.dumps(value)} is not supported{reason}. Pass true, gaussian, "
+        f"--lora_options: init_lora_weights {json.dumps(value)} is not supported{reason}. Expected true, gaussian, "
         "pissa, or pissa_niter_N (a faster, approximate decomposition, for example pissa_niter_16)"
     )

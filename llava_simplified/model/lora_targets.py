@@ -41,7 +41,7 @@ def select_layers(
         chosen = _select_numbers(chosen, options["layers_to_transform"])
     if not chosen:
         raise ValueError(
-            "--lora_options: exclude_modules excludes all selected layers; name fewer layers in it"
+            "--lora_options: exclude_modules leaves no layer to train; name fewer modules in it"
         )
     return chosen
 

@@ -312,8 +312,8 @@ def check_missing_keys(source: str, missing: Collection[str]) -> None:
     """
     if missing:
         raise ValueError(
-            f"{source}: {len(missing)} weight(s) are missing, for example {', '.join(sorted(missing)[:5])}. Copy or "
-            "download the model again, or choose another one."
+            f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}. Copy or download the model again, or "
+            "choose another model."
         )
 
 

@@ -157,7 +157,7 @@ def _find_file(name_or_path: str, name: str) -> Path:
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=not is_folder)
     except OSError as error:
         raise OSError(
-            f"{name_or_path}: {name} was not found; pass a folder that contains all files of the model ({error})"
+            f"{name_or_path}: there is no {name}; pass a folder that contains all files of the model ({error})"
         ) from error
     if path is None:
         raise FileNotFoundError(f"{name} is missing; copy it into {name_or_path}")

@@ -178,7 +178,7 @@ def test_parse_arguments_sets_the_log_level(
         (
             {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
             ["--deepspeed", "ds_configs/zero2.json"],
-            "--deepspeed: accelerate launch has its own DeepSpeed configuration",
+            "--deepspeed: accelerate launch has a DeepSpeed configuration",
         ),
     ],
 )
