@@ -365,7 +365,8 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--length-penalty",
         type=float,
         default=1.0,
-        help="Beam search: scores are divided by length ** LENGTH_PENALTY (default: %(default)s)",
+        help="For beam search: scores are divided by length ** LENGTH_PENALTY, so higher values favor longer "
+        "captions (default: %(default)s)",
     )
     group.add_argument(
         "--min-new-tokens",

@@ -452,6 +452,7 @@ class Prompt:
         if self.accepts_strings or self.image_token is None or turn.role != "user":
             return Shape(turn.role)
         parts: list[str] = []
+        # There is an image between each two texts. The texts at the beginning and at the end may be empty.
         for number, text in enumerate(_texts_between_images(turn.content)):
             if number > 0:
                 parts.append("image")
@@ -613,7 +614,8 @@ class Prompt:
         return self._tokenizer.eos_token
 
     def _control_id(self, matched: str) -> int:
-        # Strip whitespace, which a token with `lstrip` or `rstrip` also matches.
+        """Return the id of a control token that `_part_pattern` has matched in a rendered template."""
+        # Strip white space, which the pattern of a token with `lstrip` or `rstrip` also matches.
         if matched in self._control_ids:
             return self._control_ids[matched]
         return self._control_ids[matched.strip()]

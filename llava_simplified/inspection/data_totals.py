@@ -52,6 +52,7 @@ class DataTotals:
         # Catch ValueError, which is raised for invalid JSON, invalid records and invalid prompts.
         try:
             record = records[index]
+            # A preference pair must meet more conditions than a record with responses.
             problem = "" if record.rejected is None else pair_problem(record)
             if problem:
                 raise ValueError(problem)
@@ -61,6 +62,7 @@ class DataTotals:
             # A record without a response is valid for captioning, but not for training.
             if not branches:
                 raise ValueError(f"{record.id}: no response to train on")
+            # Training cuts long answers, but never the prompt, and a few tokens of the answer must remain.
             if self.max_length and len(prefix.input_ids) > self.max_length - MIN_ANSWER_TOKENS:
                 raise ValueError(no_room_problem(record, self.max_length))
         except ValueError as error:
@@ -117,6 +119,7 @@ def totals_table(
     def add_row(name: str, value: Callable[[DataTotals], str]) -> None:
         table.add_row(name, value(shown), value(scanned))
 
+    # `max(1, ...)` avoids a division by zero if no row is valid.
     def trained_fraction(totals: DataTotals) -> str:
         return f"{totals.num_trained / max(1, totals.num_tokens):.1%}"
 

@@ -53,7 +53,7 @@ def build_parser() -> CommandParser:
         type=int,
         nargs="+",
         default=[-2],
-        help="Hidden layers of the vision tower, as in training (default: -2)",
+        help="Hidden states of the vision tower to use as image features, as in training (default: -2)",
     )
     parser.add_argument(
         "--mm_vision_select_feature",
@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     # This cast is safe: `Prompt` has checked that the tokenizer is a fast one.
     fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
+    # Without a vision tower, the number of tokens per image is unknown, and the totals count one token per image.
     view = SampleView(fast_tokenizer, prompt, tokens_per_image)
     shown = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
     scanned = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
@@ -167,6 +168,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
     from llava_simplified.model.build import build_vision_tower
     from llava_simplified.model.config import LlavaConfig
 
+    # The name of the language model is required here, but the vision tower does not depend on it.
     config = LlavaConfig(
         args.model_name_or_path,
         args.vision_tower,

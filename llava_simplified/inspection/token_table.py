@@ -95,6 +95,7 @@ class SampleView:
         """Add the table row of an image, and return its number of positions."""
         # If the vision tower is unknown, count the image as one token.
         count = self._tokens_per_image or 1
+        # Show all positions of the image in one row, for example "4-199".
         positions = str(position)
         if count > 1:
             positions = f"{position}-{position + count - 1}"
@@ -126,6 +127,7 @@ class SampleView:
         lines = []
         problems = []
         for name in record.images:
+            # Decode the image completely: a truncated file has a valid header.
             try:
                 height, width, _ = decode_image(read_image_bytes(name, folder)).shape
             # ImageError, which is raised for an unreadable image, is a ValueError. So is the error for an invalid name.

@@ -61,7 +61,7 @@ from llava_simplified.model.pissa import (
     scaled_fields,
     split,
     subtract,
-    wants_pissa,
+    uses_pissa,
 )
 from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
@@ -614,7 +614,7 @@ def _check_same_adapter(
                 f"{folder}: the adapter was trained with {name}={shorten(getattr(stored, name))}; pass the same "
                 f"{name} in --lora_options"
             )
-    if wants_pissa(current) != is_pissa:
+    if uses_pissa(current) != is_pissa:
         method: str | bool = True
         was = "was not"
         if is_pissa:

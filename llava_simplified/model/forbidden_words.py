@@ -236,6 +236,7 @@ def _ends_at_boundary(text: bytes) -> bool:
 
 def _is_whole_at_end(text: bytes, end: int) -> bool:
     """Return whether a word that ends at `end` is a whole word: the next character does not continue it."""
+    # Decode the characters before and after `end`. A character takes up to four bytes.
     following = text[end : end + _MAX_UTF8_BYTES].decode(errors="replace")
     last = text[max(0, end - _MAX_UTF8_BYTES) : end].decode(errors="replace")
     if not following or not last:

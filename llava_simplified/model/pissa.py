@@ -32,7 +32,7 @@ Weights = dict[str, torch.Tensor]
 SCALED_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
-def wants_pissa(config: LoraConfig) -> bool:
+def uses_pissa(config: LoraConfig) -> bool:
     """Return whether the config of an adapter requests PiSSA."""
     method = config.init_lora_weights
     return isinstance(method, str) and method.startswith("pissa")
@@ -60,7 +60,7 @@ def initialize(model: Any) -> None:
     if not isinstance(model, PeftModel):
         return
     config: Any = model.peft_config["default"]
-    if not wants_pissa(config) or initial_weights(model) is not None:
+    if not uses_pissa(config) or initial_weights(model) is not None:
         return
     initial: Weights = {}
     for name, layer in _adapted_layers(model):
