@@ -337,9 +337,7 @@ def load(folder):
     found = {**config, **settings, **adapter_config}
     for name, value in supported.items():
         if found.get(name, value) != value:
-            raise ValueError(
-                f"{folder}: {name} is {found[name]}, but this file only supports {value}"
-            )
+            raise ValueError(f"{folder}: {name} is {found[name]}; this file supports only {value}")
     model = Llava(settings)
     projector = load_safetensors(folder / "projector.safetensors")
     model.projector = nn.Linear(*reversed(projector["weight"].shape))  # the weight is (D, C)
