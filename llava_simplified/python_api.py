@@ -103,7 +103,7 @@ def evaluate(
         read = read_predictions(Path(predictions), captions_by_image)
     elif references is not None:
         raise ValueError(
-            "references: only supported with a prediction file; samples contain their own references."
+            "references can only be passed with a prediction file. Samples contain their own references."
         )
     else:
         read = Predictions(list(predictions))

@@ -312,21 +312,21 @@ class TrainingDefaults:
     reward: str = field(
         default="cider",
         metadata={
-            "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
-            "length, clipscore, qa, or module:function"
+            "help": "Rewards of captions with their weights, for example cider=1.0,length=0.1. Rewards: cider, bleu4, rouge_l, "
+            "word_f1, length, clipscore, qa, or a function of your own as module:function"
         },
     )
     reward_workers: int = field(
         default=1,
         metadata={
-            "help": "Number of processes that run the reward module:function; 0 runs it in the training process, without "
-            "a timeout"
+            "help": "Number of processes that compute a custom reward (module:function); 0 computes it in the training process, "
+            "without a timeout"
         },
     )
     reward_timeout: float = field(
         default=60.0,
         metadata={
-            "help": "Maximum time in seconds for module:function to compute the rewards of a step, and for one request of qa"
+            "help": "Maximum time in seconds for a custom reward to score the captions of a step, and for one request of qa"
         },
     )
     reward_clip: str = field(
@@ -351,12 +351,12 @@ class TrainingDefaults:
         default=5, metadata={"help": "Number of captions to sample for each image"}
     )
     sample_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the samples that are rewarded"}
+        default=1.0, metadata={"help": "Temperature for sampling these captions"}
     )
     sample_max_tokens: int = field(
         default=64,
         metadata={
-            "help": "Maximum number of tokens of a sample; one that reaches it counts as a failure"
+            "help": "Maximum number of tokens of a sampled caption; a caption that reaches it counts as a failure"
         },
     )
     kl_coef: float | None = field(

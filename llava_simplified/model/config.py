@@ -152,6 +152,7 @@ class TrainedParts:
         Raises:
             ValueError: An entry has an unknown value.
         """
+        # Invert the mappings, from attributes to stored values.
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
         trained = checkpoint_config.get("trained")

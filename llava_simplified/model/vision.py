@@ -118,7 +118,9 @@ class VisionTower(nn.Module):
         transform = ImageTransform.from_pretrained(name_or_path, image_aspect_ratio)
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
-            raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
+            raise ValueError(
+                f"{name_or_path}: a {config.model_type} is not a vision model; choose another --vision_tower"
+            )
         with blame_file(name_or_path):
             model, loading_info = model_class.from_pretrained(
                 name_or_path,
