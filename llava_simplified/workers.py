@@ -351,13 +351,13 @@ def _run_worker(
         parent: Process id of the parent.
         level: The log level of the parent; None if it has not configured its log.
     """
-    # Logging is not configured in a process that was spawned, not forked.
+    # In a spawned process (unlike in a forked one), logging is not configured yet.
     if level is not None:
         configure_logging(verbose=level <= logging.DEBUG, quiet=level >= logging.WARNING)
 
     def exit_with_parent() -> None:
-        # Without this check, the workers of a killed run would wait for tasks forever. The pipe does not tell them:
-        # it is not closed when the parent is killed, because workers that were forked later also hold its other end.
+        # Without this check, the workers of a killed run would wait for tasks forever. The pipe is not closed when the
+        # parent is killed, because workers that were forked later also hold its other end.
         while _parent_is_alive(parent):
             time.sleep(0.5)
         os._exit(1)

@@ -26,7 +26,7 @@ from llava_simplified.demo.progress import (
 )
 from llava_simplified.demo.terminal import Terminal
 from llava_simplified.jobs import atomic_file, format_duration
-from llava_simplified.options import quote_arguments
+from llava_simplified.options import quote_words
 
 NUM_STEPS = 6
 EXPECTED_SECONDS = 480  # of all steps after the download
@@ -351,7 +351,7 @@ def _shell_command(argv: Sequence[str]) -> str:
     home = f"{Path.home()}{os.sep}"
     words = []
     for word in argv:
-        quoted = quote_arguments([word])
+        quoted = quote_words([word])
         # A quoted `~` would not be expanded.
         if quoted == word and word.startswith(home):
             quoted = f"~/{word.removeprefix(home)}"

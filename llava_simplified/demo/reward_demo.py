@@ -24,7 +24,7 @@ from llava_simplified.demo.demo_options import (
 from llava_simplified.demo.demo_steps import Step, caption_step
 from llava_simplified.demo.progress import training_progress
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import quote_arguments
+from llava_simplified.options import quote_words
 
 RECIPE = "demo_reward"
 FOLDER = "reward"  # in the output folder of the demo
@@ -50,7 +50,7 @@ def check_finished(output: Path) -> None:
     if not is_finished or predictions.stat().st_mtime < model_config.stat().st_mtime:
         raise ValueError(
             f"--reward trains the model of a finished demo further, but {output} contains none. Run `make demo` "
-            f"(llava demo --output {quote_arguments([str(output)])}) first."
+            f"(llava demo --output {quote_words([str(output)])}) first."
         )
     # The steps of the reward demo are remembered in this file. Those with another model must run again.
     finished = output / FOLDER / "finished_steps.json"
@@ -124,7 +124,7 @@ def summarize_rewards(output: Path, seconds: float) -> str:
         f"This took {format_duration(seconds)}.",
         "",
         "Caption an image of your own:",
-        f"  {llava_word()} caption YOUR_IMAGE.png --model-path {quote_arguments([str(folder / 'model')])}",
+        f"  {llava_word()} caption YOUR_IMAGE.png --model-path {quote_words([str(folder / 'model')])}",
     ]
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_simplified.options import quote_arguments
+from llava_simplified.options import quote_words
 from llava_simplified.prepare.request_url import host_of
 from llava_simplified.training.cluster_plan import Rates
 
@@ -167,7 +167,7 @@ def _run(*words: str) -> Cost:
     Raises:
         ValueError: It has failed; the message has the command and its last lines.
     """
-    logger.info("llava %s", quote_arguments(words))
+    logger.info("llava %s", quote_words(words))
     command = [sys.executable, "-m", "llava_simplified.cli", *words]
     # Count the CPU time of the command and of its worker processes: `children_user` includes children of children.
     before = os.times()
@@ -177,7 +177,7 @@ def _run(*words: str) -> Cost:
     after = os.times()
     if done.returncode:
         last_lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-        raise ValueError(f"llava {quote_arguments(words)} failed:\n{last_lines}")
+        raise ValueError(f"llava {quote_words(words)} failed:\n{last_lines}")
     user = after.children_user - before.children_user
     system = after.children_system - before.children_system
     return Cost(seconds, user + system)
