@@ -452,7 +452,7 @@ class Prompt:
         if self.accepts_strings or self.image_token is None or turn.role != "user":
             return Shape(turn.role)
         parts: list[str] = []
-        # There is an image between each two texts. The texts at the beginning and at the end may be empty.
+        # There is an image between every two texts. Some of the texts may be empty.
         for number, text in enumerate(_texts_between_images(turn.content)):
             if number > 0:
                 parts.append("image")
@@ -595,7 +595,8 @@ class Prompt:
                 return rendered
             problem = "it omits or repeats a turn"
         raise ValueError(
-            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {roles}: {problem}. Try --template plain"
+            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {roles}: "
+            f"{problem}. Try --template plain"
         )
 
     def _find_end_token(self, control_pattern: str) -> str:
@@ -689,14 +690,17 @@ class Prompt:
                 )
         for part in layout.prefix:
             if isinstance(part, ImageSlot):
+                # In a question without images, the template's image token is an ordinary token.
                 yield IMAGE_INDEX if counts[part.turn] else self._image_id()
             elif not isinstance(part, Slot) or turns[part.turn].role == "assistant":
                 yield part
             elif counts[part.turn] == 0:
                 yield turns[part.turn].content
             elif part.turn in layout.image_slots:
+                # The images of this question have image slots.
                 yield self._text_without_images(turns[part.turn].content, part.text)
             else:
+                # The images of this question are where `<image>` is in its text.
                 before, *after_images = turns[part.turn].content.split(IMAGE_PLACEHOLDER)
                 yield before
                 for text in after_images:

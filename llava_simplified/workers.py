@@ -262,8 +262,8 @@ class _Worker(NamedTuple):
 class LocalBackend:
     """Worker processes on this machine. Each runs one task at a time.
 
-    If a process dies (for example, because the kernel kills it for lack of memory), only its own task fails. A new process
-    replaces it when the next task is submitted.
+    If a process dies (for example, because the kernel kills it for lack of memory), only its own task fails. A new
+    process replaces it when the next task is submitted.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:

@@ -86,7 +86,7 @@ def _quantize_and_pack(weight: torch.Tensor, scales: torch.Tensor) -> Any:
     """
     zero_points = torch.zeros(len(scales), dtype=torch.long)
     with warnings.catch_warnings():
-        # PyTorch deprecates quantized tensors, but does not have an equally fast integer product for their replacement yet.
+        # PyTorch deprecates quantized tensors, but their replacement does not have an equally fast integer product yet.
         warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
         quantized = torch.quantize_per_channel(
             weight, scales.double(), zero_points, axis=0, dtype=torch.qint8
@@ -155,8 +155,8 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         The number of replaced layers.
     """
     torch.backends.quantized.engine = "fbgemm"
-    # Return the memory of the float32 copy of each weight to the operating system at once. Otherwise, it would remain as a
-    # gap between the packed weights.
+    # Return the memory of the float32 copy of each weight to the operating system at once. Otherwise, it would remain as
+    # a gap between the packed weights.
     tune_malloc(_RETURNED_BLOCK_BYTES)
     lm_head: Any = language_model.get_output_embeddings()
     # Collect all layers first, because the loop below changes the tree of modules.

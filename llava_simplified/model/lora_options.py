@@ -69,8 +69,8 @@ _REFUSED = {
     "megatron_config": "models of Megatron are not supported",
     "megatron_core": "models of Megatron are not supported",
 }
-# Values of `init_lora_weights` that change the frozen weights. A checkpoint contains only the adapter and not this change,
-# so they are refused, except for PiSSA: its adapters are converted when they are saved (see pissa.py).
+# Values of `init_lora_weights` that change the frozen weights. A checkpoint contains only the adapter and not this
+# change, so they are refused, except for PiSSA: its adapters are converted when they are saved (see pissa.py).
 CHANGES_FROZEN_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INIT_FORMAT = re.compile(r"gaussian|pissa|pissa_niter_[1-9][0-9]*")
 # Our YAML loader reads booleans as strings, because `off` is a value of options that are not boolean.
