@@ -137,7 +137,7 @@ class Llava(nn.Module):
         language_model, vision_tower = settings["language_model"], settings["vision_tower"]
         self.tokenizer = AutoTokenizer.from_pretrained(language_model)
         self.language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-        # Attention as plain matrix products: for such short sequences, the fastest on a CPU.
+        # Compute attention as plain matrix products: the fastest on a CPU for such short sequences.
         self.language_model.set_attn_implementation("eager")
         self.processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
         tower = AutoModel.from_pretrained(vision_tower, dtype=dtype)
@@ -160,7 +160,7 @@ class Llava(nn.Module):
             if layer == -1:  # EfficientNet's hidden states lack its last map
                 features = outputs.last_hidden_state
             features = features.flatten(2).transpose(1, 2)
-        # Drop what stands before the square grid, such as a CLS token: (B, 1 + 196, C) -> (B, 196, C).
+        # Drop tokens before the square grid, such as a CLS token: (B, 1 + 196, C) -> (B, 196, C).
         side = math.isqrt(features.shape[1])  # 14, from 196 or 197
         features = features[:, -(side**2) :]
         pool = self.settings["mm_token_pool"]
@@ -203,8 +203,8 @@ class Llava(nn.Module):
 @torch.no_grad()
 def new_projector(features, embeddings):
     """Return a projector whose outputs for features (images, N, C) are as large as embeddings (V, D)."""
-    # Those of a random matrix may be far larger or smaller, and the first few hundred training steps would do
-    # nothing but correct that.
+    # The outputs of a random matrix may be far larger or smaller. Then the first few hundred training steps
+    # would do nothing but correct that.
     features, embeddings = features.flatten(0, 1).float(), embeddings.float()
     projector = nn.Linear(features.shape[1], embeddings.shape[1], device=features.device)
     # Standardize the channels, in W and b: W (f - mean) / std + b = (W / std) f + (b - (W / std) mean).
@@ -230,7 +230,7 @@ class LoraLinear(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear = linear
-        # float32, even if the frozen weights are bfloat16, which would round small updates away.
+        # Use float32 even if the frozen weights are bfloat16, which would round small updates away.
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
         nn.init.zeros_(self.lora_B.weight)
@@ -253,7 +253,7 @@ def add_lora(model, rank, alpha):
             names.append(name)
     if not names:
         raise ValueError("LoRA needs nn.Linear layers; this language model, like GPT-2, has none")
-    # For the checkpoint: the settings as PEFT, the usual library for adapters, names them.
+    # The checkpoint stores the settings with the names of PEFT, the usual library for adapters.
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names}
     model.adapter_config = config
 
@@ -270,7 +270,7 @@ def make_batches(records, batch_size):
 def look_up_features(model, names, folder, feature_cache):
     """Return the features (B, N, C) of image files. Those that are not in the cache are computed."""
     # The tower is frozen, so it returns the same features in every epoch: run it once per image. With CLIP
-    # ViT-B/16, a thousand images take 300 MB of memory in bfloat16. Those of millions belong on a disk.
+    # ViT-B/16, a thousand images take 300 MB of memory in bfloat16. For millions, use a disk instead.
     missing = [name for name in names if name not in feature_cache]
     if missing:
         pixels = [load_image(Path(folder) / name, model.processor) for name in missing]
@@ -307,7 +307,7 @@ def train(model, batches, folder, feature_cache, steps, warmup, peak_rate):
 
 # ---- 7. Save and load what was trained. The frozen models are stored by name only. ----
 def adapter_weights(model):
-    """Return the weights of LoRA by their names in PEFT: ours, with the prefix "base_model.model."."""
+    """Return the LoRA weights with the names of PEFT: ours with the prefix "base_model.model."."""
     weights = model.language_model.state_dict()
     return {f"base_model.model.{name}": w for name, w in weights.items() if "lora_" in name}
 
@@ -318,7 +318,7 @@ def save(model, folder):
     save_safetensors(adapter_weights(model), folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(model.adapter_config))
     save_safetensors(model.projector.state_dict(), folder / "projector.safetensors")
-    # `load` does not need what follows, except for the settings. The package does.
+    # The package needs all of the following files. `load` needs only the settings in llava.json.
     model.tokenizer.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     config = {"format_version": 2, "architecture": model.settings, "trained": "adapter"}
@@ -330,14 +330,14 @@ def load(folder):
     config = json.loads((folder / "llava.json").read_text())
     settings = config["architecture"]
     adapter_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    # The package has more choices. A model with other ones than these would compute something else here.
+    # The package has more settings. With other values than these, this file would compute something else.
     supported = {"template": "bare", "mm_projector_type": "linear", "image_aspect_ratio": "crop"}
     supported |= {"mm_vision_select_feature": "patch", "bits": 16, "trained_tower": "off"}
     supported |= {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
     found = {**config, **settings, **adapter_config}
     for name, value in supported.items():
         if found.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} must be {value}, not {found[name]}, to load here")
+            raise ValueError(f"{folder}: {name} is {found[name]}; this file supports only {value}")
     model = Llava(settings)
     projector = load_safetensors(folder / "projector.safetensors")
     model.projector = nn.Linear(*reversed(projector["weight"].shape))  # the weight is (D, C)
@@ -410,7 +410,7 @@ def main(argv=None):
     random.shuffle(records)
     if len(records) < 9:
         parser.error(f"--data: {args.data} has {len(records)} records; at least 9 are needed")
-    held_out, records = records[:8], records[8:]  # only right if each image has one record
+    held_out, records = records[:8], records[8:]  # requires one record per image
     # The names of the package's checkpoints; some are LLaVA's ("mm" is multimodal).
     settings = {
         "language_model": args.language_model,
@@ -420,7 +420,7 @@ def main(argv=None):
         "mm_token_pool": args.pool,  # 0 keeps all tokens
         "template": "bare",  # the prompt of `make_prompt`, without roles such as "USER:"
         "instruction": records[0]["instruction"],  # the default of the package's `caption`
-        "dtype": args.dtype,  # of the frozen weights
+        "dtype": args.dtype,  # dtype of the frozen weights
     }
     torch.manual_seed(0)
     model = Llava(settings).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -435,7 +435,7 @@ def main(argv=None):
         if "LoRA" in stage:
             add_lora(model, rank=16, alpha=32)
         losses = train(model, batches, args.images, feature_cache, steps, steps // 20, args.rate)
-        for step, loss in enumerate(losses, start=1):  # a generator: each turn trains one step
+        for step, loss in enumerate(losses, start=1):  # each iteration trains one step
             if step % 10 == 0:
                 print(f"{stage}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     save(model, args.output)

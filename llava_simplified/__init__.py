@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from llava_simplified.prompt import Message
     from llava_simplified.python_api import evaluate, train
 
-# peft imports bitsandbytes if it is installed, and that logs a warning for every CPU kernel that it
-# does not find. No command needs these kernels.
+# PEFT imports bitsandbytes if it is installed, and bitsandbytes logs a warning for every CPU kernel that
+# it does not find. No command needs these kernels.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Import the name on first use: Python calls this function only for names that are not yet defined.
     value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value  # later uses need no import
+    globals()[name] = value  # for later uses, so that Python does not call this function again
     return value
 
 

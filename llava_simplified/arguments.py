@@ -1,8 +1,8 @@
 """Parse the options of a training run: command line, YAML file, and LLaVA's own option names.
 
     argv
-        -> (name, values) pairs, after those of the YAML file
-        -> current option names
+        -> (name, values) pairs; those of the YAML file are put before them
+        -> the same pairs, with LLaVA's old option names replaced by the current ones
         -> HfArgumentParser
         -> ModelArguments, DataArguments, TrainingArguments
 
@@ -25,7 +25,7 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-# Before transformers' Trainer, which imports PEFT.
+# Import this before transformers' Trainer, which imports PEFT.
 import llava_simplified.model.peft_names  # noqa: F401
 from llava_simplified.data_option import options_from_data
 from llava_simplified.options import configure_logging, suggest
@@ -44,6 +44,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
     """`transformers.TrainingArguments` with LLaVA's defaults and a few more options."""
 
     def __post_init__(self) -> None:
+        """Check the options, and adapt them to this machine."""
         _check_launcher(self.deepspeed is not None)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
@@ -52,29 +53,32 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
                 self._use_mps()
         else:
             self._use_cpu()
-        # Convert the string that comes from YAML: the parser accepts any string as a kind of sharding.
+        # Convert "true" and "false", which come from YAML and the command line: transformers would take any
+        # string for the name of a sharding strategy.
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
-        # Keep all entries of a batch: it has more than the forward arguments of a text model.
+        # Keep all entries of a batch. Trainer would remove those that are not arguments of `forward`.
         self.remove_unused_columns = False
         self.average_tokens_across_devices = True
-        # `LlavaTrainer` ends the run at a NaN or an infinity. This filter would read every loss from the GPU.
+        # Disable this filter: `LlavaTrainer` ends the run if a loss is not finite, and the filter would copy every
+        # loss from the GPU.
         self.logging_nan_inf_filter = False
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             # Restore the number of evaluations without improvement in a resumed run.
             self.restore_callback_states_from_checkpoint = True
-        # Load the full model in every process, which `sharding` requires.
+        # Load the full model in every process: `training.sharding` distributes the weights itself.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        # Undo the registration of the DeepSpeed config, which was done just above: with it,
-        # `from_pretrained` would load models already partitioned under ZeRO-3.
+        # Undo the registration of the DeepSpeed config by `super().__post_init__`: with it, `from_pretrained`
+        # would partition the model while loading it with ZeRO-3.
         unset_hf_deepspeed_config()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:
             raise ValueError(
-                f"{started} processes were started, but each would train separately; use torchrun."
+                f"{started} processes were started (WORLD_SIZE), but each would train separately; start them with "
+                "torchrun."
             )
 
     def _check_bf16(self) -> None:
@@ -84,7 +88,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             )
 
     def _use_mps(self) -> None:
-        """Refuse the options that need an NVIDIA GPU, or several, on an Apple GPU."""
+        """Raise ValueError for options that Apple GPUs do not support, and adapt the others."""
         refused = {
             "--deepspeed": self.deepspeed is not None,
             "--fsdp": str(self.fsdp or "").lower() not in ("", "false"),
@@ -101,12 +105,12 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
                 f"{', '.join(names)}: Apple GPUs (MPS) do not support this. Leave it out, or pass --use_cpu True to "
                 "train on the CPU."
             )
-        # Memory of the CPU and of an Apple GPU is the same; torch would warn about it in every worker.
+        # CPU and Apple GPU share their memory, so pinning is useless; torch would warn about it in every worker.
         self.dataloader_pin_memory = False
 
     def _use_cpu(self) -> None:
         """Adapt the options to a machine without an accelerator."""
-        # Set this explicitly; otherwise several processes would each train separately.
+        # Set this explicitly. Otherwise, transformers would let each of several processes train separately.
         self.use_cpu = True
         if self.tf32:
             logger.warning("--tf32 has no effect: this machine has no NVIDIA GPU.")
@@ -114,7 +118,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         if self.deepspeed:
             from deepspeed import ops
 
-            # Disable this shared-memory operator, which DeepSpeed would compile for a minute.
+            # Disable this shared-memory operator, because DeepSpeed would compile it, which takes a minute.
             ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     @property
@@ -131,7 +135,7 @@ def _check_launcher(deepspeed: bool) -> None:
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch started one process although several were requested; --cpu causes this. "
+            "accelerate launch started one process although several were requested, because of its option --cpu. "
             "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
         )
     if deepspeed and not distributed:
@@ -140,13 +144,15 @@ def _check_launcher(deepspeed: bool) -> None:
         )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed: accelerate launch has its own DeepSpeed configuration; remove one of the two."
+            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own. Remove it, or leave out "
+            "--deepspeed."
         )
 
 
 # Option names of LLaVA's scripts and of older transformers versions. These scripts must keep working, so
-# old names are translated (`RENAMED`) or ignored with a warning (`NO_EFFECT`). An option whose effect is not
-# supported is accepted only if it is off (`MUST_BE_OFF`), since ignoring it would change the result.
+# old names are translated (`RENAMED`) or ignored with a warning (`NO_EFFECT`). If the feature behind an option
+# is not supported, the option is accepted only with the value False (`MUST_BE_OFF`), since ignoring it would
+# change the result.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
@@ -168,11 +174,11 @@ MUST_BE_OFF = {
     "mm_use_im_start_end": "image start and end tokens are",
     "mm_use_im_patch_token": "an image patch token in the vocabulary is",
 }
-# Both names mean the same, because lengths include image tokens.
+# Both options mean the same here, because lengths always include the image tokens.
 GROUP_BY_LENGTH = ("group_by_length", "group_by_modality_length")
 
 Option = tuple[str, list[str]]
-"""An option with its values, as strings: ("lora_r", ["8"])."""
+"""An option with its values as strings, for example ("lora_r", ["8"])."""
 
 
 class _Parser(transformers.HfArgumentParser):
@@ -198,23 +204,22 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if "config" in given:
         config = given["config"][0] if given["config"] else ""
         # Put the command line last: argparse uses the last value of an option.
-        options = split_options(to_words(read_config(config))) + options
+        options = split_options(to_argv(read_config(config))) + options
         given = dict(options)
     from_data = options_from_data(given)
     options += [(name, [value]) for name, value in from_data.options.items()]
     if from_data.recipe:
-        options = split_options(to_words(read_config(from_data.recipe))) + options
+        options = split_options(to_argv(read_config(from_data.recipe))) + options
     given = dict(options)
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
 
-    # Translate the old names of the file and of the command line before parsing, so that an option is
-    # recognized as the same one under both names.
+    # Translate old names before parsing, so that an option overrides the same option under its other name.
     translated: list[str] = []
     for name, values in options:
         translated += translate_option(name, values)
     argument_classes: Any = (ModelArguments, DataArguments, TrainingArguments)
-    # Do not allow abbreviations, because an abbreviated --config would be ignored.
+    # Do not allow abbreviations: the code above would not recognize an abbreviated --config.
     parser = _Parser(argument_classes, allow_abbrev=False)
     model, data, training, unknown = parser.parse_args_into_dataclasses(
         translated, return_remaining_strings=True, look_for_args_file=False
@@ -239,7 +244,7 @@ def _is_true(values: list[str]) -> bool:
 
 
 def _default_output_dir(given: Mapping[str, list[str]]) -> str:
-    """Return output/<language model>-<vision tower>."""
+    """Return output/<name of the language model>-<name of the vision tower>."""
     names = []
     for option in ("model_name_or_path", "vision_tower"):
         values = given.get(option) or [getattr(ModelArguments, option)]
@@ -271,8 +276,9 @@ def split_options(argv: list[str]) -> list[Option]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Loads `off` and `no` as strings: they are values of some options that are not boolean."""
+    """A YAML loader that loads `off` and `no` as strings, because they are values of options that are not boolean."""
 
+    # Leave out the rules that recognize boolean values.
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -296,11 +302,14 @@ def read_config(config: str) -> dict[str, Any]:
     return values
 
 
-def to_words(values: Mapping[str, Any]) -> list[str]:
-    """Convert options to a command line (argv).
+def to_argv(values: Mapping[str, Any]) -> list[str]:
+    """Convert options to command-line arguments.
 
     argparse then converts the values of a file, such as 1e-3 (a string in YAML), in the same way as
-    those of the command line. None means that the option is not given.
+    those of the command line.
+
+    Args:
+        values: Values by option name. None means that the option is not given.
     """
     argv: list[str] = []
     for name, value in values.items():
@@ -319,7 +328,7 @@ def to_words(values: Mapping[str, Any]) -> list[str]:
 def translate_option(name: str, values: list[str]) -> list[str]:
     """Return the command-line arguments of one option, under its current name.
 
-    Options without effect are logged and dropped.
+    An option that no longer has an effect is dropped with a warning.
 
     Raises:
         ValueError: The option requests an unsupported feature of older LLaVA models.
@@ -359,13 +368,14 @@ def non_default_options(*arguments: Any) -> dict[str, Any]:
         for option in fields(group):
             value = getattr(group, option.name)
             is_secret = option.name.endswith("_token")
-            # Skip fields without `init`, which transformers computes.
+            # Skip fields that are not options (`init=False`): transformers computes them.
             if option.init and not is_secret and value != _default(option):
                 changed[option.name] = value
     return changed
 
 
 def _default(option: Any) -> Any:
+    """Return the default of a dataclass field."""
     if callable(option.default_factory):
         return option.default_factory()
     return option.default

@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
     Attributes:
         main: "module:function" that runs the command; the function accepts `argv` and returns the
-            exit status. Heavy imports belong into the function, after parsing the arguments, and not
+            exit status. Heavy imports belong inside the function, after the arguments are parsed, and not
             at the top of the module.
         summary: One-line description for `llava --help`.
         uses_torch: Whether the command computes with torch in this process.
@@ -38,7 +38,8 @@ class Command(NamedTuple):
     def parser(self) -> str:
         """The "module:function" that returns the parser of the command.
 
-        It is `build_parser` for `main`, and `build_merge_parser` for `merge_main`.
+        Its name follows from that of the main function: `build_parser` belongs to `main`, and
+        `build_merge_parser` to `merge_main`.
         """
         module, _, function = self.main.partition(":")
         prefix = function.removesuffix("main")
@@ -211,13 +212,13 @@ def run_command(name: str, argv: list[str]) -> int:
     traceback. Bugs of this package always give a traceback.
     """
     command = COMMANDS[name]
-    # Skip the slow part of the setup if only the help text is printed.
+    # Measuring the load of the CPUs takes time. Skip it if only the help text is printed.
     shows_help = "-h" in argv or "--help" in argv
     configure_process(uses_torch=command.uses_torch and not shows_help)
     try:
         return resolve(command.main)(argv)
-    # Print these errors without a traceback. OSError: a model that does not exist, a full disk.
-    # FloatingPointError: a loss that is not finite.
+    # Print errors that the user can correct without a traceback. OSError is raised, for example, for a model that
+    # does not exist or a full disk, and FloatingPointError for a loss that is not finite.
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
@@ -229,11 +230,15 @@ def run_command(name: str, argv: list[str]) -> int:
 
 
 def describe_long_path(error: Exception) -> str:
-    """Return what to do if Windows has not found a file because its path is too long; otherwise nothing."""
+    """Return advice if Windows may have failed to open a file because its path is too long; otherwise "".
+
+    The advice is appended to the error message.
+    """
     name = getattr(error, "filename", None)
     if sys.platform != "win32" or not isinstance(name, str):
         return ""
-    if len(os.path.abspath(name)) < _MAX_WINDOWS_PATH:  # noqa: PTH100 - as the system sees it
+    # Do not use Path.resolve, which follows links: Windows limits the path that was passed to it.
+    if len(os.path.abspath(name)) < _MAX_WINDOWS_PATH:  # noqa: PTH100
         return ""
     return (
         f" (Windows limits paths to {_MAX_WINDOWS_PATH} characters: use a folder with a shorter path, or enable long "
@@ -250,30 +255,35 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def configure_process(*, uses_torch: bool) -> None:
-    """Set the environment variables and log filters that must precede the import of libraries."""
-    # Hide the warnings of transformers about its hundred image processors that require torchvision,
-    # none of which is used.
+    """Set environment variables and log filters, which must happen before libraries are imported.
+
+    Args:
+        uses_torch: Whether to configure OpenMP, the thread library of torch.
+    """
+    # Hide the warnings of transformers about a hundred image processors that require torchvision. None of
+    # them is used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # In a log, the bars of libraries are noise: one line for each of their steps.
+    # Hide the progress bars of libraries in a log file, where they would write a line for each step.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Use the system allocator: Arrow's own one keeps 10 MB in every worker process.
+    # Use the system's memory allocator: Arrow's own allocator keeps 10 MB in every worker process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    # Measure the load (0.2 s) only for commands that compute with torch.
+    # Measure the load of the CPUs (0.2 s) only for commands that compute with torch. "PASSIVE" makes waiting threads
+    # sleep instead of spin; see `cpus_are_shared`.
     if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # Hide a log message about the missing GPU, which DeepSpeed writes whenever a model is saved.
+    # Hide the log message about a missing GPU that DeepSpeed writes whenever a model is saved.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
 
 
 def cpus_are_shared() -> bool:
-    """Return whether this process shares the CPUs, with other programs or with other ranks of the run.
+    """Return whether this process shares the CPUs with other programs, or with other ranks of the same run.
 
-    OpenMP threads spin while they wait for each other. This makes a training step a third faster on idle
-    CPUs, but several times slower on busy ones.
+    By default, OpenMP threads spin (wait in a busy loop) for each other. This makes a training step a third
+    faster on idle CPUs, but several times slower on busy ones.
     """
     # torchrun and other launchers set WORLD_SIZE.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

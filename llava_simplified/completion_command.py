@@ -10,8 +10,8 @@ from llava_simplified import __version__
 from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser
 
-# Options and arguments whose values are paths, by the name of the attribute (`dest`). Parsers are created
-# without knowledge of completion, so paths cannot be recognized otherwise.
+# The attributes (`dest`) of options and arguments whose values are paths. The parsers of the commands do not
+# mark them as paths, so they are listed here.
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",
@@ -49,16 +49,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_llava_parser() -> argparse.ArgumentParser:
-    """Return a parser of `llava` with all subcommands and their options, as shtab needs it."""
+    """Return one parser of `llava` with all subcommands and their options, which shtab requires."""
     parser = argparse.ArgumentParser("llava")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         command_parser = resolve(command.parser)()
-        # Set the attribute by which shtab completes the value as a path.
+        # shtab completes the value of an option as its attribute `complete` says.
         for action in command_parser._actions:
-            # Positional arguments are paths too, unless they have choices. zsh needs a completion for them: without
-            # one, it would show their description instead of completing options.
+            # Positional arguments are paths too, unless they have choices. If they had no completion, zsh would show
+            # their description instead of completing options.
             is_argument = not action.option_strings and not action.choices
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY

@@ -1,10 +1,10 @@
 """`--data` of `llava train`, `encode` and `plan`: read any source, and choose defaults if no model is named.
 
-The option is replaced by other options before the command parses them:
+Before the command parses its options, `--data` is replaced by other options:
 
-    --data photos/        -> --train_data_path, --train_image_folder
-    and without a model   -> also the small models of `llava demo`, the recipe `small_folder`, and a suitable number of
-                             epochs
+    --data photos/                          -> --train_data_path, --train_image_folder
+    --data photos/, but no model is named   -> also the small models of `llava demo`, the recipe `small_folder`, and a
+                                               suitable number of epochs
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ logger = logging.getLogger(__name__)
 # The recipe for runs without a model and without --config.
 SMALL_RECIPE = "small_folder"
 _MODEL_OPTIONS = ("model_name_or_path", "vision_tower", "init_from")
-# Number of samples to train on in all epochs together: some minutes on two CPU cores. Limited by the minimum and
-# maximum of epochs, it holds for 40 to 400 records.
+# Number of samples to train on in all epochs together, which takes some minutes on two CPU cores. The number of epochs
+# follows from it, within these limits: a data set of fewer than 40 records is trained on fewer samples, and one of more
+# than 400 records on more.
 _SAMPLES = 1200
-_EPOCHS = (3, 30)
+_MIN_EPOCHS = 3
+_MAX_EPOCHS = 30
 
 
 class DataOptions(NamedTuple):
     """The options that follow from `--data`.
 
     Attributes:
-        recipe: Name of a recipe of the package, whose values all other options override; "" for none.
+        recipe: Name of a recipe of the package, or "" for none. All other options override its values.
         options: Values by option name.
     """
 
@@ -40,7 +42,7 @@ class DataOptions(NamedTuple):
 
 
 def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
-    """Return the options that follow from `--data`. Options that the user passed are left out.
+    """Return the options that follow from `--data`, except those that the user passed.
 
     Args:
         given: All options of the command line and of its `--config`, with their values.
@@ -82,7 +84,7 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
         options.pop("num_train_epochs", None)
     chosen = " ".join(f"--{name} {value}" for name, value in options.items())
     logger.info(
-        "No model is named, so the run starts from the small models of `llava demo`, with the recipe %s and %s",
+        "No model was named, so the run starts from the small models of `llava demo`, with --config %s %s",
         SMALL_RECIPE,
         chosen,
     )
@@ -105,19 +107,20 @@ def _small_model_options() -> dict[str, str]:
 
 
 def _choose_epochs(num_records: int) -> int:
-    """Return the number of epochs: the more, the fewer records there are.
+    """Return the number of epochs. The fewer records there are, the more epochs are needed.
 
-    The projector starts from random weights, so it needs a number of steps even for few records.
+    The projector starts from random weights, so it needs a minimum number of steps even for few records.
     """
-    fewest, most = _EPOCHS
     epochs = round(_SAMPLES / max(1, num_records))
-    return max(fewest, min(most, epochs))
+    return max(_MIN_EPOCHS, min(_MAX_EPOCHS, epochs))
 
 
 def _name_of(source: str) -> str:
-    """Return a name for the output folder: that of the folder or file, without suffixes and wildcards."""
+    """Return a name for the output folder: the name of the source, without suffixes and wildcards."""
     if "://" in source:
-        path = Path(source.partition("?")[0])  # without the query of a URL
+        # Remove the query of the URL.
+        without_query, _, _ = source.partition("?")
+        path = Path(without_query)
     else:
         path = Path(source).absolute()
     name = path.name

@@ -34,14 +34,14 @@ EXTRA_PURPOSES = {
     "quant": "`--bits 4` (QLoRA) and `--bits 8`",
     "liger": "`--use_liger_kernel`: fused layers on a GPU",
     "wandb": "`--report_to wandb`",
-    "all": "all of the above that run on every machine",
+    "all": "all extras above that work on every machine",
     "dev": "tests, linters and `--report_to tensorboard`",
     "fuzz": "`make fuzz`",
     "docs": "the documentation as a web site",
     "bench": "TRL, for the benchmarks",
     "lmms-eval": "`lmms-eval --model llava_simplified`: the benchmarks of lmms-eval",
 }
-# Packages that are in no extra, because they have to be compiled for the installed torch.
+# Optional packages that are not part of an extra, because they must be compiled for the installed torch.
 OTHER_PURPOSES = {
     "flash-attn": (
         "`--attn_implementation flash_attention_2` on a CUDA GPU; install it with pip install flash-attn"
@@ -58,7 +58,7 @@ def build_parser() -> CommandParser:
         "--cache-dir",
         type=Path,
         default=Path.home() / ".cache",
-        help="Folder for the report of free disk space (default: %(default)s)",
+        help="Folder whose free disk space is reported (default: %(default)s)",
     )
     return parser
 
@@ -93,8 +93,8 @@ class Requirements:
     def __init__(self) -> None:
         from packaging.requirements import Requirement
 
-        # Read the metadata of the installed package, since pyproject.toml exists in a checkout only.
-        # Lines are such as "gguf>=0.17; extra == 'gguf'", where the part after the semicolon is the marker.
+        # Read the metadata of the installed package, since pyproject.toml exists only in a checkout.
+        # A line is, for example, "gguf>=0.17; extra == 'gguf'". The part after the semicolon is the marker.
         lines = importlib.metadata.requires(PROJECT) or []
         self._requirements = [Requirement(line) for line in lines]
         metadata = importlib.metadata.metadata(PROJECT)
@@ -109,10 +109,11 @@ class Requirements:
         """Return the requirements of an extra that apply on this machine."""
         found: list[Requirement] = []
         for item in self._requirements:
-            # Evaluate the marker, which may also depend on the Python version.
+            # The marker names the extra, and may also depend on the Python version and the system.
             if item.marker is None or not item.marker.evaluate({"extra": extra}):
                 continue
-            if item.name == PROJECT:  # "all" consists of other extras
+            # "all" consists of other extras of this project.
+            if item.name == PROJECT:
                 for other in sorted(item.extras):
                     found += self.of_extra(other)
             else:
@@ -123,7 +124,8 @@ class Requirements:
 def _problem(requirement: Requirement) -> str | None:
     """Return a message if the package is missing or has the wrong version, else None.
 
-    A package may have several requirements: an extra may exclude a version that the core accepts.
+    The requirement is a parameter because there may be several for one package: an extra may exclude a version
+    that the package without extras accepts.
     """
     version = _version(requirement.name)
     if version is None:
@@ -162,7 +164,7 @@ def _describe_extras() -> list[str]:
         missing = [item.name for item in requirements.of_extra(extra) if _problem(item)]
         state = "installed"
         if missing:
-            state = f"missing: {', '.join(missing)}, run {install_command(extra)}"
+            state = f"missing: {', '.join(missing)}; run {install_command(extra)}"
         lines.append(_row(extra, _with_purpose(state, EXTRA_PURPOSES.get(extra))))
     for package, purpose in OTHER_PURPOSES.items():
         state = _version(package) or "not installed"
@@ -196,7 +198,7 @@ def _describe_devices() -> Sequence[str]:
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
     if torch.cuda.is_available():
         lines.append(
-            "  to prove and measure this GPU: python benchmarks/bench_gpu.py (in a checkout)"
+            "  to test and measure this GPU: python benchmarks/bench_gpu.py (in a checkout)"
         )
     # Look for the compiler that torch.compile uses for the CPU.
     compiler = cpp_compiler()
@@ -221,12 +223,13 @@ def _describe_device(index: int) -> str:
 def has_fast_bfloat16() -> bool:
     """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
 
-    This is measured. Without AVX-512 instructions for bfloat16, they take eight times as long.
+    The products are timed, because PyTorch cannot be asked. On a CPU without AVX-512 instructions for bfloat16,
+    bfloat16 products take eight times as long.
     """
     import torch
     from torch.utils.benchmark import Timer
 
-    # Use the size of a layer of a small model, for which the overhead of the call is negligible.
+    # Use the size of a layer of a small model. It is large enough for the overhead of the call to be negligible.
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(768, 768, dtype=dtype)
@@ -239,7 +242,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def _describe_hub() -> str:
-    """Return whether models can be downloaded from the Hugging Face hub, gated ones included."""
+    """Describe whether models can be downloaded from the Hugging Face hub, including gated models."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -262,7 +265,7 @@ def _describe_hub() -> str:
 
 
 def _describe_disk(folder: Path) -> str:
-    """Return the free disk space of a folder, or of the home folder if it does not exist."""
-    # The cache folder does not exist before the first download; it is usually on the same disk as the home.
+    """Describe the free disk space of a folder. If it does not exist, use the home folder instead."""
+    # The cache folder does not exist before the first download. It is usually on the same disk as the home folder.
     usage = shutil.disk_usage(folder if folder.exists() else Path.home())
     return f"{folder}: {usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB"

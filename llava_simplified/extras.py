@@ -21,7 +21,7 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
     Args:
         extra: The name of the group in `pyproject.toml`, for example "serve".
         modules: Top-level names of the required modules.
-        purpose: The command or option that requires them: "llava serve", "--engine ray".
+        purpose: The command or option that requires them, for example "llava serve" or "--engine ray".
 
     Raises:
         MissingExtraError: One of the modules is not installed.
@@ -30,14 +30,14 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        raise MissingExtraError(f"{purpose} needs {names}: run {install_command(extra)}")
+        raise MissingExtraError(f"{purpose} requires {names}; run {install_command(extra)}")
 
 
 def install_command(extra: str) -> str:
     """Return the pip command that installs an optional dependency group.
 
-    In a source checkout this is an editable install. Elsewhere the packages of the group are named, and
-    not this package: it may not be on an index, and the folder that it was installed from may be gone.
+    In a source checkout, the command is an editable install. Otherwise, it names the packages of the group and
+    not this package, which may not be on a package index and whose source folder may no longer exist.
 
     Args:
         extra: The name of the group in `pyproject.toml`.
@@ -54,24 +54,26 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX") or default
 
 
-def _quote(word: str) -> str:
-    """Return a word with `>` or `[` as the shell of this machine needs it: cmd.exe knows double quotes only."""
+def _quote(argument: str) -> str:
+    """Quote an argument that contains `>` or `[` for the shell of this machine."""
+    # cmd.exe supports only double quotes.
     mark = '"' if sys.platform == "win32" else "'"
-    return f"{mark}{word}{mark}"
+    return f"{mark}{argument}{mark}"
 
 
 def _requirements_of(extra: str) -> list[str]:
     """Return the requirements of an optional dependency group, quoted for a shell."""
     from packaging.requirements import Requirement
 
-    words: list[str] = []
+    quoted: list[str] = []
     for line in metadata.requires(_PROJECT) or []:
         requirement = Requirement(line)
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
-        if requirement.name == _PROJECT:  # "all" consists of other groups
+        # "all" consists of other groups of this project.
+        if requirement.name == _PROJECT:
             for other in sorted(requirement.extras):
-                words += _requirements_of(other)
+                quoted += _requirements_of(other)
         else:
-            words.append(_quote(f"{requirement.name}{requirement.specifier}"))
-    return words
+            quoted.append(_quote(f"{requirement.name}{requirement.specifier}"))
+    return quoted

@@ -1,4 +1,4 @@
-"""Files that others have made: read JSON, and name the file in every error.
+"""Read files that other people or programs wrote, and name the file in every error.
 
 This module imports nothing heavy, so that commands can look at a checkpoint without a delay.
 """
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A value in an error message: cut in length and in depth.
+# Shortens values for error messages: long strings and numbers are cut, and so are nested values.
 _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = _SHORT_REPR.maxlong = 100
 _SHORT_REPR.maxlevel = 3
 
 _MAX_JSON_BYTES = 50_000_000
-_MAX_REASON = 2000  # characters of another library's message
+_MAX_REASON = 2000  # maximum number of characters to quote from another library's message
 
 
 def shorten(value: object) -> str:
@@ -30,14 +30,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains one object.
 
     Raises:
-        ValueError: The file contains something else; the message names it.
+        ValueError: The file is too large, or contains something else; the message names the file.
         OSError: The file cannot be read.
     """
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: has more than {_MAX_JSON_BYTES} bytes")
+        raise ValueError(
+            f"{path}: the file has {path.stat().st_size:,} bytes; the maximum is {_MAX_JSON_BYTES:,}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    # Deeply nested arrays exceed Python's recursion limit.
+    # RecursionError: deeply nested arrays exceed Python's recursion limit.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -47,25 +49,30 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def blame_file(path: str | Path) -> Iterator[None]:
-    """Turn whatever a library raises for the content of a file into a ValueError that names the file.
+    """Convert any error that a library raises for the content of a file into a ValueError that names the file.
 
-    It is put around the parsers of other libraries only. What they raise for files that are damaged or
-    made to deceive is not documented: KeyError, AttributeError, RecursionError, a panic of Rust.
+    Use it only around the parsers of other libraries. It is not documented which errors they raise for damaged
+    or malicious files: KeyError, AttributeError, RecursionError, and even a panic of Rust code occur.
 
     Args:
         path: The file, or the folder of the files.
+
+    Raises:
+        ValueError: The library raised an error.
     """
     try:
         yield
     except BaseException as error:
         kind = type(error).__name__
-        # A panic of Rust code is no Exception. Lack of memory is not the fault of a file.
+        # Let KeyboardInterrupt and SystemExit pass. A panic of Rust code is not an Exception, but is converted.
         if not isinstance(error, Exception) and kind != "PanicException":
             raise
+        # A lack of memory is not an error of the file.
         if kind in ("MemoryError", "OutOfMemoryError"):
             raise
+        # The message names the file already.
         if isinstance(error, (ValueError, OSError)) and str(path) in str(error):
             raise
-        # Import errors, for example, explain what to install.
+        # Quote the message: an ImportError, for example, explains what to install.
         reason = f"{kind}: {str(error)[:_MAX_REASON]}"
         raise ValueError(f"{path}: cannot be loaded ({reason})") from error

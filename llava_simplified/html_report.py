@@ -4,7 +4,7 @@ A report is a Jinja template that extends `html_report.html` and is rendered by 
 because captions, URLs and server messages are untrusted text. A page makes no request to any server: images are data
 URIs, charts are inline SVG, and a content security policy blocks everything else.
 
-The template `html_report_parts.html` draws what the classes of this module describe: tiles, bars and charts.
+The template `html_report_parts.html` renders the classes of this module: tiles, bars and charts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-THUMBNAIL_SIDE = 288  # pixels; with this quality, 500 photos have less than 10 MB
+# Maximum width and height in pixels, and WebP quality. With both, 500 photos take less than 10 MB.
+THUMBNAIL_SIDE = 288
 THUMBNAIL_QUALITY = 72
-LOSSLESS_SIDE = 96  # drawings and icons of up to this size are encoded without loss
+# Images of up to this size, in pixels, are probably drawings or icons, and are encoded without loss.
+LOSSLESS_SIDE = 96
 
-MAX_LINE_POINTS = 300
+MAX_LINE_POINTS = 300  # points per line of a chart; longer lines are averaged
 HISTOGRAM_BINS = 60
 
 
@@ -55,7 +57,7 @@ def render_report(template: str, **values: object) -> str:
 def write_page(path: Path, template: str, **values: object) -> None:
     """Render the template of a report (see `render_report`), and write the page to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files and texts from JSON can contain half a surrogate pair, which UTF-8 cannot: it becomes "?".
+    # File names and texts from JSON can contain half of a surrogate pair, which UTF-8 cannot encode. Replace it by "?".
     path.write_text(render_report(template, **values), encoding="utf-8", errors="replace")
 
 
@@ -63,7 +65,13 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 
 class Tile(NamedTuple):
-    """A number in large type."""
+    """A number in large type, such as the mean score at the top of a report.
+
+    Attributes:
+        label: What the number is.
+        value: The number.
+        detail: More information in small type, such as an interval.
+    """
 
     label: str
     value: str
@@ -77,7 +85,7 @@ class Bar(NamedTuple):
         label: Label of the bar.
         percent: Length of the bar, 0 to 100.
         text: The number after the bar.
-        color: Number of the color, 0 to 5.
+        color: Index of the color, 0 to 5.
     """
 
     label: str
@@ -90,14 +98,14 @@ class Bar(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """A label on an axis; `position` is in percent of the axis, from the left or from the top."""
+    """A label on an axis. `position` is in percent of the axis, counted from the left or from the top."""
 
     position: float
     label: str
 
 
 class Point(NamedTuple):
-    """A point of a line. `x` and `y` are in percent of the plot, from its top left corner."""
+    """A point of a line. `x` and `y` are in percent of the plot, counted from its top left corner."""
 
     x: float
     y: float
@@ -115,7 +123,7 @@ class Line(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a histogram, in percent of the plot."""
+    """A column of a histogram. `x` (its left edge), `width` and `height` are in percent of the plot."""
 
     x: float
     width: float
@@ -157,10 +165,10 @@ def line_chart(
         x_label: What the x axis shows.
         max_points: Longer lines are averaged to this number of points.
     """
-    # Average adjacent points of long lines: a curve of 100,000 steps would look like noise, and make the file large.
+    # Average adjacent points of long lines. A curve with 100,000 points would look like noise, and make the file large.
     averaged: dict[str, list[list[float]]] = {}
     for name, all_points in series.items():
-        # Parts have equal numbers of points (up to one), and not equal ranges of x.
+        # Split a line into parts with the same number of points (one more or less), not with equal ranges of x.
         parts = np.array_split(all_points, min(max_points, len(all_points)))
         averaged[name] = [np.mean(part, axis=0).tolist() for part in parts]
     xs: list[float] = []
@@ -173,7 +181,7 @@ def line_chart(
     # Let the x axis begin and end with the data, and the y axis at round numbers, so that lines do not touch the frame.
     y_ticks = round_ticks(min(ys), max(ys))
     left = min(xs)
-    right = max(max(xs), left + 1e-9)  # a single point has no width
+    right = max(max(xs), left + 1e-9)  # avoid a division by zero for a single point
     bottom = y_ticks[0]
     top = max(y_ticks[-1], max(ys))
 
@@ -188,7 +196,7 @@ def line_chart(
     for name, points in averaged.items():
         placed = []
         for x, y in points:
-            # Round averaged steps, which are rarely integers.
+            # Round averaged steps, which are rarely whole numbers.
             x_text = f"{x:g}" if x == int(x) else f"{x:.0f}"
             placed.append(Point(x_position(x), y_position(y), x_text, f"{y:.3f}"))
         path = "M" + "L".join(f"{point.x} {point.y}" for point in placed)
@@ -223,10 +231,10 @@ def histogram(
         unit: What the y axis shows.
         values: At least one number.
         x_label: What the x axis shows.
-        per_unit: Divide the counts by the width of a bin: a rate, if the values are times.
+        per_unit: Divide the counts by the width of a bin. If the values are times, the columns then show a rate.
         bins: Number of columns.
     """
-    # If all values are equal, numpy returns a range of width 1 around them.
+    # If all values are equal, numpy uses a range of width 1 around them, so the width of a bin is never 0.
     counts, edges = np.histogram(values, bins=bins)
     heights = counts.astype(float)
     if per_unit:
@@ -268,24 +276,24 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
     extent = high - low or abs(high) or 1.0
     step = _round_step(extent / about)
     first = math.floor(low / step)
-    # Use a tolerance to avoid an additional tick if `high` is a multiple of the step except for rounding.
+    # Subtract a tolerance. If `high` is a multiple of the step, a rounding error would otherwise add another tick.
     last = math.ceil(high / step - 1e-9)
     count = max(2, last - first + 1)
     return [round((first + index) * step, 10) for index in range(count)]
 
 
 def _round_step(smallest: float) -> float:
-    """Return the smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below `smallest`."""
-    # The factor 0.999 prevents a rounding error from selecting the next larger step.
+    """Return the smallest round number that is not below `smallest`: 1, 2, 2.5 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(smallest))
     for factor in (1, 2, 2.5, 5):
+        # The factor 0.999 prevents a rounding error from selecting the next larger step.
         if power * factor >= smallest * 0.999:
             return power * factor
     return power * 10
 
 
 def format_number(number: float) -> str:
-    """Return a number in few characters: thousands are separated, four digits are significant."""
+    """Return a number with a few digits: four significant ones, or all digits before the decimal point."""
     if abs(number) >= 1000:
         return f"{number:,.0f}"
     return f"{number:.4g}"
@@ -295,7 +303,7 @@ def format_number(number: float) -> str:
 
 
 class Thumbnail(NamedTuple):
-    """A small image as a data URI; width and height in pixels."""
+    """A small image as a data URI, with its width and height in pixels."""
 
     data_uri: str
     width: int
@@ -303,7 +311,7 @@ class Thumbnail(NamedTuple):
 
     @property
     def is_tiny(self) -> bool:
-        """Return whether the image is a drawing or an icon, to be shown at a fixed size."""
+        """Return whether the image is so small that it is probably a drawing or an icon."""
         return max(self.width, self.height) <= LOSSLESS_SIDE
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from llava_simplified.foreign_files import read_json_object, shorten
 
-# Entries of a config.json that say how many modules a model has. Building a billion of them would take forever, even
-# without weights.
+# Names of the entries of a config.json that contain the number of layers, experts and so on. A malicious value of a
+# billion would keep the program building modules forever, even without weights.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|experts|blocks|stages)$")
 _MAX_COUNT = 10_000
 
 
 def check_model_name(name_or_path: str | Path) -> None:
-    """Raise ValueError if a name is neither a folder nor can be a repository on the Hub.
+    """Raise ValueError if a name is neither a folder nor a possible name of a repository on the Hub.
 
-    Libraries assume that every name that is not a folder is a repository, and then report that its form is invalid. A
-    mistyped path deserves a message about the path.
+    Libraries assume that every name that is not a folder is a repository, and would report a mistyped path as an invalid
+    repository name. The message here is about the path.
     """
     name = str(name_or_path)
     path = Path(name)
@@ -26,13 +26,14 @@ def check_model_name(name_or_path: str | Path) -> None:
         if path.is_dir():
             return
         is_file = path.exists()
-    except OSError as error:  # a name that is too long for the file system
+    except OSError as error:
+        # For example, the name is too long for the file system.
         raise ValueError(
             f"{name:.200}: no such folder ({error.strerror}). Check the path of the model."
         ) from None
     if is_file:
         raise ValueError(f"{name}: expected the folder of a model, but this is a file.")
-    # Imported here because commands are checked before anything heavy is imported.
+    # Import these here: the functions above are called before anything heavy is imported.
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -46,12 +47,12 @@ def check_model_name(name_or_path: str | Path) -> None:
 
 
 def check_model_config(name_or_path: str | Path) -> None:
-    """Check what Transformers does not check in the `config.json` of a model: its size, and the number of modules.
+    """Check two things in the `config.json` of a model that Transformers does not: its size and the number of modules.
 
     A file that does not exist is left to Transformers, which explains what is missing.
 
     Raises:
-        ValueError: The file is too large, is no JSON object, or describes a model of millions of modules.
+        ValueError: The file is too large, is not a JSON object, or describes a model with too many modules.
     """
     from transformers.utils import cached_file
 
@@ -63,17 +64,18 @@ def check_model_config(name_or_path: str | Path) -> None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # there is no such repository
+    except OSError:
+        # There is no such repository; Transformers reports it.
         return
     if path is not None:
         check_module_counts(read_json_object(Path(path)), path)
 
 
 def check_module_counts(config: Any, path: str | Path) -> None:
-    """Raise ValueError if a config, or one within it, describes a model of millions of modules.
+    """Raise ValueError if a config, or a nested config, describes a model with more than 10,000 modules of a kind.
 
     Args:
-        config: The content of a `config.json`, nested as JSON is.
+        config: The content of a `config.json`, or any value inside it (the function calls itself).
         path: The file, for the message.
     """
     if isinstance(config, list):
@@ -85,5 +87,5 @@ def check_module_counts(config: Any, path: str | Path) -> None:
         counts = value if isinstance(value, list) else [value]
         is_count = _COUNT.search(name) is not None
         if is_count and any(isinstance(count, int) and count > _MAX_COUNT for count in counts):
-            raise ValueError(f"{path}: {name}={shorten(value)}; the maximum is {_MAX_COUNT}")
+            raise ValueError(f"{path}: {name} must be at most {_MAX_COUNT}, not {shorten(value)}")
         check_module_counts(value, path)

@@ -3,8 +3,8 @@
 Download, cleaning, captioning and encoding take hours. They are killed, restarted, and sometimes started twice by
 mistake. All of them use the tools of this module for the same guarantees:
 
-- **Settings.** `check_settings` stores the settings of a job. A restart with different settings raises an error that
-  names each difference, so that one output never mixes two jobs.
+- **Settings.** `store_or_check_settings` stores the settings of a new job. A restart with different settings raises an
+  error that names each difference, so that one output never mixes two jobs.
 - **Lock.** `exclusive_lock` lets one process at a time write to an output. The operating system releases the lock of
   a process that is killed.
 - **Journal.** `Journal` is a file of JSON lines, one per finished item. A line is appended only after the result of
@@ -17,7 +17,7 @@ mistake. All of them use the tools of this module for the same guarantees:
 A job uses them like this::
 
     with exclusive_lock(work / "job.lock", output):
-        check_settings(work / "settings.json", settings, output)
+        store_or_check_settings(work / "settings.json", settings, output)
         with Journal(work / "journal") as journal:
             finished = {row["index"] for row in journal.rows()}
             for index in range(count):
@@ -48,8 +48,8 @@ from llava_simplified.options import escape_control_characters
 # Seconds to wait for a lock. After a run is killed, its workers may still be writing for a short time (they check every
 # half second); a restart must wait for them instead of failing.
 LOCK_TIMEOUT = 8.0
-# Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
-# one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
+# How to encode half of a surrogate pair, which UTF-8 does not support: as the escape that JSON also uses, "\\ud83d". So
+# one bad text, or a file name that is not UTF-8, does not end a job that only copies it.
 SURROGATES_AS_ESCAPES = "backslashreplace"
 # Seconds between attempts to rename a folder on Windows.
 _RENAME_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -60,7 +60,7 @@ _READING = threading.Lock()
 # ---- settings ----
 
 
-def check_settings(
+def store_or_check_settings(
     path: Path,
     settings: Mapping[str, Any],
     output: str | Path,
@@ -71,7 +71,7 @@ def check_settings(
 
     Args:
         path: The settings file.
-        settings: JSON values by name: all settings that affect the contents of the output.
+        settings: All settings that affect the contents of the output, by name. The values must fit into JSON.
         output: The output, for the error message.
         option: The command-line option that names the output, for the error message.
 
@@ -109,13 +109,19 @@ def compare_settings(
 
     Settings that only `previous` has are ignored: a later version may have dropped one.
 
+    Args:
+        previous: The settings that were stored when the job was started.
+        current: The settings of the restart.
+        output: The output, for the error message.
+        option: The command-line option that names the output, for the error message.
+
     Raises:
         ValueError: A setting differs. The message names each one with both values.
     """
-    # Convert the settings like those in the file, where tuples became lists.
+    # Convert the settings to JSON and back, as those in the file were. This turns tuples into lists.
     current = json.loads(json.dumps(current))
-    differences = []
     # Collect all differences, so that the user can correct them together.
+    differences = []
     for name, value in current.items():
         if name not in previous:
             differences.append(f"{name} was not set, now it is {_short(value)}")
@@ -129,6 +135,7 @@ def compare_settings(
 
 
 def _short(value: Any) -> str:
+    """Return a value as JSON, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -153,7 +160,8 @@ def exclusive_lock(
         ValueError: Another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Use a lock of the operating system, which ends with the process. The existence of the file means nothing.
+    # Use a lock of the operating system, which is released when the process ends. A lock file that merely exists does
+    # not mean that the output is locked.
     lock = FileLock(path)
     try:
         _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
@@ -165,8 +173,8 @@ def exclusive_lock(
     try:
         yield
     finally:
-        # Delete the file before releasing the lock: afterward it could already belong to the next process. On Windows
-        # an open file cannot be deleted, but there `release` deletes it.
+        # Delete the file before releasing the lock: afterward, the next process could already hold a lock on it. Windows
+        # does not delete open files; there, `release` deletes the file.
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
@@ -175,12 +183,13 @@ def exclusive_lock(
 def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
     """Acquire a lock whose file every holder deletes at the end.
 
-    Another process may have opened the file that is being deleted. It gets the lock of a file that is no longer at
-    `path`, where a third process makes a new one: both would hold the lock. So the file is compared afterwards.
+    A process may wait for the lock of a file that the holder then deletes. It would acquire the lock of a file that is no
+    longer at `path`, and a third process could create a new file there and lock it: both would believe that they hold
+    the lock. So, after acquiring a lock, check that the locked file is still the one at `path`; if not, try again.
 
         first     holds ---- deletes, releases
-        second      opens, waits -------------- gets the lock of the deleted file: tries again
-        third                          makes a new file, gets its lock
+        second      opens, waits -------------- acquires the lock of the deleted file: tries again
+        third                          creates a new file, locks it
 
     Raises:
         Timeout: Another process holds the lock.
@@ -201,11 +210,12 @@ def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield each complete line of a file of JSON lines, with the position of its end in bytes.
 
-    Lines end with "\\n" only: the other line separators of Unicode, such as U+2028, may be part of a text. The file
-    is read lazily; an incomplete last line is ignored.
+    Only "\\n" ends a line. Other line separators of Unicode, such as U+2028, may be part of a text. The file is read
+    lazily, and an incomplete last line is ignored.
 
     Raises:
-        ValueError: A complete line is not JSON, as after a disk error. The message names the file and the position.
+        ValueError: A complete line is not JSON, for example after a disk error. The message names the file and the
+            position.
     """
     start = 0
     with path.open("rb") as stream:
@@ -219,7 +229,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError as error:
                 raise ValueError(
                     f"{path}: the line at byte {start} is not JSON ({error}). "
-                    f"To continue, truncate the file there: truncate --size={start} '{path}'"
+                    "To continue without this line and all lines after it, truncate the file: "
+                    f"truncate --size={start} '{path}'"
                 ) from None
             yield row, end
             start = end
@@ -247,25 +258,26 @@ def open_descriptor(path: Path, flags: int = 0) -> int:
 
     Args:
         path: The file.
-        flags: Further flags of `os.open`.
+        flags: More flags of `os.open`.
     """
-    # Without O_BINARY, Windows would write every line end as two bytes, also those in the bytes of an image.
+    # Without O_BINARY, Windows would write each byte "\n" as two bytes, even within an image.
     binary = getattr(os, "O_BINARY", 0)
     return os.open(path, os.O_RDWR | os.O_CREAT | binary | flags, 0o666)
 
 
 def read_at(file: IO[bytes], length: int, start: int) -> bytes:
-    """Read up to `length` bytes from a position of a file, whoever else reads from the same file.
+    """Read up to `length` bytes from a position of a file. Forked workers and threads may share the file.
 
     Args:
         file: An unbuffered file. Its position may change.
         length: Maximum number of bytes.
         start: The position in bytes.
     """
-    # pread does not move the position of the file: forked workers share it, so seek + read would be a race.
+    # pread does not move the position of the file. Forked workers share that position, so another worker could move it
+    # between a seek and a read.
     if hasattr(os, "pread"):
         return os.pread(file.fileno(), length, start)
-    # Windows has neither pread nor forked workers, but threads.
+    # Windows has no pread. It does not fork workers either, so a lock between threads is enough.
     with _READING:
         file.seek(start)
         return file.read(length)
@@ -282,7 +294,7 @@ class Journal:
         path: The journal; it is created if it does not exist.
     """
 
-    _BLOCK = 1 << 16  # number of bytes to read at a time when searching the last line end
+    _BLOCK = 1 << 16  # bytes to read at a time when searching for the last line end
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -290,7 +302,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self._descriptor = open_descriptor(self.path, os.O_APPEND)
-        # Remove an incomplete last line, to which the next row would be appended otherwise:
+        # Remove an incomplete last line. Otherwise, the next row would be appended to it:
         #
         #     {"index": 0, ...}\n
         #     {"index": 1, ...}\n
@@ -303,7 +315,8 @@ class Journal:
         self._descriptor = -1
 
     def _end_of_last_line(self) -> int:
-        """Return the position after the last line end. Searches backward, because journals can be large."""
+        """Return the position after the last line end."""
+        # Search backward from the end of the file, because journals can be large.
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         while end > 0:
             start = max(0, end - self._BLOCK)
@@ -339,7 +352,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     After an error the temporary file is deleted, and an existing `target` is not changed.
     """
     part = _temporary_path(target)
-    # Whoever writes the file may replace it by one that only the owner can read, as safetensors does.
+    # The caller may replace the file by one that only the owner can read, as safetensors does. So remember the default
+    # permissions, and restore them at the end.
     part.touch()
     permissions = part.stat().st_mode
     try:
@@ -359,7 +373,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     # Check this before the work is done. (`rename` would also silently replace an empty folder.)
     if target.exists():
-        raise FileExistsError(f"{target} exists already: choose another output folder")
+        raise FileExistsError(
+            f"{target} exists already; choose another output folder, or delete it"
+        )
     part = _temporary_path(target)
     part.mkdir(parents=True)
     try:
@@ -373,8 +389,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 def rename_folder(folder: Path, target: Path) -> None:
     """Rename a folder.
 
-    Windows refuses it while a file within is open, and programs that scan new files (against viruses, for a search)
-    open them for a moment. So try again for some seconds there.
+    Windows does not rename a folder while a file in it is open, and virus scanners and search indexers open new files for
+    a moment. So, on Windows, try again for some seconds.
     """
     for seconds in _RENAME_PAUSES if sys.platform == "win32" else ():
         with contextlib.suppress(PermissionError):
@@ -385,9 +401,9 @@ def rename_folder(folder: Path, target: Path) -> None:
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`. A folder of that name is deleted, but only when the new one is in its place.
+    """Rename a folder to `target`. An existing folder of that name is deleted after the new one is in its place.
 
-    Whenever the process is killed, one of the two is complete: at `target`, or beside it with the suffix ".old".
+    If the process is killed at any moment, a complete folder remains: at `target`, or beside it as ".NAME.old".
     """
     old = target.with_name(f".{target.name}.old")
     if target.exists():
@@ -398,7 +414,7 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 
 def use_default_permissions(folder: Path) -> None:
-    """Give everything in a folder the permissions that new files and folders have: those of the umask.
+    """Give everything in a folder the permissions that new files and folders have according to the umask.
 
     safetensors and `tempfile` create files that only their owner can read, whatever the umask is. Without this
     function, another user could not serve the model.
@@ -415,7 +431,10 @@ def use_default_permissions(folder: Path) -> None:
 
 
 def remove_temporary_files(target: Path) -> None:
-    """Delete the temporary files of `target` that killed processes left. The caller must hold the lock."""
+    """Delete the temporary files and folders of `target` that killed processes left.
+
+    The caller must hold the lock, so that no other process is writing them.
+    """
     for part in target.parent.glob(f".{glob.escape(target.name)}.part*"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -424,7 +443,8 @@ def remove_temporary_files(target: Path) -> None:
 
 
 def _temporary_path(target: Path) -> Path:
-    """Return an unused name in the folder of `target`, since a rename is atomic only within one file system."""
+    """Return an unused temporary path for `target`."""
+    # Use the folder of `target`, since a rename is atomic only within one file system.
     return target.with_name(f".{target.name}.part{uuid.uuid4().hex[:8]}")
 
 
@@ -467,14 +487,14 @@ class Progress:
             sys.stderr.flush()
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more finished items."""
+        """Add `count` to the number of finished items."""
         self.update(self.done + count)
 
     def update(self, done: int, details: str = "") -> None:
         """Set the number of finished items.
 
         Args:
-            done: Finished items, including the initial ones.
+            done: Number of finished items, including the initial ones.
             details: Text to print after the number, for example "3 failed". If empty, the previous text remains.
         """
         self.done = done

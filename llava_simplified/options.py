@@ -58,17 +58,18 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, and set the log level according to `--verbose` and `--quiet`."""
         argv = sys.argv[1:] if args is None else list(args)
-        # Check for misspelled options first: argparse would only report that the right option is missing.
+        # Check for misspelled options first: for a misspelled required option, argparse would only report that the
+        # required option is missing.
         self._reject(unknown_options(argv, self._option_string_actions))
         parsed, unknown = self.parse_known_args(argv, namespace)
         self._reject(unknown)
         configure_logging(verbose=parsed.verbose, quiet=parsed.quiet)
-        # Leave only the options of the command, which some commands pass on as a whole.
+        # Remove the options that are handled here, because some commands pass all others on to a function.
         del parsed.verbose, parsed.quiet
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments with either spelling of each option; unknown ones are returned."""
+        """Parse the arguments with either spelling of each option, and return unknown arguments separately."""
         argv = sys.argv[1:] if args is None else list(args)
         # Normalize the spelling before parsing, because argparse supports only one spelling per option.
         return super().parse_known_args(
@@ -92,15 +93,16 @@ class CommandParser(argparse.ArgumentParser):
             self.error(describe_unknown(unknown, self._option_string_actions))
 
 
-def quote_words(words: Iterable[str]) -> str:
-    """Return a command line that can be pasted into a shell of this machine."""
+def quote_words(argv: Iterable[str]) -> str:
+    """Return command-line arguments as one line that can be pasted into a shell of this machine."""
     if sys.platform == "win32":
-        return subprocess.list2cmdline(words)  # single quotes are letters there
-    return shlex.join(words)
+        # Use double quotes: for cmd.exe, a single quote is an ordinary character.
+        return subprocess.list2cmdline(argv)
+    return shlex.join(argv)
 
 
 def program_name(command: str) -> str:
-    """Return the name under which a command was started: `llava predict`, or `predict.py`."""
+    """Return the name under which a command was started, for example `llava predict` or `predict.py`."""
     script = SCRIPTS.get(command)
     if script and Path(sys.argv[0]).name == script:
         return script
@@ -203,7 +205,7 @@ def _encodable(text: str, encoding: str | None) -> str:
 
 
 class MessageFormatter(logging.Formatter):
-    """Format log messages, with their tracebacks, so that no terminal is controlled by them."""
+    """Format log messages and their tracebacks, with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a log message."""
@@ -229,15 +231,15 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 
     Args:
         verbose: Include debug messages.
-        quiet: Show warnings and errors only; `verbose` wins.
+        quiet: Show warnings and errors only; `verbose` takes precedence.
     """
     level = logging.INFO
     if verbose:
         level = logging.DEBUG
     elif quiet:
         level = logging.WARNING
-        # Hide progress bars of libraries. This works only before tqdm is imported, which reads the
-        # variable then.
+        # Hide progress bars of libraries. This must happen before tqdm is imported, because it reads the
+        # variable only during the import.
         os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
@@ -265,7 +267,7 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
     Args:
         parser: A parser, or one of its groups.
         positional: Accept the checkpoint as the first argument instead of `--model-path`.
-        required: Whether the command cannot do without a checkpoint.
+        required: Whether `--model-path` is required.
     """
     checkpoint_help = "Checkpoint folder, as written by `llava train`"
     if positional:
@@ -288,10 +290,10 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
 
 
 def checkpoint_options(args: Any) -> dict[str, Any]:
-    """Return the values of `add_checkpoint_options`, under the names that `CaptionJob` has for them.
+    """Return the values of the options that `add_checkpoint_options` adds, as keyword arguments of `CaptionJob`.
 
     Args:
-        args: A namespace, or any object with these attributes. A checkpoint that is not given becomes "".
+        args: The parsed options. If no checkpoint was given, `model_path` becomes "".
     """
     names = ("model_base", "vision_tower", "bits", "quantize", "trust_remote_code")
     values = {name: getattr(args, name) for name in names}
@@ -314,8 +316,8 @@ def add_trust_option(parser: Any) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="Run the Python code that the language model or its tokenizer comes with; whoever wrote it "
-        "can then do what you can do on this machine",
+        help="Run the Python code that comes with the language model or its tokenizer; its author can then "
+        "do whatever you can do on this machine",
     )
 
 
@@ -337,12 +339,14 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--top-p",
         type=float,
         default=1.0,
+        metavar="P",
         help="Sample from the most likely tokens whose probabilities add up to P (default: %(default)s)",
     )
     group.add_argument(
         "--top-k",
         type=int,
         default=0,
+        metavar="K",
         help="Sample from the K most likely tokens; 0 means all (default: %(default)s)",
     )
     group.add_argument(
@@ -361,7 +365,8 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--length-penalty",
         type=float,
         default=1.0,
-        help="Beam search: scores are divided by length ** LENGTH_PENALTY (default: %(default)s)",
+        help="For beam search: scores are divided by length ** LENGTH_PENALTY, so higher values favor longer "
+        "captions (default: %(default)s)",
     )
     group.add_argument(
         "--min-new-tokens",
@@ -402,21 +407,21 @@ def add_limit_option(parser: Any, items: str) -> None:
         parser: A parser.
         items: Name of the items in the plural, for example "records".
     """
-    parser.add_argument("--limit", type=int, help=f"Process only the first N {items}")
+    parser.add_argument("--limit", type=int, metavar="N", help=f"Process only the first N {items}")
 
 
 def add_shards_option(parser: Any) -> None:
-    """Add `--shards`: the slice of the work that this process does; see `workers.parse_slice`."""
+    """Add `--shards`, which selects a slice of the tasks for this process; see `workers.parse_slice`."""
     parser.add_argument(
         "--shards",
         default="",
         metavar="i/n",
-        help="Process only slice i of n, counted from 0, as one job of a job array",
+        help="Process only slice i of n slices (i from 0 to n-1), for example in a job array",
     )
 
 
 def add_engine_option(parser: Any) -> None:
-    """Add `--engine`: where tasks run; see `workers.run_tasks`."""
+    """Add `--engine`, which selects where tasks run; see `workers.run_tasks`."""
     parser.add_argument(
         "--engine",
         choices=["local", "ray"],

@@ -10,7 +10,7 @@ The usual code renders a conversation to text, encodes it, and then searches for
 to mask the rest. This fails if tokens merge across the boundary, or if data contains a control token.
 Here labels are right by construction, because the answer is never searched for:
 
-1. The chat template is rendered once per sequence of roles, with a marker in place of every text:
+1. The chat template is rendered once per sequence of roles, with a marker instead of every text:
 
        <s> [INST] ⟦user 0⟧ [/INST] ⟦assistant 1⟧ </s>
 
@@ -36,9 +36,9 @@ specification.
 Where the images are
 --------------------
 
-In the data, `<image>` stands for an image. The templates of language models know nothing of images: they
-pass it on with the text around it. The templates of some stock LLaVA models write an image token of their
-own, which the model was trained with, and which may be between other control tokens:
+In the data, `<image>` stands for an image. The template of a language model treats it like any other text
+and copies it with the text around it. The templates of some stock LLaVA models write an image token
+themselves, possibly between other control tokens. The model was trained with this token:
 
     template of a       content of a question                  image token
     language model      "<image>\nWhat is this?"                none: the image is where `<image>` is
@@ -46,9 +46,10 @@ own, which the model was trained with, and which may be between other control to
     llava-hf            [{"type": "image"}, {"type": "text",    for each image part
                         "text": "What is this?"}]
 
-Then the image token is the placeholder: it becomes IMAGE_INDEX, and `<image>` is removed from the text with
-the line break beside it. In a question without an image (which stock processors refuse), it is an ordinary
-token. The attribute `image_token` of the tokenizer names it; `llava import` sets it.
+If the template writes an image token, that token is the placeholder: it becomes IMAGE_INDEX, and `<image>` is
+removed from the text, together with one line break on either side. In a question without an image (which stock
+processors refuse), the image token stays an ordinary token. The attribute `image_token` of the tokenizer
+contains its name; `llava import` sets it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from uuid import uuid4
 if TYPE_CHECKING:
     import tokenizers
 
-# The label of a token that is not trained.
+# The label of a token that is not trained (the default `ignore_index` of PyTorch's cross_entropy).
 IGNORE_INDEX = -100
 # The placeholder of an image in input_ids. Collating repeats it once per patch feature.
 IMAGE_INDEX = -200
@@ -85,7 +86,8 @@ TEMPLATES = {
     ),
 }
 # Some templates contain the current date. Fix the date (to the default of Llama 3's own template), so that
-# a model always gets the same prompt as in training. In Jinja, a macro hides the function of the same name.
+# a model always gets the same prompt as in training. Templates get the date from the function `strftime_now`,
+# and in Jinja, a macro replaces the function of the same name.
 FIXED_DATE = (
     "{%- macro strftime_now(format) %}"
     "{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}"
@@ -120,7 +122,7 @@ class TokenizedPrompt(NamedTuple):
 
     Attributes:
         input_ids: Token ids, with IMAGE_INDEX once per image.
-        labels: Of the same length, not shifted: the id itself where it is trained, else IGNORE_INDEX.
+        labels: One label per token, not shifted: the token's own id if it is trained, else IGNORE_INDEX.
     """
 
     input_ids: list[int]
@@ -128,13 +130,14 @@ class TokenizedPrompt(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """The place of a turn's text in a layout, for an answer including its end token.
+    """The place of a turn's text in a layout. The place of an answer includes the answer's end token.
 
     Attributes:
         turn: Index of the turn.
         lead: The space before an answer. It is encoded with the first token of the answer ("▁a", "Ġa"),
             and not with the end of the prompt.
-        text: Index of the text within a question that is passed as a list of parts.
+        text: Index of this text among the texts of the turn. It is above 0 only in a question that is passed
+            to the template as a list of parts, with images between the texts.
     """
 
     turn: int
@@ -146,7 +149,7 @@ class ImageSlot(NamedTuple):
     """The place of an image token that the template writes.
 
     Attributes:
-        turn: Index of the question that it belongs to.
+        turn: Index of the user turn (the question) that the image belongs to.
     """
 
     turn: int
@@ -161,7 +164,8 @@ class Shape(NamedTuple):
 
     Attributes:
         role: "system", "user" or "assistant".
-        parts: "text" and "image", in their order. Always one text if the template accepts strings.
+        parts: The kind of each part, "text" or "image", in order. Always ("text",) if the template accepts
+            strings.
     """
 
     role: str
@@ -169,12 +173,12 @@ class Shape(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A template that is rendered for the shapes of some turns, and split into parts.
+    """A template, rendered for turns of certain shapes and split into parts.
 
     Attributes:
         prefix: All parts before the last answer.
-        answer: The last answer.
-        image_slots: Index of a turn -> number of its image slots; 0 for all others.
+        answer: The slot of the last answer.
+        image_slots: Number of image slots by index of the turn; 0 for turns without any.
     """
 
     prefix: list[Part]
@@ -199,8 +203,8 @@ class Prompt:
         name: "chat", "plain" or "bare".
         image_token: The token that the template writes in the place of an image; None if the image is where
             `<image>` is in the text.
-        accepts_strings: Whether the content of a message is a string for the template, and not a list of
-            parts.
+        accepts_strings: Whether the template expects the content of a message as a string. Otherwise, it
+            expects a list of parts (texts and images).
         end_id: The token that ends every answer, and is trained.
         stop_ids: The tokens at which generation stops: `end_id` and the tokenizer's EOS token.
 
@@ -216,7 +220,8 @@ class Prompt:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer first"
+                f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are supported, so "
+                "convert it to one first"
             )
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; pass --template plain")
@@ -227,21 +232,24 @@ class Prompt:
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[Shape, ...], Layout] = {}
 
-        # Create two encoders without control tokens, so that data cannot inject any. The inner encoder
-        # adds no space before its text. The text encoder is for text after a control token, where
-        # tokenizers differ. It has a single control token, the anchor, which is put before the text to
-        # get this behavior, and which no data can contain.
+        # Create two encoders without the tokenizer's control tokens, so that data cannot inject any.
+        #
+        # - `_no_prefix_space_encoder` never adds a space before its text. It encodes answers.
+        # - `_anchored_encoder` encodes text that follows a control token. Some tokenizers add a space there and
+        #   others do not. To get the tokenizer's own behavior, put the anchor before the text: the only
+        #   control token of this encoder, which no data can contain because it is random.
         self._anchor = f"⟦{uuid4()}⟧"
-        self._text_encoder = _make_encoder(backend)
-        self._text_encoder.add_special_tokens([self._anchor])
-        self._inner_encoder = _make_encoder(backend, inner=True)
+        self._anchored_encoder = _make_encoder(backend)
+        self._anchored_encoder.add_special_tokens([self._anchor])
+        self._no_prefix_space_encoder = _make_encoder(backend, add_prefix_space=False)
 
         added_tokens = backend.get_added_tokens_decoder()
         self._control_ids: dict[str, int] = {t.content: i for i, t in added_tokens.items()}
         self._special_ids = {i for i, token in added_tokens.items() if token.special}
         self._byte_ids = _find_byte_tokens(backend)
         self._byte_values = {token: value for value, token in enumerate(self._byte_ids)}
-        self._token_texts: list[bytes] | None = None  # of `token_texts`, which few commands need
+        # The result of `token_texts`, computed on first use because few commands need it.
+        self._token_texts: list[bytes] | None = None
         control_pattern = _control_pattern(added_tokens.values())
         self.accepts_strings = self._template_accepts_strings()
         self.image_token = self._find_image_token()
@@ -281,11 +289,11 @@ class Prompt:
         return tokens
 
     def max_expansion(self) -> float:
-        """Return how many times longer a text can become, in bytes, before it is cut into tokens."""
+        """Return the largest factor by which the tokenizer's normalizer lengthens a text, in bytes."""
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         if normalizer is None:
             return 1.0
-        # No character expands more: its 3 bytes become 18 characters in the Unicode forms NFKC and NFKD.
+        # No other character expands more: its 3 bytes become 18 characters in the Unicode forms NFKC and NFKD.
         longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
         return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
 
@@ -332,20 +340,22 @@ class Prompt:
         They are the first ids of an answer that begins with the text, as in training. White space around
         the text is removed: most tokenizers put a space into the token of the word that follows.
         """
-        return self._encode(self._inner_encoder, self._lead + text.strip(), "")
+        return self._encode(self._no_prefix_space_encoder, self._lead + text.strip(), where="")
 
     def token_texts(self) -> list[bytes]:
         """Return the text of every token of the vocabulary, as UTF-8 bytes; empty for special tokens.
 
-        The index is the token id. A token may be a part of a character. The texts of an answer's tokens,
-        joined, are the answer.
+        The index is the token id. A token may be a part of a character, so its text may be invalid UTF-8. The
+        joined texts of all tokens of an answer are the answer.
         """
         if self._token_texts is None:
+            # Decode each token after an "x", because decoders treat the first token differently (for example,
+            # they drop its space).
             self._token_texts = _find_token_texts(
-                self._tokenizer.backend_tokenizer,
-                self._inner_encoder.encode("x").ids,
-                self._byte_values,
-                self._special_ids,
+                backend=self._tokenizer.backend_tokenizer,
+                before=self._no_prefix_space_encoder.encode("x").ids,
+                byte_values=self._byte_values,
+                special_ids=self._special_ids,
             )
         return self._token_texts
 
@@ -354,8 +364,8 @@ class Prompt:
 
         Args:
             ids: The token ids.
-            finished: False if more tokens may follow. Then the text ends before a character whose last
-                bytes are still missing, so that the text of more tokens always begins with it.
+            finished: False if more tokens may follow. A last character whose bytes are incomplete is then left
+                out, so that later calls with more tokens only ever append text.
 
         Returns:
             The text. Bytes that are not valid UTF-8, such as a character that is cut off at the end,
@@ -368,7 +378,7 @@ class Prompt:
             answer.append(token)
         # Decode the answer after an "x", and remove the "x": sentencepiece decoders drop a space at the
         # very beginning, even if it is part of the text.
-        x = self._inner_encoder.encode("x").ids
+        x = self._no_prefix_space_encoder.encode("x").ids
         decode = self._tokenizer.backend_tokenizer.decode
         text: str = decode([*x, *self._replace_invalid_bytes(answer)])[len(decode(x)) :]
         if not finished:
@@ -379,11 +389,11 @@ class Prompt:
         """Replace byte tokens that are not valid UTF-8 by the byte tokens of U+FFFD.
 
         Sentencepiece tokenizers (Llama 2, Mistral, Gemma) spell a character that is not in the
-        vocabulary as byte tokens. If one byte of a sequence of them is wrong or missing, the decoder
-        of the tokenizers library gives up the whole sequence, whole characters included:
+        vocabulary as byte tokens. If one byte of a sequence of byte tokens is wrong or missing, the decoder of
+        the tokenizers library replaces all of its bytes, even those of complete characters:
 
-            日 and half of 本    E6 97 A5 E6 9C           decoder: five times U+FFFD
-            here                 E6 97 A5 (EF BF BD)      日 and one U+FFFD
+            日 and half of 本      E6 97 A5 E6 9C           decoded as five times U+FFFD
+            after replacing it    E6 97 A5 (EF BF BD)      decoded as 日 and one U+FFFD
         """
         if not self._byte_values:
             return ids
@@ -392,7 +402,7 @@ class Prompt:
         sequence = bytearray()
 
         def flush() -> None:
-            """Append the tokens of the bytes since the last token that is not a byte."""
+            """Append the collected bytes as byte tokens, with U+FFFD instead of invalid ones."""
             valid = sequence.decode(errors="replace").encode()
             replaced.extend(self._byte_ids[value] for value in valid)
             sequence.clear()
@@ -401,7 +411,7 @@ class Prompt:
             if token in self._byte_values:
                 sequence.append(self._byte_values[token])
                 continue
-            # The decoder leaves these out, so that bytes on both sides of them are one sequence.
+            # The decoder skips special and unknown tokens, so the bytes before and after them are one sequence.
             if token in self._special_ids or id_to_token(token) is None:
                 continue
             flush()
@@ -412,7 +422,11 @@ class Prompt:
     # ---- layouts: the template, rendered and split ----
 
     def _layout(self, turns: Sequence[Message], where: str) -> Layout:
-        """Return the template for the shapes of these turns and an answer."""
+        """Return the layout of these turns and an answer to the last one.
+
+        Raises:
+            ValueError: The turns are out of order, or the template cannot render them.
+        """
         shapes = (*(self._shape(turn) for turn in turns), Shape("assistant"))
         # A data set has few different sequences of shapes, so nearly all layouts come from this cache.
         if shapes in self._layouts:
@@ -420,8 +434,8 @@ class Prompt:
         roles = [shape.role for shape in shapes]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
             raise ValueError(
-                f"{_at(where)}the roles of the turns are {roles[:-1]}, but must be at most one "
-                "system turn, then user and assistant in turn, the user's last"
+                f"{_at(where)}the roles of the turns are {roles[:-1]}; expected at most one system turn, "
+                "then alternating user and assistant turns, the last from the user"
             )
         parts = self._cut(self._apply_template(shapes, where))
         for i, part in enumerate(parts):
@@ -431,13 +445,14 @@ class Prompt:
                 image_slots = Counter(slot.turn for slot in slots)
                 self._layouts[shapes] = Layout(prefix, part, image_slots)
                 return self._layouts[shapes]
-        raise AssertionError("`_apply_template` returns all markers")
+        raise AssertionError("unreachable: `_apply_template` returns the marker of every turn")
 
     def _shape(self, turn: Message) -> Shape:
-        """Return what the template sees of a turn."""
+        """Return the properties of a turn that the rendered template depends on."""
         if self.accepts_strings or self.image_token is None or turn.role != "user":
             return Shape(turn.role)
         parts: list[str] = []
+        # There is an image between every two texts. Some of the texts may be empty.
         for number, text in enumerate(_texts_between_images(turn.content)):
             if number > 0:
                 parts.append("image")
@@ -448,21 +463,24 @@ class Prompt:
     def _find_image_slots(self, parts: Sequence[Part], roles: Sequence[str]) -> list[Part]:
         """Replace the image tokens among the parts before the last answer by image slots.
 
-        An image token before the text of a question belongs to that question, and one between a question and
-        the answer to it belongs to the question, too.
+        An image token before the text of a question belongs to that question. One between a question and its
+        answer also belongs to the question.
         """
         if self.image_token is None:
             return list(parts)
         found: list[Part] = []
-        # From the end: there, the next text is the last answer.
+        # Go backward, so that the text after an image token is known. After the last part comes the last answer.
         next_turn = len(roles) - 1
         for part in reversed(parts):
             if isinstance(part, Slot):
                 next_turn = part.turn
             if part == self._image_id():
                 turn = next_turn
-                if roles[turn] != "user":  # the answer to a question, or a system turn before one
-                    turn += 1 if roles[turn] == "system" else -1
+                # Before a system text, the question is the turn after it; before an answer, the turn before it.
+                if roles[turn] == "system":
+                    turn += 1
+                elif roles[turn] == "assistant":
+                    turn -= 1
                 part = ImageSlot(turn)
             found.append(part)
         return found[::-1]
@@ -485,22 +503,30 @@ class Prompt:
         return parts
 
     def _answer_lead(self, parts: Sequence[Part], lead: str) -> str:
-        """Return the space before an answer: that of the template, and that which the tokenizer adds."""
-        # After text, the tokenizer adds nothing.
+        """Return the space before an answer: the template's own, and the one that the tokenizer adds.
+
+        Args:
+            parts: The parts of the template before the answer.
+            lead: The spaces that the template writes before the answer.
+        """
+        # The tokenizer adds a space only after a control token (an int), not after text.
         if not parts or not isinstance(parts[-1], int):
             return lead
-        ids = self._text_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
-        if ids == self._inner_encoder.encode(f"{lead}x").ids:
+        # Encode an "x" after the anchor, and drop the anchor's id. If the tokenizer has added a space, the ids
+        # differ from those of the encoder that never adds one.
+        ids = self._anchored_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
+        if ids == self._no_prefix_space_encoder.encode(f"{lead}x").ids:
             return lead
         return " " + lead
 
     def _template_accepts_strings(self) -> bool:
-        """Return whether the content of a message is a string; otherwise, it is a list of parts.
+        """Return whether the template accepts a string as the content of a message, or else a list of parts.
 
         Raises:
             ValueError: The template accepts neither.
         """
         question = (Shape("user"), Shape("assistant"))
+        # `_apply_template` reads this attribute. Try both values.
         self.accepts_strings = True
         try:
             self._apply_template(question, "")
@@ -522,11 +548,13 @@ class Prompt:
             question = Shape("user", ("image", "text"))
         try:
             rendered = self._apply_template((question, Shape("assistant")), "")
-        except ValueError:  # a template of lists that has no parts of type "image"
+        except ValueError:
+            # The template expects lists of parts, but does not support parts of type "image".
             return None
         return token if token in rendered else None
 
     def _image_id(self) -> int:
+        """Return the id of the image token. The template must have one."""
         assert self.image_token is not None
         return self._control_ids[self.image_token]
 
@@ -567,7 +595,8 @@ class Prompt:
                 return rendered
             problem = "it omits or repeats a turn"
         raise ValueError(
-            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {roles}: {problem}. Try --template plain"
+            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {roles}: "
+            f"{problem}. Try --template plain"
         )
 
     def _find_end_token(self, control_pattern: str) -> str:
@@ -586,7 +615,8 @@ class Prompt:
         return self._tokenizer.eos_token
 
     def _control_id(self, matched: str) -> int:
-        # Strip whitespace, which a token with `lstrip` or `rstrip` also matches.
+        """Return the id of a control token that `_part_pattern` has matched in a rendered template."""
+        # Strip white space, which the pattern of a token with `lstrip` or `rstrip` also matches.
         if matched in self._control_ids:
             return self._control_ids[matched]
         return self._control_ids[matched.strip()]
@@ -601,7 +631,8 @@ class Prompt:
         Args:
             turns: The turns.
             where: Name of the record, for error messages.
-            is_trained: Refuse empty answers. A model may have given one, and the conversation goes on.
+            is_trained: Whether this is training data, where an empty answer is an error. In a chat, the model
+                may have generated an empty answer, and the conversation continues.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -614,9 +645,9 @@ class Prompt:
                 return
             if ids:
                 # Skip the first id, which is the anchor.
-                text_ids = self._encode(self._text_encoder, self._anchor + text, where)[1:]
+                text_ids = self._encode(self._anchored_encoder, self._anchor + text, where)[1:]
             else:
-                text_ids = self._encode(self._text_encoder, text, where)
+                text_ids = self._encode(self._anchored_encoder, text, where)
             ids.extend(text_ids)
             labels.extend([IGNORE_INDEX] * len(text_ids))
             text = ""
@@ -643,47 +674,55 @@ class Prompt:
     def _fill(
         self, layout: Layout, turns: Sequence[Message], where: str
     ) -> Iterator[int | str | Slot]:
-        """Replace the slots of questions by their texts, and images by IMAGE_INDEX."""
+        """Replace the slots of questions by their texts, and images by IMAGE_INDEX.
+
+        Slots of earlier answers are yielded as they are.
+        """
         counts = [count_images([turn]) for turn in turns]
         for turn, count in enumerate(counts):
             slots = layout.image_slots[turn]
-            # Without a slot, a template of strings passes `<image>` on with the text.
-            is_placed = slots > 0 or not self.accepts_strings
-            if self.image_token and count and is_placed and count != slots:
+            # A template that accepts strings and has no image slot in this turn leaves `<image>` in the text.
+            template_places_images = slots > 0 or not self.accepts_strings
+            if self.image_token and count and template_places_images and count != slots:
                 raise ValueError(
-                    f"{_at(where)}turn {turn + 1} has {count} image(s), but the chat template has a place "
-                    f"for {slots} ({self.image_token})"
+                    f"{_at(where)}turn {turn + 1} has {count} image(s), but the chat template writes "
+                    f"{self.image_token} {slots} time(s) in it; the numbers must be equal"
                 )
         for part in layout.prefix:
             if isinstance(part, ImageSlot):
+                # In a question without images, the template's image token is an ordinary token.
                 yield IMAGE_INDEX if counts[part.turn] else self._image_id()
             elif not isinstance(part, Slot) or turns[part.turn].role == "assistant":
                 yield part
             elif counts[part.turn] == 0:
                 yield turns[part.turn].content
             elif part.turn in layout.image_slots:
+                # The images of this question have image slots.
                 yield self._text_without_images(turns[part.turn].content, part.text)
             else:
+                # The images of this question are where `<image>` is in its text.
                 before, *after_images = turns[part.turn].content.split(IMAGE_PLACEHOLDER)
                 yield before
                 for text in after_images:
                     yield IMAGE_INDEX
                     yield text
 
-    def _text_without_images(self, content: str, number: int) -> str:
-        """Return the text of one slot of a question whose images the template places.
+    def _text_without_images(self, content: str, text_index: int) -> str:
+        """Return one text of a question for whose images the template writes image tokens.
 
         Args:
             content: The question, with `<image>`.
-            number: Index of the slot; 0 if the template accepts strings.
+            text_index: Index of the text (`Slot.text`). It is not used if the template accepts strings, because
+                all texts are then one string.
         """
         texts = [text for text in _texts_between_images(content) if text]
         if self.accepts_strings:
             return "\n".join(texts)
-        return texts[number] if texts else ""
+        return texts[text_index] if texts else ""
 
     def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
-        ids = self._encode(self._inner_encoder, slot.lead + text, where)
+        """Return the ids of an answer with its end token; raise ValueError if the answer is empty."""
+        ids = self._encode(self._no_prefix_space_encoder, slot.lead + text, where)
         if not text.strip() or not ids:
             raise ValueError(f"{_at(where)}the answer is empty; add a text, or remove the record")
         return [*ids, self.end_id]
@@ -696,14 +735,14 @@ class Prompt:
             raise ValueError(f"{_at(where)}not valid Unicode text: {text!r}") from error
 
 
-# What decoders write for bytes that are not valid UTF-8.
+# Decoders write this character for bytes that are not valid UTF-8.
 _REPLACEMENT_CHARACTER = "\ufffd"
 # A regular expression that matches nowhere, for tokenizers without control tokens.
 _NEVER_MATCHES = "(?!)"
 
 
 def _control_pattern(added_tokens: Any) -> str:
-    """Return a regular expression of all control tokens, "" if there are none."""
+    """Return a regular expression that matches every control token; "" if there are none."""
     patterns: list[str] = []
     # Try the longest tokens first, since one token may be a prefix of another.
     for token in sorted(added_tokens, key=lambda token: len(token.content), reverse=True):
@@ -714,16 +753,16 @@ def _control_pattern(added_tokens: Any) -> str:
 
 
 def _find_byte_tokens(backend: tokenizers.Tokenizer) -> list[int]:
-    """Return the ids of the tokens of the bytes 0 to 255, [] if the decoder has no such tokens."""
+    """Return the ids of the tokens for the bytes 0 to 255; [] if the tokenizer has no byte tokens."""
     from tokenizers import Tokenizer, models
 
     if backend.decoder is None:
         return []
-    # The steps of a decoder can only be read from JSON. An empty tokenizer keeps it short: the JSON of
-    # `backend` contains the whole vocabulary.
-    shell = Tokenizer(models.BPE())
-    shell.decoder = backend.decoder
-    if '"ByteFallback"' not in shell.to_str():
+    # The steps of a decoder can only be read from JSON. Put the decoder into an empty tokenizer, because the JSON
+    # of `backend` also contains the vocabulary, which is large.
+    empty_tokenizer = Tokenizer(models.BPE())
+    empty_tokenizer.decoder = backend.decoder
+    if '"ByteFallback"' not in empty_tokenizer.to_str():
         return []
     vocabulary = backend.get_vocab()
     names = [f"<0x{value:02X}>" for value in range(256)]
@@ -742,9 +781,9 @@ def _find_token_texts(
 
     Args:
         backend: The tokenizer of the tokenizers library.
-        before: Token ids of a text to put before each token: decoders treat the first token differently.
+        before: Ids of a text that is put before each token, because decoders treat the first token differently.
         byte_values: Byte by the id of its token, for tokenizers with byte fallback.
-        special_ids: Ids of the tokens that are not part of a text.
+        special_ids: Ids of special tokens. Their text is empty.
     """
     size = backend.get_vocab_size(with_added_tokens=True)
     decoded = backend.decode_batch([[*before, index] for index in range(size)])
@@ -758,18 +797,20 @@ def _find_token_texts(
         elif index in byte_values:
             texts.append(bytes([byte_values[index]]))
         elif _REPLACEMENT_CHARACTER in addition:
-            # A part of a character. Byte-level tokenizers write each byte as one visible character.
+            # The token is a part of a character, so read its bytes from its name in the vocabulary, where
+            # byte-level tokenizers write each byte as one visible character.
             token = backend.id_to_token(index) or ""
             values = [byte_of_character.get(character) for character in token]
             known = [value for value in values if value is not None]
-            texts.append(bytes(known) if len(known) == len(values) else addition.encode())
+            is_byte_level = len(known) == len(values)
+            texts.append(bytes(known) if is_byte_level else addition.encode())
         else:
             texts.append(addition.encode())
     return texts
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte that each character in the tokens of a byte-level tokenizer stands for (as in GPT-2).
+    """Return the byte for each character that a byte-level tokenizer (as GPT-2's) uses in its vocabulary.
 
     Visible characters of Latin-1 stand for themselves. The characters from U+0100 on stand for the other
     bytes, in their order.
@@ -781,30 +822,35 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:
+def _make_encoder(
+    backend: tokenizers.Tokenizer, *, add_prefix_space: bool = True
+) -> tokenizers.Tokenizer:
     """Return an encoder with the same vocabulary that does not parse control tokens.
 
-    Not `backend.encode` with `split_special_tokens`: Transformers 5 leaves that switch turned on in the
-    shared tokenizer, and tokens that were added as "not special" (Qwen 3's <think>) are parsed anyway.
+    The option `split_special_tokens` of Transformers is no alternative: Transformers 5 leaves it turned on in
+    the shared tokenizer, and tokens that were added as "not special" (Qwen 3's <think>) are parsed anyway.
 
     Args:
         backend: The tokenizer of the tokenizers library.
-        inner: Add no space before the first word.
+        add_prefix_space: Add a space before the first word if the tokenizer does; False: never add one.
     """
     from tokenizers import Tokenizer, models
 
     encoder = Tokenizer(models.BPE())
     encoder.normalizer = backend.normalizer
     encoder.pre_tokenizer = backend.pre_tokenizer
-    if inner:
-        steps = json.loads(encoder.to_str(), object_hook=_without_first_space)
+    if not add_prefix_space:
+        steps = json.loads(encoder.to_str(), object_hook=_without_prefix_space)
         encoder = Tokenizer.from_str(json.dumps(steps))
     encoder.model = backend.model  # Shared, not copied.
     return encoder
 
 
-def _without_first_space(step: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn off the three ways in which a tokenizer.json adds a space before the first word."""
+def _without_prefix_space(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step of a tokenizer.json that adds no space before the first word.
+
+    There are three ways in which a step may add one.
+    """
     step = dict(step)
     if "prepend_scheme" in step:
         step["prepend_scheme"] = "never"
@@ -816,21 +862,22 @@ def _without_first_space(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _texts_between_images(content: str) -> list[str]:
-    """Split a question at its `<image>`. The line break on either side belongs to the placeholder."""
+    """Split a question at each `<image>`, and remove one line break on either side of it."""
     return re.split(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?", content)
 
 
 def _mark_texts(shape: Shape, turn: int) -> list[dict[str, str]]:
     """Return the content of a message as a list of parts, with a marker in place of each text."""
     content: list[dict[str, str]] = []
-    texts = 0
+    num_texts = 0
     for part in shape.parts:
         if part == "image":
             content.append({"type": "image"})
             continue
-        number = f".{texts}" if texts else ""
-        content.append({"type": "text", "text": f"⟦{shape.role} {turn}{number}⟧"})
-        texts += 1
+        # The markers of a turn with three texts are ⟦user 0⟧, ⟦user 0.1⟧ and ⟦user 0.2⟧.
+        suffix = f".{num_texts}" if num_texts else ""
+        content.append({"type": "text", "text": f"⟦{shape.role} {turn}{suffix}⟧"})
+        num_texts += 1
     return content
 
 
@@ -844,10 +891,12 @@ def _fold_system_text(contents: Sequence[list[dict[str, str]]]) -> list[list[dic
             part = {"type": "text", "text": prefix + part["text"]}
             prefix = ""
         folded.append(part)
-    if prefix:  # only images
+    if prefix:
+        # The question has no text, only images.
         folded.append(system)
     return [folded, *others]
 
 
 def _at(where: str) -> str:
+    """Return the beginning of an error message: the name of the record, if there is one."""
     return f"{where}: " if where else ""

@@ -23,8 +23,8 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
 
     Args:
         config: A YAML file with options.
-        options: Options of `llava train` by name; they take precedence over the file. None means not
-            given.
+        options: Options of `llava train` by name. They take precedence over the file. An option with the value
+            None counts as not given.
 
     Returns:
         The folder of the trained model, for `Llava.from_pretrained`.
@@ -33,13 +33,12 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
         ValueError: An option does not exist or has an invalid value, or the data is not valid.
     """
     # Import these here, because they import transformers, which takes seconds.
-    from llava_simplified.arguments import parse_arguments, to_words
+    from llava_simplified.arguments import parse_arguments, to_argv
     from llava_simplified.training import train_command
     from llava_simplified.training.preflight import preflight
 
-    # Convert the options to a command line, so that old names, conversions and errors are the same as in
-    # `llava train`.
-    argv = to_words({"config": config, **options})
+    # Convert the options to a command line, so that they are parsed and checked as by `llava train`.
+    argv = to_argv({"config": config, **options})
     arguments = parse_arguments(argv)
     preflight(argv, *arguments)
     return train_command.train(*arguments)
@@ -64,10 +63,10 @@ def evaluate(
 
     Args:
         predictions: A prediction file of `llava predict` or `llava caption`, or samples.
-        references: A COCO caption file, or captions by image name, instead of the captions in the
+        references: A COCO caption file, or captions by image name. They replace the reference captions in the
             prediction file.
-        train_captions: The training records, or their captions. If given, the shares of novel captions
-            and of references that are not in the training data are computed.
+        train_captions: The training records, or their captions. If given, two more scores are computed: the share
+            of generated captions, and of references, that do not occur in the training data.
         instances: Files of COCO instance annotations. If given, CHAIR is computed.
         clip: Folder of a CLIP model. If given, CLIPScore is computed, which requires the images.
         image_folder: Image folder, for CLIPScore.
@@ -95,7 +94,8 @@ def evaluate(
     if isinstance(references, (str, Path)):
         captions_by_image = read_references(Path(references))
     elif references is not None:
-        # A key may be the name of an image with or without its suffix. The latter is looked up like an id of COCO.
+        # Pass the captions twice, because a key may be the name of an image or, like COCO's ids, the name without its
+        # suffix.
         captions_by_image = References(references, by_id=references)
     if isinstance(train_captions, (str, Path)):
         train_captions = read_train_captions(Path(train_captions))
@@ -103,11 +103,11 @@ def evaluate(
         read = read_predictions(Path(predictions), captions_by_image)
     elif references is not None:
         raise ValueError(
-            "references: only supported with a prediction file; samples contain their own references."
+            "references can only be passed with a prediction file. Samples contain their own references."
         )
     else:
         read = Predictions(list(predictions))
-    # Read the images for CLIPScore only; without it, the folder need not exist.
+    # Read the images only for CLIPScore. Without it, the folder need not exist.
     images: list[bytes] = []
     if clip is not None:
         images = read_sample_images(read.samples, Path(image_folder))

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that `llava demo` builds. Increment it when the result of building changes.
+# Name of the folder in which `llava demo` builds everything. Increment the version when the built files change, so
+# that old files are not used.
 LAYOUT = "demo-v1"
 
 
 class SmallModels(NamedTuple):
-    """Folders of a language model and a vision tower."""
+    """The folders of a language model and a vision tower."""
 
     language_model: Path
     vision_tower: Path

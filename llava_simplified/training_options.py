@@ -1,8 +1,8 @@
 """The options of `llava train`, `encode` and `plan`: their defaults, help texts and groups.
 
-`arguments.py` parses them; it must import transformers for that, which takes seconds. This module
-imports neither torch nor transformers, so that `llava train --help` is fast. `--help` lists the
-options that are named in `HELP_GROUPS`; `--help-all` adds the hundred others of
+`arguments.py` parses the options. For that, it must import transformers, which takes seconds. This module
+imports neither torch nor transformers, so that `llava train --help` is fast. `--help` lists the options
+that are named in `HELP_GROUPS`; `--help-all` also lists the hundred other options of
 `transformers.TrainingArguments`.
 """
 
@@ -18,15 +18,15 @@ from llava_simplified.model.lora_options import parse_lora_options
 from llava_simplified.options import normalize_spelling
 
 # The fields of the next three dataclasses are the options of this package: the field name is the option
-# name, and "help" in the metadata is the help text. HfArgumentParser derives the conversion of values from
-# the annotation. To add an option, add a field, and list it in `HELP_GROUPS`.
+# name, and "help" in the metadata is the help text. HfArgumentParser converts values to the annotated type.
+# To add an option, add a field, and list it in `HELP_GROUPS`.
 
 
 @dataclass
 class ModelArguments:
     """Options for the parts of the model, and for which of them are trained."""
 
-    # This has no default: a forgotten option should not start a download of 14 GB.
+    # Do not name a model as the default: a forgotten option should not start a download of 14 GB.
     model_name_or_path: str = field(
         default="",
         metadata={
@@ -37,11 +37,11 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False,
         metadata={
-            "help": "Run the Python code that the language model or its tokenizer comes with; its author "
-            "can then do whatever you can do on this machine"
+            "help": "Run the Python code that comes with the language model or its tokenizer; its author can then "
+            "do whatever you can do on this machine"
         },
     )
-    # The vision tower, and what the projector makes of its features.
+    # The vision tower, its features, and the projector that converts them to token embeddings.
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -49,7 +49,7 @@ class ModelArguments:
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
         metadata={
-            "help": "Hidden states of the vision tower to use as image features, for example -2; "
+            "help": "Hidden states of the vision tower to use as image features (-1 is the last one); "
             "several are concatenated"
         },
     )
@@ -68,8 +68,8 @@ class ModelArguments:
     image_aspect_ratio: str = field(
         default="crop",
         metadata={
-            "help": "Images that are not square: crop (as the vision tower's image processor does), or "
-            "pad to a square with its mean color, as LLaVA-1.5"
+            "help": "What to do with images that are not square: crop (as the vision tower's image processor "
+            "does), or pad to a square with the processor's mean color, as LLaVA-1.5"
         },
     )
     template: str = field(
@@ -79,9 +79,9 @@ class ModelArguments:
             "auto (chat if the tokenizer has a template, else plain)"
         },
     )
-    # Keep LLaVA's names (mm_ and tune_mm_), so that its scripts work unchanged. The three options that load
-    # weights differ: `pretrain_mm_mlp_adapter` loads the projector only, `init_from` all trained parts,
-    # and `resume_from_checkpoint` continues the same run with optimizer and step.
+    # Keep LLaVA's names (mm_ and tune_mm_), so that its scripts work unchanged. Three options load weights:
+    # `pretrain_mm_mlp_adapter` loads only the projector, `init_from` loads all trained parts, and
+    # `resume_from_checkpoint` (of transformers) continues the same run, with its optimizer and its step.
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder to load the projector from"},
@@ -96,7 +96,7 @@ class ModelArguments:
             "help": "Checkpoint folder to load all trained parts from, for a new training run"
         },
     )
-    # What is trained: by default the projector, and LoRA adapters in the language model.
+    # The parts to train: by default the projector, and LoRA adapters of the language model.
     freeze_backbone: bool = field(
         default=True,
         metadata={
@@ -151,7 +151,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        # Normalize the text, because a resumed run compares it with the stored one.
+        # Normalize the text (for example, the order of its keys), because a resumed run compares it with the stored
+        # text.
         options = parse_lora_options(self.lora_options)
         self.lora_options = json.dumps(options, sort_keys=True) if options else ""
 
@@ -164,18 +165,18 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training data in any form that `llava convert` reads, such as a folder of images with captions in text "
-            "files; converted once into ~/.cache/llava-simplified/data. Without a model it trains the small models of "
-            "`llava demo`, with the recipe small_folder"
+            "files; it is converted once, into ~/.cache/llava-simplified/data. If no model is named, the small models of "
+            "`llava demo` are trained, with the recipe small_folder"
         },
     )
     sidecar: str = field(
         default="",
         metadata={
-            "help": "Which text files beside the images of --data are read: txt or caption (default: both); with `lines`, "
-            "each line is a separate caption (combine them: caption,lines)"
+            "help": "Suffix of the caption files beside the images of --data: txt or caption (default: both). Add `lines` if "
+            "each line is a separate caption, for example caption,lines"
         },
     )
-    # Files of records. `data` sets the two options for training if it is given.
+    # Files of records and their image folders. If `data` is given, it sets both options for the training data.
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -192,12 +193,12 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder of the validation images (default: the folder of the records)"},
     )
-    # How examples are arranged in a batch. Neither changes the loss of an example.
+    # How examples are arranged in a batch. These options do not change the loss of an example.
     share_prefix: bool = field(
         default=True,
         metadata={
             "help": "Train several captions of one image as one sequence that contains the image "
-            "once; the batch size then counts images. False: it counts captions"
+            "once. The batch size then counts images; with False, it counts captions"
         },
     )
     packing: bool = field(
@@ -213,27 +214,27 @@ class DataArguments:
             "help": "Maximum number of positions of a packed sequence, image tokens included"
         },
     )
-    # Cache of the features of a frozen vision tower.
+    # A frozen vision tower computes the same features in every epoch, so they can be cached.
     cache_vision_features: str = field(
         default="auto",
         metadata={
-            "help": "Run the frozen vision tower once per image and keep its features: memory, disk "
-            "or off; pixels keeps the preprocessed images on disk; auto selects disk, else pixels, "
-            "if images are used more than once and everything fits into --feature_cache_gb"
+            "help": "Run the frozen vision tower only once per image, and keep its features in memory or on disk; "
+            "pixels: keep the preprocessed images on disk instead; off: keep nothing; auto: disk, or else pixels, if "
+            "images are used more than once and the cache fits into --feature_cache_gb"
         },
     )
     feature_cache_dir: str = field(
         default="~/.cache/llava-simplified/features",
-        metadata={"help": "Folder of cached features, which later runs reuse"},
+        metadata={"help": "Folder of the cached features; later runs reuse them"},
     )
     feature_cache_gb: float = field(
         default=8.0,
         metadata={"help": "Maximum size of the cache in GB with --cache_vision_features auto"},
     )
-    # A few bad images or records are tolerated. Many mean that something is wrong with the data or the options.
+    # Tolerate a few bad images or records. If there are many, something is wrong with the data or the options.
     max_bad_images: float = field(
         default=0.01,
-        metadata={"help": "Maximum fraction of unreadable images; above it, training stops"},
+        metadata={"help": "Maximum share of unreadable images; above it, training stops"},
     )
     max_bad_records: float = field(
         default=0.01,
@@ -265,7 +266,7 @@ class TrainingDefaults:
         default=None,
         metadata={
             "help": "YAML file with any of these options, or a recipe of the package, such as demo; "
-            "the command line has precedence"
+            "the command line takes precedence"
         },
     )
     # Learning rates: each part can have its own.
@@ -289,8 +290,8 @@ class TrainingDefaults:
     bf16: bool = field(
         default_factory=bf16_is_supported,
         metadata={
-            "help": "Keep frozen weights and activations in bfloat16 (default: if the GPU supports "
-            "it)"
+            "help": "Keep frozen weights and activations in bfloat16 (default: True if the GPU "
+            "supports it)"
         },
     )
     model_max_length: int = field(
@@ -299,32 +300,33 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
-    # Training on rewards and preference pairs, see `training.policy_trainer` and `training.preference_trainer`.
+    # Reinforcement learning and preference pairs, see `training.policy_trainer` and `training.preference_trainer`.
     objective: str = field(
         default="sft",
         metadata={
-            "help": "What to train on: sft (the responses), or, starting from --init_from: scst, rloo or grpo (the rewards of "
-            "sampled captions), or dpo (preference pairs, the keys chosen and rejected)"
+            "help": "Training objective: sft (supervised training on the responses); or, for a model that --init_from names: "
+            "scst, rloo or grpo (reinforcement learning with rewards for sampled captions), or dpo (preference pairs, in "
+            "the keys chosen and rejected of the records)"
         },
     )
     reward: str = field(
         default="cider",
         metadata={
-            "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
-            "length, clipscore, qa, or module:function"
+            "help": "Rewards of captions with their weights, for example cider=1.0,length=0.1. Rewards: cider, bleu4, rouge_l, "
+            "word_f1, length, clipscore, qa, or a function of your own as module:function"
         },
     )
     reward_workers: int = field(
         default=1,
         metadata={
-            "help": "Number of processes that run the reward module:function; 0 runs it in the training process, without "
-            "a timeout"
+            "help": "Number of processes that compute a custom reward (module:function); 0 computes it in the training process, "
+            "without a timeout"
         },
     )
     reward_timeout: float = field(
         default=60.0,
         metadata={
-            "help": "Maximum duration in seconds of the rewards of module:function for a step, and of a request of qa"
+            "help": "Maximum time in seconds for a custom reward to score the captions of a step, and for one request of qa"
         },
     )
     reward_clip: str = field(
@@ -342,32 +344,32 @@ class TrainingDefaults:
     reward_tries: int = field(
         default=1,
         metadata={
-            "help": "How often qa asks each question, each time with its options in another order"
+            "help": "Number of times that qa asks each question, each time with the choices in another order"
         },
     )
     num_samples: int = field(
-        default=5, metadata={"help": "Number of captions to sample of each image"}
+        default=5, metadata={"help": "Number of captions to sample for each image"}
     )
     sample_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the samples that are rewarded"}
+        default=1.0, metadata={"help": "Temperature for sampling these captions"}
     )
     sample_max_tokens: int = field(
         default=64,
         metadata={
-            "help": "Maximum number of tokens of a sample; one that reaches it counts as a failure"
+            "help": "Maximum number of tokens of a sampled caption; a caption that reaches it counts as a failure"
         },
     )
     kl_coef: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
+            "help": "Weight of the KL divergence from the model at the start of the run (default: 0.04 with grpo, else 0)"
         },
     )
     dpo_beta: float = field(
         default=0.1,
         metadata={
-            "help": "Strength of the tie to the weights at the start with --objective dpo; a smaller value lets the model "
-            "move further away"
+            "help": "Beta of --objective dpo: with a smaller value, the model may differ more from the model at the start of "
+            "the run"
         },
     )
     dpo_label_smoothing: float = field(
@@ -379,21 +381,22 @@ class TrainingDefaults:
     sft_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the supervised loss that is added: of the responses, with dpo of the chosen answer"
+            "help": "Weight of a supervised loss that is added to the objective: on the responses, or on the chosen answers "
+            "with dpo"
         },
     )
     # Checks before and during the run.
     preflight: str = field(
         default="auto",
         metadata={
-            "help": "Try two steps, saving and loading in a separate process before training: true, "
-            "false, or auto (true for 2000 steps and more)"
+            "help": "Before training, try two steps, saving and loading in a separate process: true, "
+            "false, or auto (true for runs of 2000 steps or more)"
         },
     )
     eval_captions: int = field(
         default=32,
         metadata={
-            "help": "Number of validation images to caption at every evaluation, logged as "
+            "help": "Number of validation images to caption at every evaluation; their score is logged as "
             "eval_cider; 0 means none"
         },
     )
@@ -423,13 +426,14 @@ class TrainingDefaults:
     ddp_find_unused_parameters: bool = field(
         default=False,
         metadata={
-            "help": "Search for unused parameters in distributed training; there are none here"
+            "help": "Search for unused parameters in distributed training; not needed, because all trained "
+            "parameters are used"
         },
     )
 
 
 class InheritedOption(NamedTuple):
-    """A frequently used option of `transformers.TrainingArguments`; the default must be the same."""
+    """A frequently used option of `transformers.TrainingArguments`, with the same default as there."""
 
     default: Any
     help: str
@@ -476,8 +480,8 @@ INHERITED = {
     "fsdp_config": InheritedOption(None, "FSDP configuration file"),
 }
 
-# Boolean options whose default is None or depends on the machine. The help cannot recognize these as
-# boolean by the type of the default.
+# Boolean options whose default is None or depends on the machine. `_add_option` cannot recognize them by
+# the type of the default.
 BOOLEANS_WITHOUT_DEFAULT = {"bf16", "gradient_checkpointing", "tf32"}
 
 # The sections of `--help`, in the order in which options are listed: frequently used options first.
@@ -591,7 +595,7 @@ HELP_GROUPS = {
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `HELP_GROUPS` and `--help-all` to a parser, for help and completion.
 
-    Values are not converted or checked here, but in `arguments.parse_arguments`.
+    This parser does not convert or check values; `arguments.parse_arguments` does.
     """
     parser.add_argument(
         "--help-all",
@@ -605,10 +609,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     for heading, names in HELP_GROUPS.items():
         group = parser.add_argument_group(heading)
         for name in names:
-            # An option of this package, or one of transformers.
             if name in own:
                 _add_option(group, name, _default_of(own[name]), own[name].metadata["help"])
             else:
+                # All other options are defined by transformers.
                 _add_option(group, name, INHERITED[name].default, INHERITED[name].help)
 
 
@@ -630,7 +634,7 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
         if isinstance(default, list):
             shown = " ".join(map(str, default))
         text += f" (default: {shown})"
-    # Dataclass fields have no metavar: use the last word of the option's name.
+    # Dataclass fields have no metavar. Use the last part of the option's name, for example STEPS for save_steps.
     metavar = name.rpartition("_")[2].upper()
     nargs: Any = None
     if isinstance(default, bool) or name in BOOLEANS_WITHOUT_DEFAULT:
@@ -644,7 +648,7 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
 def exit_with_help(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Print the help text of a training command and exit, if `argv` contains a help option.
 
-    Call this before transformers is imported. Only `--help-all` imports it.
+    Call this before transformers is imported, because only `--help-all` needs it.
     """
     normalized = normalize_spelling(argv, ["--help", "--help-all"])
     if "--help-all" in normalized:

@@ -1,7 +1,7 @@
 """Run a function over many tasks: in local processes, on a Ray cluster, or one slice of them in a job array.
 
-The function must be idempotent and must resume its own unfinished work (see `jobs`). A task that failed, or whose process
-died, can then simply be run again. A task is any picklable object, such as the number of a shard.
+The function must be idempotent and must resume its own unfinished work (see `jobs`), because a task that failed, or whose
+process died, is simply run again. A task is any picklable object, such as the number of a shard.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 _MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
-_PAGEOUT = 21  # MADV_PAGEOUT of Linux's mman.h, which the module mmap does not have
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux's mman.h; Python's module mmap does not define it
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
-# Python's `select` waits for 512 sockets on Windows. Some of them are not connections: of the resolver, of the loop.
+# On Windows, Python's `select` can wait for at most 512 sockets. Leave some for sockets that are not connections: those
+# of the DNS resolver and of the event loop itself.
 _MAX_WINDOWS_CONNECTIONS = 480
 
 
@@ -47,7 +48,7 @@ class TaskResult(Generic[S, R]):
 
     Attributes:
         spec: The task.
-        result: What the function returned; None after an error.
+        result: The return value of the function; None after an error.
         error: The error of the last attempt; empty if the task succeeded.
     """
 
@@ -89,11 +90,13 @@ def run_tasks(
     Args:
         function: A function that other processes can import by name.
         specs: The tasks.
-        engine: "local", or "ray" (the cluster at RAY_ADDRESS, otherwise Ray on this machine).
+        engine: "local", or "ray" (the cluster at RAY_ADDRESS, or Ray on this machine if the variable is not set).
         workers: Number of tasks to run in parallel; 0 means `per_cpu` for each CPU of this machine or cluster.
-        per_cpu: Tasks per CPU. Use 2 for tasks that spend part of their time waiting.
-        attempts: Maximum number of attempts per task. A ValueError is not retried, because the user has to fix it.
-        tick: Called about once a second. An exception in it ends the run.
+        per_cpu: Number of tasks per CPU. Use 2 for tasks that spend part of their time waiting.
+        attempts: Maximum number of attempts per task. A task that raises ValueError is not repeated, because only the
+            user can correct the error.
+        tick: A function to call about once a second, for example to print the progress. An exception in it ends the
+            run.
 
     Raises:
         ValueError: `engine` is unknown or not installed.
@@ -111,7 +114,7 @@ def run_tasks(
     # Results are yielded in the order in which tasks finish. If the caller stops iterating, `finally` stops
     # all running tasks.
     backend = _BACKENDS[engine](function, workers, per_cpu)
-    # Pairs of a task and the number of its next attempt.
+    # Pairs of a task and the number of its next attempt, counted from 1.
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
@@ -131,7 +134,7 @@ def run_tasks(
                 elif isinstance(error, ValueError) or attempt == attempts:
                     yield TaskResult(spec, None, str(error))
                 else:
-                    # Retry the task after all others, since a problem of the machine may be temporary.
+                    # Retry the task after all others, since a problem of the machine may be over by then.
                     waiting.append((spec, attempt + 1))
     finally:
         backend.close()
@@ -147,8 +150,8 @@ def count_cpus() -> int:
 def tune_malloc(threshold: int) -> None:
     """Make glibc return freed blocks of at least `threshold` bytes to the operating system at once.
 
-    By default, glibc raises this threshold to up to 32 MB when large blocks are freed, and keeps smaller ones for
-    later, separately for each thread. Does nothing on other systems.
+    By default, glibc raises this threshold (up to 32 MB) when large blocks are freed, and keeps all smaller freed blocks
+    for later use, separately for each thread. Without glibc, this function does nothing.
     """
     if sys.platform != "linux":
         return
@@ -158,10 +161,10 @@ def tune_malloc(threshold: int) -> None:
 
 
 def release_pages(address: int, size: int) -> None:
-    """Let Linux take back the memory of a mapped file's part that is not needed again soon.
+    """Release the memory of a part of a mapped file that is not needed again soon.
 
-    The content stays what it is: a page that is read again comes from the file. Memory that is not mapped from a file,
-    and pages that other processes use, are left alone. Does nothing on other systems.
+    The content does not change: if a page is read again, Linux reads it from the file. Memory that is not mapped from a
+    file, and pages that other processes use, are not released. On other systems, this function does nothing.
 
     Args:
         address: Address of the first byte.
@@ -170,11 +173,11 @@ def release_pages(address: int, size: int) -> None:
     if sys.platform != "linux":
         return
     page = mmap.PAGESIZE
-    # Whole pages only: the first and the last one may have other content.
-    start = -(-address // page) * page
-    end = (address + size) // page * page
+    # Release only pages that lie completely within the range: the first and the last page may contain other data.
+    start = -(-address // page) * page  # rounded up
+    end = (address + size) // page * page  # rounded down
     if end > start:
-        # An older kernel does not know this advice, and refuses it.
+        # Ignore the result: an older kernel, which does not support this advice, returns an error.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 
@@ -183,16 +186,16 @@ def release_pages(address: int, size: int) -> None:
 
 @contextlib.contextmanager
 def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
-    """Yield an event loop for network connections. At the end its tasks are cancelled, and it is closed.
+    """Yield an event loop for network connections. At the end, cancel its tasks and close it.
 
-    It is a selector event loop on every system, because aiodns, which resolves host names, does not support the default
-    loop of Windows.
+    It is a selector event loop on every system, because aiodns (which resolves host names) does not support the default
+    event loop of Windows.
 
     Args:
         connections: Maximum number of connections at the same time.
 
     Raises:
-        ValueError: This system cannot wait for so many connections.
+        ValueError: This system cannot wait for that many connections.
     """
     # Import this here, because most commands need no event loop.
     import asyncio
@@ -214,14 +217,14 @@ def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel the tasks that an error or Ctrl-C has left, and wait until they have ended."""
+    """Cancel the tasks that still run after an error or Ctrl-C, and wait until they have ended."""
     import asyncio
 
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    # An interrupted iteration leaves callbacks behind, perhaps the one that stops the loop because its future is done.
-    # It would stop the wait below. One iteration runs them all.
+    # An interrupted iteration of the loop leaves callbacks behind. One of them may stop the loop, because the future
+    # that the loop ran for is done, and would end the wait below too early. So run all of them in one iteration first.
     loop.call_soon(loop.stop)
     loop.run_forever()
     if tasks:
@@ -231,7 +234,7 @@ def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _log_unretrieved_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an error that no task has waited for, except Ctrl-C, which has been raised out of the loop already."""
+    """Log an error of a task that nobody waited for. Ignore Ctrl-C, which the loop has raised already."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
 
@@ -240,17 +243,17 @@ def _log_unretrieved_error(loop: asyncio.AbstractEventLoop, context: dict[str, A
 
 
 def start_method() -> str:
-    """Return how worker processes are started: "fork" or "spawn".
+    """Return how to start worker processes: "fork" or "spawn".
 
-    Fork if possible, because forked processes share the memory of all imported modules. The threads of torch do not
-    survive a fork, so use "spawn" if torch is imported.
+    "fork" is preferred, because forked processes share the memory of all imported modules. It is not used if torch is
+    imported, because the threads of torch do not survive a fork.
     """
     can_fork = sys.platform == "linux" and "torch" not in sys.modules
     return "fork" if can_fork else "spawn"
 
 
 class _Worker(NamedTuple):
-    """A worker process, and our end of the pipe to it. Also the handle of its running task."""
+    """A worker process, and the parent's end of the pipe to it. It is also the handle of the task that it runs."""
 
     process: Any
     pipe: connection.Connection
@@ -259,39 +262,40 @@ class _Worker(NamedTuple):
 class LocalBackend:
     """Worker processes on this machine. Each runs one task at a time.
 
-    If a process dies (for example, the kernel kills it because memory ran out), only its own task fails. The process is
-    replaced when the next task is submitted.
+    If a process dies (for example, because the kernel kills it for lack of memory), only its own task fails. A new
+    process replaces it when the next task is submitted.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         self._function = function
         self.slots = workers or per_cpu * count_cpus()
         self._context: Any = multiprocessing.get_context(start_method())
-        # Exclude existing objects from garbage collection, which writes to object headers and would copy shared pages.
+        # Exclude existing objects from garbage collection. It writes to their headers, so that the pages that forked
+        # workers share would have to be copied.
         gc.freeze()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
 
     def _start_worker(self) -> _Worker:
         """Start a worker process, connected by a pipe."""
-        our_end, their_end = self._context.Pipe()
+        parent_end, worker_end = self._context.Pipe()
         process = self._context.Process(
             target=_run_worker,
-            args=(their_end, self._function, os.getpid(), log_level()),
+            args=(worker_end, self._function, os.getpid(), log_level()),
             daemon=True,
         )
         process.start()
-        # Close our copy of the worker's end. Otherwise the pipe would stay open when the worker dies, and
-        # `result` would wait forever.
-        their_end.close()
-        worker = _Worker(process, our_end)
+        # Close the parent's copy of the worker's end. Otherwise, the pipe would stay open when the worker dies,
+        # and `result` would wait forever.
+        worker_end.close()
+        worker = _Worker(process, parent_end)
         self._workers.append(worker)
         return worker
 
     def submit(self, spec: Any) -> _Worker:
         """Send a task to an idle worker, or to a new one."""
         worker = self._idle.pop() if self._idle else self._start_worker()
-        # If the worker has just died, `result` reports it.
+        # Ignore an error here: if the worker has just died, `result` reports it.
         with contextlib.suppress(OSError):
             worker.pipe.send(spec)
         return worker
@@ -309,7 +313,7 @@ class LocalBackend:
             handle.process.join()
             self._workers.remove(handle)
             return None, OSError(f"its process died with exit code {handle.process.exitcode}")
-        # Keep the process for the next task: starting one takes longer than many tasks.
+        # Keep the process for the next task: starting a process takes longer than many tasks.
         self._idle.append(handle)
         return outcome
 
@@ -327,7 +331,7 @@ def _parent_is_alive(parent: int) -> bool:
         parent: Its process id.
     """
     process = multiprocessing.parent_process()
-    # On Windows, `getppid` returns the same id after the parent has ended. A handle of the parent is reliable.
+    # On Windows, `getppid` still returns the same id after the parent has ended, so ask the handle of the parent.
     if sys.platform == "win32" and process is not None:
         return process.is_alive()
     return os.getppid() == parent
@@ -347,13 +351,13 @@ def _run_worker(
         parent: Process id of the parent.
         level: The log level of the parent; None if it has not configured its log.
     """
-    # A process that was not forked starts with an unconfigured log.
+    # In a spawned process (unlike in a forked one), logging is not configured yet.
     if level is not None:
         configure_logging(verbose=level <= logging.DEBUG, quiet=level >= logging.WARNING)
 
     def exit_with_parent() -> None:
-        # Check the parent's process id, because the pipe is not closed when the parent is killed: workers that were
-        # forked later have its other end open too. Without this check, the workers of a killed run would continue.
+        # Without this check, the workers of a killed run would wait for tasks forever. The pipe is not closed when the
+        # parent is killed, because workers that were forked later also hold its other end.
         while _parent_is_alive(parent):
             time.sleep(0.5)
         os._exit(1)
@@ -380,7 +384,10 @@ def _run_worker(
 
 
 class RayBackend:
-    """Runs tasks on a Ray cluster. Each reserves `1 / per_cpu` of a CPU. If a machine is lost, its tasks fail."""
+    """Runs tasks on a Ray cluster.
+
+    Each task reserves `1 / per_cpu` of a CPU. If a machine of the cluster fails, its tasks fail too.
+    """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         require_extra("ray", "ray", purpose="--engine ray")
@@ -404,20 +411,21 @@ class RayBackend:
         return self._remote.remote(spec)
 
     def wait(self, handles: list[Any], timeout: float) -> list[Any]:
-        """Return a finished task, if there is one."""
+        """Return one finished task, or none if no task finishes in time."""
         finished, _ = self._ray.wait(handles, num_returns=1, timeout=timeout)
         return finished
 
     def result(self, handle: Any) -> tuple[Any, Exception | None]:
-        """Return the result of a task. Ray wraps the error of a task; a ValueError is unwrapped."""
+        """Return the result of a finished task, or its error."""
         try:
             return self._ray.get(handle), None
         except self._ray.exceptions.RayError as error:
+            # Ray wraps the error of the function. Unwrap a ValueError, which `run_tasks` does not retry.
             cause = getattr(error, "cause", None)
             return None, cause if isinstance(cause, ValueError) else error
 
     def close(self) -> None:
-        """Shut Ray down, unless it was running before."""
+        """Shut Ray down if this object has started it."""
         if self._started_here:
             self._ray.shutdown()
 

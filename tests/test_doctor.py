@@ -59,7 +59,7 @@ def test_doctor_names_what_is_missing(
     output = capsys.readouterr().out
     assert "MISSING: pip install 'no-such-package>=2'" in output
     assert "but <1 is required" in output
-    assert re.search(r"quant +missing: also-gone, run pip install .*; for `--bits 4`", output)
+    assert re.search(r"quant +missing: also-gone; run pip install .*; for `--bits 4`", output)
     assert "cannot be reached" in output
     assert "local folder" in output
 

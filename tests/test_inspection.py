@@ -250,7 +250,7 @@ def test_inspect_names_ten_problems_and_counts_the_others(
     named = [line for line in lines if line.startswith("rows.json row ")]
     assert len(named) == 10
     assert all("empty" in line for line in named)
-    assert any("20 more rows with a problem" in line for line in lines)
+    assert any("20 more problems" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -294,4 +294,4 @@ def test_inspect_names_a_token_without_a_row_in_the_embedding_table(
         (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
         assert inspect("--data", data, "--model_name_or_path", model) == status
     output = capsys.readouterr().out
-    assert "has the id 50, but the embedding table has 50 rows" in output
+    assert "has the id 50, but the embedding table has only 50 rows" in output

@@ -21,7 +21,6 @@ from llava_simplified.jobs import (
     Progress,
     atomic_directory,
     atomic_file,
-    check_settings,
     compare_settings,
     encode_json_lines,
     exclusive_lock,
@@ -30,6 +29,7 @@ from llava_simplified.jobs import (
     remove_temporary_files,
     rename_folder,
     replace_folder,
+    store_or_check_settings,
 )
 
 
@@ -40,19 +40,21 @@ def names_in(folder: Path) -> set[str]:
 # ---- settings ----
 
 
-def test_check_settings_stores_the_settings_of_a_new_job(tmp_path: Path) -> None:
+def test_store_or_check_settings_stores_the_settings_of_a_new_job(tmp_path: Path) -> None:
     path = tmp_path / "new" / "settings.json"
     settings = {"source": "a.tsv", "sizes": (1, 2)}
-    assert check_settings(path, settings, "out") is False
+    assert store_or_check_settings(path, settings, "out") is False
     assert json.loads(path.read_text()) == {"source": "a.tsv", "sizes": [1, 2]}
-    assert check_settings(path, settings, "out") is True, "tuples and lists are the same in JSON"
+    assert store_or_check_settings(path, settings, "out") is True, (
+        "tuples and lists are the same in JSON"
+    )
 
 
-def test_check_settings_names_each_difference(tmp_path: Path) -> None:
+def test_store_or_check_settings_names_each_difference(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
-    check_settings(path, {"source": "a.tsv", "limit": 5}, "out")
+    store_or_check_settings(path, {"source": "a.tsv", "limit": 5}, "out")
     with pytest.raises(ValueError, match="out") as error:
-        check_settings(path, {"source": "b.tsv", "limit": 5, "resize": 256}, "out")
+        store_or_check_settings(path, {"source": "b.tsv", "limit": 5, "resize": 256}, "out")
     message = str(error.value)
     for part in ("source", "a.tsv", "b.tsv", "resize", "256", "--output"):
         assert part in message
@@ -60,11 +62,11 @@ def test_check_settings_names_each_difference(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"source": "a.tsv", "limit": 5}, "nothing is changed"
 
 
-def test_check_settings_of_a_damaged_file_names_it(tmp_path: Path) -> None:
+def test_store_or_check_settings_of_a_damaged_file_names_it(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text('{"source": ')
     with pytest.raises(ValueError, match=r"settings\.json"):
-        check_settings(path, {"source": "a"}, "out")
+        store_or_check_settings(path, {"source": "a"}, "out")
 
 
 def test_compare_settings_ignores_what_only_the_earlier_job_had() -> None:

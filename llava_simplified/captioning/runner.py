@@ -44,10 +44,10 @@ from llava_simplified.jobs import (
     Journal,
     Progress,
     atomic_file,
-    check_settings,
     encode_json_lines,
     exclusive_lock,
     read_json_lines,
+    store_or_check_settings,
 )
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
@@ -277,7 +277,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
             f"{files.journal} exists, but the settings of its job, {files.settings.name}, do not. "
             "Delete both or pass another --output."
         )
-    check_settings(files.settings, settings, str(files.output))
+    store_or_check_settings(files.settings, settings, str(files.output))
 
 
 def _forget_server_failures(failures: Path) -> None:

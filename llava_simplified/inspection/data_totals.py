@@ -14,12 +14,14 @@ from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
 
 @dataclass
 class DataTotals:
-    """Totals of some rows. Each response of a row is one example, and so is each answer of a preference pair.
+    """Totals of rows of a data file.
+
+    Each response of a row counts as one example, and so does each answer of a preference pair.
 
     Attributes:
         prompt: The prompt renderer of training.
         tokens_per_image: Number of positions per image in the language model.
-        max_length: Maximum number of tokens, `--model_max_length`; None if it is not known.
+        max_length: `--model_max_length`, the maximum number of tokens per example; None if it was not passed.
         num_rows: Number of rows.
         num_trained: Number of trained tokens.
         num_images: Number of images; an image with several responses is counted once for each.
@@ -50,14 +52,17 @@ class DataTotals:
         # Catch ValueError, which is raised for invalid JSON, invalid records and invalid prompts.
         try:
             record = records[index]
+            # A preference pair must meet more conditions than a record with responses.
             problem = "" if record.rejected is None else pair_problem(record)
             if problem:
                 raise ValueError(problem)
             prefix, branches = self.prompt.render_branches(
                 record.turns, answers_of(record), record.id
             )
-            if not branches:  # valid for captioning, but not for training
+            # A record without a response is valid for captioning, but not for training.
+            if not branches:
                 raise ValueError(f"{record.id}: no response to train on")
+            # Training cuts long answers, but never the prompt, and a few tokens of the answer must remain.
             if self.max_length and len(prefix.input_ids) > self.max_length - MIN_ANSWER_TOKENS:
                 raise ValueError(no_room_problem(record, self.max_length))
         except ValueError as error:
@@ -65,10 +70,11 @@ class DataTotals:
             return None
 
         self.num_pairs += record.rejected is not None
-        # Count each response as an example with its own copy of the prompt. Training may compute the prompt once for
-        # all responses (--share_prefix), which changes the cost but not these numbers.
+        # Count each response as an example with its own copy of the prompt. With --share_prefix, training computes the
+        # prompt only once for all responses. This saves time, but does not change these numbers.
         num_images = prefix.input_ids.count(IMAGE_INDEX)
-        trained_in_prefix = sum(label != IGNORE_INDEX for label in prefix.labels)  # earlier answers
+        # The answers to earlier questions of the conversation are trained too.
+        trained_in_prefix = sum(label != IGNORE_INDEX for label in prefix.labels)
         for branch in branches:
             # An image is one token in `input_ids`, but `tokens_per_image` positions in the model.
             length = len(prefix.input_ids) + len(branch)
@@ -80,7 +86,7 @@ class DataTotals:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in the language model."""
+        """Return the number of positions of all examples in the language model, image tokens included."""
         return sum(self.expanded_lengths)
 
 
@@ -98,20 +104,22 @@ def totals_table(
         shown: Totals of the samples that were shown.
         scanned: Totals of the rows that were scanned.
         num_rows: Number of rows of the file.
-        model_max_length: If given, add the number of examples that are longer.
+        model_max_length: If given, the table also contains the number of examples that are longer than this.
     """
     scope = "the file"
     if scanned.num_rows < num_rows:
         scope = f"{scanned.num_rows:,} of {num_rows:,} rows"
     title = f"{shown.prompt.name} template"
     table = Table("", "shown", scope, title=title, box=None, padding=(0, 2, 0, 0))
+    # Align the numbers to the right. The first column contains the names.
     for column in table.columns[1:]:
         column.justify = "right"
 
-    # Each table row is one number, computed for both columns.
+    # Compute each value twice: for the shown samples and for the scanned rows.
     def add_row(name: str, value: Callable[[DataTotals], str]) -> None:
         table.add_row(name, value(shown), value(scanned))
 
+    # `max(1, ...)` avoids a division by zero if no row is valid.
     def trained_fraction(totals: DataTotals) -> str:
         return f"{totals.num_trained / max(1, totals.num_tokens):.1%}"
 
@@ -122,6 +130,7 @@ def totals_table(
     if scanned.num_pairs or shown.num_pairs:
         add_row("preference pairs", lambda totals: f"{totals.num_pairs:,}")
     add_row("examples", lambda totals: f"{len(totals.lengths):,}")
+    # Indented names are parts of the row "tokens".
     add_row("tokens", lambda totals: f"{totals.num_tokens:,}")
     add_row("  of images", lambda totals: f"{totals.num_images * totals.tokens_per_image:,}")
     add_row("  trained", lambda totals: f"{totals.num_trained:,}")
@@ -131,6 +140,7 @@ def totals_table(
     if model_max_length:
         limit = model_max_length
 
+        # Training cuts the end of longer answers. Here, an image counts as one token.
         def num_truncated(totals: DataTotals) -> str:
             return f"{sum(length > limit for length in totals.lengths):,}"
 

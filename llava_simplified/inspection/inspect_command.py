@@ -1,7 +1,7 @@
 """`llava inspect`: show training samples token by token, and the totals of a data file.
 
-Run it before training, to check all tokens, which of them are trained, and the positions of the image features. It uses
-the same `Prompt` and `Record` as training.
+Run it before training to see all tokens, which of them are trained, and where the image features are. It uses the same
+`Prompt` and `Record` as training, so what it shows is what the model is trained on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llava_simplified.inspection.token_table import SampleView
     from llava_simplified.prompt import Prompt
 
-MAX_NAMED_PROBLEMS = 10  # maximum number of problems to print; the others are only counted
+MAX_PRINTED_PROBLEMS = 10  # further problems are only counted
 
 
 def build_parser() -> CommandParser:
@@ -53,7 +53,7 @@ def build_parser() -> CommandParser:
         type=int,
         nargs="+",
         default=[-2],
-        help="Hidden layers of the vision tower, as in training (default: -2)",
+        help="Hidden states of the vision tower to use as image features, as in training (default: -2)",
     )
     parser.add_argument(
         "--mm_vision_select_feature",
@@ -65,13 +65,13 @@ def build_parser() -> CommandParser:
         "--mm_token_pool",
         type=int,
         default=0,
-        help="Pool the patch grid to K x K tokens; 0: keep the grid (default: %(default)s)",
+        help="Average the patch features to a grid of K x K tokens, as in training; 0 keeps all (default: %(default)s)",
     )
     parser.add_argument(
         "--image_aspect_ratio",
         default="crop",
         choices=["crop", "pad"],
-        help="Images that are not square: crop, or pad to a square (default: %(default)s)",
+        help="What to do with images that are not square: crop, or pad to a square (default: %(default)s)",
     )
     parser.add_argument(
         "--template",
@@ -94,7 +94,7 @@ def build_parser() -> CommandParser:
         "--scan",
         type=int,
         default=20_000,
-        help="Number of rows for the totals, evenly spread over the file; 0: all (default: %(default)s)",
+        help="Number of rows to read for the totals, evenly spread over the file; 0 means all (default: %(default)s)",
     )
     return parser
 
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prepare.data_cache import prepare_data
     from llava_simplified.prompt import Prompt
 
-    # Any source is converted to records first, as by `llava train --data`.
+    # Convert the source to records first, as `llava train --data` does.
     records = Records(open_rows(prepare_data(args.data).records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
@@ -125,12 +125,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     # This cast is safe: `Prompt` has checked that the tokenizer is a fast one.
     fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
+    # Without a vision tower, the number of tokens per image is unknown, and the totals count one token per image.
     view = SampleView(fast_tokenizer, prompt, tokens_per_image)
     shown = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
     scanned = DataTotals(prompt, tokens_per_image or 1, args.model_max_length)
     _show_samples(console, records, view, shown, args)
     _scan(records, scanned, args.scan)
-    # Print separate totals of the shown samples, which can be compared with the samples above.
+    # Print the totals of the shown samples separately, so that users can compare them with the samples above.
     table = totals_table(
         shown,
         scanned,
@@ -138,14 +139,17 @@ def main(argv: list[str] | None = None) -> int:
         model_max_length=args.model_max_length,
     )
     console.print(table)
-    # Remove duplicates: a problem of a shown row usually also occurs in the scan.
+    # Remove duplicates: a shown row with a problem is usually scanned as well.
     problems = list(dict.fromkeys([*vocabulary_problems, *shown.problems, *scanned.problems]))
     _print_problems(console, problems)
     return 1 if problems else 0
 
 
 def _vocabulary_problems(prompt: Prompt, name_or_path: str) -> list[str]:
-    """Return a message if tokens have no row in the model's embedding table; none if its config is not available."""
+    """Return a list with a message if the embedding table of the model has too few rows for the tokenizer.
+
+    The list is empty if there is no such problem, or if the config of the model is not available.
+    """
     from llava_simplified.model.build import check_vocabulary, find_language_model_config
 
     config = find_language_model_config(name_or_path)
@@ -164,6 +168,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
     from llava_simplified.model.build import build_vision_tower
     from llava_simplified.model.config import LlavaConfig
 
+    # The name of the language model is required here, but the vision tower does not depend on it.
     config = LlavaConfig(
         args.model_name_or_path,
         args.vision_tower,
@@ -172,7 +177,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
         mm_token_pool=args.mm_token_pool,
         image_aspect_ratio=args.image_aspect_ratio,
     )
-    # On the device "meta", the tower is built from its config, without reading its weights.
+    # Build the tower on the device "meta": from its config only, without reading its weights.
     tower = build_vision_tower(config, device="meta")
     return tower.num_tokens
 
@@ -187,23 +192,27 @@ def _show_samples(
     """Print the first samples, and the sizes of their images if there is an image folder."""
     for index in range(min(args.count, len(records))):
         record = totals.add(records, index)
-        if record is None:  # the problem is printed at the end
+        # `totals` has recorded the problem of an invalid row. It is printed at the end.
+        if record is None:
             continue
         console.print(*view.render(record), sep="\n")
         if args.image_folder:
             lines, problems = view.describe_images(record, args.image_folder)
-            totals.problems += problems  # training could not read these images either
+            # Training could not read these images either.
+            totals.problems += problems
             # Pass soft_wrap, so that long file names are not broken into two lines.
             console.print(*lines, "", sep="\n", soft_wrap=True)
 
 
 def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
-    """Add at most `max_rows` rows to the totals, evenly spread; all rows if it is 0."""
-    # Do not round the stride: 20,000 of 30,000 rows are every 1.5th row.
+    """Add rows to the totals: at most `max_rows`, evenly spread over the file; all rows if `max_rows` is 0.
+
+    Not the first rows, because data files are often sorted.
+    """
+    # Do not round the stride: to get 20,000 of 30,000 rows, use every 1.5th row.
     stride = 1.0
     if max_rows:
         stride = max(1.0, len(records) / max_rows)
-    # Spread the rows evenly instead of using the first ones, because data files are often sorted.
     for number in range(round(len(records) / stride)):
         totals.add(records, int(number * stride))
 
@@ -213,8 +222,8 @@ def _print_problems(console: Console, problems: list[str]) -> None:
     from rich.text import Text
 
     # Print Text instead of str, because rich would interpret "[red]" in a caption as markup.
-    for problem in problems[:MAX_NAMED_PROBLEMS]:
+    for problem in problems[:MAX_PRINTED_PROBLEMS]:
         console.print(Text(escape_control_characters(problem), "red"), soft_wrap=True)
-    unnamed = len(problems) - MAX_NAMED_PROBLEMS
-    if unnamed > 0:
-        console.print(Text(f"... and {unnamed:,} more rows with a problem", "red"))
+    num_others = len(problems) - MAX_PRINTED_PROBLEMS
+    if num_others > 0:
+        console.print(Text(f"... and {num_others:,} more problems", "red"))

@@ -39,18 +39,18 @@ class SampleView:
     def render(self, record: Record) -> Iterator[Text | Table]:
         """Yield a heading, the tokens of the first example of a record, and its length.
 
-        Of a preference pair, the tokens of the rejected answer follow.
+        For a preference pair, this is the chosen answer; the tokens of the rejected answer follow.
         """
         input_ids, labels = self._prompt.render(record.turns, record.responses[0], record.id)
         table = _token_table()
-        # Count positions of the language model, where an image has many; `input_ids` has one entry per image.
+        # Count positions in the language model. An image has many of them, but only one entry in `input_ids`.
         position = 0
         for token, label in zip(input_ids, labels):
             if token == IMAGE_INDEX:
                 position += self._add_image(table, position)
                 continue
             is_trained = label != IGNORE_INDEX
-            # Wrap the token in Text, because rich would interpret markup in a str.
+            # Wrap the token in Text: in a str, rich would interpret a token such as "[red]" as markup.
             table.add_row(
                 str(position),
                 Text(self.token_text(token)),
@@ -65,7 +65,7 @@ class SampleView:
         if len(record.responses) > 1:
             alternatives = f" (the first of {len(record.responses)} responses)"
         if record.rejected is not None:
-            alternatives = " (a preference pair, the chosen answer first)"
+            alternatives = " (a preference pair: first the chosen answer, then the rejected one)"
         images = ", ".join(record.images) or "no image"
         heading = escape_control_characters(f"{record.id}{alternatives}  {images}")
         yield Text(heading, "bold")
@@ -79,6 +79,7 @@ class SampleView:
         """Yield the tokens of the rejected answer, which follows the same prompt."""
         rejected = record.rejected or ""
         prefix, [answer] = self._prompt.render_branches(record.turns, [rejected], record.id)
+        # The first position after the prompt. Each image is one entry of `input_ids`, but has more positions.
         position = len(prefix.input_ids)
         if self._tokens_per_image:
             position += prefix.input_ids.count(IMAGE_INDEX) * (self._tokens_per_image - 1)
@@ -92,12 +93,13 @@ class SampleView:
 
     def _add_image(self, table: Table, position: int) -> int:
         """Add the table row of an image, and return its number of positions."""
-        # Count an image as one token if the vision tower is unknown.
+        # If the vision tower is unknown, count the image as one token.
         count = self._tokens_per_image or 1
+        # Show all positions of the image in one row, for example "4-199".
         positions = str(position)
         if count > 1:
             positions = f"{position}-{position + count - 1}"
-        # Show the token that the chat template writes in the place of the image, if it writes one.
+        # If the chat template writes an image token of its own, show that token.
         name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
             name = f"{name} x {self._tokens_per_image}"
@@ -111,7 +113,7 @@ class SampleView:
         decode = self._tokenizer.backend_tokenizer.decode
         prefix_text = decode(prefix, skip_special_tokens=False)
         text = decode([*prefix, token], skip_special_tokens=False)[len(prefix_text) :]
-        # Use the name in the vocabulary for a token that is only a part of a character (some bytes of UTF-8).
+        # A token may be only a part of a character (some bytes of its UTF-8). Then show its name in the vocabulary.
         if not text or "\N{REPLACEMENT CHARACTER}" in text:
             text = str(self._tokenizer.convert_ids_to_tokens(token))
         return _make_visible(text).replace(" ", "␣")
@@ -120,14 +122,16 @@ class SampleView:
         """Open the images of a record as training does, and describe them.
 
         Returns:
-            (lines, problems): a line with the size of each image, and a message for each unreadable image.
+            A line with the size of each readable image, and a message for each unreadable one.
         """
         lines = []
         problems = []
         for name in record.images:
+            # Decode the image completely: a truncated file has a valid header.
             try:
                 height, width, _ = decode_image(read_image_bytes(name, folder)).shape
-            except ValueError as error:  # an ImageError, or an invalid name
+            # ImageError, which is raised for an unreadable image, is a ValueError. So is the error for an invalid name.
+            except ValueError as error:
                 problems.append(f"{record.id}: {error}")
                 continue
             line = escape_control_characters(f"{name}: {width} x {height} pixels")
@@ -150,9 +154,9 @@ def _token_table() -> Table:
 def _make_visible(text: str) -> str:
     """Escape every character that cannot be seen, such as line breaks, joiners and unusual spaces.
 
-    `escape_control_characters` keeps these, so that texts stay readable.
+    `escape_control_characters` keeps them, because they are harmless. Here, each token must be recognizable.
     """
-    # Escape single characters, so that emoji and letters of all scripts are preserved.
+    # Check each character separately, so that emoji and letters of all scripts stay readable.
     characters = []
     for character in text:
         if not character.isprintable():

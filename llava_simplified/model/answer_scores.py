@@ -1,8 +1,9 @@
 """Log-likelihoods of given answers, with one forward pass for all answers to a question.
 
 Multiple-choice benchmarks compare the log-likelihoods of the choices. All choices share the image and the
-question, which are much longer than a choice. So image and question are computed once, and each choice is
-a branch that continues them, just as several captions of one image are trained (see language_model.py):
+question, which are much longer than a choice. So the model processes image and question once, and each
+choice is a branch that continues them. Training does the same for several captions of one image (see
+language_model.py):
 
     tokens           <s>  img  img  Which  ?  |  a   cat  |  two  dogs
     branch_ids        0    0    0     0    0  |  1    1   |   2    2
@@ -44,7 +45,7 @@ class Question(NamedTuple):
 
 
 class AnswerScore(NamedTuple):
-    """How probable an answer is.
+    """The score of an answer: how probable the model considers it.
 
     Attributes:
         log_likelihood: Sum of the log-probabilities of its tokens, given prompt and images.
@@ -59,12 +60,12 @@ class AnswerScore(NamedTuple):
 def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[AnswerScore]]:
     """Return the scores of all answers to some questions.
 
-    Language models that do not support masks of shared prompts (ALiBi, state-space models) compute the
-    prompt once per answer; the images are encoded once in any case.
+    Some language models (ALiBi, state-space models) do not support the attention masks of shared prompts. They
+    compute the prompt again for every answer. The images are encoded only once in any case.
 
     Args:
         model: The model.
-        questions: A batch that fits into memory: each question is one sequence.
+        questions: A batch that fits into memory. Most questions become one sequence each.
 
     Returns:
         For each question one score per answer.
@@ -75,8 +76,8 @@ def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[Answ
 
     scores: list[AnswerScore] = []
     with eval_mode(model):
-        # A question with many answers is split into several sequences. Still process no more sequences at
-        # a time than the caller passed questions.
+        # A question with many answers becomes several sequences, so there may be more sequences than questions.
+        # Use the number of questions as the batch size, because a larger batch may not fit into memory.
         for start in range(0, len(examples), len(questions)):
             scores += _score_examples(model, examples[start : start + len(questions)])
     # The scores are in the order of the answers. Cut them into one list per question.
@@ -90,7 +91,7 @@ def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[Answ
 
 
 def _encode_questions(model: Llava, questions: Sequence[Question]) -> list[torch.Tensor | None]:
-    """Return the features of each question, (images, tokens, vision hidden size), or None."""
+    """Return the image features of each question, (images, tokens, vision hidden size); None without images."""
     pixels = [question.pixel_values for question in questions if question.pixel_values is not None]
     if not pixels:
         return [None] * len(questions)
@@ -111,7 +112,7 @@ def _make_examples(
     model: Llava, question: Question, features: torch.Tensor | None
 ) -> Iterator[Example]:
     """Yield the sequences of a question: one, unless its answers exceed `MAX_ANSWER_TOKENS`."""
-    # A limit of 0 tokens puts each answer into a sequence of its own.
+    # Models without support for shared prompts get one answer per sequence, which a limit of 0 tokens achieves.
     limit = MAX_ANSWER_TOKENS if supports_shared_prompts(model.language_model) else 0
     group: list[list[int]] = []
     num_tokens = 0
@@ -128,7 +129,10 @@ def _make_examples(
 def _make_example(
     prompt: list[int], answers: list[list[int]], features: torch.Tensor | None
 ) -> Example:
-    """Return an example whose labels are the answers: the model computes logits where there are labels."""
+    """Return an example whose labels are the tokens of the answers.
+
+    The model computes logits only for labels, so all other labels are IGNORE_INDEX.
+    """
     input_ids = list(prompt)
     labels = [IGNORE_INDEX] * len(prompt)
     branches = [0] * len(prompt)
@@ -162,7 +166,7 @@ def _score_examples(model: Llava, examples: Sequence[Example]) -> list[AnswerSco
     log_probabilities = (label_logits - logits.logsumexp(1)).cpu().double()
     is_argmax = (logits.argmax(1) == labels).cpu()
 
-    # The model returns the labeled positions of all sequences in one row. Cut it into answers.
+    # The model returns the logits of all labels of all sequences in one row. Split it into answers.
     lengths: list[int] = []
     for example in examples:
         lengths += _answer_lengths(example)

@@ -35,7 +35,8 @@ from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower, check_missing_keys
 from llava_simplified.prompt import Prompt
 
-# LLaVA Simplified 0.1.0 called its attention kernel for CPUs "short".
+# Old names of attention kernels, which checkpoints and scripts may contain: LLaVA Simplified 0.1.0 called its kernel
+# for CPUs "short".
 _ATTENTION_ALIASES = {"short": "cpu_matmul"}
 
 
@@ -49,29 +50,29 @@ def build_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Llava:
-    """Build a model from pretrained parts, joined by a projector with fresh (random) weights.
+    """Build a model from pretrained parts, joined by a projector with new (random) weights.
 
     Args:
         config: Names of the parts and how they are joined.
         language_model: Folder or hub name of the language model; overrides `config`. A Transformers
-            config builds it with random weights, for the caller to fill in.
+            config builds it with random weights, which the caller may replace.
         vision_tower: Folder or hub name of the vision tower; overrides `config`.
         tokenizer: The tokenizer; by default the one in the language model's folder.
-        device: Where to put the model. On "meta" it is built without reading or allocating weights:
-            the configs and the tokenizer are enough.
+        device: Device of the model. On "meta", the model is built from the configs and the tokenizer alone,
+            without reading or allocating weights.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
         trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
             Vision towers are always models of Transformers.
 
     Returns:
-        The model. The vision tower and the language model have the dtype of `config`; the projector
-        is float32, like everything that is trained.
+        The model. The vision tower and the language model have the dtype of `config`. The projector is
+        float32, like all trained weights.
 
     Raises:
         ValueError: A part cannot be loaded, or some of its weights are missing.
     """
     dtype = getattr(torch, config.dtype)
-    # "meta" tensors have a shape and a dtype, but no data: a 7B model needs no memory and is built quickly.
+    # "meta" tensors have a shape and a dtype, but no data. Even a 7B model then needs no memory and is built quickly.
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):
@@ -79,31 +80,35 @@ def build_model(
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
-    # Keep this order: the tower, the language model and the projector draw random numbers one after
-    # the other (even for weights that are overwritten later), and a seed must give the same projector.
+    # Keep this order: the tower, the language model and the projector draw random numbers one after the other
+    # (even for weights that are overwritten later), and a seed must always result in the same projector.
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
-            text: CausalLM = AutoModelForCausalLM.from_config(
+            text_model: CausalLM = AutoModelForCausalLM.from_config(
                 source,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
         else:
-            text = load_language_model(
-                str(source), dtype, config.bits, attn_implementation, trust_remote_code
+            text_model = load_language_model(
+                str(source),
+                dtype,
+                bits=config.bits,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
             )
         # Do not use `config.hidden_size`: in some families (OPT), token embeddings have another width.
-        text_width = text.get_input_embeddings().weight.shape[1]
+        text_width = text_model.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
     if tokenizer is None:
         tokenizer = load_tokenizer(
             str(language_model or config.language_model), trust_remote_code=trust_remote_code
         )
-    model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
+    model = Llava(tower, projector, text_model, tokenizer, config.template, config.instruction)
     name = tokenizer.name_or_path or str(language_model or config.language_model)
-    check_vocabulary(model.prompt, text.config, name)
-    # Move the model after creating it: random weights are equal on every device if they are drawn on the CPU.
+    check_vocabulary(model.prompt, text_model.config, name)
+    # Create the model on the CPU and then move it, so that the random weights are the same on every device.
     if device is None or on_meta:
         return model
     return model.to(device)
@@ -118,9 +123,9 @@ def build_vision_tower(
     """Build only the vision tower of a model.
 
     Args:
-        config: Name of the vision tower, how images are preprocessed, and which features are used.
+        config: Contains the name of the vision tower, how images are preprocessed, and which features are used.
         source: Folder or hub name of the vision tower; overrides `config`.
-        device: Where to put it; on "meta" it is built without reading or allocating weights.
+        device: Device of the tower. On "meta", it is built without reading or allocating weights.
 
     Raises:
         ValueError: `source` cannot be loaded, is not a vision model, or lacks some weights.
@@ -151,7 +156,14 @@ def load_language_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> CausalLM:
-    """Load a pretrained language model; see `build_model` for the arguments.
+    """Load a pretrained language model.
+
+    Args:
+        name_or_path: Folder or hub name.
+        dtype: Data type of the weights.
+        bits: Bits per weight: 16 (for `dtype`), or 8 or 4 to quantize the weights while loading.
+        attn_implementation: Attention kernel, as Transformers names it.
+        trust_remote_code: Run the Python code that the model comes with.
 
     Raises:
         ValueError: It cannot be loaded, or some of its weights are missing.
@@ -172,8 +184,8 @@ def load_language_model(
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
     for module in language_model.modules():
-        # Disable a CPU kernel that bitsandbytes uses in evaluation mode only. It rounds the scales of
-        # 4-bit weights, so the model would compute different values than in training.
+        # Disable a CPU kernel that bitsandbytes uses only in evaluation mode. It rounds the scales of 4-bit
+        # weights, so the model would compute other values than in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return cast(CausalLM, language_model)
@@ -197,23 +209,23 @@ def load_tokenizer(
     """
     check_model_name(name_or_path)
     try:
-        # Pass a value for `trust_remote_code`: without one, Transformers asks on the terminal.
+        # Always pass a value for `trust_remote_code`: without one, Transformers asks the user on the terminal.
         with blame_file(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(
                 name_or_path, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError) as error:
-        # The most frequent cause deserves a message of its own.
+        # The most frequent cause, a missing file, gets a message of its own.
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"the tokenizer's tokenizer.json is missing: put it into {name_or_path}"
+                f"{name_or_path}: tokenizer.json is missing; copy it into this folder"
             ) from error
         raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token, so no caption would "
-            "ever end; set eos_token in its tokenizer_config.json"
+            f"{name_or_path}: the tokenizer has no end-of-sequence token, without which no caption "
+            "ends; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -224,14 +236,14 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
     """Check that every token that a prompt or an answer can contain has a row in the embedding table.
 
     Args:
-        prompt: The renderer with the tokenizer.
+        prompt: The prompt renderer, which contains the tokenizer.
         config: Config of the language model; None if it is not known.
         name: Name of the model, for the message.
 
     Raises:
         ValueError: A token has no row. The message names the first one.
     """
-    # A multimodal config contains that of its text model.
+    # The config of a multimodal model contains the config of its language model, which has the vocabulary size.
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if rows is None:
         return
@@ -239,20 +251,21 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
     if outside:
         index = min(outside)
         raise ValueError(
-            f"{name}: the token {outside[index]!r} of the tokenizer has the id {index}, but the embedding table has "
-            f"{rows} rows ({len(outside)} token(s) have none). Use the tokenizer of this model, or resize the table: "
-            "model.resize_token_embeddings(len(tokenizer)), then save model and tokenizer."
+            f"{name}: the token {outside[index]!r} of the tokenizer has the id {index}, but the embedding table has only "
+            f"{rows} rows ({len(outside)} token(s) have no row). Use the tokenizer that belongs to this model, or resize "
+            "the table with model.resize_token_embeddings(len(tokenizer)) and save model and tokenizer."
         )
 
 
 def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
-    """Return the config of a language model; for a LLaVA checkpoint, that of its language model.
+    """Return the config of a language model, or of the language model of a LLaVA checkpoint.
 
-    Return None if no config can be loaded, for example for a folder with only a tokenizer.
+    Return None if no config can be loaded, for example from a folder that contains only a tokenizer.
     """
     folder = Path(name_or_path)
     if (folder / CONFIG_NAME).is_file():
-        # A checkpoint contains its language model only if it was trained in full. Otherwise it names the base model.
+        # A checkpoint contains its language model only if all of its weights were trained. Otherwise, llava.json names
+        # the base model.
         own_weights = folder / "language_model"
         name_or_path = str(own_weights)
         if not own_weights.is_dir():
@@ -283,7 +296,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(
             f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
-    # Check the backend last: the check imports bitsandbytes, which takes seconds.
+    # Check this last, because it imports bitsandbytes, which takes seconds.
     if not integrations.validate_bnb_backend_availability():
         raise ValueError(
             f"--bits {bits}: bitsandbytes does not support the devices of this machine; "

@@ -11,8 +11,8 @@
         preprocessor_config.json   how images are resized and normalized
         trainer_state/             what a resumed run needs (written by training)
 
-Weights that were not trained are not stored. `llava.json` identifies them by name and by a digest of
-their files. Loading fails if the digest differs, since adapters and projector fit only those weights.
+A checkpoint does not contain the weights that were not trained. `llava.json` identifies them by name and by a
+digest of their files. Loading fails if the digest differs, since adapters and projector fit only those weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from llava_simplified.model.pissa import (
     scaled_fields,
     split,
     subtract,
-    wants_pissa,
+    uses_pissa,
 )
 from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
@@ -78,11 +78,11 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the weights of all trained parts, and the names and digests of the frozen ones.
+    """Write the weights of all trained parts, and the names and digests of the frozen parts.
 
-    The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
-    exists (an output folder with logs in it), the files are moved into it, `llava.json` last. Without
-    that file, a folder is not a checkpoint, so an interrupted move leaves no incomplete checkpoint.
+    The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder` exists
+    already (for example, an output folder with logs), the files are moved into it, `llava.json` last. A
+    folder without that file is not a checkpoint, so an interrupted move leaves no incomplete checkpoint.
 
     Args:
         model: The model.
@@ -90,8 +90,8 @@ def save_checkpoint(
         config: Names of the base models, and how they are joined.
         parts: The parts that were trained. Exactly these are written.
         training: Options and progress of the run, stored in `llava.json` for information only.
-        state_dict: The trained weights by name. Required if the weights are sharded: the caller has
-            to gather them.
+        state_dict: The trained weights by name; by default those of `model`. Required if the weights of the
+            model are sharded (ZeRO-3, FSDP): the caller must gather them.
 
     Raises:
         ValueError: `parts` contradicts the model: the model has an adapter that `parts` does not name,
@@ -179,11 +179,11 @@ def load_checkpoint(
         dtype: Data type of the frozen weights ("float32", "bfloat16"); by default as in training.
         bits: Precision of the frozen language model (4, 8 or 16); by default as in training.
         device: Where to put the model; by default the accelerator if there is one, else the CPU.
-        trainable: Leave gradients enabled for the trained parts, to train them further.
+        trainable: Keep gradients enabled for the trained parts, to continue training them.
         merge: Merge the adapters into the weights. A quantized language model is dequantized first,
             so that the adapter is added to the values that it was trained with.
-        quantize: "int8" merges the adapters, and stores the weights of the language model's layers in 8
-            bits for faster generation on a CPU; None: as they are.
+        quantize: "int8" merges the adapters and converts the language model's linear layers to 8 bits, for
+            faster generation on a CPU; None keeps the weights as they are.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
         trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
@@ -211,16 +211,16 @@ def load_checkpoint(
         _check_quantize(quantize, torch.device(device), config.bits, trainable)
         merge = True
 
-    # A part that was trained in full is loaded from the checkpoint, any other from its base model.
+    # If all weights of a part were trained, load it from the checkpoint. Otherwise, load its base model.
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    # What the caller passed, for `_blame_config`.
+    # Values that the caller passed. An error that is caused by one of these is not the fault of llava.json.
     chosen = [name for name in (model_base, vision_tower, attn_implementation) if name]
     if bits:
         chosen.append(f"--bits {bits}")
     with _blame_config(folder, chosen):
-        # Verify the base weights before loading them: they may be 14 GB, and the check reads only samples.
+        # Verify the base weights before loading them. They may be 14 GB, and the check reads only samples of them.
         digests = config.weights_digests
         if "language_model" in digests and trained_lm is None:
             check_weights_digest("language_model", config.language_model, digests["language_model"])
@@ -235,7 +235,7 @@ def load_checkpoint(
             trust_remote_code=trust_remote_code,
         )
     load_projector(model.projector, folder)
-    # Add the adapters last, when the base weights are complete and verified.
+    # Add the adapters last, when the base weights are loaded and verified.
     language_model: Any = model.language_model
     if merge and config.bits != 16:
         language_model = language_model.dequantize()
@@ -258,26 +258,31 @@ def load_checkpoint(
 
 
 def _check_quantize(quantize: str, device: torch.device, bits: int, trainable: bool) -> None:
-    """Raise ValueError if a model cannot be quantized as `load_checkpoint` is asked to."""
+    """Raise ValueError if these arguments of `load_checkpoint` do not allow quantization."""
     if quantize != "int8":
         raise ValueError(f"quantize must be int8, not {shorten(quantize)}")
     if bits != 16:
         raise ValueError(
-            f"--quantize int8: the weights have {bits} bits already; pass --bits 16, or leave it out."
+            f"--quantize int8: the weights have {bits} bits already; pass --bits 16, or leave out --quantize."
         )
     if trainable:
-        raise ValueError("a quantized model cannot be trained: pass either quantize or trainable")
+        raise ValueError(
+            "a quantized model cannot be trained; pass either quantize or trainable, not both"
+        )
     check_int8_support(device)
 
 
 @contextmanager
 def _blame_config(folder: Path, chosen: Sequence[str]) -> Iterator[None]:
-    """Add `llava.json` to an error that one of its values causes, such as the path of a model that has moved.
+    """Name `llava.json` in an error that one of its values causes, such as the path of a model that has moved.
 
     Args:
         folder: The checkpoint.
-        chosen: Values that the caller passed instead of those in the file. Errors that contain one of
-            these, or a file of the checkpoint, are not changed.
+        chosen: Values that the caller passed instead of those in the file. An error is not changed if its
+            message contains one of these values, or the folder of the checkpoint.
+
+    Raises:
+        ValueError: The same error, with the path of `llava.json` in its message.
     """
     try:
         yield
@@ -289,13 +294,12 @@ def _blame_config(folder: Path, chosen: Sequence[str]) -> Iterator[None]:
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
-    """Load the trained weights of a checkpoint into a model that is built already (strict).
+    """Load the trained weights of a checkpoint into a model that exists already.
 
     Args:
-        model: A model of the same config, with its adapters in place if the run trains some. An
-            adapter that the checkpoint does not contain keeps its fresh weights. This happens if a run
-            adds LoRA to a model that an earlier run trained in full: the full weights were loaded with
-            the base model.
+        model: A model with the same config. If the run trains adapters, they must have been added. An adapter
+            that the checkpoint does not contain keeps its new weights. This happens if a run adds LoRA to a
+            model whose own weights an earlier run trained; those were loaded as the base model.
         folder: The checkpoint.
 
     Raises:
@@ -324,14 +328,14 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     """
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
-        raise ValueError(f"{folder}: not a checkpoint, projector.safetensors is missing")
+        raise ValueError(f"{folder}: not a checkpoint (projector.safetensors is missing)")
     with blame_file(path):
         stored = load_file(path)
     check_state_dict(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
 
 
-# The entries of an adapter's config that change what it computes, and that `lora.py` sets.
+# The entries of adapter_config.json that change what the adapter computes, with the types that are accepted.
 _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "lora_alpha": (int, float),
@@ -340,16 +344,18 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (list,),
     "fan_in_fan_out": (bool,),
     "task_type": (str, type(None)),
-    # These differ from the default in imported adapters, and with --lora_options.
+    # `lora.py` sets the entries above. Those below differ from their defaults in imported adapters, and with
+    # --lora_options.
     "use_rslora": (bool,),
     "use_dora": (bool,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "modules_to_save": (list, type(None)),
 }
-# Maximum number of entries in `rank_pattern` and `alpha_pattern`, because PEFT compares each entry with each module.
+# Maximum number of entries in `rank_pattern` and `alpha_pattern`. PEFT compares each entry with each module, so a
+# malicious file could keep it busy.
 _MAX_PATTERNS = 1000
-# Entries that describe where the adapter comes from.
+# Entries that only describe where the adapter comes from. They are ignored.
 _ADAPTER_ORIGIN = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -366,14 +372,15 @@ def read_adapter_config(
 ) -> LoraConfig:
     """Read the `adapter_config.json` of a checkpoint.
 
-    Only the entries that this package writes are used, and others must have their default. PEFT has many
-    more, and trusts them: "megatron_core", for example, names a Python module that PEFT imports.
+    Only the entries that this package writes are used; all others must have their default values. PEFT supports
+    many more entries and trusts them: "megatron_core", for example, names a Python module that PEFT imports.
 
     Args:
         folder: The folder of the adapter.
-        accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
-        pissa: The entry "pissa" of `llava.json`: values of the trained adapter, which replace those of the
-            joined adapter (see pissa.py).
+        accept_pattern: Accept a regular expression as `target_modules`. Matching a malicious expression may take
+            forever.
+        pissa: The entry "pissa" of `llava.json`: the values of the trained adapter. They replace those of the
+            joined adapter that is in the file (see pissa.py).
 
     Raises:
         ValueError: The file is missing or invalid, or requires something that this package does not write.
@@ -387,13 +394,13 @@ def read_adapter_config(
     method = stored.get("init_lora_weights")
     if isinstance(method, str) and method.startswith(CHANGES_FROZEN_WEIGHTS):
         raise ValueError(
-            f"{path}: the adapter was trained with changed weights of its base model (init_lora_weights="
-            f"{shorten(method)}), and does not fit the original ones. Convert it to LoRA with the argument "
+            f"{path}: init_lora_weights={shorten(method)} has changed the weights of the base model before training, so "
+            "the adapter does not fit the original weights. Convert it to LoRA with the argument "
             "path_initial_model_for_weight_conversion of PEFT's save_pretrained."
         )
     if pissa is not None:
         stored = {**stored, **pissa}
-    # Use the known entries. Ignore unknown ones with their default value, and refuse others.
+    # Use the known entries. Ignore unknown entries that have their default value, and refuse all others.
     defaults = LoraConfig().to_dict()
     used: dict[str, Any] = {}
     for name, value in stored.items():
@@ -401,9 +408,9 @@ def read_adapter_config(
             types = _ADAPTER_TYPES[name]
             if name == "target_modules" and accept_pattern:
                 types = (list, str)
-            # `isinstance(True, int)` is true in Python.
-            is_bool = isinstance(value, bool) and bool not in types
-            if is_bool or not isinstance(value, types):
+            # Refuse a boolean where a number is expected: `isinstance(True, int)` is true in Python.
+            is_wrong_bool = isinstance(value, bool) and bool not in types
+            if is_wrong_bool or not isinstance(value, types):
                 raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
             used[name] = value
         elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
@@ -415,18 +422,18 @@ def read_adapter_config(
 
 def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
     """Raise ValueError if an entry that LoRA needs is missing, or if a list or a mapping has wrong elements."""
-    # PEFT has defaults for these, with which the adapter would compute something else.
+    # If one of these is missing, PEFT would use its default, and the adapter would compute something else.
     missing = {"r", "lora_alpha", "target_modules"} - set(entries)
     if missing:
-        raise ValueError(f"{path}: {sorted(missing)[0]} is missing")
+        raise ValueError(f"{path}: the entry {sorted(missing)[0]} is missing")
     for name in ("target_modules", "modules_to_save"):
         if not all(isinstance(module, str) for module in entries.get(name) or ()):
-            raise ValueError(f"{path}: {name} must be names of modules")
+            raise ValueError(f"{path}: {name} must be a list of module names")
     for name in ("rank_pattern", "alpha_pattern"):
         if len(entries.get(name, {})) > _MAX_PATTERNS:
             raise ValueError(f"{path}: {name} has more than {_MAX_PATTERNS} entries")
         if not all(isinstance(value, (int, float)) for value in entries.get(name, {}).values()):
-            raise ValueError(f"{path}: {name} must contain numbers")
+            raise ValueError(f"{path}: the values of {name} must be numbers")
 
 
 def _check_adapters(model: Llava, parts: TrainedParts) -> None:
@@ -436,21 +443,24 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
         ("vision tower", model.vision_tower.model, parts.vision_tower == "lora"),
     ):
         if isinstance(part, PeftModel) != expected:
-            found = "has an adapter" if isinstance(part, PeftModel) else "has no adapter"
-            raise ValueError(f"the {name} {found}, which contradicts {parts}")
+            found = "has no adapter" if expected else "has an adapter"
+            raise ValueError(
+                f"the {name} {found}, but according to `parts` it should be otherwise ({parts}); pass the parts that "
+                "were trained"
+            )
 
 
 def _save_adapter(
     model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write an adapter in PEFT's format. One that was initialized by PiSSA becomes a joined adapter."""
-    # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
-    # hub to find out whether they were resized.
+    """Write an adapter in PEFT's format. If PiSSA has initialized it, write the joined adapter (see pissa.py)."""
+    # Pass save_embedding_layers=False: embeddings are never trained here, and PEFT's default "auto" makes a request
+    # to the hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     pissa, initial = _pissa_entries(model), initial_weights(model)
     if pissa is None or initial is None:
         return
-    # Replace the adapter by the one that fits the original weights (see pissa.py).
+    # Replace the trained adapter by the joined adapter, which fits the original weights.
     path = folder / "adapter_model.safetensors"
     save_file(join(load_file(path), initial), path, metadata={"format": "pt"})
     path = folder / "adapter_config.json"
@@ -467,16 +477,20 @@ def _pissa_entries(model: Any) -> dict[str, Any] | None:
 
 
 def _read_pissa_entries(checkpoint_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the entry "pissa" of a `llava.json`, if it has one; its values are not checked.
+    """Return the entry "pissa" of a `llava.json`, or None.
+
+    Its values are not checked here, but by `read_adapter_config`.
 
     Raises:
-        ValueError: It is not a mapping of the expected names.
+        ValueError: The entry is not a mapping with exactly the keys of `SCALED_FIELDS`.
     """
     entries = checkpoint_config.get("pissa")
     if entries is None:
         return None
     if not isinstance(entries, dict) or set(entries) != set(SCALED_FIELDS):
-        raise ValueError(f"{CONFIG_NAME}: pissa has an invalid value: {shorten(entries)}")
+        raise ValueError(
+            f"{CONFIG_NAME}: pissa must be a mapping with the keys {', '.join(SCALED_FIELDS)}, not {shorten(entries)}"
+        )
     return entries
 
 
@@ -490,13 +504,13 @@ def _versions() -> dict[str, str]:
 
 
 def _temporary_folder(folder: Path) -> Path:
-    """Return the path of the folder in which a checkpoint is written before it is renamed."""
-    # Put it next to the target, since a rename is atomic only within one file system.
+    """Return the path of the folder into which a checkpoint is written before it is renamed."""
+    # Use the parent folder of the target, since a rename is atomic only within one file system.
     return folder.with_name(f".{folder.name}.part{os.getpid()}")
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary folder; or move its entries into a folder that exists."""
+    """Rename a complete temporary folder to `folder`. If `folder` exists, move the files into it instead."""
     use_default_permissions(temporary)
     if not folder.exists():
         rename_folder(temporary, folder)
@@ -517,12 +531,12 @@ def _load_trained_part(
 ) -> None:
     """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
-        # If there is no stored adapter, the fresh one stays; see `load_trained_weights`.
+        # If the checkpoint has no adapter, the new one is kept; see `load_trained_weights`.
         if adapter.is_dir():
             _load_adapter(part, adapter, pissa)
         return
     model_class: Any = type(part)
-    # Let Transformers load the file, because names in the file may differ from those in memory.
+    # Let Transformers load the file, because it knows how the names in the file differ from those in memory.
     with blame_file(full):
         stored, loading_info = model_class.from_pretrained(
             full, dtype=part.dtype, output_loading_info=True, trust_remote_code=False
@@ -534,14 +548,14 @@ def _load_trained_part(
 def _with_adapter(
     model: Any, folder: Path, merge: bool, pissa: Mapping[str, Any] | None = None
 ) -> PeftModel | nn.Module:
-    """Put a stored adapter on a model; with `merge`, return the plain model with merged weights."""
+    """Add a stored adapter to a model. With `merge`, merge it into the weights and return the plain model."""
     config = read_adapter_config(folder, pissa=pissa)
-    # PEFT stores True, which would freeze an adapter that is to be trained further.
+    # PEFT stores True, which would freeze the adapter. The caller decides whether it is trained.
     config.inference_mode = False
     with blame_file(folder / "adapter_config.json"):
         adapted = get_peft_model(model, config)
     if pissa is not None:
-        # Set this only after PEFT has created the adapter, or it would decompose the weights again.
+        # Set this only after PEFT has created the adapter. Otherwise, PEFT would decompose the weights again.
         current: Any = adapted.peft_config["default"]
         current.init_lora_weights = "pissa"
     _load_adapter(adapted, folder, pissa)
@@ -551,13 +565,13 @@ def _with_adapter(
 
 
 def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | None = None) -> None:
-    """Load an adapter's weights (strict).
+    """Load an adapter's weights. A difference in names, shapes or settings raises ValueError.
 
-    PEFT itself only warns about missing keys, and does not compare the scaling.
+    PEFT itself only warns about missing weights, and does not compare settings such as the scale.
     """
     current: Any = model.peft_config["default"]
     stored = read_adapter_config(folder, pissa=pissa)
-    _check_same_adapter(folder, current, stored, pissa is not None)
+    _check_same_adapter(folder, current, stored, is_pissa=pissa is not None)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder}: {path.name} is missing")
@@ -566,6 +580,7 @@ def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | Non
     expected = get_peft_model_state_dict(model)
     initial: dict[str, torch.Tensor] = {}
     if pissa is not None:
+        # The file contains the joined adapter; `initial` are the matrices A0 and B0 before training.
         weights, initial = split(weights)
         matrices = {name: expected[name] for name in expected if name in initial}
         check_state_dict(initial, matrices, str(folder))
@@ -576,11 +591,17 @@ def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | Non
 
 
 def _check_same_adapter(
-    folder: Path, current: LoraConfig, stored: LoraConfig, is_pissa: bool
+    folder: Path, current: LoraConfig, stored: LoraConfig, *, is_pissa: bool
 ) -> None:
     """Raise ValueError if a stored adapter does not fit the settings of this run's adapter.
 
-    Without this check, a different rank would raise an error about shapes, and a different scale none at all.
+    Without this check, a different rank would raise an error about shapes, and a different scale no error at all.
+
+    Args:
+        folder: The folder of the stored adapter, for the message.
+        current: Settings of this run's adapter.
+        stored: Settings of the stored adapter.
+        is_pissa: Whether PiSSA has initialized the stored adapter.
     """
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
@@ -593,7 +614,7 @@ def _check_same_adapter(
                 f"{folder}: the adapter was trained with {name}={shorten(getattr(stored, name))}; pass the same "
                 f"{name} in --lora_options"
             )
-    if wants_pissa(current) != is_pissa:
+    if uses_pissa(current) != is_pissa:
         method: str | bool = True
         was = "was not"
         if is_pissa:

@@ -1,20 +1,20 @@
 """The cross entropy of many logits, in little memory.
 
-The logits are the largest tensor of a step: 4,000 trained tokens with a vocabulary of 128,000 are 1 GB in
-bfloat16. The loss must be computed in float32, and a plain `cross_entropy(logits.float(), labels)` holds
-four copies of the logits besides:
+The logits are the largest tensor of a step: for 4,000 trained tokens and a vocabulary of 128,000, they take
+1 GB in bfloat16. The loss must be computed in float32, and a plain `cross_entropy(logits.float(), labels)`
+holds four more copies of the logits:
 
     logits bfloat16 -> float32 -> log-probabilities float32       forward
     gradient bfloat16 <- float32 <- gradient float32              backward
 
 Here, only one chunk of rows exists in float32 at a time. The forward pass saves the logits and one number
-per row, logsumexp(logits). The backward pass computes the gradient from them:
+per row, logsumexp(logits). From these, the backward pass computes the gradient:
 
     loss of a row = logsumexp(logits) - logits[label]
     its gradient  = softmax(logits) - onehot(label)
 
-It is also faster, on GPUs and on CPUs, because it reads and writes less memory. Liger's and Apple's fused
-losses (kernels for GPUs) use the same technique.
+This is also faster, on GPUs and on CPUs, because less memory is read and written. The fused losses of Liger and
+Apple (kernels for GPUs) use the same technique.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-# Maximum number of logits (rows x vocabulary) in a chunk: 64 MB in float32.
+# Maximum number of logits (rows x vocabulary) in a chunk; they take 64 MB in float32.
 CHUNK_SIZE = 1 << 24
 
 
@@ -36,8 +36,9 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         labels: int64 (rows,).
 
     Returns:
-        (rows,), float32 or float64: bfloat16 is too imprecise for a softmax over a large vocabulary.
+        (rows,), float32 (float64 for float64 logits).
     """
+    # Use at least float32, because bfloat16 is too imprecise for a softmax over a large vocabulary.
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() <= CHUNK_SIZE:
         return cross_entropy(logits.to(dtype), labels, reduction="none")
@@ -83,6 +84,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # Subtract the one-hot label.
             minus_one = grad.new_full((len(grad), 1), -1.0)
             grad.scatter_add_(1, labels[rows, None], minus_one)
-            # The assignment rounds to the data type of the logits.
+            # This assignment rounds the float32 gradient to the data type of the logits.
             grad_logits[rows] = grad.mul_(grad_losses[rows, None])
         return grad_logits, None, None

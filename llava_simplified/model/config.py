@@ -5,7 +5,7 @@ This module does not import torch, so that commands can read a checkpoint's conf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from llava_simplified.foreign_files import read_json_object, shorten
 
 CONFIG_NAME = "llava.json"
-# Increase it with every change that older versions of this package cannot read. Keep the old version
-# in `READABLE_FORMAT_VERSIONS`, and convert its entries in `read_checkpoint_config`.
+# Increase this number with every change that older versions of this package cannot read. Keep the old number in
+# `READABLE_FORMAT_VERSIONS`, and convert the old entries in `read_checkpoint_config`.
 FORMAT_VERSION = 2
 # Version 1 (LLaVA Simplified 0.1.0) calls `weights_digests` "fingerprints".
 READABLE_FORMAT_VERSIONS = (1, 2)
@@ -30,18 +30,18 @@ class LlavaConfig:
         language_model: Folder or hub name of the causal language model.
         vision_tower: Folder or hub name of the vision model.
         mm_projector_type: `linear`, `mlp2x_gelu` (any depth) or `identity`.
-        mm_vision_select_layer: Index of the vision tower's hidden state that is the projector's input;
-            several are concatenated.
+        mm_vision_select_layer: Index of the hidden state of the vision tower that is the input of the projector.
+            If there are several indices, the hidden states are concatenated.
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
         mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
-        image_aspect_ratio: What is done with images that are not square: `crop` (what the vision tower's
-            image processor does), or `pad` to a square first, as LLaVA-1.5.
+        image_aspect_ratio: What to do with images that are not square: `crop` (as the vision tower's image
+            processor does), or `pad` to a square first, as LLaVA-1.5.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
-        instruction: Instruction of the training data, the default of `Llava.caption`.
+        instruction: Instruction of the training data. It is the default instruction of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
         bits: Precision of the frozen language model: 16 for `dtype`, or 4 or 8 if quantized.
-        weights_digests: "language_model" and "vision_tower" -> digest of the weight files that
-            the checkpoint was trained on, see `llava_simplified.model.weights`.
+        weights_digests: Digest of the weight files that the checkpoint was trained on, by part
+            ("language_model", "vision_tower"); see `llava_simplified.model.weights`.
     """
 
     language_model: str
@@ -62,11 +62,11 @@ class LlavaConfig:
         """Return the config that the "architecture" of a `llava.json` describes.
 
         Raises:
-            ValueError: An entry is missing, is unknown, or has another type.
+            ValueError: An entry is missing or unknown, or has the wrong type.
         """
         layer = fields.get("mm_vision_select_layer", cls.mm_vision_select_layer)
         if isinstance(layer, list):
-            # JSON has no tuples.
+            # JSON has no tuples, so the layers are stored as a list.
             fields = {**fields, "mm_vision_select_layer": tuple(layer)}
         for name, value in fields.items():
             if name not in _FIELD_TYPES:
@@ -74,14 +74,16 @@ class LlavaConfig:
             _check_type(name, value, _FIELD_TYPES[name])
         for name in ("language_model", "vision_tower"):
             if not fields.get(name):
-                raise ValueError(f'{CONFIG_NAME}: "architecture" has no {name}')
+                raise ValueError(
+                    f'{CONFIG_NAME}: the entry {name} of "architecture" is missing or empty'
+                )
         if fields.get("dtype", cls.dtype) not in DTYPES:
             raise ValueError(
-                f"{CONFIG_NAME}: dtype must be one of {DTYPES}, not {fields['dtype']!r}"
+                f"{CONFIG_NAME}: dtype must be {_alternatives(DTYPES)}, not {fields['dtype']!r}"
             )
         if not 0 <= fields.get("mm_token_pool", 0) <= _MAX_TOKEN_POOL:
             raise ValueError(
-                f"{CONFIG_NAME}: mm_token_pool must be 0 to {_MAX_TOKEN_POOL}, not "
+                f"{CONFIG_NAME}: mm_token_pool must be from 0 to {_MAX_TOKEN_POOL}, not "
                 f"{shorten(fields['mm_token_pool'])}"
             )
         for name, value in fields.get("weights_digests", {}).items():
@@ -92,9 +94,10 @@ class LlavaConfig:
         return cls(**fields)
 
 
-_MAX_TOKEN_POOL = 256  # 65,536 tokens per image
+_MAX_TOKEN_POOL = 256  # a grid of 256 x 256 are 65,536 tokens per image
 DTYPES = ("float32", "bfloat16", "float16")
 
+# The accepted types of the fields of `LlavaConfig`.
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "language_model": (str,),
     "vision_tower": (str,),
@@ -125,8 +128,10 @@ class TrainedParts:
     The projector is always trained.
 
     Attributes:
-        language_model: "adapter": a LoRA adapter; "full": its own weights; "none": frozen.
-        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": frozen.
+        language_model: "adapter" (a LoRA adapter is trained), "full" (all of its own weights are trained) or
+            "none" (frozen).
+        vision_tower: "lora" (a LoRA adapter is trained), "full" (its own weights are trained) or "none"
+            (frozen).
     """
 
     language_model: Literal["none", "adapter", "full"] = "none"
@@ -147,23 +152,20 @@ class TrainedParts:
         Raises:
             ValueError: An entry has an unknown value.
         """
-        trained = checkpoint_config.get("trained")
-        trained_tower = checkpoint_config.get("trained_tower", "off")
+        # Invert the mappings, from attributes to stored values.
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
-        # Check the type first: a list, for example, cannot be looked up in a dict.
-        is_text = isinstance(trained, str) and isinstance(trained_tower, str)
-        if not is_text or trained not in language_model or trained_tower not in vision_tower:
-            raise ValueError(
-                f"{CONFIG_NAME}: unknown values trained={shorten(trained)}, "
-                f"trained_tower={shorten(trained_tower)}"
-            )
-        return cls(language_model[trained], vision_tower[trained_tower])
+        trained = checkpoint_config.get("trained")
+        trained_tower = checkpoint_config.get("trained_tower", "off")
+        return cls(
+            language_model=_look_up("trained", trained, language_model),
+            vision_tower=_look_up("trained_tower", trained_tower, vision_tower),
+        )
 
 
-# The values in llava.json differ from the attributes, and cannot change without a new format version:
-# "trained" is the name of the checkpoint folder (or file) with the weights, "trained_tower" is the
-# value of the option --tune_vision_tower.
+# Value of the attribute of `TrainedParts` -> value in llava.json. The stored values are historical, and cannot
+# change without a new format version: "trained" is the name of the folder (or file) of the checkpoint that
+# contains the weights, and "trained_tower" is the value of the option --tune_vision_tower.
 _STORED_LANGUAGE_MODEL: dict[Literal["none", "adapter", "full"], str] = {
     "none": "projector",
     "adapter": "adapter",
@@ -176,8 +178,34 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 }
 
 
+def _look_up(name: str, value: object, parts: Mapping[str, Any]) -> Any:
+    """Return the attribute of `TrainedParts` for an entry of a `llava.json`.
+
+    Args:
+        name: The entry, for the message.
+        value: Its value.
+        parts: Attributes by allowed value.
+
+    Raises:
+        ValueError: The value is not allowed.
+    """
+    # Check the type first: a list, for example, cannot be looked up in a dict.
+    if not isinstance(value, str) or value not in parts:
+        raise ValueError(
+            f"{CONFIG_NAME}: {name} must be {_alternatives(parts)}, not {shorten(value)}. The file is damaged, or a newer "
+            "version of LLaVA Simplified wrote it; copy the checkpoint again, or install the newest version."
+        )
+    return parts[value]
+
+
+def _alternatives(values: Iterable[str]) -> str:
+    """Return values as "a, b or c"."""
+    *others, last = values
+    return f"{', '.join(others)} or {last}"
+
+
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
-    """Read the `llava.json` of a checkpoint. Entries of older versions get their current names.
+    """Read the `llava.json` of a checkpoint. Entries with names of older versions are renamed.
 
     Returns:
         A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
@@ -194,14 +222,14 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
                 f"{folder}: no such folder. Pass the folder of a checkpoint{_suggestion(Path(folder))}"
             )
         raise ValueError(
-            f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
+            f"{folder}: not a checkpoint ({CONFIG_NAME} is missing){_suggestion(Path(folder))}"
         )
     checkpoint_config = read_json_object(path)
     version = checkpoint_config.get("format_version")
     if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
-            f"{path}: unknown format version {shorten(version)}; this version of LLaVA Simplified reads "
-            f"{READABLE_FORMAT_VERSIONS}. Install a newer version."
+            f"{path}: unknown format_version {shorten(version)}; this version of LLaVA Simplified reads "
+            f"{_alternatives(map(str, READABLE_FORMAT_VERSIONS))}. Install a newer version of LLaVA Simplified."
         )
     architecture = checkpoint_config.get("architecture")
     for name, value in (
@@ -210,22 +238,22 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
         ("versions", checkpoint_config.setdefault("versions", {})),
     ):
         if not isinstance(value, dict):
-            raise ValueError(f"{path}: {name!r} must be an object, not {shorten(value)}")
+            raise ValueError(f"{path}: {name} must be a JSON object, not {shorten(value)}")
     assert isinstance(architecture, dict)
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")
-    # Missing in checkpoints from before vision towers could be trained.
+    # Early checkpoints do not have this entry, because vision towers could not be trained then.
     checkpoint_config.setdefault("trained_tower", "off")
     return checkpoint_config
 
 
 def _suggestion(folder: Path) -> str:
     """Return the end of an error message, which suggests another path or command."""
-    # The user may have passed an output folder, whose subfolders are checkpoints: suggest the newest.
+    # The user may have passed an output folder, whose subfolders are checkpoints. Suggest the newest one.
     found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
     if found:
         return f"; did you mean {found[-1].parent}?"
-    return "; `llava import` converts a checkpoint of another code base (mm_projector.bin)"
+    return "; for a checkpoint of another code base (with mm_projector.bin), use `llava import`"
 
 
 def resolve_path(name: str) -> str:

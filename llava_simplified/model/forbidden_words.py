@@ -1,26 +1,26 @@
-"""Words and phrases that are never generated, whichever tokens they are made of.
+"""Words and phrases that are never generated, whatever tokens they consist of.
 
-It is not enough to ban the tokens of " cat", because a model can spell the word with other tokens. It is too much to
-ban those of "cat", because "concat" contains them, too. So look at the text and not at the tokens: before each step,
-exclude every token that would complete a forbidden word in the generated text.
+Banning the tokens of " cat" is not enough, because a model can spell the word with other tokens. Banning the tokens of
+"cat" is too much, because "concat" contains them too. So this module looks at the text and not at the tokens: before
+each step, it excludes every token that would complete a forbidden word in the generated text.
 
     forbidden        cat
     generated text   "a c"
-    excluded         "at", "at,", "at on"     they complete the word
-    allowed          "ats", "atalog", "ar"    they make another word
+    excluded         "at", "at,", "at on"     these would complete the word
+    allowed          "ats", "atalog", "ar"    these make another word
 
-A forbidden word is found only as a whole word, without a letter or digit before and after it. Upper and lower case
-do not matter, nor does the white space between the words of a phrase. A token that ends with the last letter of the
-word is excluded, although the next token might continue it to another word ("cat" + "egory"): if no such token
-followed, the forbidden word could not be taken back.
+Only whole words are forbidden: the word must have no letter or digit directly before or after it. Upper and lower
+case do not matter, and neither does the kind of white space between the words of a phrase. A token that ends with the
+last letter of the word is excluded, although the next token might continue it to another word ("cat" + "egory"). If
+the model then chose another next token, the forbidden word would already be part of the text.
 
-How the tokens are found. `patterns` are the forbidden words in lower case as UTF-8. A token completes a pattern in one
+How the tokens are found: `patterns` are the forbidden words in lower case as UTF-8. A token completes a pattern in one
 of two ways:
 
-    the token contains the whole pattern          found once, for all steps (`_find_whole_patterns`)
-    the text ends with the pattern's beginning    look up which patterns begin like the end of the text
-    and the token begins with the rest            (`_by_beginning`), then search the rest in a sorted list of all
-                                                  tokens (`_tokens_that_complete`)
+    1. The token contains the complete pattern. These tokens are found once, for all steps (`_find_whole_patterns`).
+    2. The text ends with the beginning of the pattern, and the token begins with the rest. In each step, look up the
+       patterns whose beginning is the end of the text (`_by_beginning`). Then search for tokens that begin with the
+       rest in a sorted list of all tokens (`_tokens_that_complete`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from transformers.generation import LogitsProcessor
 from llava_simplified.data.device_copy import to_device
 from llava_simplified.prompt import Prompt
 
-# Scripts without spaces between words. In them, a forbidden word is found anywhere, not only as a whole word.
+# The range of scripts without spaces between words, such as Chinese. There, a forbidden word is found anywhere, not only
+# as a whole word.
 _IDEOGRAPHS_FROM, _IDEOGRAPHS_TO = "\u2e80", "\uabff"
-# The characters of `str.isspace`, in UTF-8.
+# All characters for which `str.isspace` is true, in UTF-8.
 _WHITE_SPACE = re.compile(
     rb"(?:[\s\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)+"
 )
-_BETWEEN_TOKENS = b"\0"  # no pattern contains it
-_MAX_UTF8_BYTES = 4  # of one character
+_BETWEEN_TOKENS = b"\0"  # separator; no pattern contains it
+_MAX_UTF8_BYTES = 4  # maximum number of bytes of one character
 
 
 class ForbiddenWords:
@@ -63,18 +64,19 @@ class ForbiddenWords:
             spellings |= _spellings(phrase)
         patterns = sorted(spellings)
         self._max_length = max(map(len, patterns), default=0)
-        # Each beginning of a pattern -> the patterns that begin so.
+        # Each beginning of a pattern -> the patterns with this beginning.
         self._by_beginning: dict[bytes, list[bytes]] = {}
         for pattern in patterns:
             for end in range(1, len(pattern)):
                 self._by_beginning.setdefault(pattern[:end], []).append(pattern)
-        # In a sorted list, tokens with the same beginning are adjacent. The second list is for texts that end with
-        # a space: a leading space of the next token changes nothing then.
+        # In a sorted list, tokens with the same beginning are adjacent. The second list, without leading spaces, is for
+        # texts that end with a space: another space makes no difference there.
         texts = [_normalize(text) for text in token_texts]
         self._sorted = sorted((text, index) for index, text in enumerate(texts) if text)
         self._sorted_stripped = sorted((text.lstrip(), index) for text, index in self._sorted)
-        # Tokens that contain a whole pattern: always excluded if a word begins within the token (" cat"), but only
-        # at the beginning of a word if the token starts with the pattern ("cat").
+        # Ids of the tokens that contain a whole pattern. If the pattern is a separate word within the token (" cat"),
+        # the token is always excluded. If the token starts with the pattern ("cat"), it is only excluded where a new
+        # word can begin ("con" + "cat" is allowed).
         self._anywhere: list[int] = []
         self._at_boundary: list[int] = []
         self._find_whole_patterns(texts, patterns)
@@ -92,7 +94,7 @@ class ForbiddenWords:
         banned = list(self._anywhere)
         if _ends_at_boundary(tail):
             banned += self._at_boundary
-        # Patterns whose first `length` bytes are the end of the text.
+        # Find the patterns whose first `length` bytes are the end of the text.
         for length in range(1, min(self._max_length, len(tail) + 1)):
             before, begun = tail[:-length], tail[-length:]
             for pattern in self._by_beginning.get(begun, ()):
@@ -102,7 +104,7 @@ class ForbiddenWords:
         return banned
 
     def _tail(self, generated_ids: Sequence[int]) -> bytes:
-        """Return the end of the generated text: as long as the longest pattern and the character before it."""
+        """Return the end of the generated text, long enough for the longest pattern and one character before it."""
         needed = self._max_length + _MAX_UTF8_BYTES
         parts: list[bytes] = []
         for index in reversed(generated_ids):
@@ -110,15 +112,15 @@ class ForbiddenWords:
                 break
             part = self._token_texts[index] if index < len(self._token_texts) else b""
             parts.append(part)
-            # Do not count white space, because `_normalize` shortens it.
+            # Do not count white space at the ends of a token, because `_normalize` may shorten it.
             needed -= len(part.strip())
         return _normalize(b"".join(reversed(parts)))
 
     def _tokens_that_complete(self, rest: bytes, after_space: bool) -> list[int]:
-        """Return the tokens that begin with the rest of a pattern, and do not continue the word after it.
+        """Return the tokens that begin with the rest of a pattern, and after it do not continue the word.
 
         Args:
-            rest: What is missing from the pattern.
+            rest: The part of the pattern that is missing at the end of the text.
             after_space: Whether the text ends with a space.
         """
         key = (rest, after_space)
@@ -137,8 +139,8 @@ class ForbiddenWords:
 
     def _find_whole_patterns(self, texts: Sequence[bytes], patterns: Sequence[bytes]) -> None:
         """Find the tokens that contain a whole pattern, for `_anywhere` and `_at_boundary`."""
-        # Search in one long text of all tokens: to search thousands of patterns in each of 150,000 tokens would take
-        # a minute.
+        # Join all tokens to one long text. Searching for thousands of patterns in each of 150,000 tokens would take a
+        # minute.
         joined = _BETWEEN_TOKENS.join(texts)
         lengths = [len(text) + len(_BETWEEN_TOKENS) for text in texts]
         starts = [0, *accumulate(lengths)]
@@ -146,7 +148,7 @@ class ForbiddenWords:
             needs_boundary = _starts_with_letter(pattern)
             found = joined.find(pattern)
             while found >= 0:
-                # The token in which the pattern was found, and its place in the token.
+                # Compute in which token the pattern was found, and where in the token it starts.
                 index = bisect_right(starts, found) - 1
                 text = texts[index]
                 start = found - starts[index]
@@ -162,8 +164,8 @@ class ForbiddenWordsProcessor(LogitsProcessor):
     """Excludes forbidden words in `generate` of Transformers.
 
     Args:
-        words: The words.
-        start_ids: Token ids with which the answer begins, before those that `generate` generates.
+        words: The forbidden words.
+        start_ids: Token ids that the answer begins with. They are part of the prompt of `generate`.
     """
 
     def __init__(self, words: ForbiddenWords, start_ids: Sequence[int] = ()) -> None:
@@ -186,7 +188,7 @@ def exclude_forbidden_words(
     Args:
         logits: (rows, vocabulary).
         generated_ids: All token ids of each row's answer so far.
-        words: The words.
+        words: The forbidden words.
     """
     rows: list[int] = []
     banned: list[int] = []
@@ -194,7 +196,7 @@ def exclude_forbidden_words(
         banned_ids = words.banned_ids(ids)
         rows += [row] * len(banned_ids)
         banned += banned_ids
-    # Copy the ids of all rows to the device at once: each copy takes long, whatever its size.
+    # Copy the ids of all rows to the device together, because even a small copy takes long.
     pairs = to_device(torch.tensor([rows, banned], dtype=torch.long), logits.device)
     logits[pairs[0], pairs[1]] = -torch.inf
 
@@ -206,10 +208,10 @@ def load_forbidden_words(prompt: Prompt, phrases: tuple[str, ...]) -> ForbiddenW
 
 
 def _spellings(phrase: str) -> set[bytes]:
-    """Return all forms of a phrase that `_normalize` does not make equal.
+    """Return the forms of a phrase that must be listed separately, because `_normalize` does not make them equal.
 
-    It changes bytes, and bytes have upper and lower case for ASCII letters only. So list the forms with other letters
-    in upper or lower case, and with accents as one character or two.
+    `_normalize` works on bytes, so it converts only ASCII letters to lower case. Other letters occur in upper and lower
+    case, and letters with accents can be encoded as one character (NFC) or as two (NFD).
     """
     words = " ".join(phrase.split())
     cases = {words, words.lower(), words.upper(), words.title(), words.capitalize()}
@@ -221,19 +223,20 @@ def _spellings(phrase: str) -> set[bytes]:
 
 
 def _normalize(text: bytes) -> bytes:
-    """Return a text in lower case, with one space for any white space."""
+    """Return a text with ASCII letters in lower case, and each run of white space replaced by one space."""
     return _WHITE_SPACE.sub(b" ", text.lower())
 
 
 def _ends_at_boundary(text: bytes) -> bool:
-    """Return whether a word can begin after a text: it is empty, or does not end with a letter or digit."""
-    # A character that is still incomplete becomes U+FFFD, which is not a letter. So a word may begin after it.
+    """Return whether a word can begin after a text: the text is empty, or does not end with a letter or digit."""
+    # An incomplete character at the end becomes U+FFFD, which is not a letter. So a word may begin after it.
     end = text[-_MAX_UTF8_BYTES:].decode(errors="replace")
     return not end or not _is_letter(end[-1])
 
 
 def _is_whole_at_end(text: bytes, end: int) -> bool:
-    """Return whether a word that ends at `end` is whole: the next character does not continue it."""
+    """Return whether a word that ends at `end` is a whole word: the next character does not continue it."""
+    # Decode the characters before and after `end`. A character takes up to four bytes.
     following = text[end : end + _MAX_UTF8_BYTES].decode(errors="replace")
     last = text[max(0, end - _MAX_UTF8_BYTES) : end].decode(errors="replace")
     if not following or not last:

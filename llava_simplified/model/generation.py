@@ -6,15 +6,16 @@
                                                                             +--> sequence 2
 
 Greedy search and sampling use our own decode loop, `DecodingBatch`, with continuous batching (Yu et
-al., Orca, 2022): after each step, finished sequences leave the batch, and new ones may join. N samples
-of one prompt start from N copies of one prefilled KV cache. Beam search is that of Transformers.
+al., Orca, 2022): after each step, finished sequences leave the batch, and new ones may join. A prompt with
+N samples is prefilled only once, and all samples start from the same KV cache. For beam search, we call
+Transformers.
 
-A sequence does not depend on the other sequences in the batch: padding is masked, positions count from
+A sequence does not depend on the other sequences in the batch: padding is masked, positions are counted from
 the sequence's own first token, and each sequence has its own random numbers (see
 `llava_simplified.model.sampling`).
 
-On a GPU, the steps run as CUDA graphs (see `llava_simplified.model.static_decoding`). The host reads one
-small tensor from the device in each step, the new tokens, because they decide which sequences end.
+On a GPU, the steps run as CUDA graphs (see `llava_simplified.model.static_decoding`). In each step, the host
+reads only one small tensor from the device: the new tokens, which decide which sequences end.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ from llava_simplified.model.static_decoding import (
     find_static_decoder,
 )
 
-# In place of the token of a sequence whose logits are not finite.
+# This id takes the place of the token if the logits of a sequence are not finite.
 _NO_TOKEN = -1
 
 NOT_FINITE = "The logits of the next token contain NaN or infinity."
 
 
 class DecodingBatch:
-    """A batch of sequences in flight: `step` generates one token for each, `join` adds sequences.
+    """A batch of sequences in flight. `step` generates one token for each sequence; `join` adds sequences.
 
     Example:
         batch = DecodingBatch(model, prompts, features, GenerationOptions(max_new_tokens=20))
@@ -87,18 +88,18 @@ class DecodingBatch:
         prompts: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
         image_features: (images, tokens, vision hidden size), the images of all prompts in order; None:
             no image.
-        options: One for all prompts, or one per prompt. A prompt gets `num_return_sequences`
+        options: One object for all prompts, or one per prompt. A prompt gets `num_return_sequences`
             consecutive sequence ids.
         hashes: One per prompt, see `prompt_hashes`. Hash and seed determine the random numbers of a
             prompt's sequences.
 
     Attributes:
-        generated_ids: Sequence id -> token ids of the answer, of finished sequences too: those of
-            `GenerationOptions.start_with`, and then the generated ones. Long-running callers must delete
-            the entries of sequences that they are done with.
+        generated_ids: Token ids of the answer by sequence id, also for finished sequences. They begin with those
+            of `GenerationOptions.start_with`. Long-running callers must delete the entries of finished sequences
+            after reading them.
         active: Ids of the sequences that are not finished.
-        errors: Sequence id -> the exception that prevented choosing a token. Such a sequence
-            is finished; others continue.
+        errors: The exception that prevented choosing the next token, by sequence id. Such a sequence is
+            finished; the others continue.
     """
 
     def __init__(
@@ -114,15 +115,15 @@ class DecodingBatch:
         self.active: list[int] = []
         self.errors: dict[int, Exception] = {}
         self._new_ids = count()
-        # The state of a batch of four active sequences, before a step. Two of them are samples of one
-        # prompt that have not generated different tokens yet:
+        # This is the state of a batch with four active sequences before a step. Sequences 7 and 8 are samples of
+        # the same prompt. They have generated the same tokens so far, so they share a row:
         #
         #                      columns of the KV cache     _mask               _next_positions  _logits
         #     row 0  id 4      . . a a a a a a             0 0 1 1 1 1 1 1     6                (3, vocab)
         #     row 1  id 7, 8   . . . b b b b b             0 0 0 1 1 1 1 1     5
         #     row 2  id 9      . . . . . d d d             0 0 0 0 0 1 1 1     3
         #
-        # Active sequences only, by id:
+        # For active sequences only, by sequence id:
         self._options: dict[int, GenerationOptions] = {}
         self._random_numbers: dict[int, Iterator[float]] = {}
         self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
@@ -132,15 +133,15 @@ class DecodingBatch:
         self._next_positions = torch.empty(0)  # int64 (rows,)
         self._logits = torch.empty(0)  # (rows, vocabulary), of the next token
         self._cache: Any = None
-        # On a GPU, mask, positions and cache are moved into the buffers of this decoder.
+        # On a GPU, the mask, the positions and the cache are moved into the buffers of this decoder (else None).
         self._static_decoder = find_static_decoder(model)
         self._cache_kwarg_name = cache_kwarg_name(model.language_model)
         self.join(prompts, image_features, options, hashes)
 
-    # Joining a batch in flight. The new prompts are prefilled by themselves, and then their rows are
-    # appended to those of the batch. Nothing of the old sequences is computed again:
+    # How prompts join a batch in flight: they are prefilled separately, and then their rows are appended to
+    # those of the batch. Nothing is computed again for the old sequences:
     #
-    #     batch   . . a a a a a a      prefill   p p p p    ->   set both caches to the same length, by
+    #     batch   . . a a a a a a      prefill   p p p p    ->   set both caches to the same length, with
     #             . . . b b b b b                . . q q         masked columns on the left, and append:
     #
     #                                                            . . a a a a a a
@@ -155,10 +156,10 @@ class DecodingBatch:
         options: GenerationOptions | Sequence[GenerationOptions],
         hashes: Sequence[bytes] | None = None,
     ) -> list[int]:
-        """Add prompts to the batch, at any time. The arguments are those of the constructor.
+        """Add prompts to the batch, at any time. For the arguments, see the constructor.
 
         Returns:
-            The ids of the new sequences; those of one prompt are consecutive.
+            The ids of the new sequences. The ids of one prompt are consecutive.
 
         Raises:
             ValueError: `options` request beam search (`num_beams` above 1).
@@ -168,13 +169,13 @@ class DecodingBatch:
         if any(option.num_beams > 1 for option in options):
             raise ValueError("`step()` does not support beam search; use `generate()`")
 
-        # The forced beginning of an answer is prefilled with the prompt.
+        # Prefill the forced beginning of an answer (`start_with`) together with the prompt.
         starts = [_start_ids(self.model, option) for option in options]
         prompts = [[*prompt, *start] for prompt, start in zip(prompts, starts)]
         mask, next_positions, logits, cache = self._prefill(prompts, image_features)
 
-        # Bring the new rows and the old ones to the same number of columns: the number of tokens of the
-        # longest sequence. This also drops the columns that only finished sequences needed.
+        # Give the new and the old rows the same number of columns: the number of tokens of the longest
+        # sequence. This also removes the columns that only finished sequences needed.
         columns = mask.shape[1]
         self.leave_static_buffers()
         if self.active:
@@ -182,9 +183,8 @@ class DecodingBatch:
             longest = self._mask.sum(1).max()
             columns = max(columns, int(longest))
         if self.model.device.type == "cpu":
-            # Pad the attention mask by one fully masked column. Transformers drops a mask without any
-            # masked column, and without a mask PyTorch's CPU kernel takes six times as long for
-            # grouped-query attention.
+            # Pad the attention mask by one fully masked column. Transformers drops a mask that masks nothing, and
+            # without a mask, PyTorch's CPU kernel takes six times as long for grouped-query attention.
             columns += 1
         set_cache_length(cache, columns)
         mask = pad_tensor(mask, (columns - mask.shape[1], 0))
@@ -194,7 +194,7 @@ class DecodingBatch:
         if self.active:
             set_cache_length(self._cache, columns)
             append_cache_rows(self._cache, cache)
-            added = columns - self._mask.shape[1]  # Negative if columns are removed.
+            added = columns - self._mask.shape[1]  # negative if columns are removed
             old_mask = pad_tensor(self._mask, (added, 0))
             self._mask = torch.cat([old_mask, mask])
             self._next_positions = torch.cat([self._next_positions, next_positions])
@@ -227,9 +227,9 @@ class DecodingBatch:
         """Generate one token for every active sequence.
 
         Returns:
-            (sequence id, token id) of each, end tokens included; an end token finishes its sequence.
-            A sequence that fails, for example because its logits are not finite, gets no token but an
-            entry in `errors`.
+            A pair (sequence id, token id) for each sequence, also if the token is an end token, which finishes
+            the sequence. A sequence that fails, for example because its logits are not finite, gets an entry in
+            `errors` instead.
         """
         if not self.active:
             return []
@@ -245,14 +245,14 @@ class DecodingBatch:
             self.generated_ids[sequence_id].append(token)
             if token not in stop_ids and not self._is_complete(sequence_id):
                 remaining.append(position)
-        # Remove finished sequences before the next forward, so that it computes nothing for them.
+        # Remove finished sequences before the next forward pass, so that it computes nothing for them.
         self._keep(remaining)
         if self.active:
             self._decode()
         return generated
 
     def _is_complete(self, sequence_id: int) -> bool:
-        """Return whether a sequence ends without an end token, because it reached its limit or repeats itself."""
+        """Return whether a sequence must end, even without an end token: it reached its limit, or repeats itself."""
         ids = self.generated_ids[sequence_id]
         options = self._options[sequence_id]
         num_generated = len(ids) - self._num_forced[sequence_id]
@@ -263,7 +263,7 @@ class DecodingBatch:
         return is_looping(self.model.prompt, ids, options.loop_guard)
 
     def raise_errors(self) -> None:
-        """Raise the first of `errors`, for callers to whom the failure of one sequence is fatal.
+        """Raise the first of `errors`, if there are any. Use it if the failure of one sequence is fatal.
 
         Raises:
             FloatingPointError: The logits of a sequence were not finite.
@@ -273,7 +273,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def cancel(self, sequence_id: int) -> None:
-        """Finish a sequence now. Has no effect on one that is finished already."""
+        """Finish a sequence now. This has no effect if it is finished already."""
         if sequence_id in self.active:
             position = self.active.index(sequence_id)
             others = [other for other in range(len(self.active)) if other != position]
@@ -285,14 +285,14 @@ class DecodingBatch:
         """Run the prompts through the language model.
 
         Returns:
-            The attention mask (prompts, columns), the positions that come next (prompts,), the logits
-            of the next token (prompts, vocabulary), and the KV cache.
+            The attention mask (prompts, columns), the position of the next token (prompts,), its logits
+            (prompts, vocabulary), and the KV cache.
         """
         model = self.model
         input_ids, mask, image_positions = _expand_and_pad(model, prompts)
-        # Padding gets position 0; the mask hides it.
+        # Padding gets the position 0, which does not matter because the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        # Logits at the last column of each row, as indices into prompts x columns.
+        # Compute logits only for the last column of each row. Its indices count through all rows.
         row_ends = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1]
         last_columns = row_ends - 1
         cache: Any = DynamicCache(config=model.config)
@@ -309,14 +309,17 @@ class DecodingBatch:
         return mask, next_positions, logits, cache
 
     def _decode(self) -> None:
-        """Run the model on the newest token of each active sequence: one more column, and the next logits."""
+        """Run the model on the newest token of each active sequence.
+
+        This adds one column to the cache and the mask, and sets the logits of the next token.
+        """
         newest = [self.generated_ids[sequence_id][-1] for sequence_id in self.active]
         if self._decode_in_static_buffers(newest):
             return
         newest = self._split_rows(newest)
         new_column = self._mask.new_ones(len(newest), 1)
         self._mask = torch.cat([self._mask, new_column], dim=1)
-        # A pure state-space model (Mamba) caches no columns, so there is nothing to mask.
+        # A pure state-space model (Mamba) has no columns in its cache, so there is nothing to mask.
         attention_mask = self._mask if has_key_value_columns(self._cache) else None
         outputs = self.model.language_model(
             input_ids=to_device(torch.tensor(newest), self.model.device)[:, None],
@@ -328,15 +331,16 @@ class DecodingBatch:
         self._logits = outputs.logits[:, -1]
         self._next_positions = self._next_positions + 1
 
-    # Three samples of one prompt, "a", "a" and "my", before and after a step:
+    # Three samples of one prompt share a row. In a step, two choose the token "a" and one chooses "my":
     #
     #     row 0  id 7, 8, 9   . p p p         row 0  id 7, 8   . p p p  a
     #                                    ->   row 1  id 9      . p p p  my
     #
-    # On a CPU, the time of a step is nearly proportional to its rows, and samples of a model that is
-    # certain begin alike. On a GPU it would make no difference, and buffers have a fixed number of rows.
+    # Sharing rows saves time on a CPU, where the time of a step is nearly proportional to the number of rows, and
+    # where samples often begin with the same tokens. On a GPU, rows are not shared: it would make no difference,
+    # and the buffers have a fixed number of rows.
     def _split_rows(self, newest: Sequence[int]) -> list[int]:
-        """Copy the rows of sequences that shared a row until now, but have chosen different tokens.
+        """Copy the rows of sequences that have shared a row until now, but have chosen different tokens.
 
         Args:
             newest: The newest token of each active sequence.
@@ -344,6 +348,7 @@ class DecodingBatch:
         Returns:
             The newest token of each row.
         """
+        # Each different pair of an old row and a token becomes a new row.
         choices = list(zip(self._row_of, newest))
         distinct = {choice: row for row, choice in enumerate(dict.fromkeys(choices))}
         self._arrange_rows([row for row, _ in distinct], keep_logits=False)
@@ -351,11 +356,12 @@ class DecodingBatch:
         return [token for _, token in distinct]
 
     def _arrange_rows(self, rows: Sequence[int], keep_logits: bool = True) -> None:
-        """Select rows, in this order; a row may occur several times.
+        """Replace the rows of the batch by a selection of them.
 
         Args:
-            rows: Numbers of the current rows.
-            keep_logits: False if the next step computes them anyway.
+            rows: Indices of current rows, in the new order. A row may occur several times.
+            keep_logits: Also select the logits, and update the row of each sequence. Pass False if the caller
+                sets both.
         """
         if list(rows) == list(range(len(self._mask))):
             return
@@ -368,10 +374,17 @@ class DecodingBatch:
             new_row = {row: position for position, row in enumerate(rows)}
             self._row_of = [new_row[row] for row in self._row_of]
 
-    # ---- the same on a GPU ----
+    # ---- decoding on a GPU ----
 
     def _decode_in_static_buffers(self, newest: list[int]) -> bool:
-        """Run the step in the buffers of the static decoder; return False if there is none."""
+        """Run the step of `_decode` in the buffers of the static decoder, if possible.
+
+        Args:
+            newest: The newest token of each active sequence.
+
+        Returns:
+            Whether the step has run. It has not if there is no static decoder, or if it failed.
+        """
         decoder = self._static_decoder
         if decoder is None:
             return False
@@ -379,7 +392,7 @@ class DecodingBatch:
             self.leave_static_buffers()
         try:
             if not decoder.is_loaded(self):
-                # The buffers have a row for each sequence.
+                # The buffers have a separate row for each sequence.
                 self._arrange_rows(self._row_of, keep_logits=False)
                 self._row_of = list(range(len(self.active)))
                 state = DecodingState(self._cache, self._mask, self._next_positions)
@@ -397,7 +410,7 @@ class DecodingBatch:
         return True
 
     def leave_static_buffers(self) -> None:
-        """Take mask, positions and cache back from the buffers, if they are there."""
+        """Move the mask, the positions and the cache out of the static decoder's buffers, if they are there."""
         decoder = self._static_decoder
         if decoder is not None and decoder.is_loaded(self):
             state = decoder.unload()
@@ -405,6 +418,7 @@ class DecodingBatch:
             self._next_positions = state.next_positions
 
     def _most_remaining_tokens(self) -> int:
+        """Return the largest number of tokens that any active sequence may still generate."""
         remaining = []
         for sequence_id in self.active:
             generated = len(self.generated_ids[sequence_id]) - self._num_forced[sequence_id]
@@ -412,7 +426,7 @@ class DecodingBatch:
         return max(remaining)
 
     def _keep(self, positions: list[int]) -> None:
-        """Remove all other sequences from the batch.
+        """Remove all active sequences from the batch except those at `positions`.
 
         Args:
             positions: Indices into `active`.
@@ -432,17 +446,17 @@ class DecodingBatch:
             self._row_of = list(range(len(positions)))
             self._static_decoder.keep_rows(positions)
         elif not self.active:
-            self._cache = None  # Frees its memory.
-        # Rows of finished sequences are removed by the next step, together with splitting others.
+            self._cache = None  # to free its memory
+        # Otherwise, the rows of finished sequences stay for now. `_decode` or `join` removes them.
 
     def _choose_tokens(self) -> list[int | None]:
-        """Return the next token of every active sequence, chosen under its own options.
+        """Return the next token of every active sequence, chosen with the options of the sequence.
 
-        It is None for a sequence that fails: its logits are not finite, or it has an entry in `errors`.
-        The other sequences are not affected.
+        The token is None if a sequence failed: its logits are not finite, or it has an entry in `errors`. The
+        other sequences are not affected.
         """
-        # Sequences with equal options and lengths are processed together, which is all of them in
-        # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
+        # Process all sequences with the same options and the same length together. Usually, these are all
+        # sequences. The lengths must be equal because the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for position, sequence_id in enumerate(self.active):
             key = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
@@ -451,18 +465,18 @@ class DecodingBatch:
         order: list[int] = []
         tokens: list[torch.Tensor] = []
         for (options, _), group in groups.items():
-            # Draw first, so that a second attempt has the same numbers.
+            # Draw the random numbers first, so that a second attempt uses the same numbers.
             numbers = self._draw_numbers(group, options)
             try:
                 tokens.append(self._choose_together(group, options, numbers))
             except Exception:  # noqa: BLE001 - no failure may end the other sequences
-                # Repeat the attempt one by one to find the sequence at fault.
+                # Find the sequence that causes the error by repeating the attempt for each sequence alone.
                 for index, position in enumerate(group):
                     number = None if numbers is None else numbers[index : index + 1]
                     tokens.append(self._choose_alone(position, options, number))
             order += group
 
-        # Read the tokens of all groups together: this waits for the device.
+        # Read the tokens of all groups together, because the host waits for the device here.
         chosen: list[int | None] = [None] * len(self.active)
         for position, token in zip(order, torch.cat(tokens).tolist()):
             chosen[position] = None if token == _NO_TOKEN else token
@@ -497,27 +511,29 @@ class DecodingBatch:
         if rows != list(range(len(logits))):
             logits = logits[to_device(torch.tensor(rows), logits.device)]
         logits = logits.float()
-        # Equal options have an equal `start_with`, so all of these rows have generated as many tokens.
+        # Equal options have the same `start_with`, so all of these sequences have generated the same number of
+        # tokens after it.
         if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
             stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
             logits = logits.index_fill(1, stop_ids, -torch.inf)
         if options.forbid:
             words = load_forbidden_words(self.model.prompt, options.forbid)
-            logits = logits.clone()  # It may be `self._logits`, which a second attempt reads again.
+            # Copy the logits before changing them: they may be `self._logits`, which a second attempt reads again.
+            logits = logits.clone()
             exclude_forbidden_words(logits, answers, words)
         logits = process_logits(logits, answers, options)
         if numbers is None:
             tokens = logits.argmax(-1)
         else:
             tokens = draw(logits, numbers)
-        # Check the maximum, which is NaN if any logit is. Single logits may be -inf (excluded tokens).
+        # Check only the maximum: it is NaN if any logit is NaN. Single logits of -inf are allowed (excluded tokens).
         is_finite = logits.amax(-1).isfinite()
         return tokens.where(is_finite, _NO_TOKEN)
 
     def _choose_alone(
         self, position: int, options: GenerationOptions, number: torch.Tensor | None
     ) -> torch.Tensor:
-        """Choose the next token of one sequence. Store an exception in `errors`."""
+        """Choose the next token of one sequence. If this fails, store the exception in `errors`."""
         try:
             return self._choose_together([position], options, number)
         except Exception as error:  # noqa: BLE001
@@ -567,8 +583,8 @@ def generate(
         options: Options for all prompts.
 
     Returns:
-        For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
-        whitespace.
+        For each prompt `num_return_sequences` texts, without special tokens and without white space at the
+        beginning and at the end.
     """
     features = None if pixel_values is None else encode_images(model, pixel_values)
     hashes = prompt_hashes(prompts, pixel_values)
@@ -585,7 +601,7 @@ def generate_from_features(
 ) -> list[list[str]]:
     """Continue each prompt as `generate` does, but from images that are already encoded.
 
-    The arguments are those of `generate_separately`.
+    For the arguments, see `generate_separately`.
 
     Raises:
         FloatingPointError: The logits of a prompt were not finite.
@@ -617,8 +633,8 @@ def generate_separately(
         hashes: One per prompt, see `prompt_hashes`.
 
     Returns:
-        For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
-        whitespace; or the error, if the logits of one of its sequences were not finite.
+        For each prompt `num_return_sequences` texts, as `generate` returns them; or an error if the logits of
+        one of the sequences were not finite.
     """
     per_prompt = options.num_return_sequences
     with eval_mode(model):
@@ -634,7 +650,7 @@ def generate_separately(
                 if not isinstance(error, FloatingPointError):
                     raise error
                 failed.add(sequence_id // per_prompt)
-    # Group the texts by prompt: the sequences of one prompt are consecutive.
+    # Group the texts by prompt. The sequences of one prompt are consecutive.
     results: list[list[str] | FloatingPointError] = []
     for number in range(len(prompts)):
         if number in failed:
@@ -651,15 +667,15 @@ def stream(
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
 ) -> Iterator[str]:
-    """Generate one sequence, and after every token yield its whole text so far.
+    """Generate one sequence, and after every token yield the complete text so far.
 
-    Each text begins with the one before it, and the last one is what `generate` returns.
+    Each text begins with the previous one, and the last text is what `generate` returns.
 
     Args:
         model: The model.
         prompt: Token ids, one IMAGE_INDEX per image.
         pixel_values: uint8 (images, 3, height, width), or None.
-        options: Options with one beam and one sequence.
+        options: The options; `num_beams` and `num_return_sequences` must be 1.
 
     Raises:
         ValueError: `options` request several sequences or beam search.
@@ -674,7 +690,7 @@ def stream(
             batch.step()
             batch.raise_errors()
             text = model.prompt.decode(batch.generated_ids[0], finished=not batch.active)
-            # As in `generate`. White space at the end follows with the next word, if there is one.
+            # Remove white space as `generate` does. If another word follows, white space at the end is yielded with it.
             yield text.strip()
 
 
@@ -684,7 +700,7 @@ def _expand_and_pad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeat each image placeholder once per patch feature, and pad the prompts on the left.
 
-    Left padding makes the last column the newest token of every row.
+    With padding on the left, the last column contains the newest token of every row.
 
     Returns:
         The token ids and the attention mask, int64 (prompts, columns); and the flat indices of the image
@@ -706,11 +722,11 @@ def _beam_search(
     image_features: torch.Tensor | None,
     options: GenerationOptions,
 ) -> tuple[list[list[int]], set[int]]:
-    """Run the beam search of Transformers; with a temperature, its beam sampling.
+    """Run the beam search of Transformers, or its beam sampling if there is a temperature.
 
     Returns:
-        `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the
-        numbers of the prompts whose logits were not finite, whose token ids are meaningless.
+        `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the indices of the
+        prompts whose logits were not finite. The token ids of these prompts are meaningless.
     """
     start_ids = _start_ids(model, options)
     prompts = [[*prompt, *start_ids] for prompt in prompts]
@@ -724,8 +740,8 @@ def _beam_search(
             "top_p": options.top_p,
             "top_k": options.top_k,
         }
-    # Pass the penalty as a logits processor, not as the option `repetition_penalty`: with a padded
-    # batch, Transformers 5 overlooks as many generated tokens as there are padding tokens.
+    # Pass the penalty as a logits processor, not as the option `repetition_penalty`: in a padded batch,
+    # Transformers 5 does not apply the option to all generated tokens (it ignores one for each padding token).
     processors: list[logits_process.LogitsProcessor] = [
         logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
     ]
@@ -760,13 +776,13 @@ def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
 
 
 class _NonFiniteGuard(LogitsProcessor):
-    """Notes the prompts whose logits are not finite, and keeps the search of the others going.
+    """Records the prompts whose logits are not finite, so that beam search continues for the other prompts.
 
     Args:
         num_beams: Number of consecutive rows per prompt.
 
     Attributes:
-        failed: Numbers of the prompts.
+        failed: Indices of the prompts whose logits were not finite.
     """
 
     def __init__(self, num_beams: int) -> None:
@@ -775,13 +791,13 @@ class _NonFiniteGuard(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (rows, vocabulary), with those of failed rows replaced by zeros."""
-        # The maximum is NaN if any score is. Single scores may be -inf (excluded tokens).
+        # The maximum is NaN if any score is NaN. Single scores of -inf are allowed (excluded tokens).
         is_finite = scores.amax(-1).isfinite()
         if is_finite.all():
             return scores
         for row in (~is_finite).nonzero()[:, 0].tolist():
             self.failed.add(row // self._num_beams)
-        # With NaN, sampling would raise an error for all prompts.
+        # Replace NaN, because sampling would raise an error for all prompts.
         return torch.where(is_finite[:, None], scores, 0.0)
 
 
@@ -789,9 +805,9 @@ class _NonFiniteGuard(LogitsProcessor):
 def _without_generation_defaults(language_model: CausalLM) -> Iterator[None]:
     """Hide the `generation_config.json` of a base model from `generate` of Transformers.
 
-    Greedy search and sampling ignore that file (bans of n-grams and tokens, `min_p`, `typical_p` ...),
-    so beam search must too. Passing a configuration is not enough: Transformers 5 fills its empty fields
-    from the file.
+    Greedy search and sampling ignore that file (which may ban n-grams or tokens, or set `min_p`), so beam
+    search must ignore it too. Passing a configuration is not enough: Transformers 5 fills its empty fields from
+    the file.
     """
     owner = without_peft(language_model)
     defaults = owner.generation_config

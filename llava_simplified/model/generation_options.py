@@ -5,29 +5,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Used if several sequences per prompt are requested without a temperature: greedy search would give
-# the same sequence every time.
+# The temperature if several sequences per prompt are requested without a temperature. Greedy search would
+# generate the same sequence every time.
 DEFAULT_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate; the names are those of Transformers.
+    """The options of text generation, with the names that Transformers uses where it has the same option.
 
     Attributes:
-        max_new_tokens: Maximum number of generated tokens, the end token included.
-        min_new_tokens: Minimum number of generated tokens; before, the end token is excluded.
-        temperature: Divisor of the logits; 0 is greedy search, higher values are more varied.
+        max_new_tokens: Maximum number of generated tokens, including the end token.
+        min_new_tokens: Minimum number of generated tokens. The end token is excluded until it is reached.
+        temperature: Divisor of the logits; 0 means greedy search, higher values result in more varied texts.
         top_p: Sample from the most likely tokens whose probabilities add up to this value.
         top_k: Sample from this many of the most likely tokens; 0 means all tokens.
         repetition_penalty: Above 1, generated tokens become less likely (Keskar et al., 2019).
-        num_beams: Above 1, beam search; with a temperature, beam sampling.
+        num_beams: Number of beams; above 1, beam search is used (with a temperature, beam sampling).
         length_penalty: Beam search only: the score of a beam is divided by length ** length_penalty.
         num_return_sequences: Number of generated sequences per prompt.
-        seed: Random seed of sampling. The result for a prompt depends only on the seed, the prompt and
-            its images (with beam sampling, on the batch as well). None: different every time.
-        start_with: Text that every sequence begins with; it is part of the result. `max_new_tokens` counts
-            what is generated after it.
+        seed: Random seed of sampling. The result for a prompt depends only on the seed, the prompt and its
+            images (with beam sampling, also on the batch). With None, the result is different every time.
+        start_with: Text that every sequence begins with. It is part of the result, but `max_new_tokens` counts
+            only the tokens after it.
         forbid: Words and phrases that are never generated; see `llava_simplified.model.forbidden_words`.
         loop_guard: End a sequence in which at least this many words repeat the words directly before them; see
             `llava_simplified.model.loop_guard`. The repeated words are part of the result. 0: never. Beam search
@@ -67,27 +67,29 @@ class GenerationOptions:
             "loop_guard": (self.loop_guard >= 0, "must be at least 0"),
         }
         for name, (fulfilled, requirement) in requirements.items():
-            # The requirements are written so that NaN fails them: every comparison with NaN is false.
+            # NaN does not meet any of the requirements, because every comparison with NaN is false.
             if not fulfilled:
                 raise ValueError(f"{name} {requirement}, not {getattr(self, name)}")
         for phrase in self.forbid:
             if _contains(self.start_with, phrase):
-                raise ValueError(f"start_with {self.start_with!r} contains {phrase!r} of forbid")
+                raise ValueError(
+                    f"start_with {self.start_with!r} contains {phrase!r}, which forbid excludes; change one of the two"
+                )
         if self.num_return_sequences <= self.num_beams:
             return
         if self.num_beams > 1:
             raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} requires num_beams of at least as many, not "
-                f"{self.num_beams}"
+                f"num_return_sequences={self.num_return_sequences} must not be greater than "
+                f"num_beams={self.num_beams} with beam search"
             )
         if self.temperature == 0:
             raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} requires a temperature above 0, or "
-                "as many num_beams: greedy search has only one result"
+                f"num_return_sequences={self.num_return_sequences} requires a temperature above 0, or num_beams of at "
+                "least this number: greedy search has only one result"
             )
 
 
 def _contains(text: str, phrase: str) -> bool:
-    """Return whether a text contains a phrase as whole words, in upper or lower case."""
+    """Return whether a text contains a phrase as whole words, regardless of upper and lower case."""
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     return bool(words and re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))

@@ -1,18 +1,18 @@
 """Linear layers with 8-bit weights, for generation on a CPU (`--quantize int8`).
 
-A decoding step reads every weight of the language model once. From a billion parameters on, that takes
-longer than the arithmetic, and 8 bits are read in half the time of bfloat16.
+A decoding step reads every weight of the language model once. For models with a billion parameters or more,
+reading takes longer than the arithmetic, and reading 8 bits takes half as long as reading bfloat16.
 
-    x (rows, in) --divide by its row's maximum--> [-1, 1] --round--> 8 bits --+
-                                                                              +--> integer product --> y
-    W (out, in)  --divide by its row's maximum--> [-1, 1] --round--> 8 bits --+
+    x (rows, in) --divide by maximum of row--> [-1, 1] --round--> 8 bits --+
+                                                                           +--> integer product --> y
+    W (out, in)  --divide by maximum of row--> [-1, 1] --round--> 8 bits --+
 
     output = y * maximum of the row of x * maximum of the row of W
 
-The integer product is torch's (FBGEMM). Both factors have a scale per row, where a scale for the whole input
-would have two faults: the few activations of transformers that are a hundred times as large as all others
-would take the precision of every row, and the answer of one request would depend on its neighbors in the
-batch. A layer's output differs from that of the original weights by about 1 %.
+PyTorch computes the integer product (with FBGEMM). Both matrices have a separate scale for each row. A single
+scale for all rows of x would have two disadvantages. A few activations in transformers are a hundred times as
+large as all others, and would reduce the precision of every row. And the answer to one request would depend on
+the other requests in the batch. The output of a layer differs from that of the original weights by about 1 %.
 
 The lm_head, the embeddings, the vision tower and the projector keep their data type.
 """
@@ -29,17 +29,18 @@ from torch import nn
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.workers import release_pages, tune_malloc
 
-# Freed blocks of at least this size are returned to the system: during quantization, and afterward.
+# Freed blocks of at least this size are returned to the operating system: the first value applies during quantization,
+# the second one afterward. See `workers.tune_malloc`.
 _RETURNED_BLOCK_BYTES = 1 << 20
 _DEFAULT_RETURNED_BLOCK_BYTES = 32 << 20
-# Activations are stored as unsigned bytes: 128 is zero.
+# Activations are stored as unsigned bytes, in which 128 means zero.
 _ZERO_POINT = 128
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are stored in 8 bits, with one scale per output channel.
 
-    It has no parameters, and cannot be trained or saved.
+    It has no parameters, so it can neither be trained nor saved.
 
     Args:
         linear: The layer to replace.
@@ -52,7 +53,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         self.packed = _quantize_and_pack(weight, scales)
-        # Added after the scaling, and so not part of the integer product.
+        # The bias is added in float32 after the scaling, so it is not quantized.
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,27 +78,29 @@ class Int8Linear(nn.Module):
 
 
 def _quantize_and_pack(weight: torch.Tensor, scales: torch.Tensor) -> Any:
-    """Round weights to 8 bits, in the order in which the integer product reads them.
+    """Round weights to 8 bits, and store them in the order in which the integer product reads them.
 
     Args:
         weight: float32 (out_features, in_features)
-        scales: float32 (out_features,), the size of one step.
+        scales: float32 (out_features,), the difference between two neighboring 8-bit values.
     """
     zero_points = torch.zeros(len(scales), dtype=torch.long)
     with warnings.catch_warnings():
-        # PyTorch deprecates quantized tensors, but their replacement does not have an integer product that is as fast yet.
+        # PyTorch deprecates quantized tensors, but their replacement does not have an equally fast integer product yet.
         warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
-        quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
+        quantized = torch.quantize_per_channel(
+            weight, scales.double(), zero_points, axis=0, dtype=torch.qint8
+        )
     return torch.ops.quantized.linear_prepack(quantized, None)
 
 
 def _multiply(x: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
-    """Round `x` to multiples of 1 / levels, and multiply it by the packed weights.
+    """Round `x` to multiples of 1 / `levels`, and multiply it by the packed weights.
 
     Args:
         x: float32 (rows, in_features), values from -1 to 1.
         packed: The result of `_quantize_and_pack`.
-        levels: Number of positive values.
+        levels: Number of positive values that a rounded element of `x` can have.
 
     Returns:
         float32 (rows, out_features)
@@ -110,11 +113,12 @@ def _multiply(x: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
 
 @cache
 def activation_levels() -> int:
-    """Return how many positive values an activation may have: 127, or 63 on older CPUs.
+    """Return how many positive values a rounded activation may have: 127, or 63 on older CPUs.
 
     Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, and the sum may
-    overflow silently. Whether it does is tried with the largest values.
+    overflow silently. Such CPUs get fewer values.
     """
+    # Detect an overflow: multiply vectors of the largest values, and check the result.
     width = 64
     ones = torch.ones(1, width)
     packed = _quantize_and_pack(ones, torch.tensor([1 / 127]))
@@ -123,37 +127,39 @@ def activation_levels() -> int:
 
 
 def supported_engines() -> list[str]:
-    """Return the names of the libraries for integer products that PyTorch has on this machine."""
+    """Return the names of the libraries for integer products that PyTorch supports on this machine."""
     engines: list[str] = torch.backends.quantized.supported_engines
     return engines
 
 
 def check_int8_support(device: torch.device) -> None:
-    """Raise ValueError if this machine has no integer product, or the model is not on its CPU."""
+    """Raise ValueError if PyTorch has no fast integer product on this machine, or the model is not on the CPU."""
     if device.type != "cpu":
         raise ValueError(
-            f"--quantize int8 computes on the CPU, and this machine has a {device.type} device. Use --bits 8, or "
-            "hide the device (CUDA_VISIBLE_DEVICES=)."
+            f"--quantize int8 works only on the CPU, but the model would run on the {device.type} device of this machine. "
+            "Use --bits 8 instead, or hide the device (CUDA_VISIBLE_DEVICES=)."
         )
     if "fbgemm" not in supported_engines():
         raise ValueError(
-            "--quantize int8 requires an x86 CPU: PyTorch has no FBGEMM on this machine."
+            "--quantize int8 requires FBGEMM, which PyTorch does not support on this machine (usually because it "
+            "has no x86 CPU). Leave out --quantize."
         )
 
 
 def quantize_linear_layers(language_model: CausalLM) -> int:
     """Replace the linear layers of a language model, except the lm_head, by `Int8Linear`.
 
-    Call this after adapters have been merged: those that are separate keep their data type.
+    Call this only after adapters have been merged into the weights.
 
     Returns:
         The number of replaced layers.
     """
     torch.backends.quantized.engine = "fbgemm"
-    # Return the memory of each float copy of a weight at once. Otherwise it would remain as a gap between packed weights.
+    # Return the memory of the float32 copy of each weight to the operating system at once. Otherwise, it would remain as
+    # a gap between the packed weights.
     tune_malloc(_RETURNED_BLOCK_BYTES)
     lm_head: Any = language_model.get_output_embeddings()
-    # Collect them first, because the tree changes below.
+    # Collect all layers first, because the loop below changes the tree of modules.
     found: list[tuple[nn.Module, str, nn.Linear]] = []
     for parent in language_model.modules():
         for name, child in parent.named_children():
@@ -161,11 +167,13 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
                 found.append((parent, name, child))
     count = len(found)
     while found:
-        # Take it off the list, so that the memory of its weights is freed before the next one is quantized.
+        # Remove the layer from the list, so that the memory of its weights is freed before the next layer is quantized.
         parent, name, linear = found.pop()
         setattr(parent, name, Int8Linear(linear))
-        # The weights are mapped from a file, whose pages otherwise stay in memory until no weight of the file is used.
+        # The weights are mapped from a file. Without this call, its pages would stay in memory until no weight of the
+        # file is used any more.
         release_pages(linear.weight.data_ptr(), linear.weight.nbytes)
-    # The first call has turned off glibc's automatic adjustment. Set the largest threshold that it would choose.
+    # The first call has turned off glibc's automatic adjustment of the threshold. Set the largest value that it would
+    # choose.
     tune_malloc(_DEFAULT_RETURNED_BLOCK_BYTES)
     return count

@@ -21,15 +21,15 @@ from transformers.cache_utils import (
 #     sequence 2  c c c c c c c c                 c c c c c c c c
 #     sequence 3                                  . . . . . d d d       "." is hidden by the mask
 #
-# Two operations suffice: bring both caches to the same length, by adding or removing hidden columns on
-# the left (`set_cache_length`); then concatenate along the batch (`append_cache_rows`). Removing is as
-# important as adding: once the longest sequence has left, the next join removes its columns. Otherwise
-# a batch that never empties would grow forever.
+# This takes two steps. First, bring both caches to the same length, by adding or removing hidden columns on
+# the left (`set_cache_length`). Then concatenate them along the batch (`append_cache_rows`). Removing columns
+# is as important as adding them: after the longest sequence has left, the next join removes the columns that
+# only this sequence needed. Otherwise, the cache of a batch that never becomes empty would grow forever.
 #
 # Shifting columns does not change the positions of tokens: rotary embeddings are applied to keys before
 # they are cached, using `position_ids` that count each sequence's own tokens, not columns.
 #
-# Layers of three kinds occur:
+# There are three kinds of layers:
 #
 #     DynamicLayer                 keys and values of all tokens
 #     DynamicSlidingWindowLayer    keys and values of the last `sliding_window - 1` tokens, and the
@@ -63,7 +63,7 @@ def set_cache_length(cache: DynamicCache, length: int) -> None:
 def append_cache_rows(cache: DynamicCache, other: DynamicCache) -> None:
     """Append the sequences of another cache of the same length."""
     for layer, other_layer in zip(cache.layers, other.layers):
-        # Two separate ifs, because a hybrid layer is of both kinds.
+        # Use two separate ifs, because a hybrid layer is of both kinds.
         if isinstance(layer, DynamicLayer):
             for name in ("keys", "values"):
                 tensors = [getattr(layer, name), getattr(other_layer, name)]
@@ -78,5 +78,5 @@ def append_cache_rows(cache: DynamicCache, other: DynamicCache) -> None:
 
 
 def has_key_value_columns(cache: DynamicCache) -> bool:
-    """Return whether any layer caches keys and values, which is what an attention mask applies to."""
+    """Return whether any layer caches keys and values. Only those need an attention mask."""
     return any(isinstance(layer, DynamicLayer) for layer in cache.layers)

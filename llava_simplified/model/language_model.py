@@ -22,30 +22,30 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
 from llava_simplified.model.protocols import CausalLM
 
-# Silence a warning that users cannot act on: PEFT reads this deprecated attribute of Transformers
-# whenever it loads an adapter.
+# Silence a warning about something that users cannot change: whenever PEFT loads an adapter, it reads this
+# deprecated attribute of Transformers.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-# Register our kernel, so that `set_attn_implementation("cpu_matmul")` works. It uses sdpa's boolean masks.
+# Register our kernel, so that `set_attn_implementation("cpu_matmul")` works. It uses the same boolean masks as sdpa.
 AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
 AttentionMaskInterface.register("cpu_matmul", sdpa_mask)
 
 
-# Types of layers that an attention mask applies to.
+# The types of layers that support attention masks. The layers of state-space models, for example, do not.
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def forward_parameters(language_model: CausalLM) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a language model's `forward`, by name.
 
-    Unknown keyword arguments are silently ignored by `forward`: check here before you pass one.
+    Most models silently ignore unknown keyword arguments, so check here before you pass one.
     """
     return inspect.signature(without_peft(language_model).forward).parameters
 
 
 def without_peft(language_model: CausalLM) -> Any:
-    """Return the model of Transformers that PEFT may have wrapped."""
-    # Do not import PEFT for its class, so that models without adapters work where it is missing.
+    """Return the language model without the wrapper of PEFT, if it has one."""
+    # Look for PEFT's method instead of its class, so that models without adapters do not need PEFT.
     get_base_model = getattr(language_model, "get_base_model", None)
     return language_model if get_base_model is None else get_base_model()
 
@@ -57,7 +57,7 @@ def cache_kwarg_name(language_model: CausalLM) -> str:
     newer versions of Transformers.
 
     Raises:
-        ValueError: No parameter accepts a `DynamicCache`: there is no cache parameter, or it requires
+        ValueError: No parameter accepts a `DynamicCache`: there is no cache parameter, or its annotation names
             a cache class of the model's own module (xLSTM).
     """
     for name, parameter in forward_parameters(language_model).items():
@@ -76,9 +76,9 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
 
         hidden states (batch, length, hidden size) --gather--> (1, trained, hidden size) --lm_head--> logits
 
-    The gather is a forward pre-hook of the lm_head, because every causal language model calls that
-    module. What a model family does to its logits afterward (Gemma's soft cap, Granite's scale) remains
-    the job of its own code.
+    The positions are gathered in a forward pre-hook of the lm_head, because every causal language model calls
+    that module. If a model family changes the logits afterward (Gemma's soft cap, Granite's scale), its own code
+    still does so.
 
     Args:
         language_model: The model, whose `outputs.logits` become (1, trained, vocabulary).
@@ -124,9 +124,10 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
 #
 # The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
 # PrefixGrouper, flash-preference, unsloth's GRPO and NeMo Automodel share the prompts of several
-# responses. What is special here: loss and every gradient equal those of separate sequences (tested in
-# float64 to 1e-10); the first token of every branch is trained, although a shift of the labels by one
-# would pair it with the last token of the branch before; and the shared prefix contains images.
+# responses. Three things are special here. The loss and every gradient equal those of separate sequences
+# (tested in float64 to 1e-10). The first token of every branch is trained; with labels that are shifted by
+# one, as usual, it would be predicted from the last token of the previous branch. And the shared prefix
+# contains images.
 
 
 def shared_prefix_mask(
@@ -144,13 +145,14 @@ def shared_prefix_mask(
         window: Size of the sliding attention window in positions; None: no window.
 
     Returns:
-        bool (batch, 1, length, length), True where the row attends to the column.
+        bool (batch, 1, length, length), True where the token of the row attends to the token of the column.
     """
     batch_size, length = segment_ids.shape
     batch = torch.arange(batch_size, device=segment_ids.device)[:, None, None, None]
     index = torch.arange(length, device=segment_ids.device)
-    attends = _mask_mod(segment_ids, branch_ids, position_ids, window)
-    return attends(batch, 0, index[:, None], index)
+    mask_mod = _mask_mod(segment_ids, branch_ids, position_ids, window)
+    # Evaluate the function for all pairs of tokens at once. The mask is the same for all heads.
+    return mask_mod(batch, head=0, query=index[:, None], key=index)
 
 
 def _mask_mod(
@@ -159,7 +161,7 @@ def _mask_mod(
     position_ids: torch.Tensor,
     window: int | None,
 ) -> Callable[..., torch.Tensor]:
-    """Return `shared_prefix_mask` as a function of indices (flex_attention's `mask_mod`)."""
+    """Return a function that computes elements of `shared_prefix_mask` from indices, for flex_attention."""
 
     def mask_mod(
         batch: torch.Tensor, head: torch.Tensor | int, query: torch.Tensor, key: torch.Tensor
@@ -171,8 +173,8 @@ def _mask_mod(
         attends = causal & same_segment & (key_in_prefix | same_branch)
         if window is None:
             return attends
-        # Measure distances in positions, not in indices: other branches may lie between a branch and
-        # its prefix.
+        # Measure distances in positions, not in indices, because there may be other branches between a branch
+        # and its prefix.
         distance = position_ids[batch, query] - position_ids[batch, key]
         return attends & (distance < window)
 
@@ -186,7 +188,7 @@ def attention_kwargs(
     position_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Return `shared_prefix_mask` in the form that the model's layers and attention kernel accept.
+    """Return `shared_prefix_mask` in the form that the layers and the attention kernel of the model accept.
 
     Args:
         language_model: The model whose `forward` is called with the result.
@@ -234,7 +236,7 @@ def attention_kwargs(
 
 
 def supports_shared_prompts(language_model: CausalLM) -> bool:
-    """Return whether `attention_kwargs` accepts shared prompts for this model and its attention kernel."""
+    """Return whether this model and its attention kernel support shared prompts (see `attention_kwargs`)."""
     config = language_model.config
     if not _accepts_positions(language_model):
         return False
@@ -244,7 +246,7 @@ def supports_shared_prompts(language_model: CausalLM) -> bool:
     return layer_types <= MASKED_LAYER_TYPES
 
 
-# Devices whose results the host can read without waiting for anything.
+# Devices whose tensors the host can read without waiting for queued work.
 HOST_DEVICES = ("cpu", "meta")
 
 
@@ -253,9 +255,9 @@ def padding_kwargs(
 ) -> dict[str, Any]:
     """Return the arguments of `forward` for rows that are padded on the right.
 
-    Transformers reads a 2D mask back to the host, in every forward, to see whether it hides anything.
-    On a GPU the host would wait there for all work that is queued, so the mask is passed as the 4D mask
-    of a row with one segment instead, which Transformers uses as it is.
+    In every forward pass, Transformers reads a 2D mask on the host to find out whether it masks anything. On a
+    GPU, the host would have to wait for all queued work. So, on a GPU, pass a 4D mask instead, which Transformers
+    uses without looking at it: the mask of packed rows with only one segment.
 
     Args:
         language_model: The model whose `forward` is called with the result.
@@ -278,9 +280,9 @@ def padding_kwargs(
 
 
 def _check_position_ids(language_model: CausalLM) -> None:
-    """Raise ValueError if a model derives positions from the index of a token in its row.
+    """Raise ValueError if a model computes positions itself, from the index of a token in its row.
 
-    Without this check it would train silently with wrong positions and masks.
+    Without this check, it would silently be trained with wrong positions and masks.
     """
     if not _accepts_positions(language_model):
         raise ValueError(
@@ -290,10 +292,10 @@ def _check_position_ids(language_model: CausalLM) -> None:
 
 
 def _accepts_positions(language_model: CausalLM) -> bool:
-    """Return False for models that derive positions from the index of a token in its row.
+    """Return whether the caller can set the positions of the tokens.
 
-    These are the models with ALiBi (MPT, Bloom, some Falcons), GPT-Neo with its local layers, and some
-    old decoders.
+    Some models compute them from the index of a token in its row: models with ALiBi (MPT, Bloom, some Falcons),
+    GPT-Neo with its local layers, and some old decoders.
     """
     config = language_model.config
     uses_alibi = getattr(config, "alibi", False)
@@ -305,10 +307,10 @@ def _accepts_positions(language_model: CausalLM) -> bool:
 def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:
     """Return the arguments of a variable-length flash kernel, which uses lengths instead of a mask.
 
-    The rows are concatenated, and a new sequence begins wherever the segment id changes. The padding of
-    a row is a separate sequence.
+    The kernel treats the batch as one long row, in which a new sequence begins wherever the segment id changes.
+    The padding of a row is a separate sequence.
     """
-    # Prepend -1, which is not a segment id: the first token of every row then begins a sequence.
+    # Prepend -1, which is no segment id, to every row, so that its first token always begins a sequence.
     before = segment_ids.new_full((len(segment_ids), 1), -1)
     starts = segment_ids.diff(dim=1, prepend=before).flatten().nonzero().flatten()
     boundaries = pad_tensor(starts, (0, 1), value=segment_ids.numel()).int()
@@ -335,10 +337,10 @@ def _kernel_mask(
         batch_size, length = segment_ids.shape
         return create_block_mask(
             _mask_mod(segment_ids, branch_ids, position_ids, window),
-            batch_size,
-            None,
-            length,
-            length,
+            B=batch_size,
+            H=None,  # the same for all heads
+            Q_LEN=length,
+            KV_LEN=length,
             device=str(segment_ids.device),
         )
     mask = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)

@@ -14,8 +14,8 @@
                                                   v
                                                 logits, at trained positions only --> cross entropy
 
-To the language model, an image is a run of 196 token embeddings that do not come from its embedding
-table. Nothing else changes: attention, loss and generation work as for text.
+For the language model, an image is a sequence of 196 token embeddings that do not come from its embedding
+table. Everything else (attention, loss, generation) works as for text.
 
 The files of this package, in reading order:
 
@@ -66,10 +66,10 @@ class LlavaOutput(NamedTuple):
     """Result of `Llava.forward`.
 
     Attributes:
-        loss: float32 scalar, summed (not averaged) over the trained tokens; with `token_weights` the
-            weighted sum.
+        loss: float32 scalar: the sum (not the mean) over the trained tokens, weighted if `token_weights` are
+            given.
         logits: (trained, vocabulary), detached, in the order of `labels`.
-        log_probs: float32 (trained,), the log-probability of each label, with its gradient.
+        log_probs: float32 (trained,), the log-probability of each label, with gradients.
     """
 
     loss: torch.Tensor
@@ -108,9 +108,11 @@ class Llava(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
-        """Load a checkpoint; `options` are those of `llava_simplified.model.checkpoint.load_checkpoint`."""
-        # Import here, because checkpoint.py imports this module. The method exists only because users
-        # expect the name `from_pretrained`.
+        """Load a checkpoint; for the options, see `llava_simplified.model.checkpoint.load_checkpoint`.
+
+        This method exists because users expect the name `from_pretrained`.
+        """
+        # Import this here, because checkpoint.py imports this module.
         from llava_simplified.model.checkpoint import load_checkpoint
 
         return load_checkpoint(folder, **options)
@@ -118,16 +120,16 @@ class Llava(nn.Module):
     # ---- training ----
 
     # Logits are computed at the trained positions only. With 196 patches, a short prompt and a caption of
-    # 12 tokens, these are 6 % of the positions. The lm_head has one row per vocabulary entry: at all
-    # positions it would take a fifth of the computation and produce the largest tensor of a step.
+    # 12 tokens, these are 6 % of the positions. The lm_head has one row per vocabulary entry, so at all
+    # positions, it would take a fifth of the computation and produce the largest tensor of a step.
     #
     #     input_ids         <s>  img  img  img  What  is  it  [/INST]  a    cat  </s>
     #     logit_positions                                     7        8    9
     #     labels                                              a        cat  </s>
     #
-    # Positions and labels are explicit pairs instead of labels shifted by one. Shared prompts require
-    # this: several captions of one image may follow one prompt, and the first token of each is predicted
-    # from the last position of the prompt. See language_model.py.
+    # `logit_positions` and `labels` are explicit pairs. The usual labels, shifted by one, do not support
+    # shared prompts: several captions of one image may follow one prompt, and the first token of each is
+    # predicted from the last position of the prompt. See language_model.py.
 
     def forward(
         self,
@@ -149,18 +151,20 @@ class Llava(nn.Module):
             input_ids: int64 (batch, length), IMAGE_INDEX at the position of every patch feature.
             logit_positions: int64 (trained,), flat indices into batch x length.
             labels: int64 (trained,), the token to predict at each of these positions.
-            pixel_values: uint8 (images, 3, height, width), the images of the batch in reading order.
-            image_features: (images, tokens, vision hidden size), instead of `pixel_values` if the
-                features were computed before.
-            image_positions: int64 (placeholders,), flat indices of IMAGE_INDEX in `input_ids`. Without
-                them the placeholders are searched for, and on a GPU the host waits for the result.
-            attention_mask: int64 (batch, length), 0 on the padding (on the right), if each row is one
-                prompt and one answer. Packed rows and shared prompts need these three tensors (batch, length) instead:
-            segment_ids: Number of the example within its row; 0 on padding.
-            branch_ids: Number of the answer within its example; 0 in the prompt.
-            position_ids: Position within the prompt and one answer, from 0.
-            token_weights: (trained,), the factor of each token's loss, such as the advantage of its
-                caption (see `llava_simplified.training.objectives`); None: 1.
+            pixel_values: uint8 (images, 3, height, width), the images of the batch in the order of their
+                placeholders.
+            image_features: (images, tokens, vision hidden size). Pass them instead of `pixel_values` if they
+                have been computed before.
+            image_positions: int64 (placeholders,), flat indices of IMAGE_INDEX in `input_ids`. If they are not
+                given, they are searched for, and on a GPU, the host waits for the result.
+            attention_mask: int64 (batch, length), 0 on padding, which must be on the right. Use it if each row
+                contains one prompt and one answer. For packed rows and shared prompts, pass the next three
+                arguments instead.
+            segment_ids: int64 (batch, length), number of the example within its row, from 1; 0 on padding.
+            branch_ids: int64 (batch, length), number of the answer within its example, from 1; 0 in the prompt.
+            position_ids: int64 (batch, length), position within the sequence of prompt and answer, from 0.
+            token_weights: (trained,), factor of each token's loss, such as the advantage of its caption (see
+                `llava_simplified.training.objectives`); None: 1.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
@@ -179,8 +183,8 @@ class Llava(nn.Module):
             )
         logits = outputs.logits.flatten(0, -2)  # (trained, vocabulary)
 
-        # Sum the loss, so that the trainer can add micro-batches and devices, and divide by the number of
-        # tokens of the whole step.
+        # Return the sum of the loss. The trainer adds up micro-batches and devices, and then divides by the number
+        # of tokens of the complete step.
         token_losses = token_cross_entropy(logits, labels)
         weighted = token_losses if token_weights is None else token_weights * token_losses
         return LlavaOutput(weighted.sum(), logits.detach(), -token_losses)
@@ -192,7 +196,8 @@ class Llava(nn.Module):
     #     projector                p(f0)  p(f1)  p(f2)
     #     inputs_embeds    e(<s>)  p(f0)  p(f1)  p(f2)  e(What)  e(is)  e(this)
     #
-    # To the language model, this is a sequence of embeddings like any other.
+    # e(...) is an embedding of the table, f0 to f2 are patch features, and p(...) is the output of the projector.
+    # For the language model, this is a sequence of embeddings like any other.
 
     def splice(
         self,
@@ -212,28 +217,31 @@ class Llava(nn.Module):
             (batch, length, text hidden size)
 
         Raises:
-            ValueError: There are more or fewer features than placeholders.
+            ValueError: The numbers of features and placeholders differ. (A single dummy image without
+                placeholders is accepted, see `check_image_token_count`.)
         """
         is_image = input_ids == IMAGE_INDEX
-        # Look up id 0 in place of -200, which the table does not have. The result is overwritten below.
+        # The table has no row -200, so look up id 0 for the placeholders. The result is overwritten below.
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return embeds
-        # Convert the features: they have the dtype of the frozen tower, a trained projector is float32.
+        # The features have the dtype of the vision tower. The projector may have another one: it is float32 while
+        # it is trained.
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
         if image_positions is None:
             image_positions = find_image_positions(input_ids)
         self.check_image_token_count(len(image_positions), image_features)
-        # Cut off the tokens of a dummy image, which has no placeholders.
+        # A micro-batch without images contains one dummy image (see `check_image_token_count`). It has no
+        # placeholders, so drop its tokens.
         image_tokens = image_tokens.flatten(0, 1)[: len(image_positions)]
-        # Copy by index: the gradient of `masked_scatter` makes the host wait for a GPU.
+        # Copy by index. The gradient of `masked_scatter` would make the host wait for the GPU.
         spliced = embeds.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(embeds.dtype))
         return spliced.view_as(embeds)
 
     def check_image_token_count(self, placeholders: int, image_features: torch.Tensor) -> None:
-        """Raise ValueError if there are more or fewer features than placeholders.
+        """Raise ValueError if the numbers of features and placeholders differ.
 
-        Otherwise a prompt would get the features of the wrong image.
+        Without this check, a prompt could silently get the features of a wrong image.
 
         Args:
             placeholders: Number of placeholders in the batch.
@@ -242,19 +250,20 @@ class Llava(nn.Module):
         images, tokens, _ = image_features.shape
         if images * tokens == placeholders:
             return
-        # Accept the dummy image of a micro-batch without images (see `Collator`). It runs through the
-        # projector, and its output is unused: distributed training requires a gradient of every parameter.
+        # Accept a dummy image. `Collator` adds it to a micro-batch without images, because distributed training
+        # requires a gradient for every parameter, also of the projector. Its output is not used.
         if images == 1 and placeholders == 0:
             return
         raise ValueError(
-            f"{images} image(s) of {tokens} tokens were given, but the text has {placeholders} image "
-            "placeholder tokens"
+            f"{images} image(s) of {tokens} tokens each were given, but the text has {placeholders} image "
+            f"placeholder tokens; expected {images * tokens} of them"
         )
 
     def _projector_dtype(self, embeds: torch.Tensor) -> torch.dtype:
+        """Return the dtype of the projector's weights, or of `embeds` if it has none (an identity)."""
         for parameter in self.projector.parameters():
             return parameter.dtype
-        return embeds.dtype  # An identity has no parameters.
+        return embeds.dtype
 
     # ---- generation ----
 
@@ -273,10 +282,11 @@ class Llava(nn.Module):
             model.caption(["cat.jpg", "dog.jpg"])              -> ["a cat on a sofa", "a dog"]
 
         Args:
-            images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list.
+            images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list of these.
             instruction: Text of the user's turn; by default the instruction of the training data.
-                It may contain `<image>` at the place of the image; otherwise the image comes first.
-            num_return_sequences: Captions per image. Several are sampled, by default at temperature 0.7.
+                It may contain `<image>` at the place of the image; otherwise, the image comes first.
+            num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled, by
+                default with the temperature 0.7.
             batch_size: Number of images to process at a time.
             **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
@@ -299,7 +309,7 @@ class Llava(nn.Module):
 
         captions: list[list[str]] = []
         for start in range(0, len(sources), batch_size):
-            # Transform each image before the next one is loaded: large ones would add up.
+            # Transform each image before loading the next one, so that only one full-size image is in memory.
             pixels = []
             for source in sources[start : start + batch_size]:
                 pixels.append(self.vision_tower.transform(load_pixels(source)))
@@ -317,7 +327,7 @@ class Llava(nn.Module):
         images: Sequence[ImageSource] = (),
         **options: Any,
     ) -> str:
-        """Return the answer to the last turn of a conversation; the arguments are those of `stream`."""
+        """Return the answer to the last turn of a conversation. For the arguments, see `stream`."""
         pieces = self.stream(turns, images, **options)
         return "".join(pieces).strip()
 
@@ -327,11 +337,11 @@ class Llava(nn.Module):
         images: Sequence[ImageSource] = (),
         **options: Any,
     ) -> Iterator[str]:
-        """Yield the answer to the last turn of a conversation, piece by piece as it is generated.
+        """Yield the answer to the last turn of a conversation in pieces, as it is generated.
 
         Args:
-            turns: A question, or the conversation so far, whose last turn is the user's.
-            images: One per `<image>` in the user's turns. If the turns contain no `<image>`, the images
+            turns: A question, or the conversation so far. Its last turn must be the user's.
+            images: One image per `<image>` in the user's turns. If the turns contain no `<image>`, the images
                 are placed before the text of the first user turn.
             **options: Fields of `GenerationOptions`, with one beam and one sequence.
         """
@@ -349,8 +359,8 @@ class Llava(nn.Module):
         """Render a conversation and load its images, as described for `stream`.
 
         Returns:
-            The token ids of the prompt, one IMAGE_INDEX per image, and the pixels, uint8 (images, 3,
-            height, width), None if there are no images.
+            The token ids of the prompt, with one IMAGE_INDEX per image; and the pixels, uint8 (images, 3, height,
+            width), or None if there are no images.
         """
         if isinstance(turns, str):
             turns = [Message("user", turns)]

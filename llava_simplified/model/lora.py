@@ -1,8 +1,8 @@
-"""Select the trained parameters: LoRA adapters, the projector, full models; and check the selection.
+"""Select the trained parameters (LoRA adapters, the projector, full models), and check the selection.
 
-freeze(model, parts)                  1. freeze all parameters except the parts trained in full
+freeze(model, parts)                  1. freeze everything except the projector and the models trained in full
 add_lora(...), add_tower_lora(...)    2. add trainable adapters to frozen models
-check_trainable(model, parts)         3. raise unless exactly the expected parameters are trainable
+check_trainable(model, parts)         3. raise an error unless exactly the expected parameters are trainable
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class PartCount(NamedTuple):
 def freeze(model: Llava, parts: TrainedParts) -> None:
     """Freeze everything except the projector and the models whose own weights are trained.
 
-    Trained weights become float32, whatever the dtype of the frozen ones: bfloat16 has 8 bits of
-    precision, and would round small updates away.
+    Trained weights are converted to float32, whatever the dtype of the frozen weights: bfloat16 has only 8 bits
+    of precision, so small updates would be lost to rounding.
 
     Adapters are added afterward, by `add_lora` and `add_tower_lora`.
     """
@@ -51,7 +51,7 @@ def freeze(model: Llava, parts: TrainedParts) -> None:
         tower.float()
         for name, parameter in tower.model.named_parameters():
             parameter.requires_grad_(name in tower.used_parameters)
-    # Set the mode only now that `requires_grad` is final: `VisionTower.train` depends on it.
+    # Set the mode after `requires_grad`, because `VisionTower.train` depends on it.
     tower.eval()
 
     # The projector is always trained, since a new model starts with a random one.
@@ -79,11 +79,12 @@ def add_lora(
         alpha: Scale of the adapter: its output is multiplied by alpha / r.
         dropout: Dropout probability at the input of the adapter.
         bias: Which biases of the linear layers are trained as well: "none", "all" or "lora_only".
-        options: More fields of `LoraConfig`, as `parse_lora_options` returns them. PiSSA is only noted in
-            the adapter's config: `pissa.initialize` changes the weights, unless a checkpoint is loaded.
+        options: More fields of `LoraConfig`, as `parse_lora_options` returns them. If they request PiSSA, it is
+            only stored in the adapter's config. `pissa.initialize` changes the weights later, unless a checkpoint
+            is loaded.
 
     Raises:
-        ValueError: The options name a layer that the model does not have, or one that is not linear.
+        ValueError: The options name a layer that the model does not have or that is not linear.
     """
     lm = model.language_model
     layers = find_linear_modules(lm)
@@ -91,7 +92,8 @@ def add_lora(
     if layers:
         others = [name for name, _ in lm.named_modules() if name and name not in set(layers)]
         layers = select_layers(layers, others, fields)
-    # The selected layers are stored by their full names, and so are their ranks.
+    # The config of the adapter contains the full names of the selected layers, so these fields are no longer
+    # needed. For the same reason, expand patterns to one value per layer.
     for name in ("target_modules", "exclude_modules", "layers_to_transform"):
         fields.pop(name, None)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -100,7 +102,10 @@ def add_lora(
     method = pissa_method(fields)
     if method:
         del fields["init_lora_weights"]
-    adapted = _adapt(lm, layers, rank, alpha, dropout, bias, "CAUSAL_LM", fields)
+    adapted = _adapt(
+        lm, layers, rank, alpha, dropout, bias=bias, task_type="CAUSAL_LM", fields=fields
+    )
+    # PEFT would initialize the adapter by PiSSA at once, so set the method only now.
     if method:
         config: Any = adapted.peft_config["default"]
         config.init_lora_weights = method
@@ -113,21 +118,24 @@ def add_tower_lora(
     alpha: float,
     dropout: float = 0.0,
 ) -> None:
-    """Wrap the vision tower in a LoRA adapter, on the linear layers that its features depend on."""
+    """Wrap the vision tower in a LoRA adapter for the linear layers that its features depend on.
+
+    For the arguments, see `add_lora`.
+    """
     tower = model.vision_tower
     layers: list[str] = []
     for name, module in tower.model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" in tower.used_parameters:
             layers.append(name)
-    adapted = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
+    adapted = _adapt(tower.model, layers, rank, alpha, dropout, bias="none", task_type=None)
     tower.model = cast(VisionModel, adapted)
 
 
 def find_linear_modules(language_model: CausalLM) -> list[str]:
     """Return the full names of all linear layers except the lm_head.
 
-    Adapting all linear layers is what Dettmers et al. recommend (QLoRA, 2023). The names are full names,
-    because a bare "q_proj" or "all-linear" would match the layers of a vision tower as well.
+    Dettmers et al. (QLoRA, 2023) recommend adapting all linear layers. Full names are necessary, because
+    "q_proj" or "all-linear" would also match layers of the vision tower when another tool loads the adapter.
     """
     lm_head = language_model.get_output_embeddings()
     names: list[str] = []
@@ -139,10 +147,11 @@ def find_linear_modules(language_model: CausalLM) -> list[str]:
 
 
 def count_parameters(model: Llava) -> list[PartCount]:
-    """Count the parameters of vision tower, projector and language model, and of their adapters.
+    """Count the parameters of the vision tower, the projector, the language model and their adapters.
 
     Returns:
-        One entry per part. An adapter that does not exist has no entry; the projector always has one.
+        One entry per part. There is no entry for an adapter that does not exist. The projector always has an entry,
+        even if it has no parameters.
     """
     groups: dict[str, list[nn.Parameter]] = {
         "vision tower": [],
@@ -151,7 +160,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
         "language model": [],
         "LoRA adapter": [],
     }
-    # PEFT puts "lora_A", "lora_B" or "lora_magnitude_vector" (DoRA) into the names of an adapter's parameters.
+    # The names of an adapter's parameters contain "lora_A", "lora_B" or "lora_magnitude_vector" (DoRA).
     for name, parameter in model.vision_tower.named_parameters():
         groups["vision adapter" if "lora_" in name else "vision tower"].append(parameter)
     for name, parameter in model.language_model.named_parameters():
@@ -174,19 +183,18 @@ def count_parameters(model: Llava) -> list[PartCount]:
 
 
 def check_trainable(model: Llava, parts: TrainedParts) -> str:
-    """Check that exactly what should be trained is trained, and return a table for the log.
+    """Check that exactly the expected parameters are trained, and return a table for the log.
 
     Args:
-        model: The model, frozen and adapted.
-        parts: The parts that should be trained, in addition to projector and adapters. Of a vision
-            tower that is trained in full, only the parameters that its features depend on count.
+        model: The model, after `freeze`, `add_lora` and `add_tower_lora`.
+        parts: The parts that should be trained. The projector and all adapters should be trained in any case.
 
     Raises:
         RuntimeError: The number of trained parameters of a part differs from the expected number.
     """
     rows = count_parameters(model)
-    # Expected number of trained parameters. Start with all of them, which is right for adapters and
-    # projector; then correct the vision tower and the language model.
+    # Compute the expected number of trained parameters. All parameters of adapters and projector are trained.
+    # In a vision tower that is trained in full, only the parameters that its features depend on are trained.
     expected = {row.name: row.parameters for row in rows}
     expected["vision tower"] = 0
     if parts.vision_tower == "full":
@@ -202,8 +210,8 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
         is_exempt = row.name == "language model" and _trains_biases(model.language_model)
         if row.trained != expected[row.name] and not is_exempt:
             raise RuntimeError(
-                f"{row.name}: {row.trained:,} parameters are trainable, expected "
-                f"{expected[row.name]:,}"
+                f"{row.name}: {row.trained:,} parameters are trainable, expected {expected[row.name]:,}; "
+                "call `freeze` before adding adapters, and do not change `requires_grad` afterward"
             )
         lines.append(f"{row.name:<16}{row.parameters:>16,}{row.trained:>16,}  {row.dtypes}")
     total = sum(row.parameters for row in rows)
@@ -222,7 +230,11 @@ def _adapt(
     task_type: str | None,
     fields: Mapping[str, Any] | None = None,
 ) -> PeftModel:
-    """Add LoRA adapters to the layers with these names."""
+    """Add LoRA adapters to the layers with these names.
+
+    Raises:
+        ValueError: There are no layers.
+    """
     if not layers:
         raise ValueError(
             f"LoRA does not support {type(model).__name__}, which has no linear layers; train all its "
@@ -243,6 +255,7 @@ def _adapt(
 
 
 def _trains_biases(language_model: CausalLM) -> bool:
+    """Return whether the adapter of the language model also trains biases (--lora_bias)."""
     if not isinstance(language_model, PeftModel):
         return False
     config: Any = language_model.peft_config["default"]

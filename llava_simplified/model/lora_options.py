@@ -1,8 +1,8 @@
 """The fields of PEFT's `LoraConfig` that `--lora_options` accepts, and why it refuses the others.
 
-A field is accepted only if three things stay true: a checkpoint loads with the same logits; merging and
-exporting do not change them; and a resumed run computes the same as an uninterrupted one. This module
-imports neither torch nor PEFT, so that a misspelled name is reported within a second.
+A field is accepted only if three conditions are met with it: a saved and loaded model has the same logits;
+merging and exporting do not change the logits; and a resumed run computes the same as an uninterrupted one. This
+module imports neither torch nor PEFT, so that a misspelled name is reported within a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
 }
-# Fields that have their own option, so that there is only one way to set them.
+# Fields that have an option of their own. They are refused here, so that there is only one way to set them.
 _OWN_OPTIONS = {
     "r": "--lora_r",
     "lora_alpha": "--lora_alpha",
@@ -69,11 +69,11 @@ _REFUSED = {
     "megatron_config": "models of Megatron are not supported",
     "megatron_core": "models of Megatron are not supported",
 }
-# Values of `init_lora_weights` that change the frozen weights. The adapter in a checkpoint does not contain that
-# change. Only PiSSA is supported, whose checkpoints are converted (see pissa.py).
+# Values of `init_lora_weights` that change the frozen weights. A checkpoint contains only the adapter and not this
+# change, so they are refused, except for PiSSA: its adapters are converted when they are saved (see pissa.py).
 CHANGES_FROZEN_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INIT_FORMAT = re.compile(r"gaussian|pissa|pissa_niter_[1-9][0-9]*")
-# Booleans in YAML files arrive as strings, because `off` is a value of other options.
+# Our YAML loader reads booleans as strings, because `off` is a value of options that are not boolean.
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -81,7 +81,7 @@ def parse_lora_options(text: str) -> dict[str, Any]:
     """Parse and check the value of `--lora_options`. Entries with the value `null` are ignored.
 
     Args:
-        text: A JSON mapping of fields of `LoraConfig` to values; an empty string means none.
+        text: A JSON mapping from fields of `LoraConfig` to values. An empty string means no fields.
 
     Raises:
         ValueError: The text is not a JSON mapping; a name is unknown or refused; or a value is invalid.
@@ -92,7 +92,7 @@ def parse_lora_options(text: str) -> dict[str, Any]:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"--lora_options {text}: expected a JSON mapping such as '{{\"use_dora\": true}}' ({error})"
+            f"--lora_options {text}: not valid JSON ({error}); expected a JSON mapping such as '{{\"use_dora\": true}}'"
         ) from error
     if not isinstance(entries, dict):
         raise ValueError(
@@ -107,7 +107,7 @@ def parse_lora_options(text: str) -> dict[str, Any]:
 
 
 def pissa_method(options: dict[str, Any]) -> str | None:
-    """Return "pissa" or "pissa_niter_N" if the options ask for PiSSA."""
+    """Return the initialization, "pissa" or "pissa_niter_N", if the options request PiSSA; else None."""
     method = options.get("init_lora_weights")
     if isinstance(method, str) and method.startswith("pissa"):
         return method
@@ -125,14 +125,14 @@ def _check_name(name: str) -> None:
     hint = suggest(name, [*_ACCEPTED, *_OWN_OPTIONS, *_REFUSED])
     accepted = ", ".join(_ACCEPTED)
     raise ValueError(
-        f"--lora_options: LoraConfig has no field {name!r}{hint} (accepted: {accepted})"
+        f"--lora_options: LoraConfig has no field {name!r}{hint}. Accepted fields: {accepted}"
     )
 
 
 def _check_value(name: str, value: Any) -> Any:
-    """Return a value with the type of its field; raise ValueError if it is invalid."""
+    """Convert a value to the type of its field; raise ValueError if it is invalid."""
     types = _ACCEPTED[name]
-    # Booleans from YAML files are strings here, see `_BOOLEANS`.
+    # Booleans from YAML files are strings here; see `_BOOLEANS`.
     if bool in types and isinstance(value, str):
         value = _BOOLEANS.get(value.lower(), value)
     if not _has_type(value, types):
@@ -141,7 +141,7 @@ def _check_value(name: str, value: Any) -> Any:
     if name == "init_lora_weights":
         _check_initialization(value)
     elif name == "layers_to_transform":
-        # A single number is accepted too, as by PEFT.
+        # A single number means a list with one number, as in PEFT.
         value = _as_list(value)
         _check_all(name, value, "layer numbers from 0", lambda v: _is_number(v, int) and v >= 0)
     elif name == "rank_pattern":
@@ -157,6 +157,7 @@ def _check_value(name: str, value: Any) -> Any:
     return value
 
 
+# Names of the types, for messages.
 _TYPE_NAMES = {
     bool: "true or false",
     str: "a string",
@@ -178,13 +179,20 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Return whether a value is an int, or also a float if `kind` is float; booleans are not."""
+    """Return whether a value is an int, or (if `kind` is float) an int or a float. A boolean is not a number."""
     accepted = (int, float) if kind is float else (int,)
     return isinstance(value, accepted) and not isinstance(value, bool)
 
 
 def _check_all(name: str, values: Iterable[Any], expected: str, is_valid: Any) -> None:
-    """Raise ValueError if a list or a mapping is empty, or has an invalid value."""
+    """Raise ValueError if `values` is empty or contains an invalid value.
+
+    Args:
+        name: The field, for the message.
+        values: The elements of a list, or the values of a mapping.
+        expected: Description of valid values in the plural, for the message.
+        is_valid: Function that returns whether one value is valid.
+    """
     found = list(values)
     if not found or not all(is_valid(value) for value in found):
         raise ValueError(f"--lora_options: {name} must contain {expected}, not {json.dumps(found)}")
@@ -198,6 +206,6 @@ def _check_initialization(value: bool | str) -> None:
     if isinstance(value, str) and value.startswith(CHANGES_FROZEN_WEIGHTS):
         reason = ": it changes the frozen weights, which checkpoints do not contain"
     raise ValueError(
-        f"--lora_options: init_lora_weights {json.dumps(value)} is not supported{reason}. Expected true, "
-        "gaussian, pissa, or pissa_niter_N (a faster, approximate decomposition), such as pissa_niter_16"
+        f"--lora_options: init_lora_weights {json.dumps(value)} is not supported{reason}. Expected true, gaussian, "
+        "pissa, or pissa_niter_N (a faster, approximate decomposition, for example pissa_niter_16)"
     )

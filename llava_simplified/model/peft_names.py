@@ -1,8 +1,8 @@
-"""What the package uses of PEFT, which is imported without bitsandbytes.
+"""The names that this package uses from PEFT. All modules import them from here, because it saves time.
 
-PEFT imports bitsandbytes wherever it is installed, for one function of its own that nothing here calls.
-That prepares torch's compiler, which takes 4 of the 6 seconds in which a command starts. Only --bits
-needs bitsandbytes, and transformers imports it then.
+If bitsandbytes is installed, PEFT imports it, for one function of PEFT that is never called here. This import
+prepares torch's compiler, which takes 4 of the 6 seconds that a command needs to start. So this module imports
+PEFT without bitsandbytes. Only --bits needs bitsandbytes, and transformers imports it then.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 
 
 def _import_without_bitsandbytes(name: str) -> None:
-    """Import a module; it finds bitsandbytes only if that has been imported before."""
+    """Import a module in such a way that it does not find bitsandbytes."""
+    # If bitsandbytes has been imported before, its time is spent already.
     if "bitsandbytes" in sys.modules:
         return
-    # An import of a name with the value None raises ModuleNotFoundError.
+    # With None in sys.modules, an import of this name raises ModuleNotFoundError.
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         importlib.import_module(name)
@@ -25,7 +26,7 @@ def _import_without_bitsandbytes(name: str) -> None:
 
 _import_without_bitsandbytes("peft")
 
-# Imported already, so that these lines bind names and nothing more.
+# PEFT is imported already, so these lines only define the names.
 from peft import (  # noqa: E402
     LoraConfig,
     PeftModel,

@@ -1,19 +1,19 @@
 """PiSSA (Meng et al., 2024): start the adapter from the largest singular values of the frozen weights.
 
-LoRA starts from B = 0. PiSSA moves the principal part of each weight W into the adapter, where it is
-trained, and freezes what is left (s is the scale of the adapter):
+LoRA starts with B = 0. PiSSA moves the principal part of each weight W (its largest singular values) into the
+adapter, where it is trained, and freezes the rest (s is the scale of the adapter):
 
     W = W_rest + s B0 A0            before the first step
     W_rest + s B A                  after training
 
-A checkpoint cannot contain just A and B: they must be added to W_rest, but other tools only have W. It
-therefore contains a "joined" adapter of twice the rank, which is added to W:
+A checkpoint cannot contain just A and B: they must be added to W_rest, but other tools only have W. So a
+checkpoint contains a "joined" adapter of twice the rank, which is added to W:
 
     W_rest + s B A  =  W + s [B, -B0] [A; A0]
 
-To resume a run, `split` separates the two halves, and `subtract` computes W_rest again, with the same
-operations as in the first run, so that it is equal bit by bit. The joined adapter also works with DoRA
-(which normalizes the same sum) and with rsLoRA (see `joined_config`).
+To resume a run, `split` separates the two halves, and `subtract` computes W_rest again. It uses the same
+operations as the first run, so that all bits are equal. The joined adapter also works with DoRA (which
+normalizes the same sum) and with rsLoRA (see `joined_config`).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from llava_simplified.model.peft_names import LoraConfig, LoraLayer, PeftModel, 
 
 Weights = dict[str, torch.Tensor]
 
-# The fields of `LoraConfig` that differ between the trained adapter and the joined one.
+# The fields of `LoraConfig` that differ between the trained adapter and the joined adapter.
 SCALED_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
-def wants_pissa(config: LoraConfig) -> bool:
-    """Return whether the config of an adapter asks for PiSSA."""
+def uses_pissa(config: LoraConfig) -> bool:
+    """Return whether the config of an adapter requests PiSSA."""
     method = config.init_lora_weights
     return isinstance(method, str) and method.startswith("pissa")
 
 
 def initial_weights(model: Any) -> Weights | None:
-    """Return A0 and B0 of a model's adapter, by their names in checkpoints; None without PiSSA.
+    """Return A0 and B0 of a model's adapter, by their names in checkpoints; None if PiSSA has not been applied.
 
-    They are not parameters, so they are neither trained, nor sharded, nor moved to the device.
+    They are not parameters, so they are not trained, sharded, or moved to the device.
     """
     weights: Weights | None = getattr(model, "pissa_initial_weights", None)
     return weights
@@ -49,18 +49,18 @@ def initial_weights(model: Any) -> Weights | None:
 
 @torch.no_grad()
 def initialize(model: Any) -> None:
-    """Move the principal part of the frozen weights into a new adapter, if its config asks for PiSSA.
+    """Move the principal part of the frozen weights into a new adapter, if its config requests PiSSA.
 
     Args:
         model: A model with an adapter. If a checkpoint has been loaded into it, nothing is changed.
 
     Raises:
-        ValueError: The rank is larger than that of a layer.
+        ValueError: The rank of the adapter is larger than the number of singular values of a layer.
     """
     if not isinstance(model, PeftModel):
         return
     config: Any = model.peft_config["default"]
-    if not wants_pissa(config) or initial_weights(model) is not None:
+    if not uses_pissa(config) or initial_weights(model) is not None:
         return
     initial: Weights = {}
     for name, layer in _adapted_layers(model):
@@ -73,19 +73,23 @@ def initialize(model: Any) -> None:
             )
         # PEFT sets A and B, and subtracts their product from the frozen weight.
         layer.pissa_init("default", config.init_lora_weights)
-        # Keep copies of A0 and B0, which training will change.
+        # Store copies of A0 and B0, because training changes the matrices of the adapter.
         for matrix in ("lora_A", "lora_B"):
             weight = getattr(layer, matrix)["default"].weight
             initial[f"{name}.{matrix}.weight"] = weight.detach().cpu().clone().contiguous()
-    _keep(model, initial)
+    _store_initial_weights(model, initial)
 
 
 @torch.no_grad()
 def subtract(model: PeftModel, initial: Weights) -> None:
     """Subtract s B0 A0 from the frozen weights, as PEFT does when it initializes an adapter.
 
+    Args:
+        model: A model with an adapter, and with the original frozen weights.
+        initial: A0 and B0 by their names in checkpoints.
+
     Raises:
-        RuntimeError: It has been subtracted already; a second time would corrupt the weights.
+        RuntimeError: s B0 A0 has been subtracted already. A second subtraction would corrupt the weights.
     """
     if initial_weights(model) is not None:
         raise RuntimeError("the principal part has been subtracted from the frozen weights already")
@@ -94,18 +98,18 @@ def subtract(model: PeftModel, initial: Weights) -> None:
         lora_a = initial[f"{name}.lora_A.weight"].to(base.weight.device)
         lora_b = initial[f"{name}.lora_B.weight"].to(base.weight.device)
         weight = transpose(base.weight.data.float(), layer.fan_in_fan_out)
-        # Same operations in the same order as in PEFT's `pissa_init`, for the same rounding errors.
+        # Use the same operations in the same order as PEFT's `pissa_init`, to get the same rounding errors.
         weight = weight - layer.scaling["default"] * lora_b @ lora_a
         base.weight.data = transpose(weight.to(base.weight.dtype), layer.fan_in_fan_out)
-    _keep(model, initial)
+    _store_initial_weights(model, initial)
 
 
 def join(weights: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> Weights:
-    """Return the joined adapter, of twice the rank, which is added to the original weights.
+    """Return the joined adapter, which has twice the rank and fits the original weights.
 
     Args:
-        weights: The trained adapter: A (r, in) and B (out, r), and other weights (of DoRA), which stay as they are.
-        initial: A0 and B0.
+        weights: The weights of the trained adapter: A (r, in) and B (out, r). Other weights (of DoRA) are not changed.
+        initial: A0 and B0 by their names in checkpoints.
     """
     joined = dict(weights)
     for name, start in initial.items():
@@ -118,9 +122,9 @@ def join(weights: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor
 
 
 def split(joined: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:
-    """Return the trained adapter, and A0 and B0: the reverse of `join`."""
+    """Return the weights of the trained adapter, and A0 and B0. This is the inverse of `join`."""
     weights, initial = dict(joined), {}
-    # The first half of the rank is trained, the second one is A0 and -B0.
+    # The first half of the rank contains the trained matrices, the second half contains A0 and -B0.
     for name, weight in joined.items():
         if name.endswith("lora_A.weight"):
             rank = weight.shape[0] // 2
@@ -134,7 +138,7 @@ def split(joined: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:
 
 
 def scaled_fields(config: LoraConfig) -> dict[str, Any]:
-    """Return the entries of a config that `joined_config` changes. The checkpoint stores them, to resume."""
+    """Return the entries of a config that `joined_config` changes. A resumed run reads them from the checkpoint."""
     return {name: getattr(config, name) for name in SCALED_FIELDS}
 
 
@@ -143,7 +147,7 @@ def joined_config(trained: Mapping[str, Any], use_rslora: bool) -> dict[str, Any
 
     Args:
         trained: The result of `scaled_fields`.
-        use_rslora: The adapter is scaled as in rsLoRA.
+        use_rslora: Whether the adapter is scaled as in rsLoRA.
     """
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA. As r doubles, alpha must grow by this factor.
     factor = math.sqrt(2) if use_rslora else 2
@@ -162,5 +166,6 @@ def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _keep(model: Any, initial: Weights) -> None:
+def _store_initial_weights(model: Any, initial: Weights) -> None:
+    """Store A0 and B0, for `initial_weights`."""
     model.pissa_initial_weights = initial

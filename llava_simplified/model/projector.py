@@ -27,9 +27,9 @@ def build_projector(kind: str, vision_hidden_size: int, text_hidden_size: int) -
     if kind == "identity":
         if vision_hidden_size != text_hidden_size:
             raise ValueError(
-                "--mm_projector_type identity requires equal hidden sizes, but that of the vision tower "
-                f"is {vision_hidden_size} and that of the language model {text_hidden_size}; "
-                "pass --mm_projector_type linear"
+                "--mm_projector_type identity requires equal hidden sizes, but the vision tower has "
+                f"{vision_hidden_size} and the language model {text_hidden_size}; pass "
+                "--mm_projector_type linear"
             )
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
@@ -49,30 +49,31 @@ def build_projector(kind: str, vision_hidden_size: int, text_hidden_size: int) -
 def init_projector_scale(
     projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor
 ) -> None:
-    """Rescale a new projector, so that its outputs have the scale of the token embeddings.
+    """Rescale a new projector, so that its outputs have the same scale as the token embeddings.
 
-    The scale of the features differs a hundredfold between towers, and token embeddings are small
-    (standard deviation 0.1 in SmolLM2). With PyTorch's default initialization, training spends hundreds
-    of steps on correcting the scale.
+    The features of some towers are a hundred times as large as those of others, and token embeddings are small
+    (standard deviation 0.1 in SmolLM2). With PyTorch's default initialization, training would spend hundreds of
+    steps on correcting the scale.
 
-    The first layer is rescaled as if its input were standardized per channel, and the last layer so
-    that the output has the standard deviation of the embeddings. No parameter is added.
+    The first layer is changed as if its input were standardized per channel. The last layer is rescaled so that
+    the output has the standard deviation of the embeddings. No parameter is added.
 
     Args:
         projector: Modified in place.
         features: (images, tokens, vision hidden size), features of some training images.
-        embeddings: (any number, text hidden size), token embeddings of the language model.
+        embeddings: (tokens, text hidden size), some or all token embeddings of the language model.
     """
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not linears:
-        return  # An identity.
+        return  # an identity projector
     first, last = linears[0], linears[-1]
     features = features.flatten(0, -2).float()
 
     # Fold (x - mean) / std = x / std - mean / std into the weight and the bias of the first layer.
     std = features.std(0)
-    # Clamp the standard deviation so that channels that are nearly constant in these images are not
-    # amplified in others. Use the mean if the median is 0: after a ReLU, most channels may be constant.
+    # Clamp the standard deviation. Otherwise, a channel that is nearly constant in these images would be
+    # amplified strongly in other images. If the median is 0, use the mean: after a ReLU, most channels may be
+    # constant.
     typical_std = float(std.median()) or float(std.mean())
     first.weight.div_(std.clamp_min(0.1 * typical_std))
     first.bias.sub_(first.weight @ features.mean(0))

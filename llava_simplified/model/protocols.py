@@ -1,7 +1,7 @@
-"""What this package requires of a language model and of a vision model, whatever their architecture.
+"""The methods and attributes that this package requires of language models and vision models.
 
-Both come from Transformers, and PEFT may wrap them. The only common base class of `PreTrainedModel` and
-`PeftModel` is `nn.Module`, so these Protocols name the methods that are used.
+The models come from Transformers, and PEFT may wrap them. `nn.Module` is the only common base class of
+`PreTrainedModel` and `PeftModel`, and lacks most of the methods. So these Protocols list what is used.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class PretrainedModule(Module, Protocol):
     config: Any
     """The Transformers config. Its attributes depend on the model family."""
     _no_split_modules: Any
+    """Class names of the layers that must stay on one device (None for some models)."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -43,7 +44,7 @@ class PretrainedModule(Module, Protocol):
 
 
 class CausalLM(PretrainedModule, Protocol):
-    """A causal language model: `outputs.logits` are (batch, length, vocabulary)."""
+    """A causal language model. Its outputs contain `logits` (batch, length, vocabulary)."""
 
     def get_input_embeddings(self) -> nn.Embedding: ...
     def get_output_embeddings(self) -> nn.Linear: ...
@@ -52,11 +53,11 @@ class CausalLM(PretrainedModule, Protocol):
 
 
 class VisionModel(PretrainedModule, Protocol):
-    """A vision model: `outputs` have `last_hidden_state` and `hidden_states`."""
+    """A vision model. Its outputs contain `last_hidden_state` and `hidden_states`."""
 
 
 class VisionEncoder(Protocol):
-    """Pixels, uint8 (images, 3, height, width) -> features (images, num_tokens, hidden size)."""
+    """A callable: pixels, uint8 (images, 3, height, width) -> features (images, num_tokens, hidden size)."""
 
     num_tokens: int
 

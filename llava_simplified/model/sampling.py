@@ -1,4 +1,4 @@
-"""From next-token logits to a token: penalties, temperature, top-k, top-p, and one draw per sequence."""
+"""Choose a token from next-token logits: penalties, temperature, top-k, top-p, and one draw per sequence."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llava_simplified.data.device_copy import to_device
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import IMAGE_INDEX
 
-# Every sequence has its own random numbers. The seed of their generator is derived only from what
-# identifies the sequence, so its tokens do not depend on which other sequences are in the batch, on their
-# order, or on when it joined:
+# Every sequence has its own random numbers. The seed of their generator is computed only from values that
+# identify the sequence. So the tokens of a sequence do not depend on the other sequences in the batch, on
+# their order, or on when the sequence has joined the batch:
 #
-#     seed of the request ----+
-#     hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number per step
-#     number of the sample ---+
+#     seed of the request -----+
+#     hash of prompt, images --+--> SHA-256 --> torch.Generator of this sequence --> one number per step
+#     index of the sample -----+
 
 
 def prompt_hashes(
     prompts: Sequence[Sequence[int]],
     pixel_values: torch.Tensor | Sequence[torch.Tensor] | None,
 ) -> list[bytes]:
-    """Return a hash of the token ids and images of each prompt, independent of the other prompts.
+    """Return a hash of the token ids and images of each prompt. It does not depend on the other prompts.
 
     Args:
         prompts: Token ids, one IMAGE_INDEX per image.
@@ -45,15 +45,15 @@ def prompt_hashes(
 
 
 def random_numbers(seed: int | None, prompt_hash: bytes, sample: int) -> Iterator[float]:
-    """Return the random numbers of one sequence, one per token, from [0, 1).
+    """Return an endless iterator over the random numbers of one sequence, from [0, 1), one per token.
 
-    They are drawn on the host: a generator per sequence on a GPU would need a kernel per sequence and
-    token. The numbers, and so the samples, are therefore the same on all devices.
+    They are drawn on the host, so they are the same on all devices. On a GPU, separate generators would need
+    one kernel launch per sequence and token.
 
     Args:
-        seed: Seed of the request; None draws one from torch's global generator.
+        seed: Seed of the request; None draws a seed from torch's global generator.
         prompt_hash: Hash of the prompt and its images, see `prompt_hashes`.
-        sample: Number of the sequence among those of the same prompt.
+        sample: Index of the sequence among those of the same prompt.
     """
     if seed is None:
         # Draw from torch's global CPU generator, so that `torch.manual_seed` makes this reproducible.
@@ -68,7 +68,7 @@ def random_numbers(seed: int | None, prompt_hash: bytes, sample: int) -> Iterato
 
 def _draw_numbers(generator: torch.Generator) -> Iterator[float]:
     while True:
-        # A block at a time, because each call takes as long as drawing hundreds of numbers.
+        # Draw a block of numbers, because a call takes as long as drawing hundreds of numbers.
         yield from torch.rand(64, generator=generator).tolist()
 
 
@@ -81,8 +81,8 @@ def process_logits(
 
     Args:
         logits: float32 (rows, vocabulary).
-        generated_ids: Token ids that each row has generated so far; all rows have the same length.
-        options: Options of all rows.
+        generated_ids: Token ids that each row has generated so far. All rows must have the same length.
+        options: The options, which apply to all rows.
 
     Returns:
         (rows, vocabulary), -inf for excluded tokens.
@@ -109,8 +109,8 @@ def process_logits(
 def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Draw one token per row, with the row's own random number.
 
-    `torch.multinomial` cannot be used, since it has one generator for all rows. Instead, each row gets
-    the token at the point of its random number in the cumulative distribution.
+    `torch.multinomial` cannot be used, since it uses one generator for all rows. Instead, each row gets the
+    first token at which the cumulative distribution exceeds the row's random number.
 
     Args:
         logits: (rows, vocabulary).
@@ -120,6 +120,6 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         Token ids (rows,).
     """
     cumulative = logits.softmax(-1).cumsum(-1)
-    # Divide by the last sum: rounding may leave it below 1, and a number above it would get no token.
+    # Divide by the last sum. It may be below 1 because of rounding, and a larger random number would get no token.
     cumulative = cumulative / cumulative[:, -1:]
     return torch.searchsorted(cumulative, numbers[:, None], right=True)[:, 0]

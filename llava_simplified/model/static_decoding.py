@@ -1,25 +1,26 @@
-"""The decoding step on GPUs: a KV cache of fixed size, and a CUDA graph of the whole step.
+"""The decoding step on GPUs: a KV cache of fixed size, and a CUDA graph of the complete step.
 
 Decoding one token is little work for a GPU: it reads the weights once. But the step consists of a
 thousand small kernels, and Python needs more time to launch them than the GPU needs to run them. A CUDA
-graph records all launches of a step once, and repeats them with a single call. It repeats them with the
-same addresses and shapes, so neither may change from step to step:
+graph records all launches of a step once, and repeats them with a single call. It always uses the same
+addresses and shapes, so these must not change from step to step:
 
     DynamicCache (CPU)         a new, longer tensor in every step; one row per active sequence
     static buffers (GPU)       tensors of a fixed size; each step writes one more column
 
-            columns 0 .. length - 1: prompts and generated tokens     the next one    unused
+            columns 0 .. length - 1: prompts and generated tokens    next column     unused
     slot 0  . . a a a a a a a a a a a a a a a a a a a a a a a a a a        a          - - - - -
     slot 1  . . . . . b b b b b b b b b b b b b b b b b b b b b b b        b          - - - - -
     slot 2  - - - - - - - - - - - - - - - - - - - - - - - - - - - -        -          - - - - -
 
-(Letters are tokens of a sequence, "." is padding, "-" is unused.) Sizes are rounded up (`num_slots`,
-`num_columns`), so that few graphs are needed for batches of all sizes. The slot of a finished sequence
-stays and is computed in vain, until half of the slots are free. Then the remaining sequences move to
-buffers with half as many slots. When new sequences join, the contents go back into a `DynamicCache`
-(`unload`), to which `DecodingBatch` appends the new rows as usual. The next step loads them again.
+A slot is the place of one sequence in the buffers (letters are its tokens, "." is padding, "-" is unused). Sizes
+are rounded up (`num_slots`, `num_columns`), so that a few graphs are enough for batches of all sizes. The GPU
+continues to compute the slot of a finished sequence, although nobody reads the result, until half of the slots
+are free. Then the remaining sequences move to buffers with half as many slots. When new sequences join, the
+contents move back into a `DynamicCache` (`unload`), to which `DecodingBatch` appends the new rows as usual. The
+next step moves everything into the buffers again (`load`).
 
-All sequences write the same column, because the rows are aligned at their newest token. The index of the
+All sequences write to the same column, because the rows are aligned at their newest token. The index of the
 column is a tensor, which the graph itself increments.
 
 The results are the same as without graphs. If a model does not support static buffers, or the graph cannot
@@ -53,18 +54,18 @@ from llava_simplified.model.protocols import CaptionModel, CausalLM
 
 logger = logging.getLogger(__name__)
 
-# The number of columns is rounded up to a multiple of this; of larger steps for long sequences.
+# The number of columns is rounded up to a multiple of this number (of a larger one for long sequences).
 COLUMN_STEP = 64
 # Maximum number of columns to reserve for new tokens.
 RESERVED_COLUMNS = 64
-# Maximum share of the free memory for the buffers. The rest is needed to prefill the next batch.
+# Maximum share of the free memory that the buffers may take. The rest is needed to prefill the next batch.
 MEMORY_SHARE = 0.25
-# Runs of a step before it is recorded: libraries allocate their workspaces in the first calls.
+# Number of times to run a step before it is recorded, because libraries allocate their workspaces in the first calls.
 WARM_UP_RUNS = 2
 
 
 class StaticDecodingError(RuntimeError):
-    """The step cannot run in static buffers; the message gives the reason."""
+    """The decoding step cannot run in static buffers. The message gives the reason."""
 
 
 class BuffersTooLargeError(StaticDecodingError):
@@ -72,14 +73,14 @@ class BuffersTooLargeError(StaticDecodingError):
 
 
 def num_slots(rows: int) -> int:
-    """Return the number of slots for this many sequences: the next power of two."""
+    """Return the number of slots for a number of sequences: the next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def num_columns(length: int) -> int:
-    """Return the number of columns of a buffer for this many tokens."""
-    # Round up to a multiple of an eighth of the next power of two: for long sequences, at most a fifth of the
-    # columns is unused.
+    """Return the number of columns of a buffer for sequences of this length."""
+    # Round up to a multiple of an eighth of the next power of two. For long sequences, at most a fifth of the
+    # columns is then unused.
     next_power = 1 << length.bit_length()
     step = max(COLUMN_STEP, next_power // 8)
     return math.ceil(length / step) * step
@@ -97,9 +98,9 @@ def grouped_decode_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Grouped-query attention of one query position, without a copy of keys and values for each query head.
+    """Compute grouped-query attention of one query position without copying keys and values for each query head.
 
-    Query heads that share a key head are passed to PyTorch as several query positions of that head.
+    The query heads that share a key head are passed to PyTorch as several query positions of this head.
 
     Args:
         module: The attention layer; not used.
@@ -115,14 +116,14 @@ def grouped_decode_attention(
     slots, heads = query.shape[:2]
     key_heads = key.shape[1]
     group_size = heads // key_heads
-    # PyTorch's kernels for masked attention would need a copy of every key for each query head.
+    # Without this grouping, PyTorch's kernels for masked attention would need a copy of every key for each query head.
     grouped = query.reshape(slots, key_heads, group_size, -1)
     mask = attention_mask.expand(-1, key_heads, group_size, -1)
     output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(slots, 1, heads, -1), None
 
 
-# The mask is 4D, so Transformers passes it to this function as it is.
+# No mask function is registered: Transformers passes a 4D mask to this function unchanged.
 AttentionInterface.register("grouped_decode", grouped_decode_attention)
 
 
@@ -142,7 +143,7 @@ def _grouped_attention(language_model: CausalLM) -> Iterator[None]:
 
 
 class _StaticLayer(CacheLayerMixin):
-    """Keys and values of one layer. `update` writes them into the column `column`."""
+    """The keys and values of one layer. `update` writes those of the new token into the column `column`."""
 
     is_sliding = False
 
@@ -160,8 +161,8 @@ class _StaticLayer(CacheLayerMixin):
         self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
 
-    # Transformers calls these to build positions and masks. Both are given, so the values do not matter. The
-    # names differ between its versions.
+    # Transformers calls the following methods to build positions and masks. We pass both, so the results do not
+    # matter. Different versions of Transformers call different methods.
     def lazy_initialization(self, *_: Any, **__: Any) -> None: ...
 
     def get_seq_length(self, *_: Any) -> int:
@@ -178,11 +179,13 @@ class _StaticLayer(CacheLayerMixin):
 
 
 class _Storage:
-    """The memory of keys and values. Buffers of all sizes are views of it, of which one is in use at a time."""
+    """The memory for keys and values. Buffers of all sizes are views of it. Only one of them is in use at a time."""
 
     def __init__(self, layers: Sequence[Any], slots: int, columns: int) -> None:
         self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.shapes: list[tuple[int, int, int]] = []  # key heads, key size, value size
+        self.shapes: list[
+            tuple[int, int, int]
+        ] = []  # key heads, head_dim of keys, head_dim of values
         for layer in layers:
             _, heads, _, key_size = layer.keys.shape
             value_size = layer.values.shape[-1]
@@ -191,12 +194,12 @@ class _Storage:
             values = layer.values.new_zeros(cells * value_size)
             self.flat.append((keys, values))
             self.shapes.append((heads, key_size, value_size))
-        # Any shape with at most this many cells fits, whatever its number of slots.
+        # Buffers fit into this memory if slots x columns is not larger than this number.
         self.capacity = slots * columns
         self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in self.flat)
 
     def views(self, slots: int, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield keys and values of each layer, (slots, key heads, columns, size)."""
+        """Yield the keys and values of each layer, (slots, key heads, columns, head_dim)."""
         for (keys, values), (heads, key_size, value_size) in zip(self.flat, self.shapes):
             cells = slots * heads * columns
             yield (
@@ -210,11 +213,11 @@ class _Buffers:
     """Everything that a step reads and writes, for one number of slots and columns.
 
     Attributes:
-        cache: A `Cache` of `_StaticLayer`s, with keys and values.
-        mask: bool (slots, columns), True on tokens.
-        column: int64 (1,), where the next token is written.
-        token_ids: int64 (slots, 1), the newest tokens.
-        positions: int64 (slots, 1), their positions.
+        cache: A `Cache` whose layers are `_StaticLayer`s.
+        mask: bool (slots, columns), True for tokens, False for padding and unused columns.
+        column: int64 (1,), index of the column for the next token.
+        token_ids: int64 (slots, 1), the newest token of each sequence.
+        positions: int64 (slots, 1), the positions of these tokens.
         logits: (slots, vocabulary), the result of the last step.
         graph: The recorded step; None before it is recorded, and on a CPU.
     """
@@ -238,12 +241,12 @@ class _Buffers:
 
 @dataclass
 class DecodingState:
-    """The state of a batch outside of the buffers: one row per active sequence.
+    """The state of a batch outside the buffers, with one row per active sequence.
 
     Attributes:
-        cache: A `DynamicCache` with keys and values of `length` columns.
-        mask: int64 (rows, length).
-        next_positions: int64 (rows,).
+        cache: A `DynamicCache` with `length` columns.
+        mask: int64 (rows, length), 1 for tokens, 0 for padding.
+        next_positions: int64 (rows,), the position of the next token of each row.
     """
 
     cache: Any
@@ -259,7 +262,7 @@ class StaticDecoder:
 
     Args:
         model: The model.
-        use_graphs: Record the steps as CUDA graphs. False runs them one by one, for tests on a CPU.
+        use_graphs: Record the steps as CUDA graphs. With False, every step runs without a graph, for tests on a CPU.
     """
 
     def __init__(self, model: CaptionModel, use_graphs: bool) -> None:
@@ -272,29 +275,29 @@ class StaticDecoder:
         # Identifies the weights that the graphs were recorded with; see `_forget_changed_weights`.
         self._weights_key: Any = None
         self._has_warned = False
-        # The batch that is loaded:
-        self._owner: Any = None  # weak reference, or None
-        self._current: _Buffers | None = None
-        self._slots: list[int] = []  # of each row
-        self._length = 0  # columns in use
+        # The batch that is loaded into the buffers:
+        self._owner: Any = None  # a weak reference to the batch, or None
+        self._current: _Buffers | None = None  # the buffers that contain it
+        self._slots: list[int] = []  # the slot of each row of the batch
+        self._length = 0  # number of columns in use
 
     def is_loaded(self, owner: Any) -> bool:
         """Return whether the state of this batch is in the buffers."""
         return self._owner is not None and self._owner() is owner
 
     def load(self, owner: Any, state: DecodingState, remaining: int) -> None:
-        """Move the state of a batch into the buffers. A batch that is there already moves out.
+        """Move the state of a batch into the buffers. If they contain another batch, it is moved out first.
 
         Args:
-            owner: The batch. Its method `leave_static_buffers` is called to move it out.
-            state: Its state. The cache is empty afterward.
-            remaining: Number of tokens that the longest sequence may still generate.
+            owner: The batch. Its method `leave_static_buffers` will be called to move it out.
+            state: The state of the batch. Its cache is empty afterward.
+            remaining: Maximum number of tokens that a sequence may still generate.
 
         Raises:
             StaticDecodingError: The cache is not supported, or the buffers would be too large
                 (`BuffersTooLargeError`). The state is unchanged.
         """
-        # This happens if two generators take turns, for example.
+        # The buffers contain another batch, for example, if a program alternates between two calls of `stream`.
         previous = None if self._owner is None else self._owner()
         if previous is not None:
             previous.leave_static_buffers()
@@ -302,7 +305,7 @@ class StaticDecoder:
         self._forget_changed_weights()
 
         rows, length = state.mask.shape
-        # Reserve at least one column, for the step that follows.
+        # Reserve at least one column for the next step.
         reserved = min(max(remaining, 1), RESERVED_COLUMNS)
         slots, columns = num_slots(rows), num_columns(length + reserved)
         buffers = self._prepare_buffers(state.cache.layers, slots, columns)
@@ -310,7 +313,7 @@ class StaticDecoder:
         for layer, source in zip(buffers.cache.layers, state.cache.layers):
             _fill(layer.keys, source.keys, self._length)
             _fill(layer.values, source.values, self._length)
-            source.keys = source.values = None  # free the memory
+            source.keys = source.values = None  # to free the memory
         self._fill_mask_and_positions(buffers, state.mask.bool(), state.next_positions)
         self._current = buffers
         self._slots = list(range(rows))
@@ -332,13 +335,13 @@ class StaticDecoder:
         return DecodingState(cache, mask, next_positions)
 
     def release(self) -> None:
-        """Forget the batch. The buffers and graphs are kept for the next one."""
+        """Forget the batch, but keep the buffers and graphs for the next batch."""
         self._owner = None
         self._current = None
         self._slots = []
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Remove all other rows of the batch; see `DecodingBatch._keep`."""
+        """Remove all rows of the batch except `rows`; see `DecodingBatch._keep`."""
         self._slots = [self._slots[row] for row in rows]
         if not rows:
             self.release()
@@ -347,14 +350,18 @@ class StaticDecoder:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no column left for a step: the batch must `unload` and `load` again."""
+        """Whether there is no column left for a step. If so, call `unload` and `load` before the next step."""
         return self._current is not None and self._length == self._current.columns
 
     def step(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Append the newest token of each row, and return the next logits (rows, vocabulary).
+        """Append the newest token of each row, and return the logits of the next token (rows, vocabulary).
+
+        Args:
+            token_ids: The newest token of each row.
 
         Raises:
-            StaticDecodingError: The step could not be recorded. `unload` returns the state before it.
+            StaticDecodingError: The step could not be recorded. The state is the same as before the step, and
+                `unload` returns it.
         """
         assert self._current is not None and not self.is_full
         buffers = self._current
@@ -370,11 +377,11 @@ class StaticDecoder:
             buffers.graph.replay()
         self._length += 1
         assert buffers.logits is not None
-        # A copy, since the next step overwrites the buffer.
+        # `index_select` returns a copy. The next step overwrites the buffer.
         return buffers.logits.index_select(0, self._slot_index())
 
     def warn_too_large(self, error: BuffersTooLargeError) -> None:
-        """Log, once, that a batch is decoded without graphs."""
+        """Log that a batch is decoded without graphs, but only the first time."""
         if not self._has_warned:
             logger.warning("large batches are decoded without CUDA graphs: %s", error)
         self._has_warned = True
@@ -382,10 +389,15 @@ class StaticDecoder:
     # ---- the step ----
 
     def _forward(self, buffers: _Buffers) -> torch.Tensor:
-        """Run the step. It is recorded, so no operation may depend on a value in Python that changes."""
+        """Run the step.
+
+        It is recorded, and a replay repeats it with the Python values of the recording. So no operation may depend on
+        a Python value that changes from step to step.
+        """
         model = self._require_model()
         language_model = model.language_model
-        # Also in free slots: the attention of a row without any unmasked column would be NaN.
+        # Unmask the new column in all slots, even in free ones: the attention of a row in which everything is masked
+        # would be NaN.
         buffers.mask.index_fill_(1, buffers.column, True)
         with _grouped_attention(language_model):
             outputs = language_model(
@@ -395,7 +407,7 @@ class StaticDecoder:
                 use_cache=True,
                 **{self._cache_kwarg_name: buffers.cache},
             )
-        # Change them in place, so that the next replay reads the new values at the same addresses.
+        # Change these tensors in place, so that the next replay reads the new values from the same addresses.
         buffers.positions += 1
         buffers.column += 1
         return outputs.logits[:, -1]
@@ -411,8 +423,8 @@ class StaticDecoder:
         for layer_type in layer_types:
             attends = buffers.mask
             if layer_type == "sliding_attention" and window and window < buffers.columns:
-                # The tokens of a row are in consecutive columns, so the distance of two columns is that of their
-                # positions.
+                # The tokens of a row are in consecutive columns, so the distance between two columns equals the
+                # distance between the positions of their tokens.
                 index = torch.arange(buffers.columns, device=attends.device)
                 attends = attends & (buffers.column - index < window)
             bias = torch.zeros_like(attends, dtype=dtype).masked_fill(~attends, -torch.inf)
@@ -420,14 +432,18 @@ class StaticDecoder:
         return masks.popitem()[1] if len(masks) == 1 else masks
 
     def _record(self, buffers: _Buffers) -> None:
-        """Record the step as a CUDA graph, without running it."""
+        """Record the step as a CUDA graph. The state of the sequences does not change.
+
+        Raises:
+            StaticDecodingError: The step cannot be recorded.
+        """
         device = buffers.mask.device
-        # The warm-up changes these tensors, so restore them. It also writes keys and values into the next column,
-        # which the real step overwrites.
+        # The warm-up changes these tensors, so restore them afterward. The warm-up also writes keys and values into
+        # the next column, but the real step overwrites them.
         state = (buffers.mask, buffers.column, buffers.positions)
         saved = [tensor.clone() for tensor in state]
         try:
-            # CUDA requires that the warm-up runs on another stream than the current one.
+            # CUDA requires that the warm-up runs on a stream other than the current one.
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
@@ -437,7 +453,7 @@ class StaticDecoder:
                         tensor.copy_(value)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use CUDA while this one records, to copy images for example.
+            # "thread_local" allows other threads to use CUDA during the recording, for example to copy images.
             with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 logits = self._forward(buffers)
         except RuntimeError as error:
@@ -456,13 +472,14 @@ class StaticDecoder:
         return model
 
     def _slot_index(self) -> torch.Tensor:
+        """Return the slot of each row as an index tensor on the device."""
         assert self._current is not None
         return to_device(torch.tensor(self._slots), self._current.mask.device)
 
     def _forget_changed_weights(self) -> None:
-        """Drop the graphs if weights have moved, or adapters were enabled, disabled or merged.
+        """Drop all graphs if weights have moved in memory, or adapters were enabled, disabled or merged.
 
-        Graphs contain the addresses of the weights, and the adapters that were active.
+        A graph contains the addresses of the weights, and computes the adapters that were active when it was recorded.
         """
         language_model = self._require_model().language_model
         addresses = [parameter.data_ptr() for parameter in language_model.parameters()]
@@ -477,7 +494,7 @@ class StaticDecoder:
             self._weights_key = key
 
     def _prepare_buffers(self, layers: Sequence[Any], slots: int, columns: int) -> _Buffers:
-        """Return the buffers of this size. More memory is allocated if they do not fit into the storage.
+        """Return buffers of this size. If they do not fit into the allocated memory, allocate more.
 
         Args:
             layers: Layers of a cache. Only the shapes of their keys and values are used.
@@ -488,9 +505,9 @@ class StaticDecoder:
             BuffersTooLargeError: They would take more than `MEMORY_SHARE` of the free memory.
         """
         if self._storage is None or self._storage.capacity < slots * columns:
-            own = 0 if self._storage is None else self._storage.nbytes
-            _check_memory(layers, slots, columns, own)
-            # Free the old memory before allocating more. The graphs are useless then: they contain its addresses.
+            replaced_bytes = 0 if self._storage is None else self._storage.nbytes
+            _check_memory(layers, slots, columns, replaced_bytes)
+            # Free the old memory before allocating more. Also drop the graphs, which contain addresses of the old memory.
             self._drop_buffers()
             self._storage = None
             self._storage = _Storage(layers, slots, columns)
@@ -521,7 +538,7 @@ class StaticDecoder:
     def _fill_mask_and_positions(
         self, buffers: _Buffers, mask: torch.Tensor, next_positions: torch.Tensor
     ) -> None:
-        """Set the mask, the positions and the next column; free slots get zeros."""
+        """Set the mask, the positions and the index of the next column. Free slots get zeros."""
         rows, length = mask.shape
         buffers.mask.zero_()
         buffers.mask[:rows, :length] = mask
@@ -530,7 +547,11 @@ class StaticDecoder:
         buffers.column.fill_(length)
 
     def _move_together(self, slots: int) -> None:
-        """Move the rows into buffers with fewer slots, which are views of the same memory."""
+        """Move the rows into buffers with fewer slots, which are views of the same memory.
+
+        Args:
+            slots: The new number of slots.
+        """
         assert self._current is not None
         old, length = self._current, self._length
         index = self._slot_index()
@@ -554,7 +575,8 @@ def _fill(buffer: torch.Tensor, tensor: torch.Tensor, length: int) -> None:
 
     Layers with a sliding window have only the last columns.
     """
-    # Set the rest to zero. Masked columns have the weight 0, but memory may contain NaN, and 0 * NaN is NaN.
+    # Set all other columns to zero. Masked columns have the attention weight 0, but uninitialized memory may contain NaN,
+    # and 0 * NaN is NaN.
     buffer.zero_()
     rows, _, columns, _ = tensor.shape
     buffer[:rows, :, length - columns : length] = tensor
@@ -563,19 +585,21 @@ def _fill(buffer: torch.Tensor, tensor: torch.Tensor, length: int) -> None:
 def _check_layers(cache: DynamicCache) -> None:
     """Raise StaticDecodingError unless all layers consist of keys and values only."""
     for layer in cache.layers:
-        # Refuse subclasses too, which may contain more than keys and values.
+        # Refuse subclasses too, because they may contain more than keys and values.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise StaticDecodingError(f"its KV cache has a {type(layer).__name__}")
+            raise StaticDecodingError(
+                f"static buffers do not support the {type(layer).__name__} in its KV cache"
+            )
 
 
-def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> None:
+def _check_memory(layers: Sequence[Any], slots: int, columns: int, replaced_bytes: int) -> None:
     """Raise BuffersTooLargeError if buffers of this size would take too much memory.
 
     Args:
         layers: Layers of a cache. Only the shapes of their keys and values are used.
         slots: Number of slots.
         columns: Number of columns.
-        own: Bytes of the buffers that these would replace.
+        replaced_bytes: Size of the old buffers, which are freed before the new ones are allocated.
     """
     device = layers[0].keys.device
     if device.type != "cuda":
@@ -584,9 +608,10 @@ def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> 
     for layer in layers:
         for tensor in (layer.keys, layer.values):
             bytes_per_cell += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-    free = own + torch.cuda.mem_get_info(device)[0]
-    # Add the memory that PyTorch has reserved, but does not use.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free_on_device, _ = torch.cuda.mem_get_info(device)
+    # Add the memory that PyTorch has reserved but does not use.
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = replaced_bytes + free_on_device + reserved
     needed = slots * columns * bytes_per_cell
     if needed > MEMORY_SHARE * free:
         raise BuffersTooLargeError(
@@ -595,18 +620,19 @@ def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> 
         )
 
 
-# ---- which models ----
+# ---- the decoder of each model ----
 
-# The decoders of all models that have generated on a GPU; None if a model does not support it.
+# The decoders of all models that have generated on a GPU; None for a model that does not support static decoding.
 _DECODERS: weakref.WeakKeyDictionary[Any, StaticDecoder | None] = weakref.WeakKeyDictionary()
 
 
 def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
-    """Return the decoder of a model; None on a CPU, for models in training, and after a failure."""
+    """Return the decoder of a model; None on a CPU, for a model in training, and after a failure."""
     if model.device.type != "cuda":
         return None
     language_model = model.language_model
-    # Skip models in training: they need the memory for other things, and weights that are sharded move.
+    # Do not use graphs for a model in training: it needs the memory for other things, and sharded weights change their
+    # addresses.
     if any(parameter.requires_grad for parameter in language_model.parameters()):
         return None
     if model not in _DECODERS:
@@ -619,6 +645,6 @@ def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
 
 
 def disable_static_decoding(model: CaptionModel, reason: str) -> None:
-    """Decode this model without CUDA graphs from now on, and log the reason."""
+    """Decode a model without CUDA graphs from now on, and log the reason."""
     logger.warning("%s is decoded without CUDA graphs: %s", model.config.model_type, reason)
     _DECODERS[model] = None

@@ -1,9 +1,9 @@
-"""The vision tower: any vision model of Transformers, as pixels -> features.
+"""The vision tower: any vision model of Transformers, as a function from pixels to features.
 
 vision transformer (CLIP, SigLIP, DINOv2, ViT)      convolutional (EfficientNet, ConvNeXt, ResNet)
 
 hidden states (images, 1 + 196, 768)                feature maps (images, 1280, 7, 7)
-  | select_layer: one, or several concatenated        | select_layer; all on the smallest grid
+  | select_layer: one, or several concatenated        | select_layer: all pooled to the smallest grid
   | select_feature: drop the CLS token                |
   | token_pool: average the 14 x 14 grid              | token_pool
   v                                                   v
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Shape(NamedTuple):
-    """The properties of a tower that do not depend on its weights; see the attributes of `VisionTower`."""
+    """The properties of a tower that follow from its config; see the attributes of `VisionTower`."""
 
     num_tokens: int
     width: int
@@ -40,23 +40,24 @@ class _Shape(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """A vision model, and the selection of the features that the projector gets.
+    """A vision model that returns selected features, which are the input of the projector.
 
     Args:
-        model: Accepts `pixel_values`, returns `last_hidden_state` and `hidden_states`.
+        model: A model that accepts `pixel_values` and returns `last_hidden_state` and `hidden_states`.
         transform: Padding, resize, crop and normalization of the images.
-        select_layer: Index of the hidden state to use. -1 is the last one; -2, the output of the layer
-            before, is LLaVA's choice for CLIP. Several are concatenated along the channels.
+        select_layer: Index of the hidden state to use. -1 is the output of the last layer; -2 is the output of
+            the layer before it, which LLaVA uses for CLIP. Several hidden states are concatenated along the
+            channels.
         select_feature: `patch`, or `cls_patch` to also keep the tokens that precede the patches (CLS,
             registers).
-        token_pool: Average the grid of patches to `token_pool` x `token_pool` tokens; 0 keeps it.
+        token_pool: Average the grid of patches to `token_pool` x `token_pool` tokens; 0 keeps all patches.
 
     Attributes:
         num_tokens: Number of tokens per image.
-        width: Hidden size: number of channels of a token.
-        grid: (rows, columns) of the tokens that are patches.
-        used_parameters: Names of the model's parameters that the features depend on. The layers above
-            the selected one are excluded.
+        width: Hidden size, the number of channels of a token.
+        grid: Number of rows and columns of the grid of patches (after pooling).
+        used_parameters: Names of the model's parameters that the features depend on. Parameters of the layers
+            after the selected one, for example, are excluded.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: The model is not a vision model, weights are missing, or its image processor
                 does something that `ImageTransform` does not support.
-            OSError: A file is missing; the message names it.
+            OSError: A file is missing. The message names the file.
         """
         check_model_name(name_or_path)
         check_model_config(name_or_path)
@@ -117,7 +118,9 @@ class VisionTower(nn.Module):
         transform = ImageTransform.from_pretrained(name_or_path, image_aspect_ratio)
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
-            raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
+            raise ValueError(
+                f"{name_or_path}: a {config.model_type} is not a vision model; choose another --vision_tower"
+            )
         with blame_file(name_or_path):
             model, loading_info = model_class.from_pretrained(
                 name_or_path,
@@ -127,7 +130,7 @@ class VisionTower(nn.Module):
                 trust_remote_code=False,
             )
         tower = cls(cast(VisionModel, model), transform, **choices)
-        # Check the used parameters only: a pooling head, for example, may be missing.
+        # Check only the parameters that are used. A pooling head, for example, may be missing.
         check_missing_keys(name_or_path, tower.used_parameters & set(loading_info["missing_keys"]))
         return tower
 
@@ -135,7 +138,7 @@ class VisionTower(nn.Module):
     def from_config(
         cls, config: PreTrainedConfig, transform: ImageTransform, **choices: Any
     ) -> VisionTower:
-        """Build the tower on the meta device, without weights, for example to know its shape.
+        """Build the tower on the meta device, without weights, for example to find out its number of tokens.
 
         Args:
             config: Transformers config of a vision model or of a two-tower model.
@@ -154,18 +157,20 @@ class VisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the weights, and so of the features."""
+        """Data type of the weights and of the features."""
         return next(self.parameters()).dtype
 
     @property
     def is_convolutional(self) -> bool:
+        """Whether the model is convolutional and not a vision transformer, which has attention heads."""
         return not hasattr(self.model.config, "num_attention_heads")
 
     def train(self, mode: bool = True) -> VisionTower:
         """Set the training mode, except for a frozen tower and for batch norms.
 
-        A frozen tower stays in evaluation mode, because of dropout. So do the batch norms of a tower
-        that is trained: with batch statistics, the features of an image would depend on the other images.
+        A frozen tower stays in evaluation mode, so that it applies no dropout. The batch norms of a trained tower
+        also stay in evaluation mode: with batch statistics, the features of an image would depend on the other
+        images of the batch.
         """
         super().train(mode and not self.frozen)
         for module in self.modules():
@@ -177,8 +182,8 @@ class VisionTower(nn.Module):
         """Compute the features of images.
 
         Args:
-            pixel_values: (images, 3, height, width); uint8 as the transform makes them, or floats
-                that are normalized already.
+            pixel_values: (images, 3, height, width); uint8, as the transform returns them, or floats that are
+                normalized already.
 
         Returns:
             (images, num_tokens, hidden size), in the tower's dtype.
@@ -200,15 +205,14 @@ class VisionTower(nn.Module):
         """Run a vision model and select features.
 
         Returns:
-            Features (images, tokens, hidden size), and the (rows, columns) of the patches.
+            The features (images, tokens, hidden size), and the numbers of rows and columns of the patches.
         """
         outputs = model(pixel_values, output_hidden_states=True)
         if outputs.last_hidden_state.dim() == 4:
             return self._select_maps(outputs.last_hidden_state, outputs.hidden_states)
         hidden_states = [outputs.hidden_states[layer] for layer in self.select_layers]
-        features = torch.cat(
-            hidden_states, dim=-1
-        )  # (images, CLS and registers + patches, hidden size)
+        # (images, CLS and registers + patches, hidden size)
+        features = torch.cat(hidden_states, dim=-1)
         rows, columns = _patch_grid(model, pixel_values, features.shape[1])
 
         # CLS and register tokens precede the patches.
@@ -216,7 +220,8 @@ class VisionTower(nn.Module):
         if self.select_feature == "cls_patch":
             if self.token_pool:
                 raise ValueError(
-                    "--mm_vision_select_feature cls_patch cannot be combined with --mm_token_pool"
+                    "--mm_vision_select_feature cls_patch cannot be combined with --mm_token_pool; leave out one of "
+                    "the two"
                 )
             if not num_others:
                 raise ValueError(
@@ -242,11 +247,11 @@ class VisionTower(nn.Module):
             )
         maps: list[torch.Tensor] = []
         for layer in self.select_layers:
-            # For -1 use `last_hidden_state`: EfficientNet applies one more convolution after the last
+            # For layer -1, use `last_hidden_state`: EfficientNet applies one more convolution after the last
             # entry of `hidden_states`.
             maps.append(last_hidden_state if layer == -1 else hidden_states[layer])
-        # Pool all maps to the smallest grid, so that their channels can be concatenated: the maps of
-        # early layers are larger.
+        # The maps of early layers are larger. Pool all maps to the smallest grid, so that their channels can be
+        # concatenated.
         sizes = [feature_map.shape[-2:] for feature_map in maps]
         grid = min(sizes, key=torch.Size.numel)
         if self.token_pool:
@@ -262,14 +267,14 @@ class VisionTower(nn.Module):
     def _trace(self) -> _Shape:
         """Find out the shape of the features, and which parameters they depend on.
 
-        The architecture runs on the meta device, without data. Its gradients have no data either, but
-        exactly the parameters that the features depend on have one.
+        For this, run a forward and a backward pass on the meta device, without data. Exactly the parameters that
+        the features depend on get a gradient.
 
         Raises:
             ValueError: A selected layer does not exist, or the model returns no grid of features.
         """
         with torch.device("meta"), torch.enable_grad():
-            # A second model, since the first one has data, and PEFT may have wrapped it.
+            # Build a second model, because `self.model` is not on the meta device, and PEFT may have wrapped it.
             model: Any = AutoModel.from_config(self.model.config, trust_remote_code=False).eval()
             pixel_values = torch.empty(1, 3, *self.transform.crop)
             try:
@@ -277,19 +282,19 @@ class VisionTower(nn.Module):
                 names, parameters = zip(*model.named_parameters())
                 gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
-                # `hidden_states[layer]` failed. Run the model once more to count its hidden states, which
-                # costs nothing on the meta device.
+                # `hidden_states[layer]` does not exist. Run the model again to count its hidden states, which takes
+                # no time on the meta device.
                 count = len(model(pixel_values, output_hidden_states=True).hidden_states)
                 raise ValueError(
-                    f"--mm_vision_select_layer {self.select_layers} is out of range: the vision tower "
-                    f"has {count} hidden states"
+                    f"--mm_vision_select_layer {self.select_layers} is out of range: the vision tower has "
+                    f"{count} hidden states; pass numbers from {-count} to {count - 1}"
                 ) from None
             except (AttributeError, RuntimeError, TypeError) as error:
-                # Models of other kinds fail in different ways if they get `pixel_values` only.
+                # Models of other kinds fail in different ways if they are called with `pixel_values` only.
                 raise ValueError(
-                    f"a {self.model.config.model_type} cannot be used as vision tower: called with "
+                    f"a {self.model.config.model_type} cannot be used as vision tower: if it is called with "
                     "`pixel_values` only, it does not return a grid of features "
-                    f"({type(error).__name__}: {error})"
+                    f"({type(error).__name__}: {error}). Choose another --vision_tower"
                 ) from error
         used = [name for name, gradient in zip(names, gradients) if gradient is not None]
         return _Shape(
@@ -301,13 +306,27 @@ class VisionTower(nn.Module):
 
 
 def check_missing_keys(source: str, missing: Collection[str]) -> None:
-    """Raise ValueError if weights are missing; Transformers would only warn and use random ones."""
+    """Raise ValueError if weights are missing. Transformers only warns, and uses random weights instead.
+
+    Args:
+        source: Folder or hub name of the model, for the message.
+        missing: Names of the missing weights.
+    """
     if missing:
-        raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")
+        raise ValueError(
+            f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}. Copy or download the model again, or "
+            "choose another model."
+        )
 
 
 def _patch_grid(model: VisionModel, pixel_values: torch.Tensor, num_tokens: int) -> tuple[int, int]:
-    """Return the (rows, columns) of a vision transformer's patches after its last layer."""
+    """Return the numbers of rows and columns of a vision transformer's patches after its last layer.
+
+    Args:
+        model: The vision transformer.
+        pixel_values: Its input (images, 3, height, width).
+        num_tokens: Number of tokens that it returns, including CLS and registers.
+    """
     patch_size = model.config.patch_size
     if isinstance(patch_size, int):
         patch_size = (patch_size, patch_size)

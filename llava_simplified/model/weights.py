@@ -19,7 +19,7 @@ _SAMPLE_BYTES = 4096
 def filter_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Return the weights whose names begin with a prefix. The prefix is removed from the names."""
     return {
-        # Copy views with strides, because safetensors writes contiguous tensors only.
+        # safetensors writes contiguous tensors only, so copy those that are not.
         name.removeprefix(prefix): weight.contiguous()
         for name, weight in weights.items()
         if name.startswith(prefix)
@@ -29,20 +29,21 @@ def filter_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str,
 def check_state_dict(
     stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Raise ValueError if weights are missing, unexpected, or have another shape.
+    """Raise ValueError if weights are missing, unexpected, or have the wrong shape.
 
     Args:
-        stored: The weights that were read.
-        expected: The weights of the model.
+        stored: The weights that were read, by name.
+        expected: The weights of the model, by name.
         where: File or folder that the weights were read from, for the message.
     """
     missing = sorted(set(expected) - set(stored))
     unexpected = sorted(set(stored) - set(expected))
     if missing or unexpected:
         raise ValueError(
-            f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
+            f"{where}: the weights do not fit the model: missing {missing[:5] or 'none'}, unexpected "
+            f"{unexpected[:5] or 'none'}"
         )
-    # Both have the same names from here on.
+    # Now both have the same names, so compare the shapes.
     for name, weight in stored.items():
         if weight.shape != expected[name].shape:
             raise ValueError(
@@ -58,12 +59,13 @@ def weight_files(name_or_path: str) -> list[Path]:
         name_or_path: A folder, or the name of a hub repository, whose files are downloaded.
 
     Raises:
-        ValueError: There is no such folder, and the name cannot be one of the hub.
-        OSError: A file is missing. The message says which one, and where it belongs.
+        ValueError: There is no such folder, and the name cannot be the name of a hub repository.
+        OSError: A file is missing. The message names the file and its folder.
     """
     check_model_name(name_or_path)
     _find_file(name_or_path, "config.json")
-    # Try the formats in the order of Transformers: one file, or an index that names its shards.
+    # Try the formats in the same order as Transformers. The weights are in one file, or in several files (shards),
+    # which an index lists.
     for name in ("model.safetensors", "pytorch_model.bin"):
         if _has_file(name_or_path, name):
             return [_find_file(name_or_path, name)]
@@ -71,10 +73,10 @@ def weight_files(name_or_path: str) -> list[Path]:
         if _has_file(name_or_path, index):
             shards = _read_shard_names(_find_file(name_or_path, index))
             return [_find_file(name_or_path, shard) for shard in sorted(shards)]
-    # No weights were found. Look for the most likely file, to raise an error that names it.
+    # No weights were found. Look for the file that is probably missing: this raises an error that names it.
     is_sharded = Path(name_or_path).is_dir() and any(Path(name_or_path).glob("*-of-*"))
-    wanted = "model.safetensors.index.json" if is_sharded else "model.safetensors"
-    return [_find_file(name_or_path, wanted)]
+    probably_missing = "model.safetensors.index.json" if is_sharded else "model.safetensors"
+    return [_find_file(name_or_path, probably_missing)]
 
 
 def _read_shard_names(index: Path) -> set[str]:
@@ -85,19 +87,23 @@ def _read_shard_names(index: Path) -> set[str]:
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map is missing")
+        raise ValueError(
+            f"{index}: weight_map is missing or empty; copy or download the file again"
+        )
     for name in weight_map.values():
         is_name = isinstance(name, str) and name not in ("", "..") and not set(name) & set("/\\\0")
         if not is_name:
-            raise ValueError(f"{index}: {shorten(name)} is not the name of a file beside it")
+            raise ValueError(
+                f"{index}: weight_map must contain names of files in the same folder, not {shorten(name)}"
+            )
     return set(weight_map.values())
 
 
 def weights_digest(name_or_path: str) -> str:
-    """Return a digest of a model's weights: of names, sizes and samples of its weight files.
+    """Return a digest of a model's weights, computed from the names, sizes and samples of its weight files.
 
-    Only samples are hashed, because hashing 14 GB would take longer than loading an adapter of 100 MB.
-    Samples suffice, since two fine-tuned versions of one model differ in nearly every one.
+    Only samples of the files are hashed, because hashing 14 GB would take longer than loading an adapter of
+    100 MB. Samples are enough, since two fine-tuned versions of one model differ in nearly every sample.
 
     Raises:
         OSError: A weight file is missing.
@@ -120,20 +126,21 @@ def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
     Args:
         part: "language_model" or "vision_tower".
         name_or_path: Folder or hub name of the weights.
-        digest: Expected digest, stored by the training.
+        digest: Expected digest, which was stored in training.
     """
+    option = "--model-base" if part == "language_model" else "--vision-tower"
     try:
         found = weights_digest(name_or_path)
     except (OSError, ValueError) as error:
-        option = "--model-base" if part == "language_model" else "--vision-tower"
         raise ValueError(
-            f"the checkpoint's {part} {name_or_path}: {error}. If it has moved, pass its new path "
-            f"with {option}"
+            f"cannot read the weights of the {part} {name_or_path}, which this checkpoint was trained with: {error}. "
+            f"If the model has moved, pass its new path with {option}"
         ) from error
     if found != digest:
         raise ValueError(
-            f"{part} {name_or_path}: the weights differ from those that this checkpoint was trained "
-            "with; its projector and adapters fit only the original weights"
+            f"{part} {name_or_path}: the weights differ from those that this checkpoint was trained with, but its "
+            "projector and adapters fit only the original weights. Restore the original model, or pass its path with "
+            f"{option}"
         )
 
 
@@ -143,13 +150,15 @@ def _has_file(name_or_path: str, name: str) -> bool:
 
 def _find_file(name_or_path: str, name: str) -> Path:
     """Return the path of a model's file; raise OSError if it is missing."""
-    # Let Transformers raise for a hub repository, where its message is the more helpful one. For a local
-    # folder, raise our own message below.
+    # For a hub repository, let Transformers raise the error, because its message is more helpful. For a local
+    # folder, raise our own error below.
     is_folder = Path(name_or_path).is_dir()
     try:
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=not is_folder)
     except OSError as error:
-        raise OSError(f"no {name}; pass a folder with all its files: {error}") from error
+        raise OSError(
+            f"{name_or_path}: there is no {name}; pass a folder that contains all files of the model ({error})"
+        ) from error
     if path is None:
-        raise FileNotFoundError(f"{name} is missing: put it into {name_or_path}")
+        raise FileNotFoundError(f"{name} is missing; copy it into {name_or_path}")
     return Path(path)

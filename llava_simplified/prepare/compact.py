@@ -17,9 +17,9 @@ from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.shards import ShardWriter
 from llava_simplified.jobs import (
     atomic_file,
-    check_settings,
     exclusive_lock,
     remove_temporary_files,
+    store_or_check_settings,
 )
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter
@@ -117,7 +117,7 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
                 f"--compact {output}: the folder contains files that were not made from these records. "
                 "Empty it, or pass another folder to --compact."
             )
-    check_settings(settings_path, settings, f"--compact {output}", option="--compact")
+    store_or_check_settings(settings_path, settings, f"--compact {output}", option="--compact")
 
 
 def _file_digest(path: Path, digest: Any) -> str:

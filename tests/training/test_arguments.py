@@ -19,7 +19,7 @@ from llava_simplified.arguments import (
     non_default_options,
     parse_arguments,
     split_options,
-    to_words,
+    to_argv,
 )
 from llava_simplified.training.train_command import build_parser
 from llava_simplified.training.train_command import main as train_main
@@ -60,8 +60,8 @@ def write_config(folder: Path, *lines: str) -> str:
 def test_parse_arguments_accepts_every_option_of_finetune_sh(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = FINETUNE_SH.replace("OUT", str(tmp_path)).split()
-    model, data, training = parse_arguments([*words, "--train_data_path", "x.json"])
+    argv = FINETUNE_SH.replace("OUT", str(tmp_path)).split()
+    model, data, training = parse_arguments([*argv, "--train_data_path", "x.json"])
     assert model.mm_vision_select_layer == [-1]
     assert model.image_aspect_ratio == "pad"
     assert (model.lora_r, model.lora_alpha, model.lora_enable) == (128, 256, True)
@@ -77,8 +77,8 @@ def test_parse_arguments_accepts_every_option_of_finetune_sh(
 def test_parse_arguments_accepts_dashes_and_underscores() -> None:
     underscores = ["--lora_r", "9", "--per_device_train_batch_size=3", "--weight_decay", "0.5"]
     dashes = [word.replace("_", "-") for word in underscores]
-    for words in (underscores, dashes):
-        model, _, training = parse_arguments(words)
+    for argv in (underscores, dashes):
+        model, _, training = parse_arguments(argv)
         assert model.lora_r == 9
         assert training.per_device_train_batch_size == 3
         assert training.weight_decay == 0.5
@@ -104,16 +104,16 @@ def test_parse_arguments_translates_names_of_older_versions() -> None:
     assert training.use_cpu
     _, _, training = parse_arguments(["--group_by_length", "False"])
     assert training.train_sampling_strategy == "random"
-    words = ["--data_path", "x.json", "--image_folder", "y", "--group_by_modality_length", "True"]
-    words += ["--image_aspect_ratio", "square"]
-    model, data, training = parse_arguments(words)
+    argv = ["--data_path", "x.json", "--image_folder", "y", "--group_by_modality_length", "True"]
+    argv += ["--image_aspect_ratio", "square"]
+    model, data, training = parse_arguments(argv)
     assert (data.train_data_path, data.train_image_folder) == ("x.json", "y")
     assert model.image_aspect_ratio == "crop"
     assert training.train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("argv", "named"),
     [
         (["stray", "--bf16", "True"], "'stray'"),
         (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end False"),
@@ -124,13 +124,13 @@ def test_parse_arguments_translates_names_of_older_versions() -> None:
     ],
 )
 def test_parse_arguments_names_what_is_wrong(
-    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("- lora_r\n")
     Path("broken.yaml").write_text("a: [\n")
     with pytest.raises(ValueError, match=named):
-        parse_arguments(words)
+        parse_arguments(argv)
 
 
 def test_parse_arguments_reports_a_wrong_value_in_a_few_lines(
@@ -155,19 +155,19 @@ def test_parse_arguments_reports_to_no_tracker_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "level"),
+    ("argv", "level"),
     [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
 )
 def test_parse_arguments_sets_the_log_level(
-    words: list[str], level: int, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "0")  # --quiet would set it for all later tests
-    parse_arguments(words)
+    parse_arguments(argv)
     assert logging.getLogger("llava_simplified").level == level
 
 
 @pytest.mark.parametrize(
-    ("environment", "words", "named"),
+    ("environment", "argv", "named"),
     [
         ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed requires a launcher"),
         (
@@ -178,17 +178,17 @@ def test_parse_arguments_sets_the_log_level(
         (
             {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
             ["--deepspeed", "ds_configs/zero2.json"],
-            "--deepspeed: accelerate launch has its own DeepSpeed configuration",
+            "--deepspeed: accelerate launch has a DeepSpeed configuration",
         ),
     ],
 )
 def test_parse_arguments_refuses_a_launcher_that_does_something_else(
-    environment: dict[str, str], words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], argv: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=named):
-        parse_arguments(words)
+        parse_arguments(argv)
 
 
 # ---- YAML ----
@@ -203,8 +203,8 @@ def test_command_line_has_precedence_over_the_config_file(tmp_path: Path) -> Non
         "bf16: false",
         "train_data_path: a.json",
     )
-    words = ["--config", config, "--lora-r=9", "--output_dir", str(tmp_path)]
-    model, data, training = parse_arguments(words)
+    argv = ["--config", config, "--lora-r=9", "--output_dir", str(tmp_path)]
+    model, data, training = parse_arguments(argv)
     assert training.learning_rate == 1e-3
     assert model.lora_r == 9
     assert model.mm_vision_select_layer == [-1, -3]
@@ -249,10 +249,10 @@ RECIPES = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
-    words = ["--config", str(recipe)]
+    argv = ["--config", str(recipe)]
     if recipe.stem.startswith(("cc3m", "coco", "qlora")):
-        words += ["--bf16", "False"]
-    model, _, training = parse_arguments(words)
+        argv += ["--bf16", "False"]
+    model, _, training = parse_arguments(argv)
     assert training.max_steps > 0 or training.num_train_epochs >= 1
     assert model.mm_projector_type in ("linear", "mlp2x_gelu")
     comments = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
@@ -261,12 +261,12 @@ def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
     assert any(unit in " ".join(comments) for unit in units), "the expected time"
 
 
-# ---- words and options ----
+# ---- arguments and options ----
 
 
 def test_split_options_inverts_to_words() -> None:
-    words = to_words({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
-    assert split_options(words) == [
+    argv = to_argv({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
+    assert split_options(argv) == [
         ("lora_r", ["8"]),
         ("layers", ["-1", "-2"]),
         ("kwargs", ['{"a": 1}']),
