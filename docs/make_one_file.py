@@ -2,7 +2,8 @@
 
     make docs          # after `make demo`; or: python docs/make_one_file.py --checkpoint output/one-file
 
-The text is in docs/one-file.md.j2, the code comes from the file, and all numbers from running it on a drawing of the demo.
+The text is in docs/one-file.md.j2. The code comes from the file, and all numbers come from running it on a drawing of the
+demo.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ SETTINGS = {
 
 
 def cut_source(text: str) -> dict[str, str]:
-    """Cut the file into steps: its functions and the methods of `Llava`, each with what stands before it.
+    """Cut the file into steps: its functions and the methods of `Llava`, each with the lines before it.
 
     Returns:
         The code of each step by name, in order. Together they are the whole file.
     """
     tree = ast.parse(text)
+    # The last line of each step.
     ends: dict[str, int] = {"docstring": tree.body[0].end_lineno or 0}
     for node in tree.body[1:]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -72,7 +74,7 @@ def cut_source(text: str) -> dict[str, str]:
 
 
 def make_model(assets: DemoAssets, records: list[dict[str, str]], cache: dict[str, Any]) -> Any:
-    """Return a model as it is before training."""
+    """Return an untrained model: base models, a new projector and a new adapter."""
     folders = {
         "language_model": str(assets.language_model),
         "vision_tower": str(assets.vision_tower),
@@ -87,7 +89,7 @@ def make_model(assets: DemoAssets, records: list[dict[str, str]], cache: dict[st
 
 
 def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> dict[str, Any]:
-    """Run every step of the file on one record, and return what the template shows."""
+    """Run every step of the file on one record, and return the values that the template shows."""
     random.seed(0)
     torch.manual_seed(0)
     records = one_file.read_records(assets.train_json)
@@ -168,7 +170,7 @@ def draw_image(image: Image.Image) -> None:
 def describe_tokens(
     tokenizer: Any, ids: list[int], labels: list[int]
 ) -> list[tuple[str, Any, str]]:
-    """Return (token, id, label) for each token; the image tokens are one row."""
+    """Return (token, id, label) for each token, and one row for all image tokens together."""
     rows: list[tuple[str, Any, str]] = []
     for token_id, label in zip(ids, labels):
         if token_id == one_file.IMAGE:
@@ -219,6 +221,7 @@ def generate(model: Any, path: Path, instruction: str) -> dict[str, Any]:
     """Caption the image, and return the shapes and the most likely tokens of each pass."""
     passes: list[tuple[tuple[int, ...], int, list[tuple[str, float]]]] = []
 
+    # A forward hook with keyword arguments: (module, positional arguments, keyword arguments, outputs).
     def keep(_: Any, __: Any, arguments: dict[str, Any], outputs: Any) -> None:
         best = outputs.logits[0, -1].softmax(-1).topk(2)
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
@@ -250,7 +253,7 @@ def code_cell(text: str) -> str:
 
 
 def module_link(module: str) -> str:
-    """Return a link to the reference of a module: "model/llava.py"."""
+    """Return a link to the Python reference of a module, such as "model/llava.py"."""
     name = module.removesuffix(".py").replace("/", ".")
     return f"[`{module}`](python.md#llava_simplified.{name})"
 
@@ -259,7 +262,7 @@ def render_page(values: dict[str, Any]) -> str:
     """Fill in the template.
 
     Raises:
-        RuntimeError: The template leaves out a part of the code, or has the parts in another order.
+        RuntimeError: The template omits a step of the code, or has the steps in another order.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DOCS),
@@ -274,6 +277,7 @@ def render_page(values: dict[str, Any]) -> str:
     steps = cut_source(text)
     shown: list[str] = []
 
+    # The template calls this macro around the note of each step: {% call step("splice") %} ... {% endcall %}.
     def step(name: str, caller: Any) -> str:
         shown.append(name)
         code = f'<div class="code" markdown>\n\n```python\n{steps[name]}\n```\n\n</div>'
@@ -283,7 +287,9 @@ def render_page(values: dict[str, Any]) -> str:
     values = {**values, "step": step, "module": module_link, "lines": len(text.splitlines())}
     page = environment.get_template("one-file.md.j2").render(values)
     if shown != list(steps):
-        raise RuntimeError(f"docs/one-file.md.j2 shows {shown}, but the file has {list(steps)}")
+        raise RuntimeError(
+            f"docs/one-file.md.j2 shows the steps {shown}, but llava_in_one_file.py has {list(steps)}. Adapt the template."
+        )
     return page
 
 
@@ -291,7 +297,9 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, help="Output of llava_in_one_file.py; without it, untrained"
+        "--checkpoint",
+        type=Path,
+        help="Output folder of llava_in_one_file.py (default: an untrained model)",
     )
     parser.add_argument("--cache-dir", type=Path, help="Where `make demo` keeps models and images")
     parser.add_argument("--image", default="1f44b-1f3fd.png", help="A held-out drawing")

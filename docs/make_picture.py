@@ -1,4 +1,4 @@
-"""Write docs/demo.png: captions that the demo's model generated for drawings it never saw.
+"""Write docs/demo.png: captions that the demo's model generated for held-out drawings.
 
 python docs/make_picture.py --predictions output/demo/predictions.json     # part of `make docs`
 """
@@ -59,7 +59,7 @@ def main() -> None:
     figure.suptitle("above: the generated caption; below: the name of the drawing", fontsize=10)
     figure.tight_layout(h_pad=2.5)
     figure.savefig(args.output)
-    # a palette of 96 colors keeps the file small
+    # A palette of 96 colors keeps the file small.
     Image.open(args.output).convert("RGB").quantize(96).save(args.output, optimize=True)
 
 

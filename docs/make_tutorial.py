@@ -51,7 +51,7 @@ logging.getLogger("matplotlib.category").setLevel(logging.ERROR)
 
 
 def follow_image(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, Any]:
-    """Run every part of the code on one sample, and return what the template shows."""
+    """Run every part of the code on one sample, and return the values that the template shows."""
     torch.manual_seed(0)
     assets = fetch(cache_dir)
     model = Llava.from_pretrained(checkpoint, device="cpu", dtype="float32", trainable=True)
@@ -206,7 +206,8 @@ def generate_caption(
         For each step the generated token and the three most likely ones with their probabilities; and the caption.
     """
     prompt = model.prompt.render(record.turns, None).input_ids
-    decoding = DecodingBatch(model, [prompt], features.detach(), GenerationOptions(24))
+    options = GenerationOptions(max_new_tokens=24)
+    decoding = DecodingBatch(model, [prompt], features.detach(), options)
     to_tokens = model.tokenizer.convert_ids_to_tokens
     steps = []
     while decoding.active:
@@ -224,7 +225,7 @@ def share_prefix() -> tuple[list[int], torch.Tensor]:
         labels=[IGNORE_INDEX] * 3 + [1, 2, 3, 4],
         branches=[0, 0, 0, 1, 1, 2, 2],
     )
-    batch = Collator(2, 0)([example])
+    batch = Collator(tokens_per_image=2, pad_token_id=0)([example])
     mask = shared_prefix_mask(batch["segment_ids"], batch["branch_ids"], batch["position_ids"])
     return batch["position_ids"][0].tolist(), mask[0, 0]
 
@@ -259,7 +260,9 @@ def splice_code() -> str:
     lines = [line.strip() for line in inspect.getsource(Llava.splice).splitlines()]
     statements = [line for line in lines if line.startswith(beginnings)]
     if len(statements) != len(beginnings):
-        raise RuntimeError("Llava.splice has changed: adapt `beginnings`")
+        raise RuntimeError(
+            "Llava.splice does not contain the statements in `beginnings`. Adapt the list in `splice_code`."
+        )
     return "\n".join(statements)
 
 

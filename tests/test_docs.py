@@ -38,10 +38,10 @@ TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 @functools.cache
 def options_of(command: str) -> frozenset[str]:
     sys.path.insert(0, str(ROOT / "docs"))
-    from reference import parser_of
+    from reference import find_parser
 
     names = set()
-    for action in parser_of(COMMANDS[command].main)._actions:
+    for action in find_parser(COMMANDS[command].main)._actions:
         for name in action.option_strings:
             # Every command accepts both spellings.
             names |= {name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")}
