@@ -55,7 +55,9 @@ def describe_interruption(argv: Sequence[str], output_dir: Path) -> str:
 
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if last is None:
-        return "Interrupted before the first checkpoint. The same command starts from the beginning."
+        return (
+            "Interrupted before the first checkpoint. The same command starts from the beginning."
+        )
     resume_argv = [*argv, "--resume_from_checkpoint", "true"]
     launcher = " (with the same launcher)" if "LOCAL_RANK" in os.environ else ""
     return (
