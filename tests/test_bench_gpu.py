@@ -1,4 +1,4 @@
-"""`benchmarks/bench_gpu.py` with tiny shapes on a CPU, so that it runs when a GPU is there."""
+"""Run `benchmarks/bench_gpu.py` with tiny shapes on a CPU, to find its errors before it runs on a GPU."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bench_gpu_measures_all_sections_after_one_has_failed(
 def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a process for each section."""
+    """In this test, each section runs in a separate process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_gpu
 

@@ -22,8 +22,8 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
-# DeepSpeed starts Python, which imports everything, twice. The others start a program that forks the two processes
-# from one that has imported everything.
+# DeepSpeed starts two Python processes, which both import everything. The other launchers start a program that forks
+# the two processes from one that has imported everything.
 LAUNCHERS = {
     "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
     "torchrun": "torchrun --no-python --nproc_per_node 2 --master_port 29872",
@@ -85,7 +85,7 @@ def test_train_py_and_predict_py_work_as_in_the_tutorial(
 def test_finetune_sh_and_predict_sh_run_as_written(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """All options of LLaVA's finetune.sh in the tutorial's folders; only the models are tiny."""
+    """The script has all options of LLaVA's finetune.sh. Only its models are replaced, by tiny ones."""
     for split in ("train", "val"):
         records = tmp_path / f"{split}.json"
         records.symlink_to(data_folder / f"{split}.json")
@@ -140,7 +140,7 @@ def test_launchers_start_one_training_of_two_processes(
     launcher: str,
     single_process_loss: float,
 ) -> None:
-    """2 processes with 2 images each see the same 4 images per step as one process."""
+    """2 processes with 2 images each train on the same 4 images per step as one process."""
     command: list[object] = [*LAUNCHERS[launcher].split()]
     options: list[object] = []
     if launcher == "deepspeed":
@@ -163,7 +163,7 @@ def test_launchers_start_one_training_of_two_processes(
     assert len(json.loads(output.read_text())) == 12
 
 
-# ---- the front door ----
+# ---- the llava command ----
 
 
 def test_llava_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,13 +218,13 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
         "from llava_simplified.cli import main; main(['--help']); main(['--version'])",
     ],
 )
-def test_front_door_imports_nothing_heavy(code: str) -> None:
+def test_package_and_help_import_nothing_heavy(code: str) -> None:
     run(sys.executable, "-c", IMPORTS_NOTHING_HEAVY.format(code=code), folder=ROOT)
 
 
 @pytest.mark.medium
 def test_help_of_every_command_is_fast_and_complete() -> None:
-    """All parsers in one process: none imports anything heavy; every option has a text."""
+    """Building the parsers of all commands imports nothing heavy, and every option has a help text."""
     code = """
 import contextlib, io, sys
 from llava_simplified.cli import COMMANDS, main, resolve
@@ -241,7 +241,7 @@ for name, command in COMMANDS.items():
 
 @pytest.mark.medium
 def test_importing_the_package_prints_nothing() -> None:
-    """Also where bitsandbytes is installed, which PEFT imports."""
+    """This must also hold if bitsandbytes is installed, which PEFT imports."""
     code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     environment.pop("TRANSFORMERS_VERBOSITY", None)

@@ -22,7 +22,7 @@ from foreign_llava import (
     LLAVA_HF_TEMPLATE,
     TEMPLATES,
     Weights,
-    ask_stock,
+    run_stock,
     projector_weights,
     write_original,
     write_stock,
@@ -493,7 +493,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
     content: Any = INSTRUCTION
     if shape == "llava-hf":
         content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
-    logits, caption = ask_stock(folder, [{"role": "user", "content": content}], image)
+    logits, caption = run_stock(folder, [{"role": "user", "content": content}], image)
     shutil.rmtree(folder)  # it is not needed any more
     model = Llava.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(first_logits(model, image), logits, rtol=1e-5, atol=1e-5)
