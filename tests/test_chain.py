@@ -35,9 +35,9 @@ def mirror(data_folder: Path, tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def call(*words: object, folder: Path) -> str:
+def call(*argv: object, folder: Path) -> str:
     """Run a command in a forked process; return its standard output."""
-    return run_command(words, folder).stdout
+    return run_command(argv, folder).stdout
 
 
 @pytest.mark.slow
@@ -169,18 +169,18 @@ EXTRA_OPTIONS = {
 }
 
 
-def substitute_models(words: list[str], models: Path) -> list[str]:
+def substitute_models(argv: list[str], models: Path) -> list[str]:
     """Return a documented command with tiny models, which are on this machine, and fewer records."""
-    if words[0] != "llava":
-        return words
-    words = [word.replace("openai/clip-vit-base-patch16", f"{models}/clip") for word in words]
-    command = words[1]
+    if argv[0] != "llava":
+        return argv
+    argv = [argument.replace("openai/clip-vit-base-patch16", f"{models}/clip") for argument in argv]
+    command = argv[1]
     if command == "reduce":
-        words[words.index("1000")] = "5"
-    words += EXTRA_OPTIONS.get(command, [])
+        argv[argv.index("1000")] = "5"
+    argv += EXTRA_OPTIONS.get(command, [])
     if command == "train":
-        words += ["--model_name_or_path", f"{models}/mistral", "--vision_tower", f"{models}/clip"]
-    return words
+        argv += ["--model_name_or_path", f"{models}/mistral", "--vision_tower", f"{models}/clip"]
+    return argv
 
 
 def commands_of(page: str, heading: str) -> str:
@@ -216,7 +216,7 @@ def test_documented_commands_run_one_after_the_other(
             f"'{ROOT}/predict.sh' --max-new-tokens 4 --output $PWD/more.json",
         ]
     )
-    with command_programs(programs, lambda words: substitute_models(words, models_folder)):
+    with command_programs(programs, lambda argv: substitute_models(argv, models_folder)):
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=tmp_path,

@@ -31,10 +31,10 @@ LAUNCHERS = {
 }
 
 
-def run(*words: object, folder: Path, **environment: object) -> str:
+def run(*arguments: object, folder: Path, **environment: object) -> str:
     """Run a command that must succeed; return its standard output and standard error."""
     done = subprocess.run(
-        [str(word) for word in words],
+        [str(argument) for argument in arguments],
         cwd=folder,
         env=ENVIRONMENT | {name: str(value) for name, value in environment.items()},
         capture_output=True,
@@ -122,12 +122,12 @@ def single_process_loss(
 ) -> float:
     """The first loss of one process with four images per step."""
     output = tmp_path_factory.mktemp("one")
-    words = [
+    argv = [
         *training_options(models_folder, data_folder),
         *("--per_device_train_batch_size", 4, "--logging_steps", 1),
         *("--seed", 42, "--output_dir", output),
     ]
-    train(*parse_arguments([str(word) for word in words]))
+    train(*parse_arguments([str(argument) for argument in argv]))
     return first_loss(output)
 
 
@@ -167,8 +167,8 @@ def test_launchers_start_one_training_of_two_processes(
 
 
 def test_llava_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["-h"], ["--help"]):
-        assert main(words) == 0
+    for argv in ([], ["-h"], ["--help"]):
+        assert main(argv) == 0
         printed = capsys.readouterr().out
         for name, command in COMMANDS.items():
             assert f"  {name} " in printed
@@ -183,14 +183,14 @@ def test_llava_version_is_the_version_of_the_package(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("word", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
+    ("name", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
 )
 def test_llava_suggests_the_nearest_command(
-    word: str, suggestion: str, capsys: pytest.CaptureFixture[str]
+    name: str, suggestion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([word]) == 2
+    assert main([name]) == 2
     printed = capsys.readouterr().err
-    assert word in printed
+    assert name in printed
     assert ("did you mean " in printed) == bool(suggestion)
     assert suggestion in printed
 
@@ -269,13 +269,13 @@ def test_mistyped_path_of_a_model_is_named_as_a_path(
         "--vision_tower": str(models_folder / "clip"),
         option: name,
     }
-    words = [word for pair in parts.items() for word in pair]
+    models = [argument for pair in parts.items() for argument in pair]
     data = str(data_folder / "train.json")
     images = str(data_folder / "images")
     argv = {
-        "train": [*words, "--train_data_path", data, "--train_image_folder", images],
-        "plan": words,
-        "inspect": [*words, "--data", data],
+        "train": [*models, "--train_data_path", data, "--train_image_folder", images],
+        "plan": models,
+        "inspect": [*models, "--data", data],
         "caption": [images, "--model-path", name, "--output", str(tmp_path / "x.jsonl")],
     }
     if command == "train":

@@ -28,9 +28,9 @@ class Written(NamedTuple):
     images: Path
 
 
-def call(*words: object) -> None:
+def call(*arguments: object) -> None:
     """Run a command in this process; it must succeed."""
-    assert llava([str(word) for word in words]) == 0, " ".join(map(str, words))
+    assert llava([str(argument) for argument in arguments]) == 0, " ".join(map(str, arguments))
 
 
 class Workshop:
@@ -351,11 +351,11 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
     if has_references:
         source = "download.shards" if "shards" in writer else "convert.json"
         options += ["--references", workshop.written(source).path]
-    words = [str(word) for word in ("evaluate", predictions.path, *options)]
+    argv = [str(argument) for argument in ("evaluate", predictions.path, *options)]
     if not has_references and writer in ("caption.folder", "caption.shards"):
-        assert llava(words) == 2, "images alone have no references"
+        assert llava(argv) == 2, "images alone have no references"
     else:
-        assert llava(words) == 0
+        assert llava(argv) == 0
 
 
 @pytest.mark.slow

@@ -47,9 +47,9 @@ def commands_of(page: str) -> list[str]:
     return re.findall(r"(?m)^llava .+$", text)
 
 
-def type_command(command: str) -> None:
-    words = shlex.split(command, comments=True)[1:]
-    assert main([*words, *SMALL.get(words[0], [])]) == 0, command
+def run_documented(command: str) -> None:
+    argv = shlex.split(command, comments=True)[1:]
+    assert main([*argv, *SMALL.get(argv[0], [])]) == 0, command
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_captions_are_drafted_corrected_and_trained_on(models_folder: Path, phot
     ]
     tune, draft, retrain, keep, finish = commands
 
-    type_command(tune)
+    run_documented(tune)
     assert training_captions() == BY_HAND
-    type_command(draft.replace("--limit 100", "--limit 3"))
+    run_documented(draft.replace("--limit 100", "--limit 3"))
     drafts = captions_in(photos)
     assert len(drafts) == 5 and BY_HAND.items() < drafts.items()
     page = Path("round1.html").read_text()
@@ -100,16 +100,16 @@ def test_captions_are_drafted_corrected_and_trained_on(models_folder: Path, phot
     (photos / f"{corrected}.txt").write_text("a bedroom with a double bed")
     (photos / f"{rejected}.txt").unlink()
     approved = captions_in(photos)
-    type_command(retrain)
+    run_documented(retrain)
     assert training_captions() == approved
     assert approved[accepted] == drafts[accepted]
     assert approved[corrected] == "a bedroom with a double bed"
     # The second round begins where the first one began.
     assert json.loads(Path("round2/llava.json").read_text())["training"]["init_from"] == "ours"
 
-    type_command(keep)
+    run_documented(keep)
     assert records_in(Path("approved.jsonl")) == approved
-    type_command(finish)
+    run_documented(finish)
     finished = captions_in(photos)
     assert finished.keys() == {path.stem for path in photos.glob("*.jpg")}
     assert approved.items() < finished.items()
@@ -137,7 +137,7 @@ def test_foreign_models_are_imported_tuned_and_exported(
     write_original(tmp_path / "merged", models_folder / "clip", Path("llava-v1.5-7b"))
 
     for command in commands_of("bring-your-model.md"):
-        type_command(command)
+        run_documented(command)
 
     assert captions_in(Path("captions")).keys() == {path.stem for path in photos.glob("*.jpg")}
     assert captions_in(photos) == BY_HAND

@@ -76,7 +76,7 @@ def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
 
 def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
     tsv, _ = inputs
-    words = [
+    argv = [
         "llava",
         "download",
         str(tsv),
@@ -85,8 +85,8 @@ def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
         "--shard-size",
         str(SHARD_SIZE),
     ]
-    words += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
-    return [*words, "--concurrency", "8"]
+    argv += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
+    return [*argv, "--concurrency", "8"]
 
 
 def downloaded_rows(output: Path) -> dict[int, float]:
@@ -148,7 +148,7 @@ def clean_inputs(folder: Path) -> Iterator[Path]:
 
 def clean_command(records: Path, output: Path) -> list[str]:
     output.mkdir(exist_ok=True)
-    words = [
+    argv = [
         "llava",
         "clean",
         str(records),
@@ -157,7 +157,7 @@ def clean_command(records: Path, output: Path) -> list[str]:
         "--workers",
         "1",
     ]
-    return [*words, "--image-folder", str(records.parent / "images"), "--dedupe", "perceptual"]
+    return [*argv, "--image-folder", str(records.parent / "images"), "--dedupe", "perceptual"]
 
 
 def cleaned_chunks(output: Path) -> dict[str, int]:
@@ -205,9 +205,9 @@ def caption_inputs(folder: Path, count: int = 240) -> Iterator[tuple[Path, Path]
 
 def caption_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
     checkpoint, images = inputs
-    words = ["llava", "caption", str(images), "--model-path", str(checkpoint)]
-    words += ["--output", str(output / "captions.jsonl"), "--batch-size", "1"]
-    return [*words, "--max-new-tokens", "4", "--trials", "2", "--temperature", "1"]
+    argv = ["llava", "caption", str(images), "--model-path", str(checkpoint)]
+    argv += ["--output", str(output / "captions.jsonl"), "--batch-size", "1"]
+    return [*argv, "--max-new-tokens", "4", "--trials", "2", "--temperature", "1"]
 
 
 def captioned_records(output: Path) -> dict[int, list[int]]:
@@ -246,9 +246,9 @@ def sidecar_command(inputs: tuple[Path, Path], output: Path, *options: str) -> l
     checkpoint, images = inputs
     if not output.exists():
         shutil.copytree(images, output)
-    words = ["llava", "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
-    words += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
-    return [*words, *options]
+    argv = ["llava", "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
+    argv += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
+    return [*argv, *options]
 
 
 def append_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
@@ -322,10 +322,10 @@ def encode_inputs(folder: Path) -> Iterator[Path]:
 
 def encode_command(records: Path, output: Path) -> list[str]:
     folder = records.parent
-    words = ["llava", "encode", "--vision_tower", str(folder / "clip")]
-    words += ["--train_data_path", str(records), "--train_image_folder", str(folder / "images")]
-    words += ["--cache_vision_features", "disk", "--feature_cache_dir", str(output)]
-    return [*words, "--output_dir", str(folder / "model")]
+    argv = ["llava", "encode", "--vision_tower", str(folder / "clip")]
+    argv += ["--train_data_path", str(records), "--train_image_folder", str(folder / "images")]
+    argv += ["--cache_vision_features", "disk", "--feature_cache_dir", str(output)]
+    return [*argv, "--output_dir", str(folder / "model")]
 
 
 def encoded_images(output: Path) -> dict[bytes, int]:

@@ -166,8 +166,8 @@ def train_package(
         "optim": "adamw_torch",
         **changes,
     }
-    words = training_options(output.parent, output.parent, output, **values)
-    trainer, _ = build_trainer(*parse_arguments(words))
+    argv = training_options(output.parent, output.parent, output, **values)
+    trainer, _ = build_trainer(*parse_arguments(argv))
     model = trainer.unwrapped_model
     inputs: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
@@ -421,11 +421,11 @@ def test_annotated_page_contains_the_whole_file() -> None:
 
 
 def command_line(models_folder: Path, data_folder: Path, output: Path) -> list[str]:
-    words = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
-    words += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
-    words += ["--output", output, "--projector_steps", 2, "--steps", 10, "--batch_size", 4]
-    words += ["--dtype", "float32"]
-    return [str(word) for word in words]
+    argv = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
+    argv += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
+    argv += ["--output", output, "--projector_steps", 2, "--steps", 10, "--batch_size", 4]
+    argv += ["--dtype", "float32"]
+    return [str(argument) for argument in argv]
 
 
 @pytest.mark.medium
@@ -449,8 +449,8 @@ def test_main_trains_saves_and_captions(
 def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """The file is copied into an empty folder, and Python finds no other code of the project."""
     shutil.copy(PATH, tmp_path)
-    words = command_line(models_folder, data_folder, tmp_path / "model")
-    command = [sys.executable, "-I", PATH.name, *words]
+    argv = command_line(models_folder, data_folder, tmp_path / "model")
+    command = [sys.executable, "-I", PATH.name, *argv]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "greedy:" in run.stdout
@@ -545,12 +545,12 @@ def test_checkpoints_with_other_choices_are_refused(
 def test_main_refuses_too_few_records(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = command_line(models_folder, data_folder, tmp_path / "model")
+    argv = command_line(models_folder, data_folder, tmp_path / "model")
     records = json.loads((data_folder / "train.json").read_text())[:8]
     few = tmp_path / "few.json"
     few.write_text(json.dumps(records))
     with pytest.raises(SystemExit):
-        one_file.main([*words, "--data", str(few)])
+        one_file.main([*argv, "--data", str(few)])
     assert str(few) in capsys.readouterr().err
 
 

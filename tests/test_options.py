@@ -70,19 +70,19 @@ def example_value(action: argparse.Action) -> list[str]:
     return ["x"]
 
 
-def required_words(parser: argparse.ArgumentParser, without: argparse.Action) -> list[str]:
+def required_arguments(parser: argparse.ArgumentParser, without: argparse.Action) -> list[str]:
     """Return the shortest command line that a parser accepts, without one option."""
-    words = []
+    argv = []
     for action in parser._actions:
         if not action.option_strings and action.nargs not in ("?", "*"):
-            words += example_value(action)
+            argv += example_value(action)
         elif action.required and action.dest != without.dest:
-            words += [action.option_strings[0], *example_value(action)]
+            argv += [action.option_strings[0], *example_value(action)]
     for group in parser._mutually_exclusive_groups:
         if group.required and without not in group._group_actions:
             action = group._group_actions[0]
-            words += [action.option_strings[0], *example_value(action)]
-    return words
+            argv += [action.option_strings[0], *example_value(action)]
+    return argv
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -95,8 +95,8 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
             if not option.startswith("--"):
                 continue
             for spelling in {option.replace("_", "-"), "--" + option[2:].replace("-", "_")}:
-                words = required_words(parser, action)
-                args = parser.parse_args([*words, spelling, *example_value(action)])
+                argv = required_arguments(parser, action)
+                args = parser.parse_args([*argv, spelling, *example_value(action)])
                 assert hasattr(args, action.dest), spelling
 
 
@@ -183,24 +183,24 @@ def test_parser_refuses_an_extra_argument(
 
 
 def test_normalize_spelling_keeps_unknown_options_and_values() -> None:
-    words = ["--lora-r", "a_b", "--no_such", "--", "--lora-r"]
+    argv = ["--lora-r", "a_b", "--no_such", "--", "--lora-r"]
     expected = ["--lora_r", "a_b", "--no_such", "--", "--lora-r"]
-    assert normalize_spelling(words, ["--lora_r"]) == expected
+    assert normalize_spelling(argv, ["--lora_r"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "level"),
+    ("argv", "level"),
     [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
 )
 def test_parser_sets_the_log_level(
-    parser: CommandParser, words: list[str], level: int, monkeypatch: pytest.MonkeyPatch
+    parser: CommandParser, argv: list[str], level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    args = parser.parse_args(["x", *words])
+    args = parser.parse_args(["x", *argv])
     assert logging.getLogger("llava_simplified").level == level
     assert not hasattr(args, "verbose")
-    assert ("TQDM_DISABLE" in os.environ) == (words == ["--quiet"])
+    assert ("TQDM_DISABLE" in os.environ) == (argv == ["--quiet"])
 
 
 def test_configure_logging_writes_each_message_once_to_stderr(

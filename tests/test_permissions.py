@@ -63,10 +63,10 @@ def test_checkpoints_have_the_permissions_of_new_files(
         "cache_vision_features": "disk",
         "feature_cache_dir": tmp_path / "features",
     }
-    words = []
+    argv = []
     for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    train(*parse_arguments(words))
+        argv += [f"--{name}", str(value)]
+    train(*parse_arguments(argv))
     assert merge_main([str(output), "--output", str(tmp_path / "merged")]) == 0
     assert export_main([str(output), "--output", str(tmp_path / "stock")]) == 0
     for name in ("out", "features", "merged", "stock"):

@@ -79,8 +79,8 @@ def test_text_files_have_an_encoding() -> None:
             assert "encoding" in call or "utf-8" in call, f"{path}: {call}"
 
 
-def run_as_on_windows(*words: object, folder: Path) -> str:
-    command = [sys.executable, ROOT / "tests" / "windows_like.py", *words]
+def run_as_on_windows(*arguments: object, folder: Path) -> str:
+    command = [sys.executable, ROOT / "tests" / "windows_like.py", *arguments]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -332,9 +332,9 @@ def test_print_text_is_unchanged_where_it_can_be_encoded() -> None:
 
 
 def test_commands_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["llava", "train", r"C:\My models\a"]
+    command = ["llava", "train", r"C:\My models\a"]
     monkeypatch.setattr(options, "sys", WINDOWS_SYS)
-    assert options.quote_words(words) == r'llava train "C:\My models\a"'
+    assert options.quote_words(command) == r'llava train "C:\My models\a"'
     monkeypatch.setattr(extras, "sys", WINDOWS_SYS)
     assert extras.install_command("serve").endswith('[serve]"')
 

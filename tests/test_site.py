@@ -27,9 +27,9 @@ BROKEN_LINKS = {
 def site_command() -> list[str]:
     """Return the command of `make site`, with this Python's mkdocs."""
     recipe = (ROOT / "Makefile").read_text().split("\nsite:")[1].splitlines()[1]
-    words = shlex.split(recipe)
-    program = words.index("$(BIN)/mkdocs")
-    return [sys.executable, "-m", "mkdocs", *words[program + 1 :]]
+    command = shlex.split(recipe)
+    program = command.index("$(BIN)/mkdocs")
+    return [sys.executable, "-m", "mkdocs", *command[program + 1 :]]
 
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -22,8 +22,8 @@ from foreign_llava import (
     LLAVA_HF_TEMPLATE,
     TEMPLATES,
     Weights,
-    run_stock,
     projector_weights,
+    run_stock,
     write_original,
     write_stock,
 )
