@@ -1,4 +1,4 @@
-"""URLs to shards to records to clean records: the commands that a user types, against a server that misbehaves."""
+"""From URLs to clean records, with the commands that a user types, against a faulty server."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_commands_name_the_extra_that_is_missing(
 
 @pytest.mark.medium
 def test_convert_works_without_the_extra(tmp_path: Path) -> None:
-    """Local text needs only the core."""
+    """Converting local text files needs no optional dependency."""
     (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\n")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['aiohttp', 'fsspec', 'pyarrow'])); "
