@@ -273,8 +273,8 @@ def test_no_command_lets_data_control_the_terminal(
         workplace, f"{method}_" if name == "import" else method
     )
     all_printed = ""
-    for words in commands():
-        argv = [name, *map(str, words)]
+    for arguments in commands():
+        argv = [name, *map(str, arguments)]
         try:
             status = main(argv)
         except SystemExit as error:  # argparse

@@ -356,9 +356,9 @@ def test_clean_command_compacts_images_for_training(
     mixed: Mixed, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = mixed.folder / "shards"
-    words = [str(mixed.records), "--output", str(mixed.output), "--workers", "1"]
-    words += ["--image-folder", str(mixed.images), "--compact", str(shards)]
-    assert main([*words, "--compact-size", size]) == 0
+    argv = [str(mixed.records), "--output", str(mixed.output), "--workers", "1"]
+    argv += ["--image-folder", str(mixed.images), "--compact", str(shards)]
+    assert main([*argv, "--compact-size", size]) == 0
     assert "11 ok" in capsys.readouterr().out
     records = open_records(mixed.output)
     expected = [row["response"] for row in mixed.rows[::2]]
@@ -588,8 +588,8 @@ def test_clean_command_without_a_usable_record_exits_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.json").write_text(json.dumps([make_row("gone.jpg", "a cat")]))
-    words = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
-    assert main(words) == 1
+    argv = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
+    assert main(argv) == 1
     output = capsys.readouterr()
     assert "o_quarantine.jsonl" in output.err
     assert "1 missing" in output.out

@@ -129,8 +129,8 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     urls = [server.url(f"ok/w_{number},h_2/{number}.jpg") for number in range(3)]
     (tmp_path / "urls.txt").write_text("".join(f"{url}\n" for url in urls))
     output = tmp_path / "out"
-    words = [str(tmp_path / "urls.txt"), "--output", str(output), "--allow-private"]
-    assert main([*words, "--workers", "1"]) == 0
+    argv = [str(tmp_path / "urls.txt"), "--output", str(output), "--allow-private"]
+    assert main([*argv, "--workers", "1"]) == 0
     assert [(row["url"], row["error"]) for row in read_manifest(output)] == [
         (url, None) for url in urls
     ]
@@ -343,8 +343,8 @@ def test_download_in_slices_and_merge(
 
 def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path: Path) -> None:
     tsv, _ = write_source(tmp_path, server.port, 4, {"ok": 1})
-    words = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
-    assert main(words) == 0
+    argv = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
+    assert main(argv) == 0
 
 
 def test_plan_shards_by_two_jobs_at_the_same_time(
@@ -432,12 +432,12 @@ def test_download_command_without_any_image_says_why_and_how_to_retry(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.tsv").write_text(f"caption\t{server.url('ok/1.jpg')}\n")
-    words = [str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out")]
-    assert main(words) == 1
+    argv = [str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out")]
+    assert main(argv) == 1
     message = capsys.readouterr().err
     assert "--allow-private" in message
     assert "--retry blocked_address" in message
-    assert main([*words, "--allow-private", "--retry", "blocked_address"]) == 0
+    assert main([*argv, "--allow-private", "--retry", "blocked_address"]) == 0
 
 
 def test_download_of_a_source_without_urls_is_refused(tmp_path: Path) -> None:
