@@ -241,6 +241,7 @@ def _create_trainer(
 
 
 def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
+    """Return the options of the rewards; `stored` are the fields that are not command-line options."""
     return RewardOptions(
         workers=args.reward_workers,
         timeout=args.reward_timeout,
@@ -257,11 +258,10 @@ def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
 def _create_collator(
     model: Llava, train_set: CaptionDataset, objective: str, share_prefix: bool
 ) -> Collator:
-    arguments = (
-        model.vision_tower.num_tokens,
-        model.prompt.end_id,
-        dummy_image_batch(model, train_set),
-    )
+    """Return the collator of an objective."""
+    tokens_per_image = model.vision_tower.num_tokens
+    pad_token_id = model.prompt.end_id
+    arguments = (tokens_per_image, pad_token_id, dummy_image_batch(model, train_set))
     if objective == "sft":
         return Collator(*arguments)
     if objective == "dpo":
@@ -286,8 +286,8 @@ def build_dataset(
         model.prompt,
         folder,
         model.vision_tower.transform,
-        args.model_max_length,
-        one_per_record,
+        max_length=args.model_max_length,
+        share_prefix=one_per_record,
     )
     if isinstance(dataset, PromptDataset):
         dataset.trains_references = args.sft_weight > 0
@@ -415,6 +415,7 @@ def _check_objective(
 
 
 def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that training on preference pairs does not support."""
     if not args.dpo_beta > 0:
         raise ValueError(f"--dpo_beta {args.dpo_beta}: expected a number above 0, such as 0.1.")
     if not 0 <= args.dpo_label_smoothing < 0.5:

@@ -247,7 +247,8 @@ class SampleWarnings:
         counts: Number of images, and of warnings by kind.
     """
 
-    MAX_LOGGED = 10  # per kind of warning
+    # Maximum number of logged warnings of each kind.
+    MAX_LOGGED = 10
     # Minimum denominator of the fraction of bad images, so that a few bad ones among the first images do
     # not stop the run.
     MIN_IMAGES = 100

@@ -151,6 +151,7 @@ class CiderScorer:
 
 
 def _count_ngrams(tokens: str) -> Counter[NGram]:
+    """Count the n-grams of a text, for n from 1 to `MAX_ORDER`; its tokens are separated by spaces."""
     words = tokens.split()
     counts = Counter[NGram]()
     for order in range(1, MAX_ORDER + 1):

@@ -70,6 +70,7 @@ class ClipReward:
 
 
 def _read_image(path: str, record_id: str) -> bytes:
+    """Return the bytes of an image file; errors name the record."""
     if not path:
         raise ValueError(
             f"--reward clipscore: {record_id} has no image. Remove the record, or use another --reward."

@@ -165,6 +165,7 @@ def compute_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
 
 
 def _download_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
+    """Return the bounds of the download."""
     machines = cluster.machines
     # Three resources can limit a download: the network of the machines, their CPUs (decoding and checking images), and
     # the host that most URLs point to.
@@ -199,6 +200,7 @@ def _download_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
 
 
 def _clean_bound(images: float, rates: Rates, cluster: Cluster) -> Bound:
+    """Return the bound of cleaning, which decodes every image once."""
     return Bound(
         "clean",
         "cores",
@@ -234,6 +236,7 @@ def _device_bounds(records: float, work: Work, rates: Rates, cluster: Cluster) -
 
 
 def _caption_bound(records: float, rates: Rates, cluster: Cluster) -> Bound:
+    """Return the bound of captioning by the endpoints."""
     speed = rates.caption_tokens_per_second
     return Bound(
         "caption",

@@ -210,6 +210,7 @@ def _data_options(folder: Path) -> list[str]:
 
 
 def _encode(workload: Workload, folder: Path, features: Path) -> Cost:
+    """Encode the images of the sample in `folder`, and store the features below `features`."""
     # The two samples overlap. Give each its own cache, or the second run would skip images that the first
     # has encoded.
     arguments = [*workload.training_options, *_data_options(folder)]
@@ -262,6 +263,7 @@ def _caption(
 
 
 def _read_manifest(images: Path) -> dict[str, list[Any]]:
+    """Return the columns of a download's manifest that the rates are computed from."""
     import pyarrow.parquet as pq
 
     columns = ["url", "status", "seconds", "bytes"]

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "eval_captions"
 BATCH_SIZE = 16
-LOGGED_CAPTIONS = 3  # per evaluation
+LOGGED_CAPTIONS = 3  # number of captions that are logged at each evaluation
 
 
 class EvalCaptions:

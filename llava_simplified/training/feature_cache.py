@@ -182,7 +182,7 @@ class FeatureCache:
                 if missing:
                     self._append(missing)
                 bar.advance(len(batch))
-        self._map = None  # the file has grown
+        self._map = None  # map the file again at the next read, since it has grown
         if matches.describe():
             logger.warning("%s: %s", image_folder, matches.describe())
         return ImageFeatures(self, names, [self._row_by_hash[digest] for digest in digests])
@@ -201,7 +201,7 @@ class FeatureCache:
                 self._row_by_hash[digest] = len(self._memory)
                 self._memory.append(row)
             return
-        self._map = None  # Windows does not change the size of a file that is mapped
+        self._map = None  # Windows cannot change the size of a file while it is mapped
         with self._locked():
             # Skip rows that another process has appended in the meantime.
             new = [
@@ -384,6 +384,7 @@ class ImageFeatures:
         return self._cache.read_row(row)
 
     def _find(self, image: str) -> int | None:
+        """Return the row of an image in the cache, or None if it has none."""
         key = np.bytes_(_name_key(image))
         position = np.searchsorted(self._keys, key)
         if position == len(self._keys) or self._keys[position] != key:

@@ -66,6 +66,7 @@ class MemoryTracker(TorchDispatchMode):
         self._storages: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count its FLOPs and the storages of its results."""
         # `func` is an overload such as aten.mm.default; the formulas are registered for all overloads
         # of an operator together.
         kwargs = kwargs or {}

@@ -92,6 +92,7 @@ class OwnReward:
         return self._call_in_workers([whole.rows(start, start + size) for start in starts])
 
     def _call_in_workers(self, parts: Sequence[Part]) -> list[float]:
+        """Score the parts in worker processes, and return the numbers in the order of the captions."""
         if self._backend is None:
             self._backend = LocalBackend(call_function, self._workers, per_cpu=1)
             # End the workers when this object is deleted, or at the latest when the process ends.
@@ -119,6 +120,7 @@ class OwnReward:
         return [value for values in results for value in values]
 
     def _raise(self, error: Exception, part: Part) -> None:
+        """Raise a ValueError that names the function and the records of a part."""
         # `call_function` raises ValueErrors whose messages name the function and the record already.
         if isinstance(error, ValueError):
             raise error
@@ -139,7 +141,7 @@ def call_function(part: Part) -> list[float]:
     function = import_function(part.name)
     try:
         return _call(function, part)
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function can raise anything
         if len(part.captions) == 1:
             raise _describe(part, error) from error
         # Call the function for one caption at a time. The call that fails raises an error with its record.
@@ -150,6 +152,7 @@ def call_function(part: Part) -> list[float]:
 
 
 def _call(function: RewardFunction, part: Part) -> list[float]:
+    """Call the function of the user, and check that it returns one number per caption."""
     values = [float(value) for value in function(part.images, part.references, part.captions)]
     if len(values) != len(part.captions):
         raise ValueError(
@@ -164,6 +167,7 @@ def _describe(part: Part, error: Exception) -> ValueError:
 
 
 def _list_records(parts: Sequence[Part]) -> str:
+    """Return the names of the records of all captions, each once, as text."""
     ids: list[str] = []
     for part in parts:
         ids += part.ids

@@ -124,6 +124,7 @@ def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
 
 
 def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
+    """Return the approximate number of steps of the run."""
     if args.max_steps > 0:
         return args.max_steps
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -135,6 +136,7 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
 
 
 def _check_memory(plan: Plan, args: TrainingArguments) -> None:
+    """Raise ValueError if the longest batch would not fit into the free memory."""
     available = _available_memory(args)
     if plan.peak > available:
         reason = f"it requires {plan.peak / 1e9:.3g} GB, but {available / 1e9:.3g} GB are available"
@@ -188,6 +190,7 @@ def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) ->
 
 
 def _accumulation_of_dry_run(args: TrainingArguments) -> int:
+    """Return the number of micro-batches in a step of the dry run."""
     return min(DRY_RUN_ACCUMULATION, args.gradient_accumulation_steps)
 
 

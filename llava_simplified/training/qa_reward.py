@@ -127,6 +127,7 @@ class QaReward:
         return order
 
     async def _ask_all(self, tasks: Sequence[Task]) -> list[bool]:
+        """Send all questions concurrently, and return whether each was answered correctly."""
         async with EndpointClient(self._endpoint, self._options) as client:
             # The client limits the number of requests in flight. After an error, the others are cancelled.
             running = [asyncio.ensure_future(self._ask(client, task)) for task in tasks]

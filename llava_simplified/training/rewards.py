@@ -84,6 +84,7 @@ class RewardOptions:
 
 
 def _bleu4(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+    """Return the BLEU-4 of each caption."""
     tokens = [cached_tokenize(caption) for caption in captions]
     reference_tokens = [[cached_tokenize(text) for text in record.references] for record in records]
     _, _, bleu = ngram_metrics([tokens], reference_tokens)
@@ -241,6 +242,7 @@ def _build(
     options: RewardOptions,
     counts: Counter[str],
 ) -> RewardFunction:
+    """Return the function that computes the reward `name`; `counts` is updated by the reward `qa`."""
     if name == "cider":
         return _for_each(CiderScorer(_frequencies(references, options)).score)
     if name == "bleu4":
@@ -274,7 +276,8 @@ def _frequencies(
 
 
 def _clipscore(options: RewardOptions) -> RewardFunction:
-    # Imported here, because most runs need neither CLIP nor a server.
+    """Return the reward `clipscore`."""
+    # Import this here, because most runs need neither CLIP nor a server.
     from llava_simplified.training.clip_reward import ClipReward
 
     clip = ClipReward(options.clip, options.device)
@@ -288,14 +291,15 @@ def _clipscore(options: RewardOptions) -> RewardFunction:
 
 
 def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
+    """Return the reward `qa`, which updates `counts`."""
     from llava_simplified.captioning.endpoint_options import EndpointOptions
     from llava_simplified.training.qa_reward import QaReward
 
     endpoint = EndpointOptions(options.endpoint, options.endpoint_model, timeout=options.timeout)
-    ask = QaReward(endpoint, options.tries, options.seed, counts)
+    qa = QaReward(endpoint, options.tries, options.seed, counts)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
-        return ask(
+        return qa(
             [record.id for record in records], [record.questions for record in records], captions
         )
 
@@ -303,6 +307,7 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
 
 
 def _own_function(name: str, options: RewardOptions) -> RewardFunction:
+    """Return the reward of a user, `module:function`."""
     function = OwnReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:

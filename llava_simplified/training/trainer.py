@@ -337,6 +337,7 @@ class LlavaTrainer(transformers.Trainer):
         return None if norm is None else numbers[-1]
 
     def _describe_divergence(self, what: str, ids: Sequence[str]) -> str:
+        """Return the error message of a run that ends because of a value that is not finite."""
         last = get_last_checkpoint(str(self.output_dir)) or "none yet"
         return (
             f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
