@@ -74,10 +74,13 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
     # 2. compute their rewards: each part of --reward for the page, and the weighted sum for training
     references = [other.responses for other in records]
     parts = {}
-    for name in recipe["reward"].split(","):
-        name, _, weight = name.partition("=")
-        parts[name] = (float(weight or 1), Reward(name, references)([example] * SAMPLES, captions))
-    rewards = torch.tensor(Reward(recipe["reward"], references)([example] * SAMPLES, captions))
+    repeated = [example] * SAMPLES
+    for part in recipe["reward"].split(","):
+        name, _, weight = part.partition("=")
+        reward = Reward(name, references)
+        parts[name] = (float(weight or 1), reward(repeated, captions))
+    weighted_sum = Reward(recipe["reward"], references)
+    rewards = torch.tensor(weighted_sum(repeated, captions))
 
     # 3. compare the rewards
     advantages = rloo_advantages(rewards[None])[0]
@@ -103,6 +106,9 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
             "factor": float((after[index] - before[index]).exp()),
         }
         rows.append(row)
+    # The placeholder of the prompt is replaced by the image tokens.
+    prompt_length = len(example.input_ids) + model.vision_tower.num_tokens - 1
+    answer_lengths = [len(answer) for answer in answers]
     return {
         "image": image,
         "reference": record.responses[0],
@@ -111,8 +117,7 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
         "rows": rows,
         "distinct": len(set(map(tuple, answers))),
         "positions": positions,
-        "separate_positions": sum(len(answer) for answer in answers)
-        + SAMPLES * (len(example.input_ids) + model.vision_tower.num_tokens - 1),
+        "separate_positions": SAMPLES * prompt_length + sum(answer_lengths),
         "norm": norm,
         "constant_norm": constant_norm,
         "step_size": STEP_SIZE,
@@ -123,9 +128,12 @@ def to_batch(
     model: Llava, example: PromptExample, answers: list[list[int]], weights: torch.Tensor
 ) -> dict[str, Any]:
     """Return the distinct answers as branches of one prompt, each token with its weight."""
-    trained = [TrainedAnswer(tuple(a), 1.0, w, 1) for a, w in zip(answers, weights.tolist())]
+    trained = []
+    for answer, weight in zip(answers, weights.tolist()):
+        trained.append(TrainedAnswer(tuple(answer), scale=1.0, weight=weight, num_samples=1))
     collator = Collator(model.vision_tower.num_tokens, model.prompt.end_id)
     batch = collate_answers(collator, [example], [merge_equal_answers(trained)], share_prefix=True)
+    # `Llava.forward` does not accept these entries.
     for name in ("metadata", "token_scales", "token_counts"):
         del batch[name]
     return batch
@@ -168,6 +176,7 @@ def log_probabilities(
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the scores before and after `make demo-reward`, and draw its rewards."""
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    # The evaluation has two runs: the model before and after training on rewards.
     before, after = scores.values()
     rows = []
     for name in ("CIDEr-D", "word F1"):

@@ -115,7 +115,7 @@ def add_cluster_options(parser: CommandParser) -> None:
     group.add_argument(
         "--measure",
         metavar="URLS",
-        help="Measure the rates: run every step on a sample of this list of URLs, as for `llava download`",
+        help="Run every step on a sample of this list of URLs (as for `llava download`), and write the measured rates to --rates",
     )
     group.add_argument(
         "--measure-rows",
