@@ -251,8 +251,8 @@ def generate(model: Any, path: Path, instruction: str) -> dict[str, Any]:
     # For each pass: shape of the input, length of the cache, the most likely tokens.
     passes: list[tuple[tuple[int, ...], int, list[tuple[str, float]]]] = []
 
-    # A forward hook with keyword arguments: (module, positional arguments, keyword arguments, outputs).
     def keep(_: Any, __: Any, arguments: dict[str, Any], outputs: Any) -> None:
+        """Record a pass. A forward hook gets the module, its arguments, its keyword arguments and its outputs."""
         best = outputs.logits[0, -1].softmax(-1).topk(2)
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         shape = tuple(arguments["inputs_embeds"].shape)
@@ -307,8 +307,11 @@ def render_page(values: dict[str, Any]) -> str:
     steps = cut_source(text)
     shown: list[str] = []
 
-    # The template calls this macro around the note of each step: {% call step("splice") %} ... {% endcall %}.
     def step(name: str, caller: Any) -> str:
+        """Return the code of a step beside its note, which the template passes as `caller`.
+
+        The template uses it as a macro: {% call step("splice") %} the note {% endcall %}.
+        """
         shown.append(name)
         code = f'<div class="code" markdown>\n\n```python\n{steps[name]}\n```\n\n</div>'
         note = f'<div class="note" markdown>\n\n{caller().strip()}\n\n</div>'

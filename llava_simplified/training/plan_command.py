@@ -56,7 +56,8 @@ def add_machine_options(parser: CommandParser) -> None:
     group.add_argument(
         "--bandwidth",
         type=float,
-        help="GB/s at which one device reads its memory, for the time of sampling (default: measured on this machine)",
+        help="GB/s at which one device reads its memory, which limits the speed of sampling (default: measured on this "
+        "machine)",
     )
     group.add_argument(
         "--devices",

@@ -137,13 +137,16 @@ def parse_rewards(text: str) -> dict[str, float]:
             raise ValueError(
                 f"--reward {text}: unknown reward {name!r}; expected {', '.join(BUILT_IN)}, or module:function."
             )
+        if name in weights:
+            raise ValueError(f"--reward {text}: {name} occurs twice. Pass each reward once.")
         try:
             weight = float(value) if equals else 1.0
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight) or name in weights:
+        if not math.isfinite(weight):
             raise ValueError(
-                f"--reward {text}: expected each name once, with a number, such as cider=1.0,length=0.1."
+                f"--reward {text}: the weight of {name} must be a number, not {value!r}. Pass weights as in "
+                "cider=1.0,length=0.1."
             )
         weights[name] = weight
     return weights
