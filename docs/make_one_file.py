@@ -2,7 +2,8 @@
 
     make docs          # after `make demo`; or: python docs/make_one_file.py --checkpoint output/one-file
 
-The text is in docs/one-file.md.j2, the code comes from the file, and all numbers from running it on a drawing of the demo.
+The text is in docs/one-file.md.j2. The code comes from the file, and all numbers come from running it on a drawing of the
+demo.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(DOCS.parent))
 import llava_in_one_file as one_file  # noqa: E402
 from llava_simplified.demo.assets import DemoAssets, fetch  # noqa: E402
 
+# The choices of the demo, as fields of the file's `llava.json`.
 SETTINGS = {
     "mm_projector_type": "linear",
     "mm_vision_select_layer": -1,
@@ -42,15 +44,17 @@ SETTINGS = {
 
 
 def cut_source(text: str) -> dict[str, str]:
-    """Cut the file into steps: its functions and the methods of `Llava`, each with what stands before it.
+    """Cut the file into steps: its functions and the methods of `Llava`, each with the lines before it.
 
     Returns:
         The code of each step by name, in order. Together they are the whole file.
     """
     tree = ast.parse(text)
+    # The last line of each step.
     ends: dict[str, int] = {"docstring": tree.body[0].end_lineno or 0}
     for node in tree.body[1:]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
+            # Several imports are one step: the last one sets its end.
             ends["imports"] = node.end_lineno or 0
         elif isinstance(node, ast.ClassDef) and node.name == "Llava":
             for method in node.body:
@@ -59,6 +63,7 @@ def cut_source(text: str) -> dict[str, str]:
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             ends[node.name] = node.end_lineno or 0
     lines = text.splitlines()
+    # The last step includes the lines after its function.
     ends["main"] = len(lines)
     steps = {}
     start = 0
@@ -72,12 +77,13 @@ def cut_source(text: str) -> dict[str, str]:
 
 
 def make_model(assets: DemoAssets, records: list[dict[str, str]], cache: dict[str, Any]) -> Any:
-    """Return a model as it is before training."""
+    """Return an untrained model: base models, a new projector and a new adapter."""
     folders = {
         "language_model": str(assets.language_model),
         "vision_tower": str(assets.vision_tower),
     }
     model = one_file.Llava({**folders, **SETTINGS})
+    # A few images are sufficient to measure the scale of the features.
     names = [record["image"] for record in records[:64]]
     features = one_file.look_up_features(model, names, assets.images, cache)
     table = model.language_model.get_input_embeddings().weight
@@ -87,11 +93,15 @@ def make_model(assets: DemoAssets, records: list[dict[str, str]], cache: dict[st
 
 
 def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> dict[str, Any]:
-    """Run every step of the file on one record, and return what the template shows."""
+    """Run every step of the file on one record, and return the values that the template shows."""
+    # The page changes only if the code does.
     random.seed(0)
     torch.manual_seed(0)
     records = one_file.read_records(assets.train_json)
-    sample = next(r for r in one_file.read_records(assets.val_json) if r["image"] == image)
+    held_out = one_file.read_records(assets.val_json)
+    sample = next(record for record in held_out if record["image"] == image)
+
+    # Create an untrained model even if there is a checkpoint: the page compares both projectors.
     cache: dict[str, Any] = {}
     shuffled = random.sample(records, len(records))
     model = make_model(assets, shuffled, cache)
@@ -100,6 +110,8 @@ def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> di
     if checkpoint is not None:
         model = one_file.load(checkpoint)
         model.float()
+
+    # Image to tensor, and its features.
     path = assets.images / image
     with Image.open(path) as opened:
         opened_as = (opened.mode, opened.size)
@@ -107,14 +119,19 @@ def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> di
     pixels = one_file.load_image(path, model.processor)
     maps = model.vision_tower(pixels[None]).last_hidden_state
     features = model.encode_images(pixels[None])
-    tokenizer = model.tokenizer
-    ids, labels = one_file.make_sequence(tokenizer, sample, features.shape[1])
 
+    # Prompt and labels.
+    tokenizer = model.tokenizer
+    num_image_tokens = features.shape[1]
+    ids, labels = one_file.make_sequence(tokenizer, sample, num_image_tokens)
+
+    # A batch of two: the other record has a long response, so that the sample is padded.
     other = max(shuffled[:20], key=lambda record: len(record["response"]))
     pair = [sample, other]
-    sequences = [one_file.make_sequence(tokenizer, r, features.shape[1]) for r in pair]
+    sequences = [one_file.make_sequence(tokenizer, record, num_image_tokens) for record in pair]
     batch = one_file.collate(sequences, tokenizer.eos_token_id)
 
+    # The scales that image tokens have with different projectors.
     table = model.language_model.get_input_embeddings().weight.detach()
     random_projector = torch.nn.Linear(features.shape[2], table.shape[1])
     with torch.no_grad():
@@ -125,6 +142,7 @@ def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> di
             "new": fresh_projector(some_features).std(),
             "trained": image_tokens.std(),
         }
+    # The loss of the sample, and its gradients, which `describe_parts` reads below.
     one = one_file.collate([(ids, labels)], tokenizer.eos_token_id)
     loss = model(*one, features)
     loss.backward()
@@ -168,15 +186,17 @@ def draw_image(image: Image.Image) -> None:
 def describe_tokens(
     tokenizer: Any, ids: list[int], labels: list[int]
 ) -> list[tuple[str, Any, str]]:
-    """Return (token, id, label) for each token; the image tokens are one row."""
+    """Return (token, id, label) for each token, and one row for all image tokens together."""
     rows: list[tuple[str, Any, str]] = []
     for token_id, label in zip(ids, labels):
         if token_id == one_file.IMAGE:
-            if rows[-1][1] != token_id:
+            _, id_above, _ = rows[-1]
+            if id_above != token_id:  # the first image token
                 rows.append((f"image × {ids.count(token_id)}", token_id, ""))
             continue
-        token = tokenizer.convert_ids_to_tokens([token_id])[0]
-        rows.append((token, token_id, "" if label == one_file.IGNORE else str(label)))
+        [token] = tokenizer.convert_ids_to_tokens([token_id])
+        shown_label = "" if label == one_file.IGNORE else str(label)
+        rows.append((token, token_id, shown_label))
     return rows
 
 
@@ -188,11 +208,13 @@ def token_losses(
     inputs = model.splice(torch.tensor([ids]), features)
     logits = model.language_model(inputs_embeds=inputs).logits[0]
     rows = []
+    # Each position predicts the token after it.
     for position, target in enumerate(labels[1:]):
-        if target != one_file.IGNORE:
-            token = model.tokenizer.convert_ids_to_tokens([target])[0]
-            loss = F.cross_entropy(logits[position], torch.tensor(target))
-            rows.append((token, position, float(loss)))
+        if target == one_file.IGNORE:
+            continue
+        [token] = model.tokenizer.convert_ids_to_tokens([target])
+        loss = F.cross_entropy(logits[position], torch.tensor(target))
+        rows.append((token, position, float(loss)))
     return rows
 
 
@@ -205,21 +227,32 @@ def describe_parts(model: Any) -> list[tuple[str, int, str]]:
         "projector": [],
     }
     for name, parameter in model.named_parameters():
-        part = "LoRA" if "lora_" in name else name.partition(".")[0].replace("_", " ")
+        # The LoRA matrices are inside the language model, but the page shows them as a part.
+        if "lora_" in name:
+            part = "LoRA"
+        else:
+            part = name.partition(".")[0].replace("_", " ")
         groups[part].append(parameter)
     rows = []
     for part, parameters in groups.items():
-        gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-        norm = f"{float(torch.cat(gradients).norm()):.2f}" if gradients else "none: frozen"
-        rows.append((part, sum(p.numel() for p in parameters), norm))
+        count = sum(parameter.numel() for parameter in parameters)
+        gradients = [
+            parameter.grad.flatten() for parameter in parameters if parameter.grad is not None
+        ]
+        norm = "none: frozen"
+        if gradients:
+            norm = f"{float(torch.cat(gradients).norm()):.2f}"
+        rows.append((part, count, norm))
     return rows
 
 
 def generate(model: Any, path: Path, instruction: str) -> dict[str, Any]:
     """Caption the image, and return the shapes and the most likely tokens of each pass."""
+    # For each pass: shape of the input, length of the cache, the most likely tokens.
     passes: list[tuple[tuple[int, ...], int, list[tuple[str, float]]]] = []
 
     def keep(_: Any, __: Any, arguments: dict[str, Any], outputs: Any) -> None:
+        """Record a pass. A forward hook gets the module, its arguments, its keyword arguments and its outputs."""
         best = outputs.logits[0, -1].softmax(-1).topk(2)
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         shape = tuple(arguments["inputs_embeds"].shape)
@@ -250,7 +283,7 @@ def code_cell(text: str) -> str:
 
 
 def module_link(module: str) -> str:
-    """Return a link to the reference of a module: "model/llava.py"."""
+    """Return a link to the Python reference of a module, such as "model/llava.py"."""
     name = module.removesuffix(".py").replace("/", ".")
     return f"[`{module}`](python.md#llava_simplified.{name})"
 
@@ -259,7 +292,7 @@ def render_page(values: dict[str, Any]) -> str:
     """Fill in the template.
 
     Raises:
-        RuntimeError: The template leaves out a part of the code, or has the parts in another order.
+        RuntimeError: The template omits a step of the code, or has the steps in another order.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DOCS),
@@ -275,6 +308,10 @@ def render_page(values: dict[str, Any]) -> str:
     shown: list[str] = []
 
     def step(name: str, caller: Any) -> str:
+        """Return the code of a step beside its note, which the template passes as `caller`.
+
+        The template uses it as a macro: {% call step("splice") %} the note {% endcall %}.
+        """
         shown.append(name)
         code = f'<div class="code" markdown>\n\n```python\n{steps[name]}\n```\n\n</div>'
         note = f'<div class="note" markdown>\n\n{caller().strip()}\n\n</div>'
@@ -282,8 +319,11 @@ def render_page(values: dict[str, Any]) -> str:
 
     values = {**values, "step": step, "module": module_link, "lines": len(text.splitlines())}
     page = environment.get_template("one-file.md.j2").render(values)
+    # The page must show the whole file, in its order.
     if shown != list(steps):
-        raise RuntimeError(f"docs/one-file.md.j2 shows {shown}, but the file has {list(steps)}")
+        raise RuntimeError(
+            f"docs/one-file.md.j2 shows the steps {shown}, but llava_in_one_file.py has {list(steps)}. Adapt the template."
+        )
     return page
 
 
@@ -291,7 +331,9 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, help="Output of llava_in_one_file.py; without it, untrained"
+        "--checkpoint",
+        type=Path,
+        help="Output folder of llava_in_one_file.py (default: an untrained model)",
     )
     parser.add_argument("--cache-dir", type=Path, help="Where `make demo` keeps models and images")
     parser.add_argument("--image", default="1f44b-1f3fd.png", help="A held-out drawing")

@@ -1,4 +1,4 @@
-"""Write docs/demo.png: captions that the demo's model generated for drawings it never saw.
+"""Write docs/demo.png: captions that the demo's model generated for held-out drawings.
 
 python docs/make_picture.py --predictions output/demo/predictions.json     # part of `make docs`
 """
@@ -43,11 +43,13 @@ def main() -> None:
 
     folder = fetch(args.cache_dir).images
     rows = json.loads(args.predictions.read_text(encoding="utf-8"))
+    # Show evenly spread rows, so that nobody has selected the good ones.
     step = max(1, len(rows) // 16)
-    evenly_spread = rows[::step][:16]  # not selected by hand
+    evenly_spread = rows[::step][:16]
     figure, axes = plt.subplots(2, 8, figsize=(13, 5.6), dpi=75)
     for axis, row in zip(axes.flat, evenly_spread):
         image = Image.open(folder / row["image"]).convert("RGBA")
+        # The drawings are transparent. Put them on white.
         background = Image.new("RGBA", image.size, "white")
         axis.imshow(Image.alpha_composite(background, image))
         color = color_of(word_f1(row["pred_output"], [row["gt_caption"]]))
@@ -59,7 +61,7 @@ def main() -> None:
     figure.suptitle("above: the generated caption; below: the name of the drawing", fontsize=10)
     figure.tight_layout(h_pad=2.5)
     figure.savefig(args.output)
-    # a palette of 96 colors keeps the file small
+    # A palette of 96 colors keeps the file small.
     Image.open(args.output).convert("RGB").quantize(96).save(args.output, optimize=True)
 
 

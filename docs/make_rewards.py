@@ -2,8 +2,8 @@
 
     make docs          # after `make demo` and `make demo-reward`
 
-The text is in docs/rewards.md.j2, its numbers come from running the code, and those of the whole run from the files that
-`make demo-reward` has written.
+The text is in docs/rewards.md.j2. The numbers of a step come from running the code, and the results of a whole run come
+from the files that `make demo-reward` has written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from llava_simplified.training.rollouts import (
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "img"
 SAMPLES = 5
-# Of the one step of plain gradient descent that the page shows.
+# Learning rate of the single step of gradient descent that the page shows.
 STEP_SIZE = 0.02
 
 
@@ -64,27 +64,33 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
     pixels = model.vision_tower.transform(decode_image(read_image_bytes(image, assets.images)))
     example.image_features = encode_images(model, pixels[None]).clone()
 
-    # 1. sample
-    options = GenerationOptions(24, temperature=1.0, num_return_sequences=SAMPLES, seed=seed)
+    # 1. sample captions
+    options = GenerationOptions(
+        max_new_tokens=24, temperature=1.0, num_return_sequences=SAMPLES, seed=seed
+    )
     [answers] = sample_answers(model, [example], [example.image_features], options, step=0)
     captions = [model.prompt.decode(answer).strip() for answer in answers]
 
-    # 2. reward
+    # 2. compute their rewards: each part of --reward for the page, and the weighted sum for training
     references = [other.responses for other in records]
     parts = {}
-    for name in recipe["reward"].split(","):
-        name, _, weight = name.partition("=")
-        parts[name] = (float(weight or 1), Reward(name, references)([example] * SAMPLES, captions))
-    rewards = torch.tensor(Reward(recipe["reward"], references)([example] * SAMPLES, captions))
+    repeated = [example] * SAMPLES
+    for part in recipe["reward"].split(","):
+        name, _, weight = part.partition("=")
+        reward = Reward(name, references)
+        parts[name] = (float(weight or 1), reward(repeated, captions))
+    weighted_sum = Reward(recipe["reward"], references)
+    rewards = torch.tensor(weighted_sum(repeated, captions))
 
-    # 3. compare
+    # 3. compare the rewards
     advantages = rloo_advantages(rewards[None])[0]
-    means = rewards - advantages
+    means_of_others = rewards - advantages
 
-    # 4. train
+    # 4. take a step
     before = log_probabilities(model, example, answers)
     norm, positions = train_once(model, example, answers, advantages)
     after = log_probabilities(model, example, answers)
+    # If all rewards were equal, all advantages would be 0, and so would the gradient.
     constant_norm, _ = train_once(model, example, answers, torch.zeros(SAMPLES))
 
     rows = []
@@ -93,13 +99,16 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
             "caption": caption,
             "parts": [values[index] for _, values in parts.values()],
             "reward": float(rewards[index]),
-            "mean": float(means[index]),
+            "mean": float(means_of_others[index]),
             "advantage": float(advantages[index]),
             "before": float(before[index].exp()),
             "after": float(after[index].exp()),
             "factor": float((after[index] - before[index]).exp()),
         }
         rows.append(row)
+    # The placeholder of the prompt is replaced by the image tokens.
+    prompt_length = len(example.input_ids) + model.vision_tower.num_tokens - 1
+    answer_lengths = [len(answer) for answer in answers]
     return {
         "image": image,
         "reference": record.responses[0],
@@ -108,8 +117,7 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
         "rows": rows,
         "distinct": len(set(map(tuple, answers))),
         "positions": positions,
-        "separate_positions": sum(len(answer) for answer in answers)
-        + SAMPLES * (len(example.input_ids) + model.vision_tower.num_tokens - 1),
+        "separate_positions": SAMPLES * prompt_length + sum(answer_lengths),
         "norm": norm,
         "constant_norm": constant_norm,
         "step_size": STEP_SIZE,
@@ -120,9 +128,12 @@ def to_batch(
     model: Llava, example: PromptExample, answers: list[list[int]], weights: torch.Tensor
 ) -> dict[str, Any]:
     """Return the distinct answers as branches of one prompt, each token with its weight."""
-    trained = [TrainedAnswer(tuple(a), 1.0, w, 1) for a, w in zip(answers, weights.tolist())]
+    trained = []
+    for answer, weight in zip(answers, weights.tolist()):
+        trained.append(TrainedAnswer(tuple(answer), scale=1.0, weight=weight, num_samples=1))
     collator = Collator(model.vision_tower.num_tokens, model.prompt.end_id)
     batch = collate_answers(collator, [example], [merge_equal_answers(trained)], share_prefix=True)
+    # `Llava.forward` does not accept these entries.
     for name in ("metadata", "token_scales", "token_counts"):
         del batch[name]
     return batch
@@ -165,6 +176,7 @@ def log_probabilities(
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the scores before and after `make demo-reward`, and draw its rewards."""
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    # The evaluation has two runs: the model before and after training on rewards.
     before, after = scores.values()
     rows = []
     for name in ("CIDEr-D", "word F1"):
@@ -215,7 +227,7 @@ def main() -> None:
     reward_demo = args.demo / "reward"
     values = {
         "step": follow_step(args.demo / "model", args.cache_dir, args.image, args.seed),
-        # The page leaves out what has not been run.
+        # Without `make demo-reward`, the page omits the results of a whole run.
         "run": read_run(reward_demo) if (reward_demo / "scores.json").is_file() else None,
     }
     environment = jinja2.Environment(

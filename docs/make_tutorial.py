@@ -44,6 +44,7 @@ from llava_simplified.serve.attention_map import WORD, attention_map
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "img"
 IMAGE_COLOR, TEXT_COLOR, TRAINED_COLOR = "#ffd8a8", "#e9ecef", "#b2f2bb"
+# Without this, matplotlib logs that tokens such as "1" look like numbers.
 logging.getLogger("matplotlib.category").setLevel(logging.ERROR)
 
 
@@ -51,7 +52,7 @@ logging.getLogger("matplotlib.category").setLevel(logging.ERROR)
 
 
 def follow_image(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, Any]:
-    """Run every part of the code on one sample, and return what the template shows."""
+    """Run every part of the code on one sample, and return the values that the template shows."""
     torch.manual_seed(0)
     assets = fetch(cache_dir)
     model = Llava.from_pretrained(checkpoint, device="cpu", dtype="float32", trainable=True)
@@ -156,7 +157,7 @@ def describe_tokens(model: Llava, example: Example) -> list[tuple[str, int, bool
         if token_id == IMAGE_INDEX:
             token = "<image>"
         else:
-            token = model.tokenizer.convert_ids_to_tokens([token_id])[0]
+            [token] = model.tokenizer.convert_ids_to_tokens([token_id])
         rows.append((token, token_id, label != IGNORE_INDEX))
     return rows
 
@@ -170,9 +171,9 @@ def compare_losses(model: Llava, batch: dict[str, Any]) -> list[tuple[str, float
         return cross_entropy(logits, batch["labels"], reduction="none").tolist()
 
     with model.language_model.disable_adapter():
-        before = losses()
-    words = model.tokenizer.convert_ids_to_tokens(batch["labels"].tolist())
-    return list(zip(words, before, losses()))
+        without_adapter = losses()
+    tokens = model.tokenizer.convert_ids_to_tokens(batch["labels"].tolist())
+    return list(zip(tokens, without_adapter, losses()))
 
 
 def describe_gradients(model: Llava) -> list[tuple[str, int, str]]:
@@ -192,7 +193,10 @@ def describe_gradients(model: Llava) -> list[tuple[str, int, str]]:
     rows = []
     for part, gradients in parts.items():
         norms = [float(gradient.norm()) for gradient in gradients if gradient is not None]
-        total = f"{np.linalg.norm(norms):.3f}" if norms else "none: frozen"
+        total = "none: frozen"
+        if norms:
+            # The norm of all gradients together is the norm of their norms.
+            total = f"{np.linalg.norm(norms):.3f}"
         rows.append((part, len(gradients), total))
     return rows
 
@@ -206,25 +210,29 @@ def generate_caption(
         For each step the generated token and the three most likely ones with their probabilities; and the caption.
     """
     prompt = model.prompt.render(record.turns, None).input_ids
-    decoding = DecodingBatch(model, [prompt], features.detach(), GenerationOptions(24))
+    options = GenerationOptions(max_new_tokens=24)
+    decoding = DecodingBatch(model, [prompt], features.detach(), options)
     to_tokens = model.tokenizer.convert_ids_to_tokens
     steps = []
     while decoding.active:
+        # Read the logits before `step` chooses the token.
         best = decoding._logits[0].softmax(-1).topk(3)
         [(_, token_id)] = decoding.step()
+        [token] = to_tokens([token_id])
         candidates = zip(to_tokens(best.indices.tolist()), best.values.tolist())
-        steps.append((to_tokens([token_id])[0], list(candidates)))
+        steps.append((token, list(candidates)))
     return steps, model.prompt.decode(decoding.generated_ids[0])
 
 
 def share_prefix() -> tuple[list[int], torch.Tensor]:
     """Return position ids and attention mask of a prompt of four tokens with two captions of two tokens."""
+    # The token ids do not matter. Branch 0 is the prompt, whose placeholder becomes two image tokens.
     example = Example(
         input_ids=[7, IMAGE_INDEX, 8, 1, 2, 3, 4],
         labels=[IGNORE_INDEX] * 3 + [1, 2, 3, 4],
         branches=[0, 0, 0, 1, 1, 2, 2],
     )
-    batch = Collator(2, 0)([example])
+    batch = Collator(tokens_per_image=2, pad_token_id=0)([example])
     mask = shared_prefix_mask(batch["segment_ids"], batch["branch_ids"], batch["position_ids"])
     return batch["position_ids"][0].tolist(), mask[0, 0]
 
@@ -259,7 +267,9 @@ def splice_code() -> str:
     lines = [line.strip() for line in inspect.getsource(Llava.splice).splitlines()]
     statements = [line for line in lines if line.startswith(beginnings)]
     if len(statements) != len(beginnings):
-        raise RuntimeError("Llava.splice has changed: adapt `beginnings`")
+        raise RuntimeError(
+            "Llava.splice does not contain the statements in `beginnings`. Adapt the list in `splice_code`."
+        )
     return "\n".join(statements)
 
 
@@ -287,6 +297,7 @@ def draw_patches(decoded: np.ndarray, resized: np.ndarray, grid: int, clip_grid:
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
+        # matplotlib puts the center of the first pixel at 0, so its edge is at -0.5.
         for line in range(1, lines):
             axis.axhline(line * len(image) / lines - 0.5, color="#e03131", lw=0.8)
             axis.axvline(line * len(image) / lines - 0.5, color="#e03131", lw=0.8)
@@ -317,6 +328,7 @@ def draw_sequence(
     """Draw the ids, the sequence after the splice, and each target under the position that predicts it."""
     image_place = [token_id for _, token_id, _ in tokens].index(IMAGE_INDEX)
     num_image_tokens = input_ids.count(IMAGE_INDEX)
+    # Byte-level tokenizers write a space as Ġ and a line break as Ċ.
     names = [word.replace("Ġ", "").replace("Ċ", "line") for word, _, _ in tokens]
     spliced = names[:image_place] + ["image"] * num_image_tokens + names[image_place + 1 :]
 
@@ -326,6 +338,7 @@ def draw_sequence(
     for place in range(image_place, image_place + num_image_tokens):
         spliced_colors[place] = IMAGE_COLOR
     targets = [""] * len(spliced)
+    # Each target is the token after the position that predicts it.
     for position in logit_positions:
         targets[position] = spliced[position + 1]
     target_colors = [TRAINED_COLOR if target else "white" for target in targets]

@@ -1,4 +1,4 @@
-"""Checkpoints to export, and what they compute."""
+"""Train checkpoints for the tests of exports, and compute their logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def train_checkpoint(data_folder: Path, output: Path, **options: object) -> Path
     Args:
         data_folder: The fixture: `train.json` and `images/`.
         output: Folder of the run.
-        options: Options of `llava train`, over the defaults below.
+        options: Options of `llava train`, which take precedence over the defaults below.
     """
     defaults = {
         "train_data_path": data_folder / "train.json",
@@ -31,13 +31,13 @@ def train_checkpoint(data_folder: Path, output: Path, **options: object) -> Path
         "cache_vision_features": "off",
         "disable_tqdm": True,
     }
-    words: list[str] = []
+    argv: list[str] = []
     for name, value in (defaults | options).items():
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
-    return train(*parse_arguments(words))
+        argv += [f"--{name}", *map(str, values)]
+    return train(*parse_arguments(argv))
 
 
 def first_logits(model: Llava, image: Path) -> torch.Tensor:
-    """Return a model's logits of the first token of an image's caption."""
+    """Return the logits from which a model chooses the first token of an image's caption."""
     return compute_reference(model, decode_image(image.read_bytes())).logits

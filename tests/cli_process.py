@@ -1,8 +1,8 @@
-"""Commands in processes of their own that start at once: they are forked from one that has imported torch.
+"""Run commands in separate processes that start immediately, since they are forked from one that has imported torch.
 
-For tests that need a process: its exit status, a signal, `kill -9`. `python train.py` imports torch and
-transformers first, for several seconds; a forked process has them. What a fork cannot show is the import itself,
-and variables that libraries read while they are imported, such as OMP_WAIT_POLICY.
+This is for tests that need a process: for its exit status, a signal or `kill -9`. `python train.py` needs several
+seconds to import torch and transformers; a forked process has imported them already. A fork cannot show the import
+itself, nor the effect of variables that libraries read while they are imported, such as OMP_WAIT_POLICY.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pytest
 
 from llava_simplified import workers
 
-# A module that is not installed is left out.
+# Modules that are not installed are ignored.
 PRELOADED = [
     "deepspeed",
     "llava_simplified.captioning.caption_command",
@@ -51,7 +51,8 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
         pytest.skip("Windows does not fork processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    # The server is not measured by coverage: what it forks would be slower, and ends without saving a result.
+    # Do not measure the coverage of the fork server: the processes that it forks would be slower, and they end
+    # without saving a result.
     coverage = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
     forkserver.ensure_running()
     if coverage is not None:
@@ -62,9 +63,9 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
-    # The end of a training collects garbage several times; what the server has imported is none.
+    # Exclude what the server has imported from garbage collection, which runs several times at the end of a training.
     gc.freeze()
-    # Otherwise the workers of data loaders would be started by a server, too, unlike those of a command.
+    # Reset the start method. Otherwise a server would also start the data-loader workers, unlike in a real command.
     multiprocessing.set_start_method(None, force=True)
     target(*args)
 
@@ -73,25 +74,25 @@ class ForkedProcess:
     """A running command, with the methods of `subprocess.Popen`.
 
     Args:
-        words: "llava" and its arguments, or the path of a script and its arguments.
-        folder: Its working directory; None is that of the tests.
-        new_session: Make it the leader of a process group, which `os.killpg` can signal.
+        argv: "llava" and its arguments, or the path of a script and its arguments.
+        folder: Its working directory; None to use the one of the tests.
+        new_session: Make the process the leader of a process group, which `os.killpg` can signal.
         environment: Environment variables in addition to those of the tests.
     """
 
     def __init__(
         self,
-        words: Sequence[object],
+        argv: Sequence[object],
         folder: Path | None = None,
         new_session: bool = False,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        # Deleted with this object.
+        # These files are deleted when this object is.
         self._stdout = tempfile.NamedTemporaryFile(prefix="stdout")  # noqa: SIM115
         self._stderr = tempfile.NamedTemporaryFile(prefix="stderr")  # noqa: SIM115
         self._process = fork_process(
-            _run_words,
-            [str(word) for word in words],
+            _run_argv,
+            [str(word) for word in argv],
             str(folder or Path.cwd()),
             {**os.environ, **environment},
             (self._stdout.name, self._stderr.name),
@@ -129,33 +130,33 @@ class ForkedProcess:
             os.kill(self.pid, number)
 
 
-def run_command(words: Sequence[object], folder: Path) -> ForkedProcess:
-    """Run a command that must succeed to its end."""
-    process = ForkedProcess(words, folder)
+def run_command(argv: Sequence[object], folder: Path) -> ForkedProcess:
+    """Run a command to its end, and assert that it succeeds."""
+    process = ForkedProcess(argv, folder)
     status = process.wait(300)
     assert status == 0, process.stdout[-2000:] + process.stderr[-3000:]
     return process
 
 
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
-    """Run `python -m MODULE ...` of this package in a forked process. It takes the place of `subprocess.run`."""
-    _, option, module, *words = command
+    """Run `python -m MODULE ...` in a forked process. Tests replace `subprocess.run` by this function."""
+    _, option, module, *argv = command
     assert option == "-m"
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
-    process = ForkedProcess([spec.origin, *words], environment=env)
+    process = ForkedProcess([spec.origin, *argv], environment=env)
     status = process.wait(300)
     return CompletedProcess(command, status, process.stdout, process.stderr)
 
 
-def _run_words(
-    words: list[str],
+def _run_argv(
+    argv: list[str],
     folder: str,
     environment: dict[str, str],
     streams: tuple[str, str],
     new_session: bool,
 ) -> None:
-    """Become the command. This is the main function of the forked process."""
+    """Run a command in this process: the main function of the forked process."""
     if new_session:
         os.setsid()
     os.environ.clear()
@@ -163,29 +164,30 @@ def _run_words(
     os.chdir(folder)
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    if "OMP_NUM_THREADS" in environment:  # read when torch was imported, for the server
+    if "OMP_NUM_THREADS" in environment:
+        # torch has read this variable when the server imported it, so it must be applied here.
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if sys.platform == "linux":
-        # Like a command that has not imported torch, unlike the server that this process is a fork of.
+        # Fork workers, as commands do that have not imported torch. The server has imported it.
         workers.start_method = lambda: "fork"
-    sys.argv = words
-    if words[0] == "llava":
+    sys.argv = argv
+    if argv[0] == "llava":
         from llava_simplified.cli import main
 
-        sys.exit(main(words[1:]))
-    # As Python does for a script.
-    sys.path.insert(0, str(Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+        sys.exit(main(argv[1:]))
+    # Like Python, search for modules in the folder of the script first.
+    sys.path.insert(0, str(Path(argv[0]).parent))
+    runpy.run_path(argv[0], run_name="__main__")
 
 
-# A program that asks the process of the tests to run it.
+# A program that sends its arguments to the test process, which runs the command and returns its output.
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
-words = {words!r} + sys.argv[1:]
+argv = {argv!r} + sys.argv[1:]
 with socket.create_connection(("127.0.0.1", {port})) as server:
-    server.sendall(json.dumps([words, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    server.sendall(json.dumps([argv, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
     stdout, stderr, status = json.loads(server.makefile().readline())
 sys.stdout.write(stdout)
 sys.stderr.write(stderr)
@@ -195,19 +197,19 @@ sys.exit(status)
 
 @contextmanager
 def command_programs(
-    folder: Path, rewrite: Callable[[list[str]], list[str]] = lambda words: words
+    folder: Path, rewrite: Callable[[list[str]], list[str]] = lambda argv: argv
 ) -> Iterator[None]:
-    """Write the programs `llava` and `python` for shell scripts; they run their words in forked processes.
+    """Write the programs `llava` and `python` for shell scripts. They run their arguments in forked processes.
 
     Args:
-        folder: Where the programs are written; the script has it in its PATH. `python` runs scripts only.
-        rewrite: Returns the words that are run: "llava" or the path of a script, and the arguments.
+        folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts.
+        rewrite: Receives "llava" or the path of a script, and the arguments, and returns what to run instead.
     """
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            words, working_folder, environment = json.loads(self.rfile.readline())
-            process = ForkedProcess(rewrite(words), Path(working_folder), environment=environment)
+            argv, working_folder, environment = json.loads(self.rfile.readline())
+            process = ForkedProcess(rewrite(argv), Path(working_folder), environment=environment)
             status = process.wait()
             answer = [process.stdout, process.stderr, status]
             self.wfile.write(json.dumps(answer).encode() + b"\n")
@@ -216,9 +218,9 @@ def command_programs(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
         folder.mkdir(exist_ok=True)
-        for name, words in {"llava": ["llava"], "python": []}.items():
+        for name, argv in {"llava": ["llava"], "python": []}.items():
             program = folder / name
-            program.write_text(_CLIENT.format(python=sys.executable, words=words, port=port))
+            program.write_text(_CLIENT.format(python=sys.executable, argv=argv, port=port))
             program.chmod(0o755)
         yield
         server.shutdown()

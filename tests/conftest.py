@@ -6,14 +6,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Test processes share the cores, and tiny models gain nothing by several threads. Commands inherit it.
+# The test processes share the cores, and tiny models are not faster with several threads. Commands that tests
+# start inherit these variables.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The compiler is used for a few tiny layers: starting its worker processes takes longer than the compilation.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# The environment must be set before torch and transformers are imported. The fixtures import them, not this file:
-# the process that distributes the tests reads this file, too, and the others wait for it.
+# Set the environment before torch and transformers are imported. Import them in the fixtures and not at the top
+# of this file: the process of pytest-xdist that distributes the tests reads this file too, and the others wait for it.
 import functools
 import gc
 import io
@@ -34,9 +35,10 @@ VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficie
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests first, so that short ones fill the time at the end; measure coverage without them.
+    """Run slow tests first, so that no process waits for a slow test at the end.
 
-    They would be a quarter slower, and cover little that other tests do not.
+    The coverage of slow tests is not measured: it would make them a quarter slower, and they cover little that
+    other tests do not.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Compute with one thread, whatever the machine has."""
+    """Compute with one thread, however many cores the machine has."""
     import torch
 
     torch.set_num_threads(1)
@@ -54,9 +56,9 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_no_garbage() -> None:
-    """Exclude what has been imported from garbage collection.
+    """Exclude the million imported objects from garbage collection.
 
-    There are a million objects. Every run of a trainer collects several times, for a quarter of a second each.
+    Every run of a trainer collects garbage several times, which would otherwise take a quarter of a second each time.
     """
     gc.collect()
     gc.freeze()
@@ -66,8 +68,8 @@ def imports_are_no_garbage() -> None:
 def workers_are_forked() -> Iterator[None]:
     """Fork the worker processes of commands, as commands do that have not imported torch.
 
-    A spawned one imports everything for a second. `one_thread` makes it safe: torch has no threads that a fork
-    could lose. test_platforms.py has spawned ones.
+    A spawned worker first imports everything, which takes a second. Forking is safe because of `one_thread`: torch
+    then has no threads that a fork could lose. Spawned workers are tested in test_platforms.py.
     """
     from llava_simplified import workers
 
@@ -122,10 +124,10 @@ def towers_are_traced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def certificates_are_read_once() -> Iterator[None]:
-    """Share the TLS settings of all HTTP clients; the tests use none.
+    """Share one TLS context among all HTTP clients, since the tests do not use TLS.
 
-    Every client, and every `httpx.get`, would read the machine's certificates, which takes longer than
-    most requests.
+    Otherwise, every client and every `httpx.get` would read the machine's certificates, which takes longer
+    than most requests.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
@@ -134,7 +136,7 @@ def certificates_are_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory, towers_are_traced_once: None) -> Path:
-    """A folder with tiny random models (`mistral`, `clip`, ...) in the form of the hub."""
+    """A folder with tiny random models (`mistral`, `clip`, ...), in the layout of models on the hub."""
     from tiny import save_language_model, save_vision_model
 
     folder = tmp_path_factory.mktemp("models")
@@ -147,7 +149,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory, towers_are_traced_on
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `images/*.jpg`, `train.json` (12 records) and `val.json` (4), in the instruction form."""
+    """A folder with `images/*.jpg`, `train.json` (12 records) and `val.json` (4 records)."""
     from tiny import CAPTIONS
 
     folder = tmp_path_factory.mktemp("data")

@@ -1,4 +1,4 @@
-"""A server with OpenAI's API in a thread, which misbehaves as a test asks."""
+"""A server with OpenAI's API, in a thread, with faults that a test chooses."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any
 
 
 def caption_of(image: bytes, number: int = 0) -> str:
-    """Return what the server answers about an image file: a caption that no other image has."""
+    """Return the caption that the server generates for an image file. No other image has the same caption."""
     return f"image {hashlib.sha256(image).hexdigest()[:12]} é {number}"
 
 
 class FaultyEndpoint:
-    """What the server has received, and what it does.
+    """The settings of the server, which a test changes, and the requests that it has received.
 
     Attributes:
         url: The base URL.
-        faults: By image file, what happens to its next requests, one each; afterwards it is answered.
-        always: By image file, what happens to all of its requests.
-        max_n: Most answers per request; the server ignores a larger `n`. 0: it refuses `n`.
+        faults: By image file, the faults of its next requests, one per request. Later requests succeed.
+        always: By image file, the fault of all of its requests.
+        max_n: Maximum number of answers per request; a larger `n` is ignored. If 0, requests with `n` are rejected.
         before_answer: Called before each answer with the image file.
-        text_of: Returns the answer to a request; None: the caption of its image.
+        text_of: Returns the answer to a request; None to answer with the caption of its image.
         requests: The bodies of all requests, with the image file as "image".
-        arrivals: By image file, when its requests came.
+        arrivals: By image file, the times at which its requests arrived.
         headers: The headers of the last request.
-        most_in_flight: The most requests that were in flight together.
+        most_in_flight: Maximum number of requests that were in flight at the same time.
     """
 
     def __init__(self) -> None:
@@ -92,13 +92,13 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             endpoint.before_answer(image)
         finally:
-            # Before the answer: the client's next request may come before `send` has returned.
+            # Do this before answering: the client's next request may arrive before `send` has returned.
             with endpoint.lock:
                 endpoint.in_flight -= 1
         try:
             self.answer(fault, body, image)
         except OSError:
-            self.close_connection = True  # the client has gone
+            self.close_connection = True  # the client has disconnected
 
     def answer(self, fault: str, body: dict[str, Any], image: bytes) -> None:
         n = body.get("n", 1)
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "cut":
             self.send(200, good, cut=20)
-        elif fault == "wrong length":  # more follows than announced
+        elif fault == "wrong length":  # the body is longer than its Content-Length
             self.send(200, good, announced=40)
         elif fault == "two answers":  # the second looks like the answer to the next request
             self.send(200, good)
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-# Answers that are JSON, and no captions.
+# Bodies with status 200 that contain no usable caption.
 ANSWERS: dict[str, Any] = {
     "no choices": {"choices": []},
     "endless text": {"choices": [{"message": {"content": "a " * 1_000_000}}]},

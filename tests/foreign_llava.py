@@ -1,4 +1,4 @@
-"""LLaVA folders of other code bases, with tiny models: as original LLaVA and as Transformers write them."""
+"""LLaVA folders of other code bases with tiny models, in the formats of original LLaVA and of Transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 Weights = dict[str, torch.Tensor]
 
 
-# As the template of JoyCaption, which accepts strings and writes the image token itself.
+# Like the template of JoyCaption, which accepts strings and writes the image token itself.
 JOYCAPTION_TEMPLATE = (
     "{%- set state = namespace(first=true) %}{%- for message in messages %}"
     "{{- '<|head|>' + message['role'] + '\n' }}"
@@ -36,7 +36,7 @@ JOYCAPTION_TEMPLATE = (
     "{%- else %}{{- message['content'] }}{%- endif %}{{- '<|end|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|head|>assistant\n' }}{%- endif %}"
 )
-# As the templates of llava-hf, which accept lists of parts and write a token for each image.
+# Like the templates of llava-hf, which accept lists of parts and write a token for each image.
 LLAVA_HF_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -63,9 +63,10 @@ def projector_weights(checkpoint: Path, prefix: str) -> Weights:
 
 
 def write_original(merged: Path, clip: Path, folder: Path) -> Path:
-    """Write a whole model as original LLaVA does.
+    """Write a complete model in the format of original LLaVA.
 
-    Two pickles and an index, `mm_*` entries in `config.json`, and the frozen vision tower.
+    The folder has two pickle files with an index, which contain the frozen vision tower too, and `mm_*` entries in
+    `config.json`.
     """
     shutil.copytree(merged / "language_model", folder)
     weights = load_file(folder / "model.safetensors")
@@ -125,9 +126,9 @@ def write_stock(
         tower: Kind of the vision tower.
         image_token: Token to add for an image.
         other_tokens: More control tokens to add.
-        template: Chat template of the processor; None for that of the language model.
+        template: Chat template of the processor; None to use the template of the language model.
         adds_bos: The tokenizer puts <s> before every text.
-        image_processor: None for that of the tower.
+        image_processor: Image processor; None to use the one of the tower.
         config: More settings of stock LLaVA.
     """
     tokenizer = AutoTokenizer.from_pretrained(models_folder / language_model)
@@ -154,7 +155,7 @@ def write_stock(
         parameter.data.normal_(0, 0.3)  # large enough that the image changes the caption
     stock.save_pretrained(folder)
     if template is not None:
-        tokenizer.chat_template = None  # as in old folders: only the processor has one
+        tokenizer.chat_template = None  # in old folders, only the processor has a template
     processor = LlavaProcessor(
         image_processor or CLIPImageProcessorPil.from_pretrained(models_folder / tower),
         tokenizer,
@@ -170,8 +171,12 @@ def write_stock(
 
 
 @torch.no_grad()
-def ask_stock(folder: Path, messages: list[dict], image: Path) -> tuple[torch.Tensor, str]:
-    """Return the first logits and the greedy caption of a folder, as the model cards of such models do."""
+def run_stock(folder: Path, messages: list[dict], image: Path) -> tuple[torch.Tensor, str]:
+    """Run a stock LLaVA folder in the way that its model card describes.
+
+    Returns:
+        The logits of the first token, and the greedy caption.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     text = processor.apply_chat_template(messages, add_generation_prompt=True)

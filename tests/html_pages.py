@@ -26,7 +26,7 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(html: str) -> None:
-    """Assert that a page with an image loads nothing from elsewhere."""
+    """Assert that a page has an image, and contains everything that it shows."""
     sources = []
     for _, attributes in Page(html).elements:
         sources += [value for name, value in attributes.items() if name in ("src", "href")]

@@ -1,4 +1,4 @@
-"""Find the operations for which the host of a GPU waits, without a GPU."""
+"""Find, without a GPU, the operations for which the host would wait for a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READING_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
 
 
 class SynchronizationFinder(TorchDispatchMode):
-    """Record, while it is active, where the host would wait if the tensors were on a GPU.
+    """Record where the host would wait if the tensors were on a GPU, within a `with` block.
 
     Attributes:
         places: For each such operation, in order, its name and the innermost lines of the package and of

@@ -1,4 +1,4 @@
-"""`benchmarks/bench_gpu.py` with tiny shapes on a CPU, so that it runs when a GPU is there."""
+"""Run `benchmarks/bench_gpu.py` with tiny shapes on a CPU, to find its errors before it runs on a GPU."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_bench_gpu_goes_on_after_a_section_has_failed(
     for section in bench_gpu.SECTIONS:
         assert callable(bench_gpu.import_section(section).run)
     output = tmp_path / "gpu.json"
-    words = ["--tiny", "--in-process", "--sections", "exactness", "machine", "--fail", "exactness"]
-    assert bench_gpu.main([*words, "--output", str(output)]) == 1
+    argv = ["--tiny", "--in-process", "--sections", "exactness", "machine", "--fail", "exactness"]
+    assert bench_gpu.main([*argv, "--output", str(output)]) == 1
     results = json.loads(output.read_text())
     assert results["exactness"]["state"].startswith("failed: RuntimeError: failed on purpose")
     assert results["machine"]["state"] == "done"
@@ -47,8 +47,8 @@ def test_bench_gpu_measures_all_sections_after_one_has_failed(
     import bench_gpu
 
     output = tmp_path / "gpu.json"
-    words = ["--tiny", "--in-process", "--fail", "machine", "--output", str(output)]
-    assert bench_gpu.main(words) == 1
+    argv = ["--tiny", "--in-process", "--fail", "machine", "--output", str(output)]
+    assert bench_gpu.main(argv) == 1
     results = json.loads(output.read_text())
     assert list(results) == list(bench_gpu.SECTIONS)
     assert results.pop("machine") == {
@@ -80,14 +80,14 @@ def test_bench_gpu_measures_all_sections_after_one_has_failed(
 def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a process for each section."""
+    """In this test, each section runs in a separate process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_gpu
 
     monkeypatch.setitem(bench_gpu.SECTIONS, "machine", 1)
     output = tmp_path / "gpu.json"
-    words = ["--tiny", "--sections", "machine", "serving", "--hang", "machine"]
-    assert bench_gpu.main([*words, "--output", str(output)]) == 1
+    argv = ["--tiny", "--sections", "machine", "serving", "--hang", "machine"]
+    assert bench_gpu.main([*argv, "--output", str(output)]) == 1
     results = json.loads(output.read_text())
     assert results["machine"]["state"] == "killed after 1 s"
     assert results["serving"]["state"] == "done"

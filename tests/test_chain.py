@@ -1,4 +1,4 @@
-"""The whole chain by the documented commands: URLs -> shards -> clean records -> a checkpoint -> captions."""
+"""Run the documented commands one after the other: URLs -> shards -> clean records -> a checkpoint -> captions."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def mirror(data_folder: Path, tmp_path: Path) -> Iterator[str]:
-    """The pictures of `data_folder` and a page, served; what is not there is a 404."""
-    pictures = shutil.copytree(data_folder / "images", tmp_path / "mirror")
-    (pictures / "page.jpg").write_text("<html>moved</html>")
+    """Serve the images of `data_folder` and an HTML page; other URLs return status 404."""
+    images = shutil.copytree(data_folder / "images", tmp_path / "mirror")
+    (images / "page.jpg").write_text("<html>moved</html>")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(pictures))
+    handler = functools.partial(Quiet, directory=str(images))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def call(*words: object, folder: Path) -> str:
+def call(*argv: object, folder: Path) -> str:
     """Run a command in a forked process; return its standard output."""
-    return run_command(words, folder).stdout
+    return run_command(argv, folder).stdout
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def call(*words: object, folder: Path) -> str:
 def test_from_a_list_of_urls_to_captions(
     models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path, way: str
 ) -> None:
-    """16 good pictures, a missing one and one that is a page, by `llava` and by the tutorial's scripts."""
+    """Of 18 URLs, 16 return images, one is missing and one returns a page; with `llava`, and with the tutorial's scripts."""
     names = [*(f"{i}.jpg" for i in range(16)), "gone.jpg", "page.jpg"]
     captions = [
         row["response"]
@@ -157,7 +157,7 @@ def test_from_a_list_of_urls_to_captions(
     assert {row["gt_caption"] for row in rows} <= set(captions)
 
 
-# What the commands of the pages lack here: an image server on this machine, small runs.
+# Options that are added to the commands of the pages: access to a server on this machine, and small runs.
 EXTRA_OPTIONS = {
     "download": ["--allow-private", "--workers", "1"],
     "train": [
@@ -169,18 +169,18 @@ EXTRA_OPTIONS = {
 }
 
 
-def substitute_models(words: list[str], models: Path) -> list[str]:
+def substitute_models(argv: list[str], models: Path) -> list[str]:
     """Return a documented command with tiny models, which are on this machine, and fewer records."""
-    if words[0] != "llava":
-        return words
-    words = [word.replace("openai/clip-vit-base-patch16", f"{models}/clip") for word in words]
-    command = words[1]
+    if argv[0] != "llava":
+        return argv
+    argv = [argument.replace("openai/clip-vit-base-patch16", f"{models}/clip") for argument in argv]
+    command = argv[1]
     if command == "reduce":
-        words[words.index("1000")] = "5"
-    words += EXTRA_OPTIONS.get(command, [])
+        argv[argv.index("1000")] = "5"
+    argv += EXTRA_OPTIONS.get(command, [])
     if command == "train":
-        words += ["--model_name_or_path", f"{models}/mistral", "--vision_tower", f"{models}/clip"]
-    return words
+        argv += ["--model_name_or_path", f"{models}/mistral", "--vision_tower", f"{models}/clip"]
+    return argv
 
 
 def commands_of(page: str, heading: str) -> str:
@@ -193,7 +193,7 @@ def commands_of(page: str, heading: str) -> str:
 def test_documented_commands_run_one_after_the_other(
     models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path
 ) -> None:
-    """From the list of URLs to the report, as the pages write it; and the tutorial's two scripts."""
+    """Run the commands of the pages, from the list of URLs to the report, and the two scripts of the tutorial."""
     captions = [
         row["response"]
         for name in ("train", "val")
@@ -216,7 +216,7 @@ def test_documented_commands_run_one_after_the_other(
             f"'{ROOT}/predict.sh' --max-new-tokens 4 --output $PWD/more.json",
         ]
     )
-    with command_programs(programs, lambda words: substitute_models(words, models_folder)):
+    with command_programs(programs, lambda argv: substitute_models(argv, models_folder)):
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=tmp_path,

@@ -22,8 +22,8 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
-# DeepSpeed starts Python, which imports everything, twice. The others start a program that forks the two processes
-# from one that has imported everything.
+# DeepSpeed starts two Python processes, which both import everything. The other launchers start a program that forks
+# the two processes from one that has imported everything.
 LAUNCHERS = {
     "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
     "torchrun": "torchrun --no-python --nproc_per_node 2 --master_port 29872",
@@ -31,10 +31,10 @@ LAUNCHERS = {
 }
 
 
-def run(*words: object, folder: Path, **environment: object) -> str:
+def run(*arguments: object, folder: Path, **environment: object) -> str:
     """Run a command that must succeed; return its standard output and standard error."""
     done = subprocess.run(
-        [str(word) for word in words],
+        [str(argument) for argument in arguments],
         cwd=folder,
         env=ENVIRONMENT | {name: str(value) for name, value in environment.items()},
         capture_output=True,
@@ -85,7 +85,7 @@ def test_train_py_and_predict_py_work_as_in_the_tutorial(
 def test_finetune_sh_and_predict_sh_run_as_written(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """All options of LLaVA's finetune.sh in the tutorial's folders; only the models are tiny."""
+    """The script has all options of LLaVA's finetune.sh. Only its models are replaced, by tiny ones."""
     for split in ("train", "val"):
         records = tmp_path / f"{split}.json"
         records.symlink_to(data_folder / f"{split}.json")
@@ -122,12 +122,12 @@ def single_process_loss(
 ) -> float:
     """The first loss of one process with four images per step."""
     output = tmp_path_factory.mktemp("one")
-    words = [
+    argv = [
         *training_options(models_folder, data_folder),
         *("--per_device_train_batch_size", 4, "--logging_steps", 1),
         *("--seed", 42, "--output_dir", output),
     ]
-    train(*parse_arguments([str(word) for word in words]))
+    train(*parse_arguments([str(argument) for argument in argv]))
     return first_loss(output)
 
 
@@ -140,7 +140,7 @@ def test_launchers_start_one_training_of_two_processes(
     launcher: str,
     single_process_loss: float,
 ) -> None:
-    """2 processes with 2 images each see the same 4 images per step as one process."""
+    """2 processes with 2 images each train on the same 4 images per step as one process."""
     command: list[object] = [*LAUNCHERS[launcher].split()]
     options: list[object] = []
     if launcher == "deepspeed":
@@ -163,12 +163,12 @@ def test_launchers_start_one_training_of_two_processes(
     assert len(json.loads(output.read_text())) == 12
 
 
-# ---- the front door ----
+# ---- the llava command ----
 
 
 def test_llava_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["-h"], ["--help"]):
-        assert main(words) == 0
+    for argv in ([], ["-h"], ["--help"]):
+        assert main(argv) == 0
         printed = capsys.readouterr().out
         for name, command in COMMANDS.items():
             assert f"  {name} " in printed
@@ -183,14 +183,14 @@ def test_llava_version_is_the_version_of_the_package(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("word", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
+    ("name", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
 )
 def test_llava_suggests_the_nearest_command(
-    word: str, suggestion: str, capsys: pytest.CaptureFixture[str]
+    name: str, suggestion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([word]) == 2
+    assert main([name]) == 2
     printed = capsys.readouterr().err
-    assert word in printed
+    assert name in printed
     assert ("did you mean " in printed) == bool(suggestion)
     assert suggestion in printed
 
@@ -218,13 +218,13 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
         "from llava_simplified.cli import main; main(['--help']); main(['--version'])",
     ],
 )
-def test_front_door_imports_nothing_heavy(code: str) -> None:
+def test_package_and_help_import_nothing_heavy(code: str) -> None:
     run(sys.executable, "-c", IMPORTS_NOTHING_HEAVY.format(code=code), folder=ROOT)
 
 
 @pytest.mark.medium
 def test_help_of_every_command_is_fast_and_complete() -> None:
-    """All parsers in one process: none imports anything heavy; every option has a text."""
+    """Building the parsers of all commands imports nothing heavy, and every option has a help text."""
     code = """
 import contextlib, io, sys
 from llava_simplified.cli import COMMANDS, main, resolve
@@ -241,7 +241,7 @@ for name, command in COMMANDS.items():
 
 @pytest.mark.medium
 def test_importing_the_package_prints_nothing() -> None:
-    """Also where bitsandbytes is installed, which PEFT imports."""
+    """This must also hold if bitsandbytes is installed, which PEFT imports."""
     code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     environment.pop("TRANSFORMERS_VERBOSITY", None)
@@ -269,13 +269,13 @@ def test_mistyped_path_of_a_model_is_named_as_a_path(
         "--vision_tower": str(models_folder / "clip"),
         option: name,
     }
-    words = [word for pair in parts.items() for word in pair]
+    models = [argument for pair in parts.items() for argument in pair]
     data = str(data_folder / "train.json")
     images = str(data_folder / "images")
     argv = {
-        "train": [*words, "--train_data_path", data, "--train_image_folder", images],
-        "plan": words,
-        "inspect": [*words, "--data", data],
+        "train": [*models, "--train_data_path", data, "--train_image_folder", images],
+        "plan": models,
+        "inspect": [*models, "--data", data],
         "caption": [images, "--model-path", name, "--output", str(tmp_path / "x.jsonl")],
     }
     if command == "train":

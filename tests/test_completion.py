@@ -103,7 +103,7 @@ bindkey '^X' write-buffer
 
 def complete_in_zsh(script: str, folder: Path, *lines: str) -> list[str]:
     """Type each line and Tab into an interactive zsh; return what the lines become."""
-    import pty  # POSIX only, as zsh is
+    import pty  # only POSIX has it, like zsh
 
     (folder / "_llava").write_text(script)
     (folder / ".zshrc").write_text(ZSH_SETUP.format(folder=folder))

@@ -43,7 +43,7 @@ def folder(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def demo_models(tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models in the place of the demo's."""
+    """Replace the models of the demo by tiny ones."""
     root = tmp_path / "demo" / llava_simplified.small_models.LAYOUT
     shutil.copytree(models_folder / "mistral", root / "language_model")
     shutil.copytree(models_folder / "efficientnet", root / "vision_tower")
@@ -144,7 +144,7 @@ def test_prepare_data_copies_remote_files_with_their_images() -> None:
 
 
 class FakeDataset:
-    """What `datasets.load_dataset` returns, as far as it is used."""
+    """A result of `datasets.load_dataset`, with the attributes that the package uses."""
 
     def __init__(self, caption: str) -> None:
         self.caption = caption

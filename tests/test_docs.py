@@ -1,4 +1,4 @@
-"""What the pages say can be typed: every command in them, and every option that they name, exists."""
+"""Every command in the documentation, and every option that it names, exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
 SCRIPTS = {"train.py": "train", "predict.py": "predict"}
-# of LLaVA's scripts, which `arguments.py` translates, and of other programs that the pages name
+# Options of other programs that the pages mention, and of LLaVA's scripts, which `arguments.py` translates.
 ELSEWHERE = {
     "--help",
     "--strict",
@@ -38,10 +38,10 @@ TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 @functools.cache
 def options_of(command: str) -> frozenset[str]:
     sys.path.insert(0, str(ROOT / "docs"))
-    from reference import parser_of
+    from reference import find_parser
 
     names = set()
-    for action in parser_of(COMMANDS[command].main)._actions:
+    for action in find_parser(COMMANDS[command].main)._actions:
         for name in action.option_strings:
             # Every command accepts both spellings.
             names |= {name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")}
@@ -62,7 +62,7 @@ def code_in(text: str) -> list[str]:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Return every `llava X ...`, `train.py ...` and `predict.py ...` of a page, as words."""
+    """Return every `llava X ...`, `train.py ...` and `predict.py ...` of a page, split into arguments."""
     pattern = r"(?:^|[\s/])(llava [a-z][a-z-]*|train\.py|predict\.py)(\s.*|$)"
     found = []
     for line in code_in(text):
@@ -74,10 +74,10 @@ def commands_in(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
-    for name, *words in commands_in(page.read_text(encoding="utf-8")):
+    for name, *arguments in commands_in(page.read_text(encoding="utf-8")):
         assert name in COMMANDS, f"{page.name}: llava {name}"
-        for word in words:
-            option = word.partition("=")[0]
+        for argument in arguments:
+            option = argument.partition("=")[0]
             assert not option.startswith("--") or option in options_of(name), (
                 f"{page.name}: llava {name} {option}"
             )

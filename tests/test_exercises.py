@@ -26,8 +26,8 @@ def test_solution_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
-    words = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
-    words += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
-    words += ["--dtype", "float32", "--batch_size", 6, "--steps", 15, "--rate", 1e-2]
-    load_module(path).main([str(word) for word in words])
+    argv = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
+    argv += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
+    argv += ["--dtype", "float32", "--batch_size", 6, "--steps", 15, "--rate", 1e-2]
+    load_module(path).main([str(argument) for argument in argv])
     assert capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Whatever one command writes, the next one reads: every writer with every reader, on tiny models and data."""
+"""Every output of a command can be read by the other commands. The models and data are tiny."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ NUM_RECORDS = 6
 
 
 class Written(NamedTuple):
-    """What a command wrote: records or predictions, and the folder of their images."""
+    """The output of a command: records or predictions, and the folder of their images."""
 
     path: Path
     images: Path
 
 
-def call(*words: object) -> None:
+def call(*arguments: object) -> None:
     """Run a command in this process; it must succeed."""
-    assert llava([str(word) for word in words]) == 0, " ".join(map(str, words))
+    assert llava([str(argument) for argument in arguments]) == 0, " ".join(map(str, arguments))
 
 
 class Workshop:
-    """Makes the outputs of all writers, each when it is first asked for.
+    """Creates the output of a writer (a command that writes records or predictions) when it is first needed.
 
     Args:
-        folder: Where they are written.
+        folder: Folder of the outputs.
         models: Folder of tiny models.
         data: Folder with `images/*.jpg` and `val.json`.
         server: Address of a server with the images.
@@ -60,7 +60,7 @@ class Workshop:
         self.table.write_text("image\tcaption\turl\n" + "".join(rows))
 
     def written(self, writer: str) -> Written:
-        """Return the output of a writer, "command" or "command.suffix"."""
+        """Return the output of a writer, such as "convert.json": the command, and the form of its output."""
         if writer not in self._written:
             command, _, form = writer.partition(".")
             self._written[writer] = getattr(self, f"_{command}")(form)
@@ -130,7 +130,7 @@ class Workshop:
         return Written(output, self.images)
 
     def _mixed_records(self) -> Path:
-        """Write records of every kind: one answer, several, none, text alone, and texts that break naive readers."""
+        """Write records with one answer, with several, with none, without an image, and with unusual line breaks."""
         records = [
             {"image": "0.jpg", "instruction": "a", "response": "one caption"},
             {"image": "1.jpg", "instruction": "a", "responses": ["one caption", "another"]},
@@ -273,7 +273,7 @@ def read_by_caption(workshop: Workshop, records: Written, output: Path) -> None:
 
 
 def read_as_references(workshop: Workshop, records: Written, output: Path) -> None:
-    """The predictions are those of the same images, so all of them must have references."""
+    """The predictions are made for these records, so all of them must have references."""
     predictions = output / "p.json"
     read_by_predict(workshop, records, output)
     scores = output / "scores.json"
@@ -305,7 +305,8 @@ RECORD_READERS: tuple[Reader, ...] = (
 def record_pairs() -> list[Any]:
     """Return pairs of a reader and a writer.
 
-    Every reader with a writer of every form, in turn with each writer of that form; with FUZZ=1 all pairs.
+    Each reader is paired with one writer per form, the part of a writer's name after the dot (`json`, `shards`, ...).
+    Successive readers get different writers of a form. With FUZZ=1, every reader is paired with every writer.
     """
     by_form: dict[str, list[str]] = {}
     for writer in RECORD_WRITERS:
@@ -350,11 +351,11 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
     if has_references:
         source = "download.shards" if "shards" in writer else "convert.json"
         options += ["--references", workshop.written(source).path]
-    words = [str(word) for word in ("evaluate", predictions.path, *options)]
+    argv = [str(argument) for argument in ("evaluate", predictions.path, *options)]
     if not has_references and writer in ("caption.folder", "caption.shards"):
-        assert llava(words) == 2, "images alone have no references"
+        assert llava(argv) == 2, "images alone have no references"
     else:
-        assert llava(words) == 0
+        assert llava(argv) == 0
 
 
 @pytest.mark.slow
@@ -365,7 +366,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
 def test_predictions_are_read_as_records(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
-    """Captions of a large model are what a small one is trained on."""
+    """This is how a small model is trained on the captions of a large one."""
     reader(workshop, workshop.written(writer), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Data flows one way: a room imports only what stands to its left, also inside functions."""
+"""Data flows one way: a package imports only from packages that precede it in ORDER, also inside functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llava_simplified"
-# From left to right. A name is a package (folder) or a single file; two on one line do not import each other, the
-# files of one package do. `prepare` writes what `data` reads, so it uses the formats and the decoder of `data`. The
-# scores of texts need no model: training, which reports them, may import them though they live in `evaluation`.
+# `evaluation` comes late in the order. But the scores of texts need no model, and training reports them, so these
+# modules come earlier.
 SCORES_OF_TEXTS = [
     f"evaluation/{name}"
     for name in (
@@ -25,8 +24,11 @@ SCORES_OF_TEXTS = [
         "rouge",
     )
 ]
-# Training asks a server for rewards, in the way in which `captioning` asks it for captions.
+# Training requests rewards from a server with the same client with which `captioning` requests captions.
 CLIENT_OF_SERVERS = ["captioning/endpoint_client", "captioning/endpoint_options"]
+# Each line may import from the lines above it. A name is a package (folder) or a single file. The files of one package
+# may import each other, but two names on one line may not. `prepare` writes the files that `data` reads, so it uses the
+# formats and the decoder of `data`.
 ORDER = [
     ("options", "extras", "foreign_files"),
     ("hub", "jobs", "workers", "recipes", "small_models"),
@@ -47,24 +49,29 @@ ORDER = [
 
 
 def rank(module: str) -> int:
-    """Of `data/images` or `prompt`: the line of ORDER that it stands in; the longest name that fits counts."""
+    """Return the line of ORDER that contains a module, such as "data/images" or "prompt".
+
+    A module may be listed by its own name and by that of its package. Then its own name is used.
+    """
     found = [
         (len(name), line)
         for line, names in enumerate(ORDER)
         for name in names
         if f"{module}/".startswith(name + "/")
     ]
-    assert found, f"{module} has no place in the house: name it in ORDER"
-    return max(found)[1]
+    assert found, f"{module} is not in ORDER: add it"
+    _, line_of_longest_name = max(found)
+    return line_of_longest_name
 
 
 def imports(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_simplified."):
             inner = (node.module or "").removeprefix("llava_simplified.").replace(".", "/")
-            is_room = (PACKAGE / inner).is_dir()
-            found |= {f"{inner}/{alias.name}" for alias in node.names} if is_room else {inner}
+            is_package = (PACKAGE / inner).is_dir()
+            found |= {f"{inner}/{alias.name}" for alias in node.names} if is_package else {inner}
         elif isinstance(node, ast.Import):
             found |= {
                 a.name.removeprefix("llava_simplified.").replace(".", "/")
@@ -74,7 +81,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(module: str) -> str:
+def top_level(module: str) -> str:
+    """Return the package of a module, or the name of a module that is in no package."""
     return module.partition("/")[0]
 
 
@@ -86,22 +94,24 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
+def test_modules_import_only_what_precedes_them_in_the_order(module: str) -> None:
     for other in imports(PACKAGE / f"{module}.py"):
-        same_room = "/" in module and room(other) == room(module)
-        assert same_room or rank(other) < rank(module), (
-            f"{module} imports {other}, which stands after it"
+        is_same_package = "/" in module and top_level(other) == top_level(module)
+        assert is_same_package or rank(other) < rank(module), (
+            f"{module} imports {other}, which does not precede it in ORDER"
         )
 
 
 @pytest.mark.medium
-def test_no_file_is_needed_by_what_it_needs() -> None:
-    """No import cycle anywhere, imports inside functions included. One exception: `Llava.from_pretrained`
-    loads checkpoints, which are made of the class."""
+def test_there_is_no_import_cycle() -> None:
+    """Imports inside functions count too, with one exception.
+
+    `Llava.from_pretrained` imports the module that loads checkpoints, which imports `Llava`.
+    """
     graph = {module: imports(PACKAGE / f"{module}.py") for module in MODULES}
     graph["model/llava"].remove("model/checkpoint")
     while graph:
-        leaves = [module for module, needs in graph.items() if not needs & graph.keys()]
-        assert leaves, f"a circle among {sorted(graph)}"
+        leaves = [module for module, imported in graph.items() if not imported & graph.keys()]
+        assert leaves, f"an import cycle among {sorted(graph)}"
         for leaf in leaves:
             del graph[leaf]

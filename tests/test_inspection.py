@@ -111,7 +111,7 @@ def test_inspect_colors_trained_tokens_and_escapes_control_characters(
     capsys: Output,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A caption with terminal commands, rich's markup and a mark that reverses the direction of writing."""
+    """The caption contains terminal commands, rich's markup and a character that reverses the writing direction."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     data = write_rows(tmp_path, make_row("[red]\x1b[2J\u202ecat[/red]", image="\x1b[2J.jpg"))
@@ -128,7 +128,7 @@ def test_inspect_colors_trained_tokens_and_escapes_control_characters(
 
 
 def test_inspect_shows_the_image_token_of_the_template(tmp_path: Path, capsys: Output) -> None:
-    """The template writes it, and the image takes its place; `<image>` is removed from the text."""
+    """The template writes the image token, which the image replaces; `<image>` is removed from the text."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|start|>", "<|picture|>", "<|stop|>"], special_tokens=True)
     tokenizer.chat_template = MISTRAL_TEMPLATE.replace(
@@ -258,7 +258,7 @@ def test_inspect_names_ten_problems_and_counts_the_others(
     [
         (["--data", "missing.json", "--model_name_or_path", "x"], "missing.json"),
         (["--data", "{rows}", "--model_name_or_path", "no/where"], "no/where"),
-        # A language model is no vision tower; and a folder that does not exist.
+        # As vision tower: a language model, and a folder that does not exist.
         (
             ["--data", "{rows}", "--model_name_or_path", "{model}", "--vision_tower", "{model}"],
             "mistral",

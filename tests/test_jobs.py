@@ -93,7 +93,7 @@ with exclusive_lock(Path(sys.argv[1]), "out"):
 
 @contextmanager
 def lock_holder(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock."""
+    """Run another process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True
     )
@@ -147,7 +147,10 @@ def test_exclusive_lock_waits_for_a_process_that_is_about_to_end(tmp_path: Path)
 def test_exclusive_lock_is_held_by_one_process_when_files_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has opened the file that its holder then deletes must not get the lock beside the holder of a new one."""
+    """A process may open the lock file just before its holder deletes it.
+
+    It must not get the lock of the deleted file while a third process holds the lock of a new file.
+    """
     path = tmp_path / "job.lock"
     acquire = FileLock.acquire
     holders: list[subprocess.Popen[str]] = []
@@ -155,7 +158,7 @@ def test_exclusive_lock_is_held_by_one_process_when_files_are_deleted(
     def acquire_and_replace(self: FileLock, timeout: float = -1) -> Any:
         result = acquire(self, timeout)
         if not holders:
-            # What happens between the opening of a file and its lock: the holder deletes it, a third process starts.
+            # After this process has opened the file, the holder deletes it, and a third process starts.
             path.unlink()
             holders.append(stack.enter_context(lock_holder(path)))
         return result
@@ -355,7 +358,7 @@ def test_remove_temporary_files_removes_those_of_one_output(tmp_path: Path) -> N
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that a test sets: its only element is the time in seconds."""
     now = [100.0]
-    # Not the module of all: servers of other tests, which run in threads, would wait for the difference.
+    # Replace `time` only in `jobs`. Servers of other tests run in threads of this process, and need the real time.
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 

@@ -1,6 +1,6 @@
-"""Journeys of the documentation, typed from start to end with tiny models.
+"""Run all commands of a documentation page one after the other, with tiny models.
 
-The pages about folders and servers are typed by the tests in tests/captioning.
+The pages about folders and servers are tested in tests/captioning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import train_checkpoint
-from foreign_llava import LLAVA_HF_TEMPLATE, TEMPLATES, ask_stock, write_original, write_stock
+from foreign_llava import LLAVA_HF_TEMPLATE, TEMPLATES, run_stock, write_original, write_stock
 from PIL import Image
 
 from llava_simplified.cli import main
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).parents[1] / "docs"
 BY_HAND = {"5": "a red car parked on the street", "9": "two dogs run over a green field"}
-# Added to the commands of the pages: few steps, short captions.
+# Options that are added to the commands of the pages: few steps, short captions.
 SMALL = {
     "train": [
         "--max_steps",
@@ -47,14 +47,14 @@ def commands_of(page: str) -> list[str]:
     return re.findall(r"(?m)^llava .+$", text)
 
 
-def type_command(command: str) -> None:
-    words = shlex.split(command, comments=True)[1:]
-    assert main([*words, *SMALL.get(words[0], [])]) == 0, command
+def run_documented(command: str) -> None:
+    argv = shlex.split(command, comments=True)[1:]
+    assert main([*argv, *SMALL.get(argv[0], [])]) == 0, command
 
 
 @pytest.fixture
 def photos(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the pages, in the current folder: 16 images, two of which have captions."""
+    """The folder `photos` of the pages, in the current folder: 16 images, two of which have captions."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(data_folder / "images", "photos")
@@ -88,9 +88,9 @@ def test_captions_are_drafted_corrected_and_trained_on(models_folder: Path, phot
     ]
     tune, draft, retrain, keep, finish = commands
 
-    type_command(tune)
+    run_documented(tune)
     assert training_captions() == BY_HAND
-    type_command(draft.replace("--limit 100", "--limit 3"))
+    run_documented(draft.replace("--limit 100", "--limit 3"))
     drafts = captions_in(photos)
     assert len(drafts) == 5 and BY_HAND.items() < drafts.items()
     page = Path("round1.html").read_text()
@@ -100,16 +100,16 @@ def test_captions_are_drafted_corrected_and_trained_on(models_folder: Path, phot
     (photos / f"{corrected}.txt").write_text("a bedroom with a double bed")
     (photos / f"{rejected}.txt").unlink()
     approved = captions_in(photos)
-    type_command(retrain)
+    run_documented(retrain)
     assert training_captions() == approved
     assert approved[accepted] == drafts[accepted]
     assert approved[corrected] == "a bedroom with a double bed"
     # The second round begins where the first one began.
     assert json.loads(Path("round2/llava.json").read_text())["training"]["init_from"] == "ours"
 
-    type_command(keep)
+    run_documented(keep)
     assert records_in(Path("approved.jsonl")) == approved
-    type_command(finish)
+    run_documented(finish)
     finished = captions_in(photos)
     assert finished.keys() == {path.stem for path in photos.glob("*.jpg")}
     assert approved.items() < finished.items()
@@ -137,18 +137,18 @@ def test_foreign_models_are_imported_tuned_and_exported(
     write_original(tmp_path / "merged", models_folder / "clip", Path("llava-v1.5-7b"))
 
     for command in commands_of("bring-your-model.md"):
-        type_command(command)
+        run_documented(command)
 
     assert captions_in(Path("captions")).keys() == {path.stem for path in photos.glob("*.jpg")}
     assert captions_in(photos) == BY_HAND
     assert Path("trial.html").exists() and Path("tuned.html").exists()
     assert {path.suffix for path in Path("llava15-tuned-gguf").glob("*.gguf")} == {".gguf"}
-    # An image of the tower's size is not resized, which rounds differently elsewhere.
+    # Use an image of the tower's size, because Transformers' resize rounds differently.
     image = tmp_path / "a.png"
     Image.open(photos / "0.jpg").resize((32, 32)).save(image)
     content = [{"type": "image"}, {"type": "text", "text": DEFAULT_INSTRUCTION}]
     for name in ("joycaption-tuned", "llava15-tuned"):
-        _, caption = ask_stock(Path(f"{name}-hf"), [{"role": "user", "content": content}], image)
+        _, caption = run_stock(Path(f"{name}-hf"), [{"role": "user", "content": content}], image)
         assert caption == Llava.from_pretrained(name).caption(image, max_new_tokens=8)
     for name, aspect_ratio in (("joycaption", "crop"), ("llava15", "pad"), ("llava15-hf", "pad")):
         architecture = json.loads(Path(name, "llava.json").read_text())["architecture"]

@@ -1,7 +1,7 @@
 """kill -9 of the commands that can be resumed: nothing is lost, nothing is done twice, the result is the same.
 
 Each case is a command that is killed several times at random moments and then run to its end. Its output must be equal
-to that of a run that nobody disturbed. To add a command, write the four functions of `Case` and add it to `CASES`.
+to that of an uninterrupted run. To add a command, write the four functions of `Case` and add it to `CASES`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llava_simplified.model.config import LlavaConfig, TrainedParts
 
 NUM_SIDECAR_IMAGES = 240
 MAX_DELAY = 0.4  # seconds from the first progress to the kill
-# A worker looks every half second whether its parent lives.
+# Seconds until the workers of a killed parent have ended. They check every half second whether it is alive.
 WORKERS_END = 1.5
 
 
@@ -49,10 +49,11 @@ class Case:
     Attributes:
         name: The name of the test.
         kills: How often the command is killed before it may finish.
-        inputs: Builds the inputs in a folder, and keeps what they need running; yields anything.
+        inputs: A context manager that creates the inputs in a folder, and runs a server if they need one. The value that
+            it yields is passed to `command` and `compare`.
         command: (inputs, folder of the output) -> the command line.
-        finished: (folder of the output) -> what is finished so far: a value by item that changes if the item is done
-            again, such as a time.
+        finished: (folder of the output) -> the items that are finished so far. Each has a value that would change if the
+            item was done again, such as a time.
         compare: (inputs, undisturbed, resumed): asserts that the two folders of outputs are equal.
     """
 
@@ -75,7 +76,7 @@ def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
 
 def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
     tsv, _ = inputs
-    words = [
+    argv = [
         "llava",
         "download",
         str(tsv),
@@ -84,12 +85,12 @@ def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
         "--shard-size",
         str(SHARD_SIZE),
     ]
-    words += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
-    return [*words, "--concurrency", "8"]
+    argv += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
+    return [*argv, "--concurrency", "8"]
 
 
 def downloaded_rows(output: Path) -> dict[int, float]:
-    """Return when each row was fetched that a journal or a manifest contains."""
+    """Return the time at which each row in a journal or a manifest was fetched."""
     found = {}
     for path in output.glob("0*.parquet"):
         found.update({row["index"]: row["at"] for row in pq.read_table(path).to_pylist()})
@@ -105,7 +106,7 @@ def downloaded_rows(output: Path) -> dict[int, float]:
 def compare_downloads(inputs: tuple[Path, list[Job]], undisturbed: Path, resumed: Path) -> None:
     _, url_jobs = inputs
     check_output(resumed, url_jobs)
-    # When a row was fetched, and where its image lies in the tar, is different in every run.
+    # These columns differ in every run: the time of a request, and the position of the image in the tar.
     changing = {"at", "seconds", "offset", "detail"}
     expected = read_manifest(undisturbed)
     rows = read_manifest(resumed)
@@ -147,7 +148,7 @@ def clean_inputs(folder: Path) -> Iterator[Path]:
 
 def clean_command(records: Path, output: Path) -> list[str]:
     output.mkdir(exist_ok=True)
-    words = [
+    argv = [
         "llava",
         "clean",
         str(records),
@@ -156,11 +157,11 @@ def clean_command(records: Path, output: Path) -> list[str]:
         "--workers",
         "1",
     ]
-    return [*words, "--image-folder", str(records.parent / "images"), "--dedupe", "perceptual"]
+    return [*argv, "--image-folder", str(records.parent / "images"), "--dedupe", "perceptual"]
 
 
 def cleaned_chunks(output: Path) -> dict[str, int]:
-    """Return when each chunk was finished."""
+    """Return the time at which each chunk was finished."""
     paths = (output / "clean.json.work").glob("*/*.parquet")
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
@@ -204,13 +205,13 @@ def caption_inputs(folder: Path, count: int = 240) -> Iterator[tuple[Path, Path]
 
 def caption_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
     checkpoint, images = inputs
-    words = ["llava", "caption", str(images), "--model-path", str(checkpoint)]
-    words += ["--output", str(output / "captions.jsonl"), "--batch-size", "1"]
-    return [*words, "--max-new-tokens", "4", "--trials", "2", "--temperature", "1"]
+    argv = ["llava", "caption", str(images), "--model-path", str(checkpoint)]
+    argv += ["--output", str(output / "captions.jsonl"), "--batch-size", "1"]
+    return [*argv, "--max-new-tokens", "4", "--trials", "2", "--temperature", "1"]
 
 
 def captioned_records(output: Path) -> dict[int, list[int]]:
-    """Return where the rows of each complete record are: a record that is done again has more rows."""
+    """Return the positions of the rows of each complete record. A record that is done again has more rows."""
     found: dict[int, list[int]] = {}
     for row, end in read_json_lines(output / "captions.jsonl"):
         found.setdefault(row["index"], []).append(end)
@@ -245,9 +246,9 @@ def sidecar_command(inputs: tuple[Path, Path], output: Path, *options: str) -> l
     checkpoint, images = inputs
     if not output.exists():
         shutil.copytree(images, output)
-    words = ["llava", "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
-    words += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
-    return [*words, *options]
+    argv = ["llava", "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
+    argv += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
+    return [*argv, *options]
 
 
 def append_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
@@ -255,7 +256,7 @@ def append_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
 
 
 def written_sidecars(output: Path) -> dict[str, int]:
-    """Return when each sidecar file was written that is not as it was."""
+    """Return the modification time of each sidecar file that the command has created or changed."""
     found = {}
     for path in output.glob("*.txt"):
         if path.read_bytes() not in EXISTING_TEXTS:
@@ -295,7 +296,7 @@ def compare_appended_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resu
 
 @contextmanager
 def encode_inputs(folder: Path) -> Iterator[Path]:
-    """800 images of a few contents. A comment in each file makes them different for the cache."""
+    """800 files of 8 images. A comment in each file makes them different for the cache."""
     save_vision_model("clip", folder / "clip")
     images = folder / "images"
     images.mkdir()
@@ -310,7 +311,7 @@ def encode_inputs(folder: Path) -> Iterator[Path]:
     for index in range(800):
         data = contents[index % len(contents)]
         comment = f"{index:06d}".encode()
-        # Behind the start marker: a comment marker, its length (which counts its own two bytes), and the text.
+        # After the start marker: a comment marker, its length (which includes its own two bytes), and the text.
         segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
         (images / f"{index}.jpg").write_bytes(data[:2] + segment + data[2:])
         rows.append({"image": f"{index}.jpg", "instruction": "Say:", "response": "a caption"})
@@ -321,10 +322,10 @@ def encode_inputs(folder: Path) -> Iterator[Path]:
 
 def encode_command(records: Path, output: Path) -> list[str]:
     folder = records.parent
-    words = ["llava", "encode", "--vision_tower", str(folder / "clip")]
-    words += ["--train_data_path", str(records), "--train_image_folder", str(folder / "images")]
-    words += ["--cache_vision_features", "disk", "--feature_cache_dir", str(output)]
-    return [*words, "--output_dir", str(folder / "model")]
+    argv = ["llava", "encode", "--vision_tower", str(folder / "clip")]
+    argv += ["--train_data_path", str(records), "--train_image_folder", str(folder / "images")]
+    argv += ["--cache_vision_features", "disk", "--feature_cache_dir", str(output)]
+    return [*argv, "--output_dir", str(folder / "model")]
 
 
 def encoded_images(output: Path) -> dict[bytes, int]:
@@ -410,9 +411,9 @@ def test_killed_command_continues_and_gives_the_same_result(case: Case, tmp_path
             assert_not_done_again(finished, now)
             finished = now
         process = start(command)
-        # The work folder is removed at the end, so look at it while the command runs.
+        # The work folder is removed at the end, so read it while the command runs.
         while process.poll() is None:
-            now = look(case, resumed)
+            now = finished_while_running(case, resumed)
             assert_not_done_again({item: finished[item] for item in finished.keys() & now}, now)
             time.sleep(0.1)
         assert process.returncode == 0
@@ -436,13 +437,13 @@ def run_to_the_end(command: list[str]) -> None:
 
 def wait_for_progress(process: ForkedProcess, case: Case, output: Path, before: int) -> None:
     """Wait until the command has finished something more than `before` items."""
-    while len(look(case, output)) <= before:
+    while len(finished_while_running(case, output)) <= before:
         assert process.poll() is None, "too fast: give the case more inputs"
         time.sleep(0.05)
 
 
-def look(case: Case, output: Path) -> dict[Any, Any]:
-    """Return what is finished while the command runs, which may rename or delete a file at the same moment."""
+def finished_while_running(case: Case, output: Path) -> dict[Any, Any]:
+    """Return the finished items while the command runs; empty if it renames or deletes a file at this moment."""
     try:
         return case.finished(output)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The notebook runs as it stands: every cell, its own assertions among them, on models that are made in it."""
+"""The notebook runs unchanged, with models that it creates, and the assertions in its cells hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 def test_notebook_runs_from_top_to_bottom(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, which has imported everything. A kernel would not do more with cells without magics."""
+    """Run the cells in this process, which has imported everything. They have no magics, so they need no kernel."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), (

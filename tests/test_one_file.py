@@ -43,7 +43,7 @@ DEMO = DEFAULT_CACHE / LAYOUT
 
 
 class Step(NamedTuple):
-    """What one training step computed."""
+    """The inputs and results of one training step."""
 
     input_ids: torch.Tensor
     positions: list[int]  # in the flattened batch, at which a token is predicted
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     # AdamW divides by the size of the gradient. Where that is nearly zero, differences in the last digit
     # become differences of the size of the learning rate.
     rate: float = 5e-4
-    # Numbers that this happens to, of millions; no test of gradients allows any.
+    # Maximum number of weights, of millions, that may differ for this reason. Gradients may not differ.
     max_outliers: int = 0
 
 
@@ -144,7 +144,7 @@ def train_package(
     """Train with the package's trainer from a checkpoint.
 
     Returns:
-        The trained model, what each step computed, and the numbers of the records of each batch.
+        The trained model, the steps, and the numbers of the records of each batch.
     """
     values: dict[str, Any] = {
         "model_name_or_path": case.settings["language_model"],
@@ -166,8 +166,8 @@ def train_package(
         "optim": "adamw_torch",
         **changes,
     }
-    words = training_options(output.parent, output.parent, output, **values)
-    trainer, _ = build_trainer(*parse_arguments(words))
+    argv = training_options(output.parent, output.parent, output, **values)
+    trainer, _ = build_trainer(*parse_arguments(argv))
     model = trainer.unwrapped_model
     inputs: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
@@ -223,10 +223,10 @@ def count_outliers(expected: dict[str, torch.Tensor], actual: dict[str, torch.Te
 
 
 def assert_equal_training(case: Case, folder: Path, **changes: Any) -> tuple[Any, Llava]:
-    """Train both from the same start on the same batches, and compare everything.
+    """Train the file and the package from the same weights on the same batches, and compare everything.
 
     Returns:
-        The trained model of the file, and that of the package.
+        The trained model of the file, and the trained model of the package.
     """
     model = make_model(case)
     one_file.save(model, folder / "start")
@@ -319,7 +319,7 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
     )
     case = case._replace(rate=2e-5, max_outliers=10)  # of 6 million
     model, package_model = assert_equal_training(case, tmp_path)
-    # That each side loads the checkpoint of the other is tested with tiny models.
+    # Loading each other's checkpoints is tested with tiny models only.
     expected = captions_of_package(package_model, case, 2)
     assert captions_of_file(model, case, 2) == expected
 
@@ -348,7 +348,7 @@ def test_features_of_a_convolutional_tower_equal_those_of_the_package(
 def test_images_equal_those_of_the_package(
     mode: str, models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Of any mode, upright or not, and not square."""
+    """The images have any mode, are not square, and must be rotated as their EXIF orientation says."""
     noise = torch.randint(256, (40, 52, 4), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.to(torch.uint8).numpy()).convert(mode)
     exif = Image.Exif()
@@ -421,11 +421,11 @@ def test_annotated_page_contains_the_whole_file() -> None:
 
 
 def command_line(models_folder: Path, data_folder: Path, output: Path) -> list[str]:
-    words = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
-    words += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
-    words += ["--output", output, "--projector_steps", 2, "--steps", 10, "--batch_size", 4]
-    words += ["--dtype", "float32"]
-    return [str(word) for word in words]
+    argv = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
+    argv += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
+    argv += ["--output", output, "--projector_steps", 2, "--steps", 10, "--batch_size", 4]
+    argv += ["--dtype", "float32"]
+    return [str(argument) for argument in argv]
 
 
 @pytest.mark.medium
@@ -447,10 +447,10 @@ def test_main_trains_saves_and_captions(
 
 @pytest.mark.slow
 def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    """Copied into an empty folder, with no other code on the path."""
+    """The file is copied into an empty folder, and Python finds no other code of the project."""
     shutil.copy(PATH, tmp_path)
-    words = command_line(models_folder, data_folder, tmp_path / "model")
-    command = [sys.executable, "-I", PATH.name, *words]
+    argv = command_line(models_folder, data_folder, tmp_path / "model")
+    command = [sys.executable, "-I", PATH.name, *argv]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "greedy:" in run.stdout
@@ -459,7 +459,7 @@ def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path)
 def test_sampling_follows_the_probabilities_of_the_model(
     models_folder: Path, data_folder: Path
 ) -> None:
-    """The first token is drawn as often as its probability says, which a temperature sharpens."""
+    """The first token is drawn from the probabilities of the model, which a lower temperature sharpens."""
     data, images = data_folder / "train.json", data_folder / "images"
     case = make_case(models_folder, "llama", "clip", data, images)
     model = make_model(case)
@@ -504,7 +504,7 @@ def test_unusable_records_are_refused(
 def saved_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A checkpoint of the file."""
+    """A checkpoint that `llava_in_one_file.py` has written."""
     data, images = data_folder / "train.json", data_folder / "images"
     folder = tmp_path_factory.mktemp("one-file") / "checkpoint"
     one_file.save(make_model(make_case(models_folder, "llama", "clip", data, images)), folder)
@@ -530,7 +530,7 @@ def test_checkpoints_with_other_choices_are_refused(
     saved_checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    """They would load without an error, and compute something else."""
+    """Otherwise they would load without an error, and compute something else."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved_checkpoint, folder)
     config = json.loads((folder / file).read_text())
@@ -545,17 +545,17 @@ def test_checkpoints_with_other_choices_are_refused(
 def test_main_refuses_too_few_records(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = command_line(models_folder, data_folder, tmp_path / "model")
+    argv = command_line(models_folder, data_folder, tmp_path / "model")
     records = json.loads((data_folder / "train.json").read_text())[:8]
     few = tmp_path / "few.json"
     few.write_text(json.dumps(records))
     with pytest.raises(SystemExit):
-        one_file.main([*words, "--data", str(few)])
+        one_file.main([*argv, "--data", str(few)])
     assert str(few) in capsys.readouterr().err
 
 
 def test_lora_refuses_language_models_without_linear_layers() -> None:
-    """An adapter without weights would train nothing in stage 2, and not say so."""
+    """Otherwise the adapter would have no weights, and stage 2 would train nothing without an error."""
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
     model = torch.nn.Module()
     model.language_model = transformers.GPT2LMHeadModel(config)  # its layers are Conv1D

@@ -60,7 +60,7 @@ def options_of(name: str) -> list[argparse.Action]:
 
 
 def example_value(action: argparse.Action) -> list[str]:
-    """Return words that an option accepts as its value."""
+    """Return command-line arguments that an option accepts as its value."""
     if action.nargs == 0:
         return []
     if action.choices:
@@ -70,19 +70,19 @@ def example_value(action: argparse.Action) -> list[str]:
     return ["x"]
 
 
-def required_words(parser: argparse.ArgumentParser, without: argparse.Action) -> list[str]:
+def required_arguments(parser: argparse.ArgumentParser, without: argparse.Action) -> list[str]:
     """Return the shortest command line that a parser accepts, without one option."""
-    words = []
+    argv = []
     for action in parser._actions:
         if not action.option_strings and action.nargs not in ("?", "*"):
-            words += example_value(action)
+            argv += example_value(action)
         elif action.required and action.dest != without.dest:
-            words += [action.option_strings[0], *example_value(action)]
+            argv += [action.option_strings[0], *example_value(action)]
     for group in parser._mutually_exclusive_groups:
         if group.required and without not in group._group_actions:
             action = group._group_actions[0]
-            words += [action.option_strings[0], *example_value(action)]
-    return words
+            argv += [action.option_strings[0], *example_value(action)]
+    return argv
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -95,15 +95,15 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
             if not option.startswith("--"):
                 continue
             for spelling in {option.replace("_", "-"), "--" + option[2:].replace("-", "_")}:
-                words = required_words(parser, action)
-                args = parser.parse_args([*words, spelling, *example_value(action)])
+                argv = required_arguments(parser, action)
+                args = parser.parse_args([*argv, spelling, *example_value(action)])
                 assert hasattr(args, action.dest), spelling
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Abbreviations are refused too, also before the check of what is required."""
+    """Abbreviations are refused too. They are reported even if required options are missing."""
     for action in options_of(name):
         option = action.option_strings[-1]
         if len(option) < 6:
@@ -123,7 +123,7 @@ def test_every_option_has_a_help_text(name: str) -> None:
     assert parser.description
     for action in parser._actions:
         assert action.help, action.dest
-        # A phrase, not a sentence.
+        # Help texts are phrases, not sentences.
         assert not action.help.endswith("."), f"llava {name} {action.dest}: {action.help}"
     parser.format_help()
 
@@ -135,7 +135,7 @@ def test_options_of_several_commands_are_the_same() -> None:
         if name in TRAINING_COMMANDS:
             continue
         for action in options_of(name):
-            # A default in words, such as "the current folder", may differ.
+            # A default that is described in words, such as "the current folder", may differ.
             text = re.sub(r" \(default: .*\)", "", action.help or "")
             for option in action.option_strings:
                 if option not in DIFFERENT_BY_COMMAND:
@@ -174,7 +174,7 @@ def test_parser_reports_a_misspelling_before_what_is_missing(
     assert "llava test --help" in printed
 
 
-def test_parser_refuses_a_further_argument(
+def test_parser_refuses_an_extra_argument(
     parser: CommandParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -183,24 +183,24 @@ def test_parser_refuses_a_further_argument(
 
 
 def test_normalize_spelling_keeps_unknown_options_and_values() -> None:
-    words = ["--lora-r", "a_b", "--no_such", "--", "--lora-r"]
+    argv = ["--lora-r", "a_b", "--no_such", "--", "--lora-r"]
     expected = ["--lora_r", "a_b", "--no_such", "--", "--lora-r"]
-    assert normalize_spelling(words, ["--lora_r"]) == expected
+    assert normalize_spelling(argv, ["--lora_r"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "level"),
+    ("argv", "level"),
     [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
 )
 def test_parser_sets_the_log_level(
-    parser: CommandParser, words: list[str], level: int, monkeypatch: pytest.MonkeyPatch
+    parser: CommandParser, argv: list[str], level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    args = parser.parse_args(["x", *words])
+    args = parser.parse_args(["x", *argv])
     assert logging.getLogger("llava_simplified").level == level
     assert not hasattr(args, "verbose")
-    assert ("TQDM_DISABLE" in os.environ) == (words == ["--quiet"])
+    assert ("TQDM_DISABLE" in os.environ) == (argv == ["--quiet"])
 
 
 def test_configure_logging_writes_each_message_once_to_stderr(
@@ -220,7 +220,7 @@ def test_configure_logging_writes_each_message_once_to_stderr(
 
 
 def test_help_texts_do_not_contain_formatting_errors() -> None:
-    """A default that is written out must be the real one: use %(default)s."""
+    """Defaults are inserted with %(default)s. A default that is written out could differ from the real one."""
     for name in sorted(COMMANDS):
         if name in TRAINING_COMMANDS:
             continue
@@ -229,7 +229,7 @@ def test_help_texts_do_not_contain_formatting_errors() -> None:
             assert not stated, f"llava {name} {action.option_strings[0]}: write %(default)s"
 
 
-# ---- what a terminal would obey ----
+# ---- control characters, which a terminal would execute ----
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\rover\x08\u202egpj\ud83d"
 
@@ -254,7 +254,7 @@ def test_errors_and_logs_do_not_control_the_terminal(
         run_command("convert", ["a", "--output", "b", ATTACK])
     configure_logging()
     logger = logging.getLogger("llava_simplified.test")
-    # Without the surrogate: pytest captures the log, and pytest-xdist cannot send a text with one.
+    # Leave out the surrogate: pytest captures the log, and pytest-xdist cannot send a text with a surrogate.
     logged = ATTACK.removesuffix("\ud83d")
     logger.error("image %s", logged)
     try:

@@ -1,4 +1,4 @@
-"""What is published can be read by those whom the umask permits, whoever wrote the file."""
+"""Finished outputs have the permissions that the umask allows, even if a library has written the files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_atomic_outputs_have_the_permissions_of_new_files(tmp_path: Path, umask:
 def test_checkpoints_have_the_permissions_of_new_files(
     models_folder: Path, data_folder: Path, tmp_path: Path, umask: int
 ) -> None:
-    """The intermediate and the final checkpoint, and what is made of them."""
+    """This includes intermediate checkpoints, the feature cache, and merged and exported models."""
     output = tmp_path / "out"
     values = {
         "model_name_or_path": models_folder / "llama",
@@ -63,10 +63,10 @@ def test_checkpoints_have_the_permissions_of_new_files(
         "cache_vision_features": "disk",
         "feature_cache_dir": tmp_path / "features",
     }
-    words = []
+    argv = []
     for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    train(*parse_arguments(words))
+        argv += [f"--{name}", str(value)]
+    train(*parse_arguments(argv))
     assert merge_main([str(output), "--output", str(tmp_path / "merged")]) == 0
     assert export_main([str(output), "--output", str(tmp_path / "stock")]) == 0
     for name in ("out", "features", "merged", "stock"):

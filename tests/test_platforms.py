@@ -1,4 +1,4 @@
-"""Windows and macOS: what their Python lacks, their names of files, their consoles, Apple GPUs.
+"""Windows and macOS: missing parts of Python, file names, consoles, Apple GPUs.
 
 `windows_like` runs our code as on Windows. CI runs the quick tests on both systems.
 """
@@ -38,7 +38,7 @@ SOURCES = sorted((ROOT / "llava_simplified").rglob("*.py"))
 WINDOWS_SYS = windows_like.MODULES["sys"]
 WINDOWS_OS = windows_like.MODULES["os"]
 
-# What is used where it exists, and done otherwise where it does not.
+# Names that Windows lacks, and for which the code has a replacement there.
 OPTIONAL_USES = {
     ("jobs.py", "os.pread"),
     ("workers.py", "os.sched_getaffinity"),
@@ -47,7 +47,7 @@ OPTIONAL_USES = {
 }
 
 
-# ---- what Windows lacks ----
+# ---- parts of Python that Windows lacks ----
 
 
 USES = re.compile(r"\b(os|signal|sys)\.(\w+)")
@@ -73,14 +73,14 @@ def test_posix_is_used_only_where_there_is_another_way() -> None:
 
 
 def test_text_files_have_an_encoding() -> None:
-    """The default of Windows is that of the country."""
+    """The default encoding of Windows depends on the country."""
     for path in SOURCES:
         for call in TEXT_FILES.findall(path.read_text(encoding="utf-8")):
             assert "encoding" in call or "utf-8" in call, f"{path}: {call}"
 
 
-def run_as_on_windows(*words: object, folder: Path) -> str:
-    command = [sys.executable, ROOT / "tests" / "windows_like.py", *words]
+def run_as_on_windows(*arguments: object, folder: Path) -> str:
+    command = [sys.executable, ROOT / "tests" / "windows_like.py", *arguments]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -105,7 +105,7 @@ def test_every_module_is_imported_without_posix() -> None:
 
 @pytest.fixture
 def mirror(data_folder: Path, tmp_path: Path) -> Iterator[str]:
-    """The images of `data_folder`, served."""
+    """Serve the images of `data_folder`."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -122,7 +122,7 @@ def mirror(data_folder: Path, tmp_path: Path) -> Iterator[str]:
 def test_journeys_work_without_posix_and_with_spawned_workers(
     models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path
 ) -> None:
-    """Download, clean, convert, train one step and caption, with a worker process wherever there can be one."""
+    """Download, clean, convert, train one step and caption; with a worker process if the command supports it."""
     lines = [f"a caption, 漢字 {number}\t{mirror}/{number}.jpg\n" for number in range(8)]
     (tmp_path / "urls.tsv").write_text("".join(lines), encoding="utf-8")
     folder = tmp_path / "漢字"
@@ -233,7 +233,7 @@ def test_image_of_a_windows_record_is_found(
 
 
 class WindowsFolder(PureWindowsPath):
-    """A folder on Windows, as far as `exact_path` asks for one."""
+    """A folder on Windows, with the methods that `exact_path` calls."""
 
     def absolute(self) -> WindowsFolder:
         return self
@@ -247,8 +247,8 @@ class WindowsFolder(PureWindowsPath):
         (r"D:\images\cats\1.jpg", r"D:\images\cats\1.jpg"),
         (r"d:\Images\1.jpg", r"d:\Images\1.jpg"),
         (r"C:\photos\1.jpg", None),
-        ("/home/ann/1.jpg", None),  # no drive: on Windows not absolute
-        ("D:1.jpg", None),  # no root: relative to the current folder of the drive
+        ("/home/ann/1.jpg", None),  # not absolute on Windows, because it has no drive
+        ("D:1.jpg", None),  # relative to the current folder of the drive, because it has no root
         ("C:/photos/1.jpg", None),
         (r"\\server\share\1.jpg", None),
     ],
@@ -332,9 +332,9 @@ def test_print_text_is_unchanged_where_it_can_be_encoded() -> None:
 
 
 def test_commands_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["llava", "train", r"C:\My models\a"]
+    command = ["llava", "train", r"C:\My models\a"]
     monkeypatch.setattr(options, "sys", WINDOWS_SYS)
-    assert options.quote_words(words) == r'llava train "C:\My models\a"'
+    assert options.quote_words(command) == r'llava train "C:\My models\a"'
     monkeypatch.setattr(extras, "sys", WINDOWS_SYS)
     assert extras.install_command("serve").endswith('[serve]"')
 
@@ -369,7 +369,7 @@ def test_too_many_connections_are_refused_on_windows(monkeypatch: pytest.MonkeyP
 
 
 def test_worker_asks_the_handle_of_its_parent_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, `os.getppid` returns the id of a parent that is dead, too."""
+    """On Windows, `os.getppid` returns the id of a parent even if the parent has died."""
 
     class Parent:
         alive = True
@@ -423,7 +423,7 @@ def test_nothing_is_compiled_for_apple_gpus() -> None:
 
 
 def test_package_computes_in_float64_only_where_the_device_has_it() -> None:
-    """Apple GPUs have no float64. The trainer asks for the device first; the others compute on the CPU."""
+    """Apple GPUs have no float64. The trainer checks the device first; the other modules compute on the CPU."""
     uses = {
         path.name
         for path in SOURCES

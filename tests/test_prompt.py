@@ -1,9 +1,9 @@
-"""The specification of prompts: what the model gets, and which of it is trained.
+"""The specification of prompts: their token ids, and which of them are trained.
 
-Each family is a small tokenizer of the real kind (byte-level like Llama 3, Qwen and SmolLM;
-sentencepiece-like as Llama 2, Gemma and Zephyr; the real vocabularies of Mistral) with the chat template of
-that family. The references are independent of our code: `apply_chat_template`, mistral-common, and
-`spell_out`, which reads ids with nothing but the vocabulary.
+Each family is a small tokenizer of the real kind (byte-level, like those of Llama 3, Qwen and SmolLM;
+sentencepiece-like, like those of Llama 2, Gemma and Zephyr; the real vocabularies of Mistral) with the chat template
+of that family. The references are independent of our code: `apply_chat_template`, mistral-common, and `spell_out`,
+which decodes ids with the vocabulary alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A block of reasoning in the last answer, none in earlier ones.
+# Writes an empty block of reasoning before the last answer only.
 QWEN3 = (
     "{%- for message in messages %}{%- set content = message.content %}"
     "{%- if message.role == 'assistant' %}{%- if '</think>' in content %}"
@@ -63,7 +63,7 @@ QWEN3 = (
     "{%- endif %}"
     "{%- endif %}"
 )
-# Trims texts, and writes the date.
+# Trims texts, and writes the current date into the system turn.
 LLAMA3 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
     "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
@@ -109,7 +109,7 @@ PHI3 = (
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-# Nothing ends an answer but the next question.
+# Has no end token: only the next question ends an answer.
 ALPACA = (
     "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}"
     "{% endfor %}"
@@ -138,7 +138,7 @@ MISTRAL_V3 = (
     "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
-# No space before the answer.
+# Writes no space before the answer.
 MISTRAL_V3_TIGHT = MISTRAL_V3.replace("{{- ' ' + message", "{{- message")
 
 
@@ -196,8 +196,9 @@ def sentencepiece_like(control: list[str], style: str, **kwargs: Any) -> PreTrai
 
     Args:
         control: Names of the control tokens.
-        style: Where a space is added in front: "first", "always", "legacy" (by a normalizer), "none".
-        **kwargs: Of PreTrainedTokenizerFast.
+        style: Where a space is added: before the "first" text of a sequence, "always" (before every text), "legacy"
+            (before every text, by a normalizer), or "none".
+        **kwargs: Arguments of PreTrainedTokenizerFast.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -342,11 +343,11 @@ class Family(NamedTuple):
     """A tokenizer with its prompt.
 
     Attributes:
-        tokenizer: With a chat template.
-        prompt: Its renderer.
+        tokenizer: The tokenizer, with the chat template of the family.
+        prompt: The prompt renderer for this tokenizer.
         end: The token that ends an answer.
-        lead: The space that belongs to the first token of an answer.
-        preserve: What the vocabulary can express of a text: sentencepiece has one symbol for "▁" and space.
+        lead: The space that belongs to the first token of an answer, or "".
+        preserve: Returns a text as it is after encoding and decoding: sentencepiece has one symbol for "▁" and space.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -529,7 +530,7 @@ def test_render_branches_share_one_prompt(name: str) -> None:
         )
 
 
-# ---- the text of generated tokens, which need not be whole characters ----
+# ---- decoding generated tokens, which may end in the middle of a character ----
 
 
 @every_family
@@ -540,7 +541,7 @@ def test_decode_marks_only_what_is_not_a_whole_character(name: str, data: st.Dat
     ids = data.draw(generated_ids(name))
     spelled = spell_out(tokenizer, ids, "replace")
     assert prompt.decode(ids) == spelled.removeprefix(lead)
-    # The decoder leaves control tokens out, also between the bytes of one character.
+    # The decoder skips control tokens, even between the bytes of one character.
     skipped = set(tokenizer.all_special_ids) - set(prompt.stop_ids)
     for token in sorted(skipped)[:1]:
         position = data.draw(st.integers(0, len(ids)))
@@ -565,7 +566,7 @@ def test_decode_of_unfinished_text_is_the_beginning_of_the_whole(
         before = text
 
 
-@functools.cache  # the vocabulary is long, and a test asks for its examples one by one
+@functools.cache  # the vocabulary is long, and a test calls this function for each example
 def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
     """Return a strategy for token ids as a model may generate them: words, and cut characters."""
     tokenizer = family(name).tokenizer
@@ -607,7 +608,7 @@ def test_render_ordinary_text_equals_apply_chat_template(
     ours = prompt.render(turns, answer).input_ids
     theirs = stock_ids(name, [*turns, Message("assistant", answer)])
     if name.startswith("llama2"):
-        # Its template has a space between the answer and </s>, which is dropped here.
+        # The template of Llama 2 has a space between the answer and </s>. Our prompt omits it.
         theirs = [*theirs[:-2], theirs[-1]]
     assert theirs[: len(ours)] == ours
     # A template may add white space after the end token.
@@ -624,7 +625,7 @@ def test_render_conversation_equals_apply_chat_template(name: str) -> None:
         Message("user", "Where?"),
         Message("assistant", "on a bench"),
     ]
-    # These put the system's text elsewhere, see below.
+    # These templates put the system's text elsewhere; see the tests of system turns below.
     system_elsewhere = ("mistral-v2", "mistral-v3", "gemma", "always-tight")
     if not name.startswith(system_elsewhere):
         turns = [Message("system", "You are brief."), *turns]
@@ -758,7 +759,7 @@ def test_render_system_turn_in_training_as_in_generation(name: str) -> None:
 
 
 def test_render_turns_reasoning_off() -> None:
-    """SmolLM3 and others write it into the prompt, before the question."""
+    """The template of SmolLM3 writes into the prompt, before the question, whether the model should reason."""
     tokenizer = copy.deepcopy(family("smollm").tokenizer)
     thinking = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'no think' }}"
     tokenizer.chat_template = thinking + CHATML
@@ -812,7 +813,7 @@ def message(role: str, content: Any) -> dict[str, Any]:
 
 
 def test_image_token_in_the_question_is_the_placeholder() -> None:
-    """As JoyCaption's template writes it: the user passes strings without an image."""
+    """JoyCaption's template writes the image token, so its messages are strings without an image."""
     tokenizer, prompt = joycaption()
     assert prompt.image_token == "<|picture|>"
     system = Message("system", "You are a helpful image captioner.")
@@ -835,13 +836,13 @@ def test_image_token_in_the_question_is_the_placeholder() -> None:
 
 
 def test_image_token_of_a_question_without_an_image_stays_a_token() -> None:
-    """It is embedded like any other token."""
+    """Without an image, the image token is embedded like any other token."""
     tokenizer, prompt = joycaption()
     ids = prompt.render(user_turn("Who are you?"), None).input_ids
     expected = template_ids(tokenizer, [message("user", "Who are you?")])
     assert ids == [tokenizer.image_token_id if i == IMAGE_INDEX else i for i in expected]
     assert tokenizer.image_token_id in prompt.usable_tokens()
-    # A later question has no place for an image: it is where the text has it.
+    # The template has no image token for a later question, so the image is at the place of `<image>` in the text.
     turns = [Message("user", "Hello."), Message("assistant", "Hi."), Message("user", "<image>?")]
     ids = prompt.render(turns, None).input_ids
     assert ids.count(IMAGE_INDEX) == 1
@@ -859,7 +860,7 @@ def test_image_token_of_a_question_without_an_image_stays_a_token() -> None:
     ],
 )
 def test_template_of_parts_gets_images_and_texts(content: str, parts: list[str]) -> None:
-    """As the templates of llava-hf, which accept no strings."""
+    """The templates of llava-hf accept lists of parts, but no strings."""
     tokenizer, prompt = llava_hf()
     assert prompt.image_token == "<image>"
     stock = [
@@ -871,7 +872,7 @@ def test_template_of_parts_gets_images_and_texts(content: str, parts: list[str])
         messages = [message(turn.role, [hello]) for turn in history]
         expected = template_ids(tokenizer, [*messages, message("user", stock)])
         ids = prompt.render(turns, None).input_ids
-        if history:  # the end token, which is trained, is not in this template
+        if history:  # our prompt adds an end token after the answer, which this template lacks
             ids.remove(prompt.end_id)
         assert ids == expected
 
@@ -916,7 +917,7 @@ def test_render_refuses_an_empty_answer_and_names_the_record(answer: str) -> Non
 
 
 def test_render_continues_a_conversation_with_an_empty_answer() -> None:
-    """A model may give one, which a client sends back; its place has the end token only."""
+    """A model may generate an empty answer, which a client sends back. It is rendered as the end token alone."""
     prompt = family("llama3").prompt
     before = prompt.render(user_turn(), None).input_ids
     turns = [*user_turn(), Message("assistant", ""), Message("user", "Where?")]
@@ -980,7 +981,7 @@ def test_prompt_neither_changes_the_tokenizer_nor_depends_on_its_state(name: str
     before = tokenizer.backend_tokenizer.to_str()
     prompt = Prompt(tokenizer)
     ids = prompt.render(user_turn(), "a </s> cat")
-    # Neither does rendering leave a trace in the tokenizer, nor do other calls change what is rendered.
+    # Rendering does not change the tokenizer, and other calls of the tokenizer do not change the prompt.
     assert tokenizer.backend_tokenizer.to_str() == before
     tokenizer("</s>", split_special_tokens=True, truncation=True, max_length=2)
     assert prompt.render(user_turn(), "a </s> cat") == ids

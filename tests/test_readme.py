@@ -10,7 +10,7 @@ PACKAGE = ROOT / "llava_simplified"
 
 
 def modules_in_tree(text: str) -> set[str]:
-    """Paths below the package that the README's tree names."""
+    """Return the modules in the README's tree, as paths relative to the package."""
     modules = set()
     folder = ""
     for line in text.split("```tree")[1].split("```")[0].splitlines():

@@ -1,4 +1,4 @@
-"""The documentation site: a broken link fails the build, and there is none."""
+"""The documentation site: a broken link makes the build fail, and there are no broken links."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES_OF_THE_REPOSITORY = sorted(ROOT.glob("*.md"))
-# Each of them is one way in which a link or the navigation can be broken.
+# Each entry is another way in which a link can be broken.
 BROKEN_LINKS = {
     "page": "[a page](no-such-page.md)",
     "anchor": "[an anchor](training.md#no-such-anchor)",
@@ -27,9 +27,9 @@ BROKEN_LINKS = {
 def site_command() -> list[str]:
     """Return the command of `make site`, with this Python's mkdocs."""
     recipe = (ROOT / "Makefile").read_text().split("\nsite:")[1].splitlines()[1]
-    words = shlex.split(recipe)
-    program = words.index("$(BIN)/mkdocs")
-    return [sys.executable, "-m", "mkdocs", *words[program + 1 :]]
+    command = shlex.split(recipe)
+    program = command.index("$(BIN)/mkdocs")
+    return [sys.executable, "-m", "mkdocs", *command[program + 1 :]]
 
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def test_site_fails_for_every_broken_link_and_for_nothing_else(sources: Path) ->
 
 @pytest.mark.parametrize("page", PAGES_OF_THE_REPOSITORY, ids=lambda path: path.name)
 def test_links_of_the_repository_lead_somewhere(page: Path) -> None:
-    """Of the pages that are not part of the site, such as the README."""
+    """Check the pages that are not part of the site, such as the README."""
     text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
     links = re.findall(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"", text)
     for link in ("".join(pair) for pair in links):

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "llava_simplified"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by the backend of `pip install .` without its own environment."""
+    """The wheel that pip would build, built by calling setuptools directly, without build isolation."""
     pytest.importorskip("setuptools", minversion="77")
     sources = tmp_path_factory.mktemp("sources")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -76,7 +76,7 @@ def test_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) -> Non
 def test_install_hint_of_an_installed_package_names_the_packages(
     wheel: Path, tmp_path: Path
 ) -> None:
-    """Before a release, no index has `llava-simplified`."""
+    """The hint must not name `llava-simplified` itself, which is not on any package index before a release."""
     code = (
         "from llava_simplified.extras import install_command\n"
         "for name in ('serve', 'all'): print(install_command(name))\n"

@@ -1,4 +1,4 @@
-"""Tasks in processes that fail, die and are replaced; as Ray tasks; in slices."""
+"""Run tasks in worker processes, which can fail, die and be replaced; as Ray tasks; and in slices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def square(number: int) -> int:
 
 
 def fail_once(path: str) -> str:
-    """Fail in a way that may pass: an error of the code or of the machine."""
+    """Fail at the first call, with an error that is worth a retry."""
     if not Path(path).exists():
         Path(path).touch()
         raise RuntimeError("first time")
@@ -36,7 +36,7 @@ def fail_once(path: str) -> str:
 
 
 def fail_always(number: int) -> int:
-    """Fail with an error that the user must fix."""
+    """Fail with an error of the user, which is not retried."""
     raise ValueError(f"row {number} is wrong")
 
 
@@ -51,7 +51,7 @@ def die_once(path: str) -> str:
 
 
 def count_siblings(_: int) -> int:
-    """Return how many worker processes there are, seen from one of them."""
+    """Return the number of worker processes. It is called in one of them."""
     time.sleep(0.2)
     return len(psutil.Process(os.getppid()).children())
 
@@ -154,7 +154,7 @@ def test_run_tasks_and_download_on_ray_return_the_same(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the ray extra is not installed")
-    # So that Ray's processes can import this file and those beside it.
+    # Ray's processes must be able to import this file and the helpers beside it.
     folders = [Path(__file__).parent, Path(__file__).parent / "prepare"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     squares = run_tasks(square, range(6), engine="ray", workers=2)
@@ -189,14 +189,14 @@ def test_parse_slice_refuses_another_form(wrong: str) -> None:
 
 
 def test_event_loop_ends_its_tasks_when_the_interrupted_iteration_has_a_result() -> None:
-    """The callback that stops the loop for the result is left over, and must not stop the clean-up."""
+    """The callback that stops the loop for the result is still scheduled. It must not stop the clean-up."""
     ended: list[str] = []
 
     async def wait_forever() -> None:
         try:
             await asyncio.sleep(1000)
         finally:
-            # Needs a further iteration.
+            # This needs one more iteration of the loop.
             await asyncio.sleep(0)
             ended.append("waiting")
 
@@ -214,7 +214,7 @@ def test_event_loop_ends_its_tasks_when_the_interrupted_iteration_has_a_result()
 
 
 def test_event_loop_closes_when_tasks_wait_for_an_interrupted_one() -> None:
-    """The interruption of one task is raised by those that wait for it, too."""
+    """If one task is interrupted, the tasks that wait for it raise the same exception."""
 
     async def interrupt() -> None:
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes, written to disk as folders of the hub are."""
+"""Tiny random models of the real classes, written to disk in the layout of models on the hub."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_language_model(kind: str, vocabulary: int) -> PreTrainedModel:
         "num_key_value_heads": 2,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        # Large enough that images and positions change what is generated.
+        # Large enough that images and positions change the generated text.
         "initializer_range": 0.3,
     }
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def make_vision_model(kind: str) -> PreTrainedModel:
             hidden_dim=320,
         )
         model = transformers.EfficientNetModel(config).train()
-        # One forward in training mode gives the batch norms statistics. Without, all features are 0.
+        # One forward in training mode computes the statistics of the batch norms. Without them, all features are 0.
         model(torch.randn(8, 3, 64, 64))
         return model.eval()
     raise ValueError(kind)
@@ -221,7 +221,7 @@ def _llava_config(
 
 @contextmanager
 def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
-    """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
+    """Make the vision tower return NaN for one image, so that all logits of its sequences become NaN."""
     _, bad_pixels = model.prepare_inputs("<image>", [photo])
     assert bad_pixels is not None
     bad = bad_pixels[0]
@@ -241,9 +241,10 @@ def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
 
 @contextmanager
 def looping(model: Llava, text: str) -> Iterator[None]:
-    """Let the language model repeat a text without end once it has begun: each token leads to the next one.
+    """Make the language model repeat a text forever after it has generated one of its tokens.
 
-    The tokens of the text must differ. What the model generates after other tokens does not change.
+    After each token of the text, the logit of the next one is raised. The tokens of the text must differ from each
+    other. After other tokens, the model generates the same as before.
     """
     from llava_simplified.model.generation import DecodingBatch
 

@@ -1,9 +1,9 @@
-"""Run our code as on Windows, on any system: a process without what only POSIX has, and workers that are spawned.
+"""Run our code as on Windows, on any system: without the modules and functions of POSIX, and with spawned workers.
 
-`import windows_like` changes what the modules of this package import, and nothing else: libraries have their own code for
-Windows, which cannot run here. Processes that are started with "spawn" import the main module again, and so this one.
+`import windows_like` changes only the imports of the modules of this package. Libraries have their own code for Windows,
+which cannot run here. Spawned processes import the main module again, and therefore this module too.
 
-    python windows_like.py WORDS [-- WORDS]...   run `llava WORDS`, and so on
+    python windows_like.py ARGUMENTS [-- ARGUMENTS]...   run `llava ARGUMENTS`, and so on
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class WindowsModule(ModuleType):
     def __init__(self, module: ModuleType, missing: frozenset[str], **values: object) -> None:
         super().__init__(module.__name__)
         self.__dict__.update(_module=module, _missing=missing, _values=values)
-        # These exist in every module, and would hide those of the original.
+        # These attributes exist in every module, and would hide those of the original module.
         for name in ("__doc__", "__loader__", "__package__", "__spec__"):
             self.__dict__.pop(name, None)
 
@@ -187,7 +187,7 @@ def import_as_on_windows(
     fromlist: tuple[str, ...] = (),
     level: int = 0,
 ) -> ModuleType:
-    """Import a module for our code as on Windows, and for all other code as it is."""
+    """Import a module: as on Windows if our code imports it, and unchanged for all other code."""
     importer = str((globals or {}).get("__name__", ""))
     if importer.split(".")[0] == PACKAGE and level == 0:
         if name.split(".")[0] in MISSING_MODULES:
@@ -198,7 +198,7 @@ def import_as_on_windows(
 
 
 def import_everything() -> None:
-    """Import every module of the package anew, and exit with an error if that fails. For a process of its own."""
+    """Import every module of the package again, and exit with an error if that fails. Call it in a separate process."""
     for name in list(sys.modules):
         if name.split(".")[0] == PACKAGE:
             del sys.modules[name]
@@ -213,23 +213,23 @@ def import_everything() -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # A plugin, which only lmms-eval itself imports.
+            # This module is a plugin, which only lmms-eval itself imports.
             assert error.name == "lmms_eval", error
-    # As a check of this check: our code has got the module of Windows.
+    # Check that the replacement works: our code must have imported the Windows version of `sys`.
     assert sys.modules[f"{PACKAGE}.workers"].sys.platform == "win32"
     assert len(names) > 100
 
 
-def call(words: list[str]) -> None:
+def call(argv: list[str]) -> None:
     """Run several commands, separated by `--`; end with the status of the first that fails."""
     from llava_simplified import cli
 
-    while words:
-        end = words.index("--") if "--" in words else len(words)
-        status = cli.main(words[:end])
+    while argv:
+        end = argv.index("--") if "--" in argv else len(argv)
+        status = cli.main(argv[:end])
         if status:
-            sys.exit(f"llava {' '.join(words[:end])}: exit status {status}")
-        words = words[end + 1 :]
+            sys.exit(f"llava {' '.join(argv[:end])}: exit status {status}")
+        argv = argv[end + 1 :]
 
 
 # "__mp_main__" is this module in a process that was spawned.

@@ -71,21 +71,22 @@ from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
 
-# Number of images whose features are used to scale a new projector. The tower needs about a second for
-# 64; cached features cost nothing.
+# Number of images whose features determine the scale of a new projector. The vision tower needs about a
+# second for 64 images. Cached features cost nothing, so more of them are used.
 _SCALING_IMAGES = 64
 _SCALING_CACHED_IMAGES = 1024
-
+# Number of records that are searched for an instruction that is used with images.
+_MAX_SEARCHED_RECORDS = 1000
 
 OBJECTIVES = ("sft", "scst", "rloo", "grpo", "dpo")
-# Of the objectives; all others sample captions for prompts.
+# The dataset class by objective. The other objectives sample captions and use `PromptDataset`.
 DATASETS: dict[str, type[CaptionDataset]] = {"sft": CaptionDataset, "dpo": PairDataset}
 
 
 # The order of the steps below:
 #
 #     options     check everything that can be checked without loading anything
-#     data        open the records of training and validation
+#     data        open the training and validation records
 #     config      build the model config, which every checkpoint contains
 #     model       load the pretrained parts; freeze them or add adapters
 #     features    run the frozen vision tower over all images, if that saves time (see `encode`)
@@ -174,7 +175,7 @@ def build_trainer(
     eval_set = None
     datasets = [train_set]
     if eval_records:
-        # Every objective is validated on the responses.
+        # Validation computes the supervised loss of the responses, whatever the objective is.
         eval_set = build_dataset(model, eval_records, eval_folder, data_args, args, "sft")
         datasets.append(eval_set)
     digest = config.weights_digests["vision_tower"]
@@ -182,7 +183,8 @@ def build_trainer(
     cache_features(model.vision_tower, data_args, args, digest, datasets)
     reference = None
     if args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0):
-        # The weights at the start of the run, also if it is resumed.
+        # The reference is the model at the start of the run. If the run is resumed, copy these weights before
+        # those of the checkpoint are loaded below.
         initialize_trained_parts(model, model_args, parts, train_set)
         reference = ReferenceWeights(model)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)
@@ -228,7 +230,7 @@ def _create_trainer(
     reward_options = _reward_options(
         args,
         frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
-        # Bad records may have been set aside.
+        # The digest of the file is not sufficient: the number of records depends on how many were set aside.
         data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
     )
     # One process counts the document frequencies, and stores them for the others.
@@ -239,6 +241,7 @@ def _create_trainer(
 
 
 def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
+    """Return the options of the rewards; `stored` are the fields that are not command-line options."""
     return RewardOptions(
         workers=args.reward_workers,
         timeout=args.reward_timeout,
@@ -255,11 +258,10 @@ def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
 def _create_collator(
     model: Llava, train_set: CaptionDataset, objective: str, share_prefix: bool
 ) -> Collator:
-    arguments = (
-        model.vision_tower.num_tokens,
-        model.prompt.end_id,
-        dummy_image_batch(model, train_set),
-    )
+    """Return the collator of an objective."""
+    tokens_per_image = model.vision_tower.num_tokens
+    pad_token_id = model.prompt.end_id
+    arguments = (tokens_per_image, pad_token_id, dummy_image_batch(model, train_set))
     if objective == "sft":
         return Collator(*arguments)
     if objective == "dpo":
@@ -284,8 +286,8 @@ def build_dataset(
         model.prompt,
         folder,
         model.vision_tower.transform,
-        args.model_max_length,
-        one_per_record,
+        max_length=args.model_max_length,
+        share_prefix=one_per_record,
     )
     if isinstance(dataset, PromptDataset):
         dataset.trains_references = args.sft_weight > 0
@@ -385,7 +387,7 @@ def _check_objective(
     """Check the options of rewards and preferences.
 
     Raises:
-        ValueError: An option is invalid, or does not go with the objective.
+        ValueError: An option is invalid, or cannot be used with the objective.
     """
     objective = args.objective
     if objective not in OBJECTIVES:
@@ -395,13 +397,14 @@ def _check_objective(
     if objective == "sft":
         if args.sft_weight:
             raise ValueError(
-                "--sft_weight adds the supervised loss to another one. Remove it, or pass --objective rloo or dpo."
+                "--sft_weight adds the supervised loss to the loss of another objective. Remove it, or pass --objective "
+                "rloo or dpo."
             )
         return
     if not model_args.init_from:
         raise ValueError(
-            f"--objective {objective} improves a model that captions already. Train one first with --objective sft, and "
-            "pass --init_from CHECKPOINT."
+            f"--objective {objective} improves a model that can already caption images. Train one with --objective sft "
+            "first, and pass --init_from CHECKPOINT."
         )
     if args.kl_coef is not None and not args.kl_coef >= 0:
         raise ValueError(f"--kl_coef {args.kl_coef}: expected 0 or more.")
@@ -412,21 +415,23 @@ def _check_objective(
 
 
 def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that training on preference pairs does not support."""
     if not args.dpo_beta > 0:
         raise ValueError(f"--dpo_beta {args.dpo_beta}: expected a number above 0, such as 0.1.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(
-            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5; with half of the "
-            "pairs swapped, there is nothing to learn."
+            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5. If half of the "
+            "pairs were swapped, they would teach nothing."
         )
     if args.kl_coef:
         raise ValueError(
-            f"--kl_coef {args.kl_coef}: dpo has no separate KL term. Remove it; --dpo_beta is the tie to the start."
+            f"--kl_coef {args.kl_coef}: --objective dpo has no separate KL term. Remove --kl_coef; --dpo_beta determines "
+            "how close the model stays to the one at the start."
         )
     if data_args.packing and not data_args.share_prefix:
         raise ValueError(
-            "--packing True --share_prefix False: packs are planned for pairs that share their prompt. Pass "
-            "--share_prefix True, or --packing False."
+            "--packing True --share_prefix False: packing requires that both answers of a pair share one copy of the "
+            "prompt. Pass --share_prefix True, or --packing False."
         )
 
 
@@ -435,14 +440,15 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
     objective = args.objective
     if data_args.packing:
         raise ValueError(
-            f"--packing with --objective {objective}: packs are planned by length, and captions that are still to be "
-            "sampled have none. Pass --packing False; the captions of an image share its prompt anyway."
+            f"--packing True --objective {objective}: examples are grouped into packs by their length before training, but "
+            "the length of a caption is unknown until it is sampled. Pass --packing False; the captions of an image share "
+            "its prompt anyway."
         )
+    # scst compares each sample with the greedy caption; rloo and grpo compare the samples with each other.
     fewest = 1 if objective == "scst" else 2
     if args.num_samples < fewest:
         raise ValueError(
-            f"--num_samples {args.num_samples}: {objective} requires {fewest} at least, since it compares the samples "
-            "of an image."
+            f"--num_samples {args.num_samples}: expected at least {fewest} with --objective {objective}."
         )
     if not args.sample_temperature > 0:
         raise ValueError(
@@ -480,15 +486,16 @@ def _check_lora_options(model_args: ModelArguments) -> None:
     if not method:
         return
     if model_args.bits != 16:
-        # The weights without their principal part would have to be quantized again, with other scales.
+        # PiSSA subtracts the adapter from the frozen weights. The differences would have to be quantized
+        # again, with other scales.
         raise ValueError(
             f"--lora_options: init_lora_weights {method} changes the frozen weights, but --bits {model_args.bits} "
             "quantizes them. Pass --bits 16, or remove init_lora_weights."
         )
     if model_args.lora_dropout:
         logger.warning(
-            "--lora_dropout %g drops principal parts of the weights that PiSSA has moved into the adapter; its "
-            "authors use --lora_dropout 0.",
+            "--lora_dropout %g: PiSSA moves the principal part of the weights into the adapter, where dropout removes "
+            "random parts of it. Pass --lora_dropout 0, as the authors of PiSSA do.",
             model_args.lora_dropout,
         )
 
@@ -520,8 +527,8 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
     aspect_ratio = trained_with.get("image_aspect_ratio", "crop")
     if model_args.image_aspect_ratio != aspect_ratio:
         raise ValueError(
-            f"{folder}: its projector was trained with other borders of the images. Pass "
-            f"--image_aspect_ratio {aspect_ratio}."
+            f"--image_aspect_ratio {model_args.image_aspect_ratio}: the projector of {folder} was trained with images that "
+            f"were prepared in another way. Pass --image_aspect_ratio {aspect_ratio}."
         )
     if not check_weights:
         return
@@ -557,9 +564,10 @@ def build_config(
 
 def _default_instruction(records: Sequence[Record]) -> str:
     """Return the instruction of the first record with an image: the default of `Llava.caption`."""
+    # If none of the first records has an image, use the instruction of the first record.
     first: Record | None = None
-    for index in range(min(len(records), 1000)):
-        with suppress(ValueError):  # a bad record, which is set aside before training
+    for index in range(min(len(records), _MAX_SEARCHED_RECORDS)):
+        with suppress(ValueError):  # skip bad records, which are set aside before training
             record = records[index]
             if record.images:
                 first = record
@@ -578,7 +586,7 @@ def _digest(option: str, name_or_path: str) -> str:
         return weights_digest(name_or_path)
     except OSError as error:
         raise ValueError(f"{option} {name_or_path}: {error}") from error
-    except ValueError as error:  # it names the folder itself
+    except ValueError as error:  # its message names the folder
         raise ValueError(f"{option} {error}") from error
 
 
@@ -636,14 +644,15 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
     """
     before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
-    # Require that a trained tower is either trained further, or loaded from the checkpoint and frozen.
+    # If the checkpoint trained the tower, this run must either continue to train it, or load the tower
+    # of the checkpoint and freeze it.
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
     if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
         merge_first = " (written by `llava merge`)" if before.vision_tower == "lora" else ""
         raise ValueError(
             f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
-            f"train it further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
+            f"continue training it, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
     # Require the same of the language model. Exception: this run may add an adapter to a language model
@@ -685,6 +694,7 @@ def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
         return
     embedding = model.language_model.get_input_embeddings()
     # Call the module instead of reading its weight, because Gemma multiplies the embeddings by a constant.
+    # Every seventh token is sufficient to measure the scale.
     some_tokens = torch.arange(0, embedding.num_embeddings, 7, device=embedding.weight.device)
     embeddings = embedding(some_tokens)
     init_projector_scale(model.projector, torch.cat(features).to(embeddings.device), embeddings)
@@ -702,5 +712,6 @@ def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torc
         height, width = model.vision_tower.transform.crop
         return {"pixel_values": torch.zeros(1, 3, height, width, dtype=torch.uint8)}
     blank = train_set.features.dummy_image[None]
+    # A cache contains either uint8 pixels or features (see `FeatureCache`).
     key = "pixel_values" if blank.dtype == torch.uint8 else "image_features"
     return {key: blank}

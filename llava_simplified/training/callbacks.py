@@ -114,12 +114,12 @@ def progress_callback(disable_tqdm: bool) -> TrainerCallback:
 
 def describe_training_log(logs: dict[str, float]) -> str:
     """Return the values that are logged every `--logging_steps`, as text."""
-    # Of training on rewards, or on preference pairs.
-    own = [
+    # These values are only logged by training on rewards or on preference pairs.
+    own_values = [
         f"{name} {logs[name]:.3f}, " for name in ("reward", "margin", "accuracy") if name in logs
     ]
     return (
-        f"loss {logs['loss']:.3f}, {''.join(own)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
+        f"loss {logs['loss']:.3f}, {''.join(own_values)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
         f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
     )
 
@@ -138,7 +138,7 @@ def describe_evaluation_log(logs: dict[str, float]) -> str:
 class ThroughputMeter(TrainerCallback):
     """Measure the throughput of the steps since the last log.
 
-    The time includes waiting for data, but no evaluations and saves. The trainer calls `start_step`
+    The time includes waiting for data, but not evaluating and saving. The trainer calls `start_step`
     before it fetches the batches of a step, and `add` with the number of samples and tokens in them.
 
     Attributes:
@@ -177,8 +177,8 @@ class ThroughputMeter(TrainerCallback):
         Returns:
             `samples_per_second`, `tokens_per_second`, and `padding` as a fraction of all positions.
         """
-        # Read the counts from the device only here, because reading waits for the device: once per log
-        # instead of once per step.
+        # Reading the counts waits for the device. Read them only here, once per log entry and not in
+        # every step.
         samples, tokens, positions = self._counts.tolist()
         seconds = max(self._seconds, 1e-9)
         self._seconds = 0.0
@@ -194,7 +194,7 @@ class ThroughputMeter(TrainerCallback):
 
 
 class GradientNormMonitor:
-    """Detect a gradient norm far above the recent ones: often the first sign that a run diverges.
+    """Detect a gradient norm far above recent norms, which is often the first sign that a run diverges.
 
     Args:
         factor: Report norms above this multiple of the median.
@@ -219,7 +219,8 @@ class GradientNormMonitor:
             median = statistics.median(self._recent)
         # Add unusual norms to the history too, so that the warnings stop if the level stays high.
         self._recent.append(norm)
-        # The norm is 0 if all rewards of a step are equal (see `objectives`). Nothing can be compared with that.
+        # The norm is 0 if all rewards of a step are equal (see `objectives`). If most norms are 0, the warning's
+        # ratio to the median does not exist.
         if median == 0:
             return None
         if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
@@ -246,7 +247,8 @@ class SampleWarnings:
         counts: Number of images, and of warnings by kind.
     """
 
-    MAX_LOGGED = 10  # per kind of warning
+    # Maximum number of logged warnings of each kind.
+    MAX_LOGGED = 10
     # Minimum denominator of the fraction of bad images, so that a few bad ones among the first images do
     # not stop the run.
     MIN_IMAGES = 100
@@ -269,14 +271,14 @@ class SampleWarnings:
             self.counts[kind] += 1
             if self._log and self.counts[kind] <= self.MAX_LOGGED:
                 is_last = self.counts[kind] == self.MAX_LOGGED
-                suffix = " (further warnings of this kind are only counted)" if is_last else ""
+                suffix = " (later warnings of this kind are only counted)" if is_last else ""
                 logger.warning("%s%s", warning, suffix)
         bad, good = self.counts["bad image"], self.counts["images"]
         if bad > self.max_bad_images * max(good, self.MIN_IMAGES):
             last = warnings[-1] if warnings else "none in this batch"
             raise ValueError(
                 f"--max_bad_images {self.max_bad_images:g}: {bad} of the first {good + bad} images could not be read. "
-                f"The last warning: {last}. Remove them with `llava clean`, or raise --max_bad_images."
+                f"The last warning: {last}. Remove unreadable images with `llava clean`, or raise --max_bad_images."
             )
 
     def summary(self) -> str:

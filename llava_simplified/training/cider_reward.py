@@ -1,7 +1,7 @@
 """CIDEr-D as a reward: each caption is scored with the document frequencies of all training records.
 
-`llava evaluate` takes the frequencies from the images that it scores. A step has a few images only, in which nearly
-every word would be rare.
+`llava evaluate` counts the frequencies over the images that it scores. A training step has only a few images, in which
+nearly every word would seem rare.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NGram = tuple[str, ...]
 
 FREQUENCIES_FILE = "document_frequencies.json"  # in the output folder of a run
 
-# Each reference is compared with every sample of its image, in every epoch.
+# Cache the tokens of texts: each reference is compared with every sample of its image, in every epoch.
 cached_tokenize = lru_cache(maxsize=100_000)(tokenize)
 
 
@@ -35,8 +35,8 @@ class DocumentFrequencies:
 
     Attributes:
         num_images: Number of images.
-        counts: Number of images by n-gram. N-grams of one image only (two thirds of all) are left out: CIDEr gives
-            an unknown n-gram the same count, 1.
+        counts: Number of images by n-gram. N-grams that occur in one image only (two thirds of all) are not stored,
+            because `CiderScorer` assumes a count of 1 for n-grams that are missing.
     """
 
     num_images: int
@@ -86,7 +86,9 @@ class DocumentFrequencies:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be read (%s): the frequencies are counted again", path, error)
+            logger.warning(
+                "%s cannot be read (%s). The document frequencies are counted again.", path, error
+            )
             return None
 
 
@@ -94,7 +96,7 @@ class CiderScorer:
     """CIDEr-D (Vedantam et al., 2015) of single captions.
 
     Args:
-        frequencies: Those of the training set.
+        frequencies: Document frequencies of the training set.
 
     Raises:
         ValueError: The training set has one image only.
@@ -103,7 +105,8 @@ class CiderScorer:
     def __init__(self, frequencies: DocumentFrequencies) -> None:
         if frequencies.num_images < 2:
             raise ValueError(
-                "--reward cider: CIDEr compares images, but there is only one record. Use word_f1."
+                "--reward cider: CIDEr weights words by how many images they occur in, but there is only one record. Pass "
+                "--reward word_f1."
             )
         self._counts = frequencies.counts
         self._log_images = math.log(frequencies.num_images)
@@ -130,14 +133,14 @@ class CiderScorer:
             for product, norm, other_norm in zip(products, norms, other_norms):
                 if norm > 0 and other_norm > 0:
                     cosines += product / (norm * other_norm)
-            # The COCO caption server measures lengths in bigrams.
+            # Measure lengths in bigrams, as the COCO caption server does.
             difference = _num_bigrams(counts) - _num_bigrams(other_counts)
             penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
             total += penalty * cosines / MAX_ORDER
         return CIDER_SCALE * total / len(references)
 
     def _weigh(self, counts: Counter[NGram]) -> tuple[dict[NGram, float], list[float]]:
-        """Return the TF-IDF weight of each n-gram, and the norm of each order."""
+        """Return the TF-IDF weight of each n-gram, and for each n the norm of the weights of its n-grams."""
         weights: dict[NGram, float] = {}
         squares = [0.0] * MAX_ORDER
         for gram, count in counts.items():
@@ -148,9 +151,11 @@ class CiderScorer:
 
 
 def _count_ngrams(tokens: str) -> Counter[NGram]:
+    """Count the n-grams of a text, for n from 1 to `MAX_ORDER`; its tokens are separated by spaces."""
     words = tokens.split()
     counts = Counter[NGram]()
     for order in range(1, MAX_ORDER + 1):
+        # zip(words, words[1:], ...) yields the n-grams of this order.
         counts.update(zip(*(words[start:] for start in range(order))))
     return counts
 

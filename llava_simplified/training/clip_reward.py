@@ -10,7 +10,7 @@ import torch
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.evaluation.clip_metrics import CLIP_SCORE_WEIGHT, ClipEmbedder
 
-# Each image is needed again in every epoch. The embeddings of 100,000 images take about 200 MB.
+# Image embeddings are kept, because each image is needed again in every epoch. 100,000 of them take about 200 MB.
 MAX_CACHED_IMAGES = 100_000
 
 
@@ -19,7 +19,7 @@ class ClipReward:
 
     Args:
         folder: Folder of a CLIP model.
-        device: Where it runs.
+        device: Device on which the model runs.
 
     Raises:
         ValueError: The folder does not contain a complete CLIP model.
@@ -36,14 +36,14 @@ class ClipReward:
 
         Args:
             ids: The name of each caption's record, for errors.
-            images: Path of its image.
+            images: Path of each caption's image.
             captions: The captions.
 
         Raises:
-            ValueError: A record has no image, or it cannot be read.
+            ValueError: A record has no image, or its image cannot be read.
         """
         image_embeddings = self._embed_images(ids, images)
-        # Samples of an image are often equal. Embed each text once.
+        # Samples of an image are often equal, so embed each distinct text once.
         texts = list(dict.fromkeys(captions))
         row_of_text = {text: row for row, text in enumerate(texts)}
         text_embeddings = self._embedder.embed_texts(texts)
@@ -62,15 +62,19 @@ class ClipReward:
             files = [_read_image(path, record_id) for path, record_id in missing.items()]
             self._images.update(zip(missing, self._embedder.embed_images(files)))
         result = torch.stack([self._images[image] for image in images])
-        # Remove the oldest embeddings.
-        for image in list(self._images)[: max(len(self._images) - MAX_CACHED_IMAGES, 0)]:
+        # Remove the oldest embeddings, which come first in a dict.
+        excess = max(len(self._images) - MAX_CACHED_IMAGES, 0)
+        for image in list(self._images)[:excess]:
             del self._images[image]
         return result
 
 
 def _read_image(path: str, record_id: str) -> bytes:
+    """Return the bytes of an image file; errors name the record."""
     if not path:
-        raise ValueError(f"--reward clipscore: {record_id} has no image.")
+        raise ValueError(
+            f"--reward clipscore: {record_id} has no image. Remove the record, or use another --reward."
+        )
     try:
         return read_image_bytes(Path(path).name, Path(path).parent)
     except ImageError as error:

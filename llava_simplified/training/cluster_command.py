@@ -28,7 +28,7 @@ BITS_PER_BYTE = 8
 
 
 def plan_cluster(
-    own: argparse.Namespace,
+    plan_options: argparse.Namespace,
     training_options: Sequence[str],
     model_args: ModelArguments,
     data: DataArguments,
@@ -37,7 +37,7 @@ def plan_cluster(
     """Return the plan of the whole recipe on a cluster, as text.
 
     Args:
-        own: The options of `llava plan`.
+        plan_options: The options of `llava plan`.
         training_options: All other options, which are those of `llava train`.
         model_args: Model options.
         data: Data options.
@@ -51,51 +51,53 @@ def plan_cluster(
     train_flops = make_plan(model_args, data, args).flops
     model = build_meta_model(model_args, args)
     encode_flops = count_tower_flops(model.vision_tower)
-    if own.measure:
-        rates = measure(own, training_options, encode_flops, train_flops, model.tokenizer)
-        rates.save(own.rates)
+    if plan_options.measure:
+        rates = measure(plan_options, training_options, encode_flops, train_flops, model.tokenizer)
+        rates.save(plan_options.rates)
     else:
-        rates = read_rates(own.rates)
+        rates = read_rates(plan_options.rates)
     # Without --tflops, the cluster has devices like the one that was measured.
-    device_flops = None if own.tflops is None else own.tflops * 1e12 * own.mfu
+    device_flops = None
+    if plan_options.tflops is not None:
+        device_flops = plan_options.tflops * 1e12 * plan_options.mfu
     cluster = Cluster(
-        machines=own.cluster,
-        cores=own.cores,
-        devices=own.devices,
+        machines=plan_options.cluster,
+        cores=plan_options.cores,
+        devices=plan_options.devices,
         # Networks are specified in bits per second, files in bytes.
-        egress=own.egress * 1e9 / BITS_PER_BYTE,
-        endpoints=own.num_endpoints or own.cluster,
+        egress=plan_options.egress * 1e9 / BITS_PER_BYTE,
+        endpoints=plan_options.num_endpoints or plan_options.cluster,
         device_flops_per_second=device_flops,
     )
     works = []
-    for urls in own.urls:
+    for urls in plan_options.urls:
         works.append(Work(urls, encode_flops, train_flops, args.num_train_epochs))
     return describe_cluster_plan(works, rates, cluster)
 
 
 def measure(
-    own: argparse.Namespace,
+    plan_options: argparse.Namespace,
     training_options: Sequence[str],
     encode_flops: float,
     train_flops: float,
     tokenizer: Any,
 ) -> Rates:
-    """Measure the rates. The length of captions is counted in tokens of the run's tokenizer."""
+    """Measure the rates of `plan_cluster`; captions are counted in tokens of the run's tokenizer."""
 
     def count_tokens(caption: str) -> int:
         return len(tokenizer(caption, add_special_tokens=False).input_ids)
 
     endpoint_options = []
-    if own.endpoint:
-        endpoint_options = ["--endpoint", own.endpoint, "--model", own.model]
+    if plan_options.endpoint:
+        endpoint_options = ["--endpoint", plan_options.endpoint, "--model", plan_options.model]
     workload = Workload(
-        source=own.measure,
-        rows=own.measure_rows,
+        source=plan_options.measure,
+        rows=plan_options.measure_rows,
         training_options=training_options,
         encode_flops=encode_flops,
         train_flops=train_flops,
         endpoint_options=endpoint_options,
-        allow_private=own.allow_private,
+        allow_private=plan_options.allow_private,
     )
     return measure_rates(workload, count_tokens)
 
@@ -106,7 +108,7 @@ def count_tower_flops(tower: VisionTower) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker, torch.no_grad():
         weights = {}
         for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
-            # The weights are fake as well. Operations count the same for any values.
+            # Use fake weights as well: the number of operations does not depend on their values.
             weights[name] = torch.empty_like(tensor, device="cpu")
         functional_call(tower, weights, (pixels,))
     return tracker.flops

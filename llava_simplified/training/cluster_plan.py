@@ -15,7 +15,7 @@ work and a rate. Both are printed, so that a reader can check each line with a c
 
 A step takes as long as its slowest resource. The steps run one after the other.
 
-The rates are those of small runs of the same commands, see `llava_simplified.training.cluster_rates`.
+The rates are measured in small runs of the same commands; see `llava_simplified.training.cluster_rates`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from llava_simplified.prepare.fetch_options import FetchOptions
 
-# Unit and its size, from the largest to the smallest.
+# Pairs of a unit and its size, from the largest to the smallest unit.
 _BYTE_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 _FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
 _TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
@@ -42,8 +42,8 @@ class Rates:
         download_core_seconds: Seconds of a core per URL.
         request_seconds: Mean duration of a request, failed ones included.
         bytes_per_url: Bytes received per URL.
-        downloaded_share: Fraction of the URLs that an image was received from.
-        largest_host_share: Fraction of the URLs that are at the host with the most URLs.
+        downloaded_share: Fraction of the URLs that returned an image.
+        largest_host_share: Fraction of the URLs that point to the host with the most URLs.
         clean_core_seconds: Seconds of a core per image.
         usable_share: Fraction of the downloaded images that `llava clean` keeps.
         encode_flops_per_second: FLOP/s of one device in `llava encode`.
@@ -82,7 +82,9 @@ def read_rates(path: Path) -> Rates:
         raise ValueError(f"--rates {path}: {error}. {advice}") from error
     names = {field.name for field in fields(Rates)}
     if not isinstance(values, dict) or set(values) != names:
-        raise ValueError(f"--rates {path}: expected an object of {sorted(names)}. {advice}")
+        raise ValueError(
+            f"--rates {path}: expected a JSON object with exactly the keys {', '.join(sorted(names))}. {advice}"
+        )
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise ValueError(
@@ -93,7 +95,7 @@ def read_rates(path: Path) -> Rates:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines.
+    """The machines that the recipe would run on.
 
     Attributes:
         machines: Number of machines.
@@ -101,8 +103,8 @@ class Cluster:
         devices: Devices of each machine, for encoding and training.
         egress: Bytes per second that each machine can receive from the internet.
         endpoints: Number of endpoints that generate captions.
-        device_flops_per_second: FLOP/s of a device in encoding and training, if the devices differ
-            from those that were measured; None: as measured.
+        device_flops_per_second: FLOP/s of a device in encoding and training, or None if the cluster has
+            devices like the measured one.
     """
 
     machines: int
@@ -163,11 +165,12 @@ def compute_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
 
 
 def _download_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
+    """Return the bounds of the download."""
     machines = cluster.machines
     # Three resources can limit a download: the network of the machines, their CPUs (decoding and checking images), and
-    # the host that most URLs point to, which accepts only a few connections from each machine.
+    # the host that most URLs point to.
     urls = f"{work.urls:,} URLs"
-    # Each machine opens its own connections to a host.
+    # `llava download` opens only a few connections to the same host, on each machine.
     per_host = FetchOptions.per_host
     host_seconds = work.urls * rates.largest_host_share * rates.request_seconds
     return [
@@ -197,6 +200,7 @@ def _download_bounds(work: Work, rates: Rates, cluster: Cluster) -> list[Bound]:
 
 
 def _clean_bound(images: float, rates: Rates, cluster: Cluster) -> Bound:
+    """Return the bound of cleaning, which decodes every image once."""
     return Bound(
         "clean",
         "cores",
@@ -232,6 +236,7 @@ def _device_bounds(records: float, work: Work, rates: Rates, cluster: Cluster) -
 
 
 def _caption_bound(records: float, rates: Rates, cluster: Cluster) -> Bound:
+    """Return the bound of captioning by the endpoints."""
     speed = rates.caption_tokens_per_second
     return Bound(
         "caption",
@@ -279,7 +284,7 @@ def describe_cluster_plan(works: Sequence[Work], rates: Rates, cluster: Cluster)
 
 
 def _in_units(value: float, units: Sequence[tuple[str, float]]) -> str:
-    """Return a value with three significant digits, in the largest unit of which it has at least one."""
+    """Return a value with three significant digits, in the largest unit in which it is at least 1."""
     for unit, size in units:
         if value >= size:
             return f"{_three_digits(value / size)} {unit}"

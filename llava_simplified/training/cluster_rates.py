@@ -3,8 +3,8 @@
     URLs --llava download--> images --llava clean--> records --llava encode--> features --llava train--> model
                                                         +-----llava caption --endpoint----> captions
 
-Each command runs twice, on a quarter of the sample and on all of it. What a command costs per row is the
-difference of the two durations divided by the difference of the numbers of rows, which excludes its start-up:
+Each command runs twice, on a quarter of the sample and on all of it. The time per row is the difference of the two
+durations divided by the difference of the numbers of rows, which excludes the start-up time of the command:
 
     seconds
        |            x  all rows
@@ -37,12 +37,12 @@ from llava_simplified.training.cluster_plan import Rates
 logger = logging.getLogger(__name__)
 
 TRAIN_STEPS = 8
-# The first steps compile, and fill caches.
+# The first steps are slower, because they compile kernels and fill caches. They are not counted.
 _SKIPPED_STEPS = 2
 
 
 class Cost(NamedTuple):
-    """What a command has used: wall-clock seconds, and CPU seconds of all its processes."""
+    """The resources that a command has used: wall-clock seconds, and CPU seconds of all its processes."""
 
     seconds: float
     core_seconds: float
@@ -54,11 +54,11 @@ class Workload(NamedTuple):
     Attributes:
         source: The list of URLs, as for `llava download`.
         rows: Number of URLs of the sample.
-        training_options: Options of `llava train`, without those of the data and the output.
+        training_options: Options of `llava train`, without the data and the output folder.
         encode_flops: FLOPs of the vision tower per image.
         train_flops: FLOPs of a training step per sample.
-        endpoint_options: `--endpoint URL --model NAME` of `llava caption`; empty: do not caption.
-        allow_private: Accept private addresses, as `llava download --allow-private`.
+        endpoint_options: `--endpoint URL --model NAME` of `llava caption`, or empty to skip captioning.
+        allow_private: Allow requests to private addresses, as `llava download --allow-private` does.
     """
 
     source: str
@@ -84,11 +84,11 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
     """Run the recipe on a sample of the URLs, and return the rates of each step.
 
     Args:
-        workload: What to measure.
+        workload: The settings of the measurement.
         count_tokens: A function that returns the number of tokens of a caption.
 
     Raises:
-        ValueError: A command has failed, or the sample has too few usable images.
+        ValueError: A command failed, or the sample has too few usable images.
     """
     if sys.platform == "win32":
         raise ValueError(
@@ -96,25 +96,28 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         )
     with tempfile.TemporaryDirectory(prefix="llava_plan_") as temporary:
         root = Path(temporary)
-        samples, download, clean = [], [], []
+        samples, download_costs, clean_costs = [], [], []
         # The two samples overlap: both begin at the first URL. Each is downloaded into a folder of its own.
         for name, rows in (("quarter", workload.rows // 4), ("all", workload.rows)):
             folder = root / name
-            download.append(_download(workload, folder / "images", rows))
-            clean.append(_clean(folder))
+            download_costs.append(_download(workload, folder / "images", rows))
+            clean_costs.append(_clean(folder))
             samples.append(_read_sample(folder))
         quarter, whole = samples
         if whole.num_records <= quarter.num_records:
             raise ValueError(
-                f"--measure {workload.source}: {workload.rows} URLs have given {whole.num_records} "
-                "usable images, which is too few. Raise --measure-rows."
+                f"--measure {workload.source}: {whole.num_urls} URLs gave {whole.num_records} usable images, and a quarter "
+                f"of these URLs gave {quarter.num_records}. Times are measured by the difference, which must be at least "
+                "1. Raise --measure-rows."
             )
-        # Shares and means are those of the whole sample; only times are computed from the difference of the two.
+        # Shares and means are computed from the whole sample. Only times are computed from both samples.
         manifest = _read_manifest(whole.images)
         hosts = Counter(host_of(url) for url in manifest["url"])
-        encode = [_encode(workload, root / name, root / "features") for name in ("quarter", "all")]
+        encode_costs = [
+            _encode(workload, root / name, root / "features") for name in ("quarter", "all")
+        ]
         encode_seconds = _per_row(
-            [cost.seconds for cost in encode], [sample.num_records for sample in samples]
+            [cost.seconds for cost in encode_costs], [sample.num_records for sample in samples]
         )
         tokens_per_caption = caption_speed = 0.0
         if workload.endpoint_options:
@@ -122,12 +125,12 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         urls = [sample.num_urls for sample in samples]
         images = [sample.num_images for sample in samples]
         return Rates(
-            download_core_seconds=_per_row([cost.core_seconds for cost in download], urls),
+            download_core_seconds=_per_row([cost.core_seconds for cost in download_costs], urls),
             request_seconds=_mean(manifest["seconds"]),
             bytes_per_url=sum(size or 0 for size in manifest["bytes"]) / whole.num_urls,
             downloaded_share=whole.num_images / whole.num_urls,
             largest_host_share=max(hosts.values()) / whole.num_urls,
-            clean_core_seconds=_per_row([cost.core_seconds for cost in clean], images),
+            clean_core_seconds=_per_row([cost.core_seconds for cost in clean_costs], images),
             usable_share=whole.num_records / whole.num_images,
             # Store a speed instead of the time per image, so that the plan is valid for other vision towers too.
             encode_flops_per_second=workload.encode_flops / encode_seconds,
@@ -137,19 +140,26 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         )
 
 
-def _per_row(values: Sequence[float], rows: Sequence[int]) -> float:
-    """Return the slope between two runs, or the mean of the larger one if noise hides the slope."""
-    # Both runs have the same start-up, which the difference cancels.
-    slope = (values[1] - values[0]) / (rows[1] - rows[0])
-    mean = values[1] / rows[1]
-    if slope <= 0:
-        logger.warning(
-            "A run of %d rows was not slower than one of %d: the rate includes the start-up. Raise --measure-rows.",
-            rows[1],
-            rows[0],
-        )
-        return mean
-    return slope
+def _per_row(seconds: Sequence[float], rows: Sequence[int]) -> float:
+    """Return the seconds per row: the slope between two runs, or the mean of the larger run if noise hides the slope.
+
+    Args:
+        seconds: Seconds of the smaller and of the larger run.
+        rows: Number of rows of the smaller and of the larger run.
+    """
+    small_seconds, large_seconds = seconds
+    small_rows, large_rows = rows
+    # Both runs have the same start-up time, which the difference cancels.
+    slope = (large_seconds - small_seconds) / (large_rows - small_rows)
+    if slope > 0:
+        return slope
+    logger.warning(
+        "A run on %d rows took no longer than a run on %d rows, so the start-up time cannot be subtracted and the "
+        "measured time per row is too high. Raise --measure-rows.",
+        large_rows,
+        small_rows,
+    )
+    return large_seconds / large_rows
 
 
 def _mean(values: Sequence[float | None]) -> float:
@@ -161,15 +171,15 @@ def _mean(values: Sequence[float | None]) -> float:
 # ---- the commands ----
 
 
-def _run(*words: str) -> Cost:
-    """Run a command of `llava`, and return what it has used.
+def _run(*arguments: str) -> Cost:
+    """Run `llava` with these arguments, and return the resources that it has used.
 
     Raises:
-        ValueError: It has failed; the message has the command and its last lines.
+        ValueError: The command failed; the message contains the command and the last lines of its output.
     """
-    logger.info("llava %s", quote_words(words))
-    command = [sys.executable, "-m", "llava_simplified.cli", *words]
-    # Count the CPU time of the command and of its worker processes: `children_user` includes children of children.
+    logger.info("llava %s", quote_words(arguments))
+    command = [sys.executable, "-m", "llava_simplified.cli", *arguments]
+    # `children_user` and `children_system` include the worker processes of the command.
     before = os.times()
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -177,7 +187,7 @@ def _run(*words: str) -> Cost:
     after = os.times()
     if done.returncode:
         last_lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-        raise ValueError(f"llava {quote_words(words)} failed:\n{last_lines}")
+        raise ValueError(f"llava {quote_words(arguments)} failed:\n{last_lines}")
     user = after.children_user - before.children_user
     system = after.children_system - before.children_system
     return Cost(seconds, user + system)
@@ -185,8 +195,8 @@ def _run(*words: str) -> Cost:
 
 def _download(workload: Workload, output: Path, rows: int) -> Cost:
     private = ["--allow-private"] if workload.allow_private else []
-    words = [workload.source, "--output", str(output), "--limit", str(rows), *private]
-    return _run("download", *words)
+    arguments = [workload.source, "--output", str(output), "--limit", str(rows), *private]
+    return _run("download", *arguments)
 
 
 def _clean(folder: Path) -> Cost:
@@ -200,22 +210,25 @@ def _data_options(folder: Path) -> list[str]:
 
 
 def _encode(workload: Workload, folder: Path, features: Path) -> Cost:
-    # Use one cache for each sample: an image that is in a cache already would not be encoded again.
-    words = [*workload.training_options, *_data_options(folder)]
-    words += ["--output_dir", str(folder / "encode"), "--cache_vision_features", "disk"]
-    return _run("encode", *words, "--feature_cache_dir", str(features / folder.name))
+    """Encode the images of the sample in `folder`, and store the features below `features`."""
+    # The two samples overlap. Give each its own cache, or the second run would skip images that the first
+    # has encoded.
+    arguments = [*workload.training_options, *_data_options(folder)]
+    arguments += ["--output_dir", str(folder / "encode"), "--cache_vision_features", "disk"]
+    return _run("encode", *arguments, "--feature_cache_dir", str(features / folder.name))
 
 
 def _train(workload: Workload, folder: Path, output: Path) -> float:
     """Train for a few steps, and return the FLOP/s.
 
-    The features are cached beforehand, as in the plan: the vision tower is not part of a step.
+    The features are cached before the first step, as the plan assumes, so the vision tower is not part of a step.
     """
-    words = [*workload.training_options, *_data_options(folder), "--output_dir", str(output)]
-    # No checkpoints and no preflight, which would take longer than the steps.
-    words += ["--max_steps", str(TRAIN_STEPS), "--logging_steps", "1", "--save_strategy", "no"]
-    words += ["--preflight", "false", "--cache_vision_features", "memory"]
-    _run("train", *words)
+    arguments = [*workload.training_options, *_data_options(folder), "--output_dir", str(output)]
+    # Turn off checkpoints and the preflight, which would take longer than the steps.
+    arguments += ["--max_steps", str(TRAIN_STEPS), "--logging_steps", "1"]
+    arguments += ["--save_strategy", "no", "--preflight", "false"]
+    arguments += ["--cache_vision_features", "memory"]
+    _run("train", *arguments)
     speeds = []
     for line in (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -232,22 +245,25 @@ def _caption(
     texts: list[str] = []
     for number, sample in enumerate(samples):
         output = root / f"captions_{number}.jsonl"
-        words = [str(sample.records), "--image-folder", str(sample.images), "--output", str(output)]
-        seconds.append(_run("caption", *words, *workload.endpoint_options).seconds)
+        arguments = [str(sample.records), "--image-folder", str(sample.images)]
+        arguments += ["--output", str(output), *workload.endpoint_options]
+        seconds.append(_run("caption", *arguments).seconds)
         rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        # After the loop, these are the captions of the larger sample.
         texts = [row["pred_output"] for row in rows if row.get("pred_output")]
     if not texts:
-        raise ValueError("--endpoint: the server has returned no caption.")
-    # An endpoint answers several requests at a time, so this is a rate of all of them, not the duration of a request.
+        raise ValueError("--endpoint: the server returned only empty captions. Check its model.")
+    # An endpoint answers several requests at the same time, so a single request takes longer than this.
     seconds_per_image = _per_row(seconds, [sample.num_records for sample in samples])
-    tokens = sum(count_tokens(text) for text in texts) / len(texts)
-    return tokens, tokens / seconds_per_image
+    tokens_per_caption = sum(count_tokens(text) for text in texts) / len(texts)
+    return tokens_per_caption, tokens_per_caption / seconds_per_image
 
 
-# ---- what the commands have written ----
+# ---- the output of the commands ----
 
 
 def _read_manifest(images: Path) -> dict[str, list[Any]]:
+    """Return the columns of a download's manifest that the rates are computed from."""
     import pyarrow.parquet as pq
 
     columns = ["url", "status", "seconds", "bytes"]

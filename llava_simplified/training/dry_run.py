@@ -39,7 +39,14 @@ _TOLERANCE_16_BIT = 3e-2
 
 
 class TrainedSteps(NamedTuple):
-    """A batch, the logits of the trained model for it, and the seconds of a step, and of sampling in it."""
+    """The result of training a few steps.
+
+    Attributes:
+        batch: A batch of two training examples.
+        logits: Logits of the trained model for this batch.
+        seconds: Seconds of the last step.
+        sampling_seconds: Seconds of sampling and rewards in that step; 0 if the objective samples nothing.
+    """
 
     batch: dict[str, torch.Tensor]
     logits: torch.Tensor
@@ -79,7 +86,7 @@ def dry_run(argv: Sequence[str]) -> None:
         logits = loaded(**trained.batch).logits.float()
     difference = float((trained.logits - logits).abs().max() / trained.logits.abs().max())
     tolerance = _TOLERANCE_FLOAT32 if is_float32 else _TOLERANCE_16_BIT
-    if not difference < tolerance:  # also if it is NaN
+    if not difference < tolerance:  # written this way, because a NaN must fail too
         raise ValueError(
             f"the logits of the saved checkpoint differ from those of the trained model by {difference:.2%}; "
             f"expected less than {tolerance:.2%}. Please report this as a bug."
@@ -121,7 +128,7 @@ def _train_and_save(
 
 
 def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
-    """Return a caption of the first record, or None if it has no readable image."""
+    """Return a caption of the first record, or None if it has no image or an unreadable one."""
     records = open_records(str(data.train_data_path), max_bad_records=1)
     record = set_bad_records_aside(records, max_bad_records=1)[0]
     if not record.images:
@@ -133,7 +140,7 @@ def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the largest number of bytes that were allocated: on the GPU, or by this process."""
+    """Return the peak memory in bytes: of the tensors on the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

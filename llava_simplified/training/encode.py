@@ -24,9 +24,9 @@ from llava_simplified.training.preference_pairs import record_problem
 logger = logging.getLogger(__name__)
 
 MODES = ("auto", "memory", "disk", "pixels", "off")
-# `auto` assumes that no image occurs in more records than this. A lower bound of the number of images
-# then follows from the number of records, and millions of records need not be parsed if even that
-# many images do not fit.
+# `auto` assumes that no image occurs in more records than this. The number of records divided by it is
+# therefore a lower bound of the number of images. If even that many images do not fit into the cache,
+# millions of records need not be parsed to count the images.
 _MAX_RECORDS_PER_IMAGE = 20
 
 
@@ -42,7 +42,7 @@ def cache_features(
     vision: VisionTower,
     data: DataArguments,
     args: TrainingArguments,
-    weights: str,
+    tower_digest: str,
     datasets: Sequence[CaptionDataset],
 ) -> None:
     """Cache the features of all images as `--cache_vision_features` specifies, and set `dataset.features`.
@@ -51,7 +51,7 @@ def cache_features(
         vision: The vision tower.
         data: Data options.
         args: Training options.
-        weights: Digest of the tower's weights.
+        tower_digest: Digest of the tower's weights.
         datasets: The training set, and the validation set if there is one.
 
     Raises:
@@ -62,7 +62,7 @@ def cache_features(
     if mode == "off":
         return
     budget = data.feature_cache_gb * 1e9
-    row_bytes = _row_bytes_by_mode(vision, weights)
+    row_bytes = _row_bytes_by_mode(vision, tower_digest)
     if mode == "auto":
         fewest_images = len(datasets[0].records) / _MAX_RECORDS_PER_IMAGE
         if fewest_images * min(row_bytes.values()) > budget:
@@ -74,23 +74,24 @@ def cache_features(
     if mode == "auto":
         has_several_epochs = args.num_train_epochs > 1 or args.max_steps > 0
         # Even in a single epoch, an image is used more than once if it occurs in several examples.
-        sees_images_again = has_several_epochs or len(datasets[0]) > len(names[0])
+        repeats_images = has_several_epochs or len(datasets[0]) > len(names[0])
         fitting = [name for name, size in row_bytes.items() if count * size <= budget]
-        if not fitting or not sees_images_again:
+        if not fitting or not repeats_images:
             return
-        mode = fitting[0]
+        mode = fitting[0]  # the preferred mode is the first one
 
-    cache = _open_cache(vision, weights, mode, data, args, count)
+    cache = _open_cache(vision, tower_digest, mode, data, args, count)
     for dataset, images in zip(datasets, names):
         dataset.features = _fill_together(cache, images, dataset.image_folder, args)
 
 
-def _row_bytes_by_mode(vision: VisionTower, weights: str) -> dict[str, int]:
+def _row_bytes_by_mode(vision: VisionTower, tower_digest: str) -> dict[str, int]:
     """Return the bytes per image of the modes that `auto` selects from, the preferred mode first."""
     sizes = {}
+    # Features of a trained tower change with every step, so only pixels can be cached.
     if vision.frozen:
-        sizes["disk"] = FeatureCache(vision, weights).row_bytes
-    sizes["pixels"] = FeatureCache(vision, weights, pixels=True).row_bytes
+        sizes["disk"] = FeatureCache(vision, tower_digest).row_bytes
+    sizes["pixels"] = FeatureCache(vision, tower_digest, pixels=True).row_bytes
     return sizes
 
 
@@ -106,7 +107,7 @@ def encode_data(
         "pixels").
 
     Raises:
-        ValueError: No data or no mode on disk is specified, or the disk space is insufficient.
+        ValueError: No data is specified, the mode does not use the disk, or the disk space is insufficient.
     """
     if data.cache_vision_features not in ("auto", "disk", "pixels"):
         raise ValueError(
@@ -121,8 +122,14 @@ def encode_data(
     ):
         if path:
             share = data.max_bad_records
-            has_responses = objective != "dpo"  # of pairs, those that cannot be used are set aside
-            records, folder = open_data(path, folder, option, has_responses, share)
+            records, folder = open_data(
+                path,
+                folder,
+                option,
+                # Pairs that cannot be used, such as those with an empty answer, are set aside below.
+                require_responses=objective != "dpo",
+                max_bad_records=share,
+            )
             usable = set_bad_records_aside(records, share, problem_of=record_problem(objective))
             opened.append((usable, folder))
     if not opened:
@@ -151,7 +158,7 @@ def unique_image_names(records: Sequence[Record]) -> list[str]:
 
 def _open_cache(
     vision: VisionTower,
-    weights: str,
+    tower_digest: str,
     mode: str,
     data: DataArguments,
     args: TrainingArguments,
@@ -161,7 +168,7 @@ def _open_cache(
 
     Args:
         vision: The vision tower; it is moved to the device of the run.
-        weights: Digest of the tower's weights.
+        tower_digest: Digest of the tower's weights.
         mode: "memory", "disk" or "pixels".
         data: Data options.
         args: Training options.
@@ -171,7 +178,7 @@ def _open_cache(
         ValueError: The disk space is insufficient.
     """
     folder = None if mode == "memory" else Path(data.feature_cache_dir).expanduser()
-    cache = FeatureCache(vision.to(args.device), weights, folder, pixels=mode == "pixels")
+    cache = FeatureCache(vision.to(args.device), tower_digest, folder, pixels=mode == "pixels")
     if args.local_process_index == 0:
         content = "resized images" if cache.pixels else "vision features of images"
         place = f"in {folder}" if folder else "in memory"
@@ -183,7 +190,7 @@ def _open_cache(
     free = shutil.disk_usage(folder).free
     if required > free:
         raise ValueError(
-            f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are required, {free / 1e9:.1f} GB are free. Pass "
+            f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are required, but only {free / 1e9:.1f} GB are free. Pass "
             "another --feature_cache_dir, or --cache_vision_features off."
         )
     return cache

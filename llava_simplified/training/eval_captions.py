@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "eval_captions"
 BATCH_SIZE = 16
-LOGGED_CAPTIONS = 3  # per evaluation
+LOGGED_CAPTIONS = 3  # number of captions that are logged at each evaluation
 
 
 class EvalCaptions:
@@ -49,7 +49,7 @@ class EvalCaptions:
         self.dataset = dataset
         self.folder = output_dir / FOLDER
         self.rows: list[tuple[int, Record]] = []
-        self._images_logged = False  # to TensorBoard, once per run
+        self._images_logged = False  # TensorBoard gets each image once per run
         total = len(dataset.records)
         count = min(count, total)
         for position in range(count):
@@ -76,7 +76,7 @@ class EvalCaptions:
             CIDEr-D of the captions.
         """
         texts: list[str] = []
-        # Do not use compiled layers here: they would be compiled again for each length in decoding.
+        # Do not use compiled layers here: they would be compiled again for each length of the sequence.
         with torch.compiler.set_stance("force_eager"):
             for start in range(0, len(self.rows), BATCH_SIZE):
                 records = [record for _, record in self.rows[start : start + BATCH_SIZE]]
@@ -86,7 +86,14 @@ class EvalCaptions:
         samples = []
         for (index, record), text in zip(self.rows, texts):
             predictions.append(prediction_row(index, record, text))
-            samples.append(Sample(str(index), record.images[0], "", record.responses, (text,)))
+            sample = Sample(
+                index=str(index),
+                image=record.images[0],
+                instruction="",
+                references=record.responses,
+                captions=(text,),
+            )
+            samples.append(sample)
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
         (self.folder / f"step-{step}.jsonl").write_text("".join(lines), encoding="utf-8")

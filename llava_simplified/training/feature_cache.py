@@ -30,9 +30,9 @@ from llava_simplified.training.interruption import ignore_interrupts
 logger = logging.getLogger(__name__)
 
 _HASH_BYTES = 32  # sha256
-# Appending a batch takes milliseconds on a local disk, but much longer with several processes on a
-# network disk.
-_LOCK_TIMEOUT = 300.0  # seconds
+# Seconds to wait for the lock. Appending a batch takes milliseconds on a local disk, but much longer if
+# several processes write to a network disk.
+_LOCK_TIMEOUT = 300.0
 
 
 # A stale row is never returned, because a row is identified by everything that determines its value:
@@ -59,11 +59,11 @@ _LOCK_TIMEOUT = 300.0  # seconds
 
 
 class FeatureCache:
-    """Rows by image hash: features (tokens, hidden size), or uint8 pixels (3, height, width).
+    """A store of rows by image hash: features (tokens, hidden size), or uint8 pixels (3, height, width).
 
     Args:
         tower: The vision tower; it must be frozen unless `pixels` is True.
-        weights: Digest of the tower's weights.
+        tower_digest: Digest of the tower's weights.
         folder: Folder of the files; None keeps the rows in memory.
         pixels: Store the input of the tower instead of its output.
 
@@ -78,7 +78,7 @@ class FeatureCache:
     def __init__(
         self,
         tower: VisionTower,
-        weights: str,
+        tower_digest: str,
         folder: str | Path | None = None,
         pixels: bool = False,
     ) -> None:
@@ -99,10 +99,10 @@ class FeatureCache:
         self._memory: list[torch.Tensor] = []
         self._map: np.ndarray | None = None
         self._base: Path | None = None
-        self._description = _describe(tower, weights, pixels)
+        self._description = _describe(tower, tower_digest, pixels)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._base = Path(folder) / cache_key(tower, weights, pixels)
+            self._base = Path(folder) / cache_key(tower, tower_digest, pixels)
             self._read_new_hashes()
 
     @property
@@ -174,6 +174,7 @@ class FeatureCache:
                     if item is None:
                         continue
                     names.append(item.name)
+                    # The readers count in their own processes, so add up their rules here.
                     matches.rules[item.rule] += 1
                     digests.append(item.digest)
                     if item.digest not in self._row_by_hash:
@@ -181,7 +182,7 @@ class FeatureCache:
                 if missing:
                     self._append(missing)
                 bar.advance(len(batch))
-        self._map = None  # the file has grown
+        self._map = None  # map the file again at the next read, since it has grown
         if matches.describe():
             logger.warning("%s: %s", image_folder, matches.describe())
         return ImageFeatures(self, names, [self._row_by_hash[digest] for digest in digests])
@@ -200,7 +201,7 @@ class FeatureCache:
                 self._row_by_hash[digest] = len(self._memory)
                 self._memory.append(row)
             return
-        self._map = None  # Windows does not change the size of a file that is mapped
+        self._map = None  # Windows cannot change the size of a file while it is mapped
         with self._locked():
             # Skip rows that another process has appended in the meantime.
             new = [
@@ -256,14 +257,14 @@ class FeatureCache:
                 self._row_by_hash[digest] = len(self._row_by_hash)
 
 
-def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
+def _key_parts(tower: VisionTower, tower_digest: str, pixels: bool) -> list[Any]:
     """Return everything that determines the value of a row, as JSON values in a fixed order."""
     # Leave out the steps that this transform does not have (None). When a later version adds an optional step, the
     # existing caches then remain valid.
     transform = {name: value for name, value in vars(tower.transform).items() if value is not None}
     parts: list[Any] = [transform]
     if not pixels:
-        parts.append(weights)
+        parts.append(tower_digest)
         parts.append(tower.select_layers)
         parts.append(tower.select_feature)
         parts.append(tower.token_pool)
@@ -271,16 +272,16 @@ def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
     return parts
 
 
-def cache_key(tower: VisionTower, weights: str, pixels: bool = False) -> str:
+def cache_key(tower: VisionTower, tower_digest: str, pixels: bool = False) -> str:
     """Return a file name that identifies everything that determines the value of a row."""
-    parts = json.dumps(_key_parts(tower, weights, pixels))
+    parts = json.dumps(_key_parts(tower, tower_digest, pixels))
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def _describe(tower: VisionTower, weights: str, pixels: bool) -> dict[str, Any]:
+def _describe(tower: VisionTower, tower_digest: str, pixels: bool) -> dict[str, Any]:
     """Return the values that `cache_key` is computed from, by name."""
     names = ["transform", "weights", "select_layers", "select_feature", "token_pool", "dtype"]
-    description = dict(zip(names, _key_parts(tower, weights, pixels)))
+    description = dict(zip(names, _key_parts(tower, tower_digest, pixels)))
     description["content"] = "pixels" if pixels else "features"
     return description
 
@@ -340,7 +341,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
         try:
             matches = NameMatches()
             data = read_image_bytes(name, self.folder, matches)
-            (rule,) = matches.rules
+            (rule,) = matches.rules  # an image is found by exactly one rule
             digest = hashlib.sha256(data).digest()
             if digest in self.known:
                 return _ReadImage(name, digest, None, rule)
@@ -352,7 +353,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so the index of
+    An image takes 24 bytes (a 16-byte hash of its name, and an 8-byte row number), so the index of
     millions of images can be sent to every data-loader worker.
     """
 
@@ -383,6 +384,7 @@ class ImageFeatures:
         return self._cache.read_row(row)
 
     def _find(self, image: str) -> int | None:
+        """Return the row of an image in the cache, or None if it has none."""
         key = np.bytes_(_name_key(image))
         position = np.searchsorted(self._keys, key)
         if position == len(self._keys) or self._keys[position] != key:

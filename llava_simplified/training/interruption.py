@@ -28,14 +28,15 @@ _NOTICE = b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C agai
 
 
 def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) -> None:
-    """Let a data loader worker ignore Ctrl-C, which a terminal sends to it too: the step still needs its images.
+    """Make a data-loader worker ignore Ctrl-C.
 
-    This is a `worker_init_fn`, because a handler of this process is only inherited by workers that are forked, not by
-    those that are spawned. SIGTERM still ends a worker.
+    A terminal sends Ctrl-C to the workers too, but the current step still needs their images. Pass this function as
+    `worker_init_fn`: signal handlers of the training process are inherited by forked workers, but not by spawned ones.
+    SIGTERM still ends a worker.
 
     Args:
         worker: Number of the worker.
-        then: What to call afterward: the `worker_init_fn` that this one replaces.
+        then: The `worker_init_fn` that this function replaces, called afterward.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if then is not None:
@@ -59,13 +60,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class InterruptionCallback(TrainerCallback):
-    """Ends training with a checkpoint after the step in which a signal arrived.
+    """End training with a checkpoint after the step in which a signal arrived.
 
     Attributes:
         signal: Number of the signal that this process has received, or None.
-        is_agreed: Whether any process had received one when the step began. The trainer sets it:
+        is_agreed: True if any process had received a signal when the step began. The trainer sets it:
             signals arrive at different moments, but all processes must stop after the same step.
-        was_stopped: Whether training was ended early.
+        was_stopped: True if training was ended early.
     """
 
     def __init__(self) -> None:
@@ -93,10 +94,10 @@ class InterruptionCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        """Handle a signal."""
+        """Handle a signal: remember the first one, and stop at once at the second one."""
         if os.getpid() != self._pid:
-            # A data loader worker has inherited this handler, and `ignore_interrupts` has not run yet. SIGTERM is how
-            # its parent ends it.
+            # A data-loader worker has inherited this handler, and `ignore_interrupts` has not run yet. The training
+            # process ends its workers with SIGTERM, so restore the default action for it.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -104,7 +105,7 @@ class InterruptionCallback(TrainerCallback):
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._received_at = number, now
-            # Not logged: the handler may have interrupted a write of the logger.
+            # Write to standard error (2) directly: the handler may have interrupted the logger while it writes.
             os.write(2, _NOTICE)
         elif now - self._received_at > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
@@ -117,7 +118,7 @@ class InterruptionCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Save and stop, if a signal has arrived."""
-        # A single process need not ask others.
+        # The trainer sets `is_agreed` only if there are several processes.
         stops = self.is_agreed or (args.world_size == 1 and self.signal is not None)
         if stops and state.global_step < state.max_steps:
             control.should_save = True

@@ -33,7 +33,7 @@ def check_kernels(
         model: Model options.
         data: Data options.
         args: Training options.
-        check_machine: Check what this machine supports, too.
+        check_machine: Also check whether this machine supports the options.
 
     Raises:
         ValueError: This machine does not support an option, or the option would change the result.
@@ -41,8 +41,8 @@ def check_kernels(
     _check_attention(model, data, args)
     if model.bits != 16:
         _check_quantization(model, args)
-    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
-    # was given.
+    # The command line reads --torch_compile as --compile_layers. `args.torch_compile` is True only if a
+    # backend or a mode was passed, because Transformers then sets it.
     if args.torch_compile:
         raise ValueError(
             "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
@@ -66,7 +66,7 @@ def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
             "--attn_implementation sdpa."
         )
     if model.bits != 16:
-        # Called for its check only: raises if bitsandbytes is missing.
+        # Ignore the result: the call raises an error if bitsandbytes is missing.
         quantization(model.bits, torch.float32)
     if args.use_liger_kernel:
         _check_liger(args)
@@ -77,6 +77,7 @@ def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingA
     """Raise ValueError if the attention kernel is unknown, or would not be exact with the other options."""
     name = model.attn_implementation
     option = f"--attn_implementation {name}"
+    # Version 0.1.0 called cpu_matmul "short".
     if name in (None, "sdpa", "eager", "cpu_matmul", "short", "flex_attention"):
         return
     if name != "flash_attention_2":
@@ -149,7 +150,7 @@ def can_compile(device_type: str) -> bool:
 def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer in place.
 
-    All layers share one compiled graph, so compilation takes seconds, whereas a whole model would take
+    All layers share one compiled graph, so compilation takes seconds. Compiling the full model would take
     minutes.
 
     Raises:

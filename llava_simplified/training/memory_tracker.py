@@ -22,7 +22,7 @@ def _cpu_attention_backward_flops(
 
 
 _aten: Any = torch.ops.aten
-# Add the attention kernel for CPUs to torch's registry, which has those of accelerators only.
+# torch's registry has formulas for the attention kernels of accelerators only. Add the kernel for CPUs.
 FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
@@ -66,6 +66,7 @@ class MemoryTracker(TorchDispatchMode):
         self._storages: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count its FLOPs and the storages of its results."""
         # `func` is an overload such as aten.mm.default; the formulas are registered for all overloads
         # of an operator together.
         kwargs = kwargs or {}
@@ -73,7 +74,7 @@ class MemoryTracker(TorchDispatchMode):
         flop_formula = FLOP_FORMULAS.get(func._overloadpacket)
         if flop_formula:
             self.flops += flop_formula(*args, **kwargs, out_val=out)
-        # Outputs can be nested in tuples and lists.
+        # An operation can return tensors in nested tuples and lists.
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
@@ -92,7 +93,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         self._storages[key] = (storage.nbytes(), tuple(tensor.shape))
         self.live += storage.nbytes()
-        # Subtract it when it is freed. Autograd and the model's code free storages as in a real run.
+        # Subtract the storage when it is freed, which happens at the same point as in a real run.
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     captions: list[str]
 
     def rows(self, start: int, end: int) -> Part:
-        """Return a part of these captions."""
+        """Return the captions from `start` to before `end`."""
         return Part(
             self.name,
             self.ids[start:end],
@@ -60,7 +60,7 @@ class OwnReward:
         self._name = name
         self._workers = workers
         self._timeout = timeout
-        # Import it now, so that a misspelled name is found before the training begins.
+        # Import the function now, so that a misspelled name is found before training begins.
         import_function(name)
         self._backend: LocalBackend | None = None
 
@@ -75,8 +75,8 @@ class OwnReward:
 
         Args:
             ids: The name of each caption's record, for errors.
-            images: Path of its image.
-            references: Its references.
+            images: Path of each caption's image.
+            references: References of each caption.
             captions: The captions.
 
         Raises:
@@ -92,8 +92,9 @@ class OwnReward:
         return self._call_in_workers([whole.rows(start, start + size) for start in starts])
 
     def _call_in_workers(self, parts: Sequence[Part]) -> list[float]:
+        """Score the parts in worker processes, and return the numbers in the order of the captions."""
         if self._backend is None:
-            self._backend = LocalBackend(call_function, self._workers, 1)
+            self._backend = LocalBackend(call_function, self._workers, per_cpu=1)
             # End the workers when this object is deleted, or at the latest when the process ends.
             weakref.finalize(self, self._backend.close)
         running = {self._backend.submit(part): number for number, part in enumerate(parts)}
@@ -106,8 +107,8 @@ class OwnReward:
                 late = [parts[number] for number in running.values()]
                 self._stop()
                 raise ValueError(
-                    f"--reward {self._name}: no result within --reward_timeout {self._timeout:g} s, of "
-                    f"{_list_records(late)}."
+                    f"--reward {self._name}: no result within --reward_timeout {self._timeout:g} s for "
+                    f"{_list_records(late)}. Raise --reward_timeout, or make the function faster."
                 )
             for handle in finished:
                 number = running.pop(handle)
@@ -119,7 +120,8 @@ class OwnReward:
         return [value for values in results for value in values]
 
     def _raise(self, error: Exception, part: Part) -> None:
-        # The message of a ValueError is our own: it names the function and the record.
+        """Raise a ValueError that names the function and the records of a part."""
+        # `call_function` raises ValueErrors whose messages name the function and the record already.
         if isinstance(error, ValueError):
             raise error
         raise ValueError(f"--reward {self._name}: {error}, in {_list_records([part])}.") from error
@@ -131,7 +133,7 @@ class OwnReward:
 
 
 def call_function(part: Part) -> list[float]:
-    """Call the function. If it fails, find the record that causes it.
+    """Call the function of the user. If it fails, find the record that causes the failure.
 
     Raises:
         ValueError: The function raises an exception, or does not return one number per caption.
@@ -139,10 +141,10 @@ def call_function(part: Part) -> list[float]:
     function = import_function(part.name)
     try:
         return _call(function, part)
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function can raise anything
         if len(part.captions) == 1:
             raise _describe(part, error) from error
-        # Call it for one caption at a time: the call that fails names its record.
+        # Call the function for one caption at a time. The call that fails raises an error with its record.
         for row in range(len(part.captions)):
             call_function(part.rows(row, row + 1))
         # No single caption fails: name all records, since the function fails only for them together.
@@ -150,9 +152,12 @@ def call_function(part: Part) -> list[float]:
 
 
 def _call(function: RewardFunction, part: Part) -> list[float]:
+    """Call the function of the user, and check that it returns one number per caption."""
     values = [float(value) for value in function(part.images, part.references, part.captions)]
     if len(values) != len(part.captions):
-        raise ValueError(f"{len(values)} rewards for {len(part.captions)} captions")
+        raise ValueError(
+            f"expected {len(part.captions)} rewards, one per caption, but got {len(values)}"
+        )
     return values
 
 
@@ -162,6 +167,7 @@ def _describe(part: Part, error: Exception) -> ValueError:
 
 
 def _list_records(parts: Sequence[Part]) -> str:
+    """Return the names of the records of all captions, each once, as text."""
     ids: list[str] = []
     for part in parts:
         ids += part.ids
@@ -174,7 +180,7 @@ def import_function(name: str) -> RewardFunction:
     Raises:
         ValueError: There is no such module, or no such function in it.
     """
-    # The current folder is not searched by installed commands, but that is where a user's module is.
+    # The module of a user is usually in the current folder, which installed commands do not search.
     module_name, _, function_name = name.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:

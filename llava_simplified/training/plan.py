@@ -36,12 +36,12 @@ from llava_simplified.training.preference_pairs import record_problem
 from llava_simplified.training.resume import find_resume_folder
 from llava_simplified.training.rollouts import PromptExample, branch_examples
 
-# Number of records whose tokens are counted: one half evenly spread over the data, the other half
-# those with the longest texts.
+# Number of records whose tokens are counted. One half of them is evenly spread over the data, the other
+# half has the longest texts.
 SAMPLED_RECORDS = 2000
-# A batch of samples is finished when its longest sample is, which has about twice the mean length.
-LONGEST_SAMPLE = 2
-# Used without --train_data_path: captions are assumed to be as long as those of Conceptual Captions.
+# Decoding a batch ends with its longest sample, which has about this multiple of the mean length.
+LONGEST_TO_MEAN_LENGTH = 2
+# Without --train_data_path, captions are assumed to be as long as this one.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
 
 
@@ -63,7 +63,7 @@ class SamplingPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The resources that a run requires. Bytes are per device; FLOPs are per sample, all passes together.
+    """The resources that a run requires. Bytes are per device; FLOPs are per sample, summed over all passes.
 
     Attributes:
         table: Parameters by part of the model, as text.
@@ -79,7 +79,7 @@ class Plan:
         checkpoint: Bytes of one checkpoint.
         features: Bytes of a feature cache of all images.
         cached: True if the features are cached, so that the vision tower does not run in the steps.
-        sampling: What is sampled; None if the objective samples nothing.
+        sampling: The captions that are sampled, or None if the objective samples nothing.
     """
 
     table: str
@@ -101,10 +101,10 @@ class Plan:
         if args.save_strategy == "no":
             return 0
         if args.save_strategy == "steps":
-            # A value below 1 is a fraction of all steps.
-            share = args.save_steps < 1
-            interval = math.ceil(args.save_steps * self.steps if share else args.save_steps)
-            saves = math.ceil(self.steps / interval)
+            interval = args.save_steps
+            if interval < 1:  # a fraction of all steps
+                interval *= self.steps
+            saves = math.ceil(self.steps / math.ceil(interval))
         else:
             saves = math.ceil(args.num_train_epochs)
         return min(args.save_total_limit or saves, saves)
@@ -150,8 +150,8 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
     Raises:
         ValueError: A configuration or the tokenizer cannot be read.
     """
-    # Replace other kernels, which do not support fake tensors, by sdpa, which saves as little for
-    # backward.
+    # The other attention kernels do not support fake tensors. Use sdpa instead, which saves as little for
+    # backward as they do.
     attention = model_args.attn_implementation
     if attention not in (None, "eager"):
         attention = "sdpa"
@@ -163,7 +163,7 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
         trust_remote_code=model_args.trust_remote_code,
     )
     choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
-    with torch.device("meta"):  # for the adapters
+    with torch.device("meta"):  # new adapters must be on the meta device, too
         set_trainable(model, model_args, trained_parts(model_args))
     if args.gradient_checkpointing:
         # Fake tensors have no random state that could be preserved.
@@ -244,7 +244,7 @@ def _example_lengths(
         records: The records.
         data: Data options.
         args: Training options.
-        sampled: Number of tokens of a sample, if samples are trained on.
+        sampled: Number of tokens that each sampled caption is assumed to have, if the objective samples captions.
     """
     dataset = build_dataset(model, records, "", data, args, args.objective)
     lengths = []
@@ -323,9 +323,10 @@ def _largest_batch(
 
 
 class _WithModel(nn.Module):
-    """Any computation with the model as a module, since `functional_call` replaces weights in `forward`.
+    """A module whose `forward` runs any function of the model, so that `functional_call` can replace the weights.
 
-    Backward needs the replaced weights too, with checkpointing.
+    `functional_call` replaces weights only while `forward` runs. Backward must therefore run within `forward`: with
+    gradient checkpointing it runs layers again, which need the replaced weights.
     """
 
     def __init__(self, model: Llava) -> None:
@@ -342,7 +343,7 @@ class StepCost(NamedTuple):
     Attributes:
         weights: Bytes of the weights.
         activations: Bytes of activations at the peak of forward and backward.
-        logits: Bytes of logits and their gradients then.
+        logits: Bytes of logits and their gradients at the same peak.
         flops: FLOPs of forward and backward.
         forward_flops: FLOPs of a forward without gradients.
         cache: Bytes of the KV cache per position.
@@ -412,7 +413,7 @@ def _cache_bytes(model: Llava) -> int:
     """Return the bytes of the KV cache per position."""
     embedding = model.language_model.get_input_embeddings()
     embeds = embedding(torch.zeros(1, 1, dtype=torch.long))
-    model.eval()  # with checkpointing there is no cache in training
+    model.eval()  # in training mode, gradient checkpointing turns the cache off
     cache = model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values
     model.train()
     size = 0
@@ -438,7 +439,8 @@ def _cache_bytes(model: Llava) -> int:
 #
 #    Gradients appear during backward while activations disappear, so the two are not added. With
 #    gradient accumulation they are: the gradients of earlier micro-batches exist during the step.
-#    Captions are sampled before, when there is a KV cache, but neither gradients nor activations.
+#    Captions are sampled before forward and backward. Their KV cache is not added either, because it is
+#    freed before gradients and activations exist.
 
 
 def make_plan(
@@ -458,8 +460,7 @@ def make_plan(
         zero: ZeRO stage: 2 shards gradients and optimizer state, 3 the weights too. Use 3 for FSDP.
 
     Raises:
-        ValueError: A configuration, the tokenizer or the data cannot be read, or the run would be
-            refused for its options.
+        ValueError: A configuration, the tokenizer or the data cannot be read, or an option is invalid.
     """
     check_options(model_args, data, args, planning=True)
     find_resume_folder(args)
@@ -498,8 +499,8 @@ def make_plan(
         prompt = lengths.longest.positions
         if data.share_prefix:
             prompt -= lengths.longest.trained
-        sample = prompt + args.sample_max_tokens
-        memory["KV cache"] = rows * args.num_samples * sample * cost.cache
+        cached_positions = prompt + args.sample_max_tokens
+        memory["KV cache"] = rows * args.num_samples * cached_positions * cost.cache
         step_peak = max(step_peak, memory["KV cache"])
 
     # A row of a batch is one sample, or a pack of several.
@@ -514,8 +515,8 @@ def make_plan(
         cache = memory["KV cache"] * lengths.mean_positions / row_positions
         sampling = _plan_sampling(model, model_args.bits, lengths, args, samples, batches, cache)
 
-    # Scale the FLOPs of the largest batch to a sample of mean length. Attention is not linear in the
-    # length, but only a small part of the FLOPs at these lengths.
+    # Scale the FLOPs of the largest batch to a sample of mean length. The cost of attention is not linear
+    # in the length, but attention is only a small part of the FLOPs at these lengths.
     return Plan(
         table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
@@ -526,6 +527,7 @@ def make_plan(
         flops=_all_flops(cost, args) * lengths.mean_positions / (rows * row_positions),
         samples=samples,
         steps=steps,
+        # The trained weights in float32, and their optimizer state.
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,
         features=features,
         cached=cached,
@@ -541,7 +543,8 @@ def _all_flops(cost: StepCost, args: TrainingArguments) -> float:
     """Return the FLOPs of a batch: training, the forward of the reference, and sampling."""
     forwards = 1.0 if _has_reference(args) else 0.0
     if args.objective not in ("sft", "dpo"):
-        # Decoding computes every position once, as a forward does. `scst` decodes a greedy caption, too.
+        # Decoding costs as much as a forward, since it computes every position once. `scst` also decodes
+        # a greedy caption.
         greedy = 1 if args.objective == "scst" else 0
         forwards += (args.num_samples + greedy) / args.num_samples
     return cost.flops + forwards * cost.forward_flops
@@ -556,7 +559,7 @@ def _plan_sampling(
     batches: int,
     cache: float,
 ) -> SamplingPlan:
-    """Estimate what is sampled.
+    """Estimate the tokens that are sampled, and the cost of decoding them.
 
     Args:
         model: The meta model.
@@ -568,11 +571,12 @@ def _plan_sampling(
         cache: Mean bytes of the KV cache.
     """
     mean = min(lengths.mean_answer, args.sample_max_tokens)
-    steps_per_batch = min(args.sample_max_tokens, math.ceil(LONGEST_SAMPLE * mean))
+    steps_per_batch = min(args.sample_max_tokens, math.ceil(LONGEST_TO_MEAN_LENGTH * mean))
     samples = args.num_samples
     if args.objective == "scst":
+        # The greedy captions are decoded separately, after the samples.
         samples += 1
-        steps_per_batch += steps_per_batch
+        steps_per_batch *= 2
     language_model = sum(parameter.nbytes for parameter in model.language_model.parameters())
     return SamplingPlan(
         tokens=round(images * samples * mean),
@@ -625,10 +629,11 @@ def _count_steps(
 
 
 def _optimizer_bytes(optim: str) -> int:
-    """Return the bytes of optimizer state per trained parameter: AdamW keeps two moments."""
+    """Return the bytes of optimizer state per trained parameter."""
     name = str(getattr(optim, "value", optim))
     if name == "sgd":
         return 0
+    # AdamW has two moments per parameter, of 1 byte each in 8 bits, or 4 bytes each in float32.
     if "8bit" in name:
         return 2
     return 8

@@ -51,12 +51,13 @@ def add_machine_options(parser: CommandParser) -> None:
         "--mfu",
         type=float,
         default=0.4,
-        help="Fraction of --tflops that training reaches (default: %(default)s)",
+        help="Fraction of --tflops that training achieves (default: %(default)s)",
     )
     group.add_argument(
         "--bandwidth",
         type=float,
-        help="GB/s at which one device reads its memory, for the time of sampling (default: measured on this machine)",
+        help="GB/s at which one device reads its memory, which limits the speed of sampling (default: measured on this "
+        "machine)",
     )
     group.add_argument(
         "--devices",
@@ -89,7 +90,10 @@ def add_cluster_options(parser: CommandParser) -> None:
         help="Numbers of URLs to plan for (default: 3300000 400000000)",
     )
     group.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="Cores of each machine (default: as here)"
+        "--cores",
+        type=int,
+        default=os.cpu_count(),
+        help="Cores of each machine (default: the number of cores of this machine)",
     )
     group.add_argument(
         "--egress",
@@ -112,7 +116,7 @@ def add_cluster_options(parser: CommandParser) -> None:
     group.add_argument(
         "--measure",
         metavar="URLS",
-        help="Measure the rates: run every step on a sample of this list of URLs, as for `llava download`",
+        help="Run every step on a sample of this list of URLs (as for `llava download`), and write the measured rates to --rates",
     )
     group.add_argument(
         "--measure-rows",
@@ -133,13 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava plan`."""
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
-    # Two parsers read the command line: this one takes its own options, and leaves the others to the parser of
-    # `llava train`.
+    # Two parsers read the command line. This one reads the options that only `llava plan` has; the parser of
+    # `llava train` reads the others below.
     machine_parser = CommandParser("llava plan", "Estimate a training run.")
     add_machine_options(machine_parser)
     add_cluster_options(machine_parser)
-    own, training_options = machine_parser.parse_known_args(argv)
-    check_cluster_options(own)
+    plan_options, training_options = machine_parser.parse_known_args(argv)
+    check_cluster_options(plan_options)
 
     # Import these here, because they import torch and transformers, which takes seconds.
     import torch
@@ -149,48 +153,48 @@ def main(argv: list[str] | None = None) -> int:
 
     model_args, data_args, args = parse_arguments(training_options)
     # Set the log level again: parsing the training options has set it without --verbose and --quiet.
-    configure_logging(verbose=own.verbose, quiet=own.quiet)
-    if own.cluster:
+    configure_logging(verbose=plan_options.verbose, quiet=plan_options.quiet)
+    if plan_options.cluster:
         from llava_simplified.training.cluster_command import plan_cluster
 
-        print_text(plan_cluster(own, training_options, model_args, data_args, args))
+        print_text(plan_cluster(plan_options, training_options, model_args, data_args, args))
         return 0
-    zero = read_zero_stage(own.deepspeed)
-    plan = make_plan(model_args, data_args, args, devices=own.devices, zero=zero)
-    tflops = own.tflops
+    zero = read_zero_stage(plan_options.deepspeed)
+    plan = make_plan(model_args, data_args, args, devices=plan_options.devices, zero=zero)
+    tflops = plan_options.tflops
     if tflops is None:
         tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
     # Measure the memory only if captions are sampled. Training is limited by arithmetic instead.
-    bandwidth = own.bandwidth
+    bandwidth = plan_options.bandwidth
     if bandwidth is None and plan.sampling is not None:
         bandwidth = measure_bandwidth(args.device) / 1e9
-    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices, bandwidth))
+    print_text(describe_plan(plan, args, tflops, plan_options.mfu, plan_options.devices, bandwidth))
     return 0
 
 
-def check_cluster_options(own: argparse.Namespace) -> None:
+def check_cluster_options(plan_options: argparse.Namespace) -> None:
     """Raise ValueError if the options of `--cluster` cannot be used together."""
-    if not own.cluster:
-        if own.measure:
+    if not plan_options.cluster:
+        if plan_options.measure:
             raise ValueError("--measure requires --cluster N, the number of machines.")
         return
     counts = {
-        "--cluster": own.cluster,
-        "--cores": own.cores,
-        "--devices": own.devices,
-        "--egress": own.egress,
-        "--urls": min(own.urls),
-        "--num-endpoints": own.num_endpoints or 1,
+        "--cluster": plan_options.cluster,
+        "--cores": plan_options.cores,
+        "--devices": plan_options.devices,
+        "--egress": plan_options.egress,
+        "--urls": min(plan_options.urls),
+        "--num-endpoints": plan_options.num_endpoints or 1,
     }
     for option, count in counts.items():
         if not count > 0:
             raise ValueError(f"{option} must be above 0, not {count}.")
-    # A quarter of the sample must have some rows, too.
-    if own.measure_rows < 8:
-        raise ValueError(f"--measure-rows must be at least 8, not {own.measure_rows}.")
-    if bool(own.endpoint) != bool(own.model):
+    # Each step is also measured on a quarter of the sample, which must not be empty.
+    if plan_options.measure_rows < 8:
+        raise ValueError(f"--measure-rows must be at least 8, not {plan_options.measure_rows}.")
+    if bool(plan_options.endpoint) != bool(plan_options.model):
         raise ValueError("--endpoint and --model belong together: pass both or neither.")
-    if own.endpoint and not own.measure:
+    if plan_options.endpoint and not plan_options.measure:
         raise ValueError("--endpoint requires --measure URLS.")
 
 
@@ -220,7 +224,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
-        # Take the best of several: the first ones allocate memory, or find the clock of the device low.
+        # Keep the fastest of several products: the first ones allocate memory, and an idle device has a low clock.
         product = matrix @ matrix
         float(product[0, 0])  # wait until the device has finished
         # A product of two n x n matrices takes n multiplications and n additions for each of its n^2 elements.
@@ -232,7 +236,7 @@ def measure_bandwidth(device: torch.device) -> float:
     """Return the bytes per second at which this device reads its memory."""
     import torch
 
-    values = torch.ones(1 << 26, device=device)  # 256 MB, more than caches hold
+    values = torch.ones(1 << 26, device=device)  # 256 MB, so that they do not fit into a cache
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
@@ -256,7 +260,7 @@ def describe_plan(
         plan: The plan.
         args: Training options.
         tflops: TFLOP/s of a device in a matrix product.
-        mfu: Fraction of `tflops` that training reaches.
+        mfu: Fraction of `tflops` that training achieves.
         devices: Number of devices.
         bandwidth: GB/s at which a device reads its memory; used if captions are sampled.
     """
@@ -275,7 +279,7 @@ def describe_plan(
         checkpoints = f", {plan.count_checkpoints(args)} kept"
         features = f"{plan.features / gigabyte:.2f} GB if all features are cached"
     else:
-        # Neither --max_steps nor --train_data_path: the number of steps is unknown.
+        # Without --max_steps and --train_data_path, the number of steps is unknown.
         run = "one step          (pass --train_data_path for the whole run) "
         checkpoints = ""
         features = f"{plan.features / 1e3:.0f} KB per image if features are cached"

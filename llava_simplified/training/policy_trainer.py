@@ -7,8 +7,8 @@ One step does the following for each of its images. All captions of a step are s
     3. compare the rewards of an image's captions, which gives their advantages    (`objectives`)
     4. one forward and backward pass, in which the captions are branches of one prompt
 
-With `--sft_weight`, the responses of the record are further branches, each with a positive weight.
-The loss is averaged over the captions of the step. Everything else is that of `LlavaTrainer`.
+With `--sft_weight`, the responses of the record are additional branches, each with a positive weight.
+The loss is averaged over the captions of the step. Everything else is inherited from `LlavaTrainer`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PolicyTrainer(LlavaTrainer):
         **options: See `LlavaTrainer`. The training set is a `PromptDataset`.
 
     Attributes:
-        sampling_seconds: Seconds of sampling and rewards in the last step.
+        sampling_seconds: Duration of sampling and rewards in the last step.
 
     Raises:
         ValueError: The engine shards the weights.
@@ -129,7 +129,8 @@ class PolicyTrainer(LlavaTrainer):
             greedy_options = GenerationOptions(
                 max_new_tokens=args.sample_max_tokens, seed=args.seed
             )
-            greedy = sample_answers(model, examples, features, greedy_options, 0)
+            # The step only changes random numbers, which greedy decoding does not use.
+            greedy = sample_answers(model, examples, features, greedy_options, step=0)
             advantages = scst_advantages(rewards, self._rewards_of(examples, greedy)[:, 0])
         elif args.objective == "rloo":
             advantages = rloo_advantages(rewards)
@@ -153,12 +154,15 @@ class PolicyTrainer(LlavaTrainer):
         rewards = rewards.view(len(examples), samples)
         # A caption without an end token gets the worst reward of its image, however good its beginning is.
         # Otherwise rewards that count matching words would teach the model never to stop.
-        failed = torch.tensor([[self._is_cut_off(answer) for answer in group] for group in answers])
+        cut_off = torch.tensor(
+            [[self._is_cut_off(answer) for answer in group] for group in answers]
+        )
+        # A positive worst reward is lowered to 0, in case all captions of an image are cut off.
         worst = rewards.min(1, keepdim=True).values.clamp_max(0)
-        return torch.where(failed, worst, rewards)
+        return torch.where(cut_off, worst, rewards)
 
     def _is_cut_off(self, answer: Sequence[int]) -> bool:
-        """Return whether an answer has reached the limit without an end token."""
+        """Return whether an answer has reached the token limit without an end token."""
         return answer[-1] not in self.unwrapped_model.prompt.stop_ids
 
     def _training_batch(
@@ -178,17 +182,19 @@ class PolicyTrainer(LlavaTrainer):
                 # mode, and tensors of inference mode cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
-            of_example: list[TrainedAnswer] = []
+            trained_answers: list[TrainedAnswer] = []
             for answer, advantage in zip(group, values):
                 # GRPO averages over the tokens of a caption.
                 scale = 1 / len(answer) if self.args.objective == "grpo" else 1.0
-                of_example.append(TrainedAnswer(tuple(answer), scale, scale * advantage, 1))
+                weight = scale * advantage
+                trained_answers.append(TrainedAnswer(tuple(answer), scale, weight, num_samples=1))
             references = example.reference_answers if self.args.sft_weight else []
             for answer in references:
-                # The mean over the tokens and the references. The loss is averaged over the captions.
+                # Average over the tokens of a reference and over the references of an image. Multiply by the
+                # number of captions, because the loss of a step is divided by it.
                 weight = self.args.sft_weight * len(group) / (len(references) * len(answer))
-                of_example.append(TrainedAnswer(tuple(answer), 0.0, weight, 0))
-            trained.append(merge_equal_answers(of_example))
+                trained_answers.append(TrainedAnswer(tuple(answer), 0.0, weight, num_samples=0))
+            trained.append(merge_equal_answers(trained_answers))
         collator = cast(Any, self.data_collator)
         batch = collate_answers(collator, examples, trained, self._share_prefix)
         batch["num_captions"] = sum(map(len, answers))
@@ -206,7 +212,8 @@ class PolicyTrainer(LlavaTrainer):
         inputs = dict(inputs)
         del inputs["num_captions"]
         scales = inputs.pop("token_scales")
-        counts = inputs.pop("token_counts")  # of equal samples; 0 for the tokens of references
+        # For each token, the number of equal samples that contain it; 0 for the tokens of references.
+        counts = inputs.pop("token_counts")
         reference_log_probs = None
         if self._reference is not None:
             with self._reference.in_place_of_current(self.unwrapped_model):
@@ -277,8 +284,8 @@ class PolicyTrainer(LlavaTrainer):
             )
         if at_limit > MAX_SHARE_AT_LIMIT:
             self._warn_once(
-                "share_at_limit: most captions have no end. Start from a checkpoint that ends its captions, raise "
-                "--sample_max_tokens, or lower --learning_rate"
+                f"share_at_limit is above {MAX_SHARE_AT_LIMIT}: most captions reach --sample_max_tokens without an end "
+                "token. Start from a checkpoint that ends its captions, raise --sample_max_tokens, or lower --learning_rate"
             )
         if kl > MAX_KL:
             self._warn_once(
@@ -300,7 +307,7 @@ def kl_coefficient(args: Any) -> float:
 
 
 def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
-    """Raise ValueError if the weights are sharded: then no process has all of them."""
+    """Raise ValueError if the engine shards the weights, so that no process has all of them."""
     if trainer.weights_are_sharded:
         raise ValueError(
             f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP, because sampling and the reference "
@@ -309,7 +316,7 @@ def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn dropout off permanently. With dropout, a caption's probability in training would not be that of sampling."""
+    """Turn dropout off permanently, so that a caption has the same probability in training as in sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -30,7 +30,7 @@ class PairExample(Example):
 
 
 def record_problem(objective: str) -> Callable[[Record], str]:
-    """Return a function that returns why an objective cannot use a record; "" if it can."""
+    """Return the check of an objective: a function that returns why a record cannot be used, or "" if it can."""
     return pair_problem if objective == "dpo" else response_problem
 
 
@@ -41,7 +41,7 @@ class PairDataset(CaptionDataset):
         """Return the pair of a record, without its images.
 
         Raises:
-            ValueError: The record is no pair, or its prompt leaves no room for an answer.
+            ValueError: The record is not a pair, or its prompt leaves no room for an answer.
         """
         problem = pair_problem(record)
         if problem or record.rejected is None:
@@ -95,8 +95,10 @@ def _split_pairs(rows: Sequence[Any]) -> list[Example]:
     """Return one example for each answer, with a copy of the prompt."""
     split: list[Example] = []
     for pair in rows:
+        # The tokens are those of the prompt (branch 0), the chosen (1) and the rejected answer (2).
         start = pair.branches.index(1)
-        middle = start + pair.answer_lengths[0]
+        chosen_length, _ = pair.answer_lengths
+        middle = start + chosen_length
         answers = [pair.input_ids[start:middle], pair.input_ids[middle:]]
         prompt = Example(
             pair.input_ids[:start],

@@ -2,12 +2,12 @@
 
 One step, for each pair of a chosen and a rejected answer:
 
-    1. log-probabilities of both answers, as branches of one prompt, by the reference (no gradient)
-    2. the same by the model that is trained
+    1. compute the log-probabilities that the reference gives to both answers (no gradient)
+    2. compute those that the trained model gives to them; the answers are branches of one prompt
     3. a logistic loss on how much more the model prefers the chosen answer than the reference does
 
 The reference is the model at the start of the run. The loss is averaged over the pairs of the step.
-Everything else is as in `LlavaTrainer`.
+Everything else is inherited from `LlavaTrainer`.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class PreferenceTrainer(LlavaTrainer):
         lengths = inputs.pop("answer_lengths")
         current = self.unwrapped_model
         if current.vision_tower.frozen and "pixel_values" in inputs:
-            # Run the tower once for both models. The copy is an ordinary tensor: those of inference mode
-            # cannot be saved for the backward pass.
+            # Run the tower once for both models. Copy the features, because they are computed in inference
+            # mode, and tensors of inference mode cannot be saved for the backward pass.
             features = encode_images(current, inputs.pop("pixel_values"))
             inputs["image_features"] = features.clone()
         with self._reference.in_place_of_current(current):
             reference_log_probs = current(**inputs).log_probs
         outputs = model(**inputs)
 
-        # (pairs, 2): how much likelier each answer has become, in nats; chosen first.
+        # (pairs, 2): how much the log-probability of each answer has risen, in nats; the chosen one first.
         gains = sums_by_length(outputs.log_probs - reference_log_probs, lengths).view(-1, 2)
         # The loss depends on the difference only: it also falls if both answers become less likely, the rejected
         # one more so.
@@ -75,7 +75,8 @@ class PreferenceTrainer(LlavaTrainer):
         if self.args.sft_weight:
             # Average over the tokens of each answer, so that long answers do not count more than short ones.
             mean_log_probs = sums_by_length(outputs.log_probs, lengths) / lengths
-            loss = loss - self.args.sft_weight * mean_log_probs.view(-1, 2)[:, 0].sum()
+            of_chosen = mean_log_probs.view(-1, 2)[:, 0]
+            loss = loss - self.args.sft_weight * of_chosen.sum()
         self._count(beta * gains.detach())
         return loss, outputs
 

@@ -41,12 +41,13 @@ logger = logging.getLogger(__name__)
 
 # Minimum number of steps for `auto`: a shorter run shows its problems soon enough without it.
 MIN_STEPS_FOR_AUTO = 2000
-# The first step allocates memory and compiles, the second one is timed.
+# The first step allocates memory and compiles. The second step is timed.
 DRY_RUN_STEPS = 2
 # With accumulation, the gradients of earlier micro-batches exist during the next one. Two micro-batches
 # are sufficient to reproduce this.
 DRY_RUN_ACCUMULATION = 2
-MIN_DRY_RUN_RECORDS = 16  # some of their images may be missing
+# More records than a small batch needs, because some of their images may be missing.
+MIN_DRY_RUN_RECORDS = 16
 
 # Error messages of CUDA, torch, glibc and Python when memory runs out.
 _OUT_OF_MEMORY_SIGNS = (
@@ -65,10 +66,10 @@ def preflight(
     data: DataArguments,
     args: TrainingArguments,
 ) -> None:
-    """Check the run and do a dry run, unless `--preflight` excludes it.
+    """Check memory and disk space and do a dry run, if `--preflight` asks for it (see `_is_wanted`).
 
     Args:
-        argv: The command line. The dry run gets it with some options replaced.
+        argv: The command line. The dry run has the same one, with some options replaced.
         model_args: Model options.
         data: Data options.
         args: Training options.
@@ -95,7 +96,11 @@ def preflight(
 
 
 def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
-    """Return whether `--preflight` asks for the check of this run."""
+    """Return whether `--preflight` asks for a check: "true", or "auto" for a new run of many steps.
+
+    Raises:
+        ValueError: `--preflight` is invalid, or "true" under a launcher.
+    """
     choice = args.preflight.lower()  # YAML may give "True"
     if choice not in ("auto", "true", "false"):
         raise ValueError(f"--preflight {args.preflight}: expected auto, true or false.")
@@ -119,6 +124,7 @@ def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
 
 
 def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
+    """Return the approximate number of steps of the run."""
     if args.max_steps > 0:
         return args.max_steps
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -130,9 +136,10 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
 
 
 def _check_memory(plan: Plan, args: TrainingArguments) -> None:
+    """Raise ValueError if the longest batch would not fit into the free memory."""
     available = _available_memory(args)
     if plan.peak > available:
-        reason = f"it requires {plan.peak / 1e9:.3g} GB, {available / 1e9:.3g} GB are available"
+        reason = f"it requires {plan.peak / 1e9:.3g} GB, but {available / 1e9:.3g} GB are available"
         raise ValueError(_describe_out_of_memory(plan, args, reason))
 
 
@@ -144,7 +151,8 @@ def _check_disk(plan: Plan, args: TrainingArguments) -> None:
         fitting = max(1, free // plan.checkpoint)
         raise ValueError(
             f"preflight: {count} checkpoints of {plan.checkpoint / 1e9:.2f} GB do not fit on the disk of "
-            f"{args.output_dir}, {free / 1e9:.1f} GB are free. Pass --save_total_limit {fitting}, or another --output_dir."
+            f"{args.output_dir}, which has {free / 1e9:.1f} GB free. Pass --save_total_limit {fitting}, or another "
+            "--output_dir."
         )
 
 
@@ -157,7 +165,7 @@ def _available_memory(args: TrainingArguments) -> int:
 
 
 def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) -> str:
-    """Return an error message with options that reduce memory, in the order of their side effects."""
+    """Return an error message with options that reduce memory, those with the fewest side effects first."""
     remedies = []
     batch_size = args.per_device_train_batch_size
     bytes_per_sample = (plan.memory["activations"] + plan.memory["logits"]) / batch_size
@@ -182,6 +190,7 @@ def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) ->
 
 
 def _accumulation_of_dry_run(args: TrainingArguments) -> int:
+    """Return the number of micro-batches in a step of the dry run."""
     return min(DRY_RUN_ACCUMULATION, args.gradient_accumulation_steps)
 
 
@@ -202,6 +211,7 @@ def _dry_run_options(
         "resume_from_checkpoint": False,
         "report_to": "none",
         "disable_tqdm": True,
+        # These are fractions: accept any number of bad ones, since the longest records are often bad.
         "max_bad_images": 1,
         "max_bad_records": 1,
         "cache_vision_features": "memory" if plan.cached else "off",
@@ -216,11 +226,11 @@ def _dry_run_options(
             data.train_data_path,
             data.train_image_folder,
             "--train_image_folder",
-            train_count,
-            target,
-            prompt,
-            args.model_max_length,
-            record_problem(args.objective),
+            count=train_count,
+            target=target,
+            prompt=prompt,
+            max_length=args.model_max_length,
+            problem_of=record_problem(args.objective),
         )
         # With --data, the command line has no other option for the records.
         option = "data" if data.data else "train_data_path"
@@ -231,11 +241,11 @@ def _dry_run_options(
             data.eval_data_path,
             data.val_image_folder,
             "--val_image_folder",
-            2,
-            target,
-            prompt,
-            args.model_max_length,
-            response_problem,
+            count=2,
+            target=target,
+            prompt=prompt,
+            max_length=args.model_max_length,
+            problem_of=response_problem,
         )
         values |= {"eval_data_path": target, "val_image_folder": folder}
     argv = []
@@ -262,6 +272,7 @@ def _write_longest_records(
     records = set_bad_records_aside(records, 1, prompt, max_length, problem_of)
     lines = []
     for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
+        # In a JSON array, a record can have several lines. JSON Lines need one line per record.
         lines.append(records.rows.raw(index).replace(b"\n", b" "))
     target.write_bytes(b"\n".join(lines))
     return folder
@@ -304,10 +315,11 @@ def _describe_result(
     result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
 ) -> str:
     """Return the result of the dry run as text, with the estimated duration of the run."""
-    accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
+    # The dry run has fewer micro-batches per step than the run.
+    micro_batch_ratio = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
     # The dry run used the longest examples, so its time per step is an upper limit. Packs all have the
     # same length.
-    longest = result["seconds"] * plan.steps * accumulation
+    longest = result["seconds"] * plan.steps * micro_batch_ratio
     shortest = longest if data.packing else longest * plan.positions / plan.longest
     sampling = ""
     if result["sampling_seconds"]:

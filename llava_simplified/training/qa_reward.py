@@ -6,7 +6,7 @@
         +-- question, options shuffled -->  What color is the car?  A. blue  B. red      --> "B"
 
 The reward is the share of correct answers. The model is not given the image, so it can only find an answer in the caption,
-or guess it. The idea is that of CapRL (Xing et al., 2025, arXiv:2509.22647).
+or guess it. The idea comes from CapRL (Xing et al., 2025, arXiv:2509.22647).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ Answer a question about the image, from this description alone. If it does not s
 {options}
 
 Reply with the letter of the answer only."""
-# Some models write a few words or a bracket before the letter. It is too few for models that reason before they answer.
+# Some models write a few words or a bracket before the letter. Models that reason before they answer need more tokens
+# than this, and are not supported.
 MAX_ANSWER_TOKENS = 16
 _LETTER = re.compile(r"\b([A-Z])\b")
 
@@ -53,7 +54,7 @@ class Task(NamedTuple):
     record_id: str
     caption: str
     question: Question
-    order: list[int]  # indices of the options, as they are shown
+    order: list[int]  # indices of the options, in the order in which they are shown
 
 
 class QaReward:
@@ -61,10 +62,11 @@ class QaReward:
 
     Args:
         endpoint: The server.
-        tries: How often each question is asked. The order of its options differs, because models prefer some letters.
+        tries: How often each question is asked, each time with its options in another order, because models prefer
+            some letters.
         seed: Seed of the orders.
-        counts: Counter to update: "questions" is the number of questions that were asked, "questions_unanswered" the
-            number of those that the model refused, or answered without a letter. These count as wrong.
+        counts: Counter that is updated. "questions" counts the questions that were asked. "questions_unanswered" counts
+            those that the model refused or answered without a letter, which are scored as wrong.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class QaReward:
 
         Args:
             ids: The name of each caption's record.
-            questions: The questions of the record.
+            questions: The questions of each caption's record.
             captions: The captions.
 
         Raises:
@@ -116,16 +118,16 @@ class QaReward:
     def _shuffle(self, record_id: str, number: int, attempt: int, count: int) -> list[int]:
         """Return an order of the options.
 
-        It is the same for all captions of a record, because their rewards are compared, and it is the same in a resumed
-        run.
+        The order is the same for all captions of a record, because their rewards are compared, and in a resumed run.
         """
         key = f"{self._seed}|{record_id}|{number}|{attempt}"
-        # Seed a generator with a hash of the key. `hash()` would differ between processes.
+        # Do not use `hash()` as the seed: it differs between processes.
         order = list(range(count))
         random.Random(hashlib.sha256(key.encode()).digest()).shuffle(order)
         return order
 
     async def _ask_all(self, tasks: Sequence[Task]) -> list[bool]:
+        """Send all questions concurrently, and return whether each was answered correctly."""
         async with EndpointClient(self._endpoint, self._options) as client:
             # The client limits the number of requests in flight. After an error, the others are cancelled.
             running = [asyncio.ensure_future(self._ask(client, task)) for task in tasks]

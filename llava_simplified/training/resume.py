@@ -24,7 +24,7 @@ from llava_simplified.training_options import INHERITED
 # CPU process. For this, `checkpoint-N/` contains the trained weights and the folder
 # `trainer_state/`:
 #
-#     optimizer.safetensors    optimizer state by weight and key, whole tensors (see `sharding`)
+#     optimizer.safetensors    optimizer state by weight and key, full tensors (see `sharding`)
 #     scheduler.pt             position in the learning-rate schedule
 #     scaler.pt                loss scale, with --fp16 only
 #     rng_state*.pth           random states of each process (Python, NumPy, torch), for dropout
@@ -105,10 +105,10 @@ def run_settings(
         training records.
     """
     settings = non_default_options(model_args, data_args, args)
-    # Transformers replaces the option by an object. Of its fields, these decide the order.
-    loading = args.accelerator_config
+    # Transformers replaces this option by an object. Store only its fields that affect the order of the samples.
+    accelerator_config = args.accelerator_config
     settings["accelerator_config"] = {
-        name: getattr(loading, name)
+        name: getattr(accelerator_config, name)
         for name in ("split_batches", "even_batches", "use_seedable_sampler")
     }
     settings["processes"] = args.world_size
@@ -119,8 +119,8 @@ def run_settings(
 def _file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, which takes about a second for a gigabyte.
 
-    Size and time of the file would be cheaper. But a copy of the file, on another machine or
-    downloaded again, has another time, and an edit may keep the size.
+    Comparing the size and the modification time would be cheaper. But a copy of the file, on another
+    machine or downloaded again, has another time, and an edit may keep the size.
     """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -130,7 +130,7 @@ def _file_digest(path: Path) -> str:
 
 
 def is_resuming(args: TrainingArguments) -> bool:
-    """Return True if `--resume_from_checkpoint` names a checkpoint, or is "true"."""
+    """Return True if `--resume_from_checkpoint` is a checkpoint folder or "true"."""
     return args.resume_from_checkpoint not in (None, "", "False", "false", False)
 
 
@@ -183,12 +183,12 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
 
     before, now = dict(checkpoint["training"]), dict(settings)
     if not isinstance(before.get("accelerator_config"), dict):
-        # A checkpoint of 0.1.0, which did not store it as values.
+        # Version 0.1.0 did not store these values. Assume that they are the same.
         before["accelerator_config"] = now["accelerator_config"]
     _check_same_records(folder, before, now)
     _check_same_steps(folder, before, now)
     differences = []
-    # Both sides contain only options that differ from their defaults.
+    # `before` and `now` contain only options that differ from their defaults.
     for name in sorted({*before, *now} - _NOT_COMPARED):
         if before.get(name) == now.get(name):
             continue
@@ -211,23 +211,23 @@ def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[st
     """Raise ValueError if the training records are not those of the checkpoint. Their file may have moved."""
     path, old_path = now.get("train_data_path"), before.get("train_data_path")
     digest = before.get("train_data_sha256")
-    if digest is None:  # a checkpoint of 0.1.0: only the path is known
+    if digest is None:  # version 0.1.0 stored only the path
         is_same = path == old_path
     else:
         is_same = digest == now["train_data_sha256"]
     if not is_same:
         raise ValueError(
-            f"--train_data_path {path}: {folder} was trained on other records, those of {old_path} at that time. A run can "
-            "only be resumed with the same records in the same order: otherwise some would be repeated or skipped. Restore "
-            f"the old file, or start a new run from the trained weights with --init_from {folder}."
+            f"--train_data_path {path}: {folder} was trained on other records, which were in {old_path}. A run can only be "
+            "resumed with the same records in the same order; otherwise, some would be repeated or skipped. Restore the "
+            f"old file, or start a new run from the trained weights with --init_from {folder}."
         )
 
 
 def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError if a step would contain other records than in the run of the checkpoint.
 
-    A resumed run skips the batches of the earlier steps. With more or fewer records per step, it would skip
-    other records than those that were trained on.
+    A resumed run skips the batches of the earlier steps. With another number of records per step, these
+    batches would contain other records than those that were trained on.
     """
     if now.get("ignore_data_skip"):
         raise ValueError(
@@ -235,8 +235,9 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
             f"--ignore_data_skip False, or start a new run from the trained weights with --init_from {folder}."
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
-    # `group_by_length` groups the records of one batch of all processes, so this number must not
-    # change either.
+    # `group_by_length` sorts records within groups of one batch of all processes. The size of these groups
+    # must not change either. With an equal number of records per step, it is unchanged if the number of
+    # accumulation steps is.
     is_same = old.records == new.records
     requirement = "with the same product"
     if now.get("train_sampling_strategy") == "group_by_length":
@@ -251,7 +252,7 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
 
 
 class _StepSize(NamedTuple):
-    """How many records an optimizer step trains: the product."""
+    """The number of records in an optimizer step, as a product of three numbers."""
 
     per_device: int
     accumulation: int
@@ -266,11 +267,12 @@ class _StepSize(NamedTuple):
         )
         # With `split_batches`, the processes share a batch of the given size.
         is_split = settings["accelerator_config"]["split_batches"]
-        return cls(per_device, accumulation, 1 if is_split else int(settings.get("processes", 1)))
+        processes = 1 if is_split else int(settings.get("processes", 1))
+        return cls(per_device, accumulation, processes)
 
     @property
     def records(self) -> int:
-        """Number of records."""
+        """Number of records in an optimizer step."""
         return self.per_device * self.accumulation * self.processes
 
     def __str__(self) -> str:
@@ -282,11 +284,11 @@ class _StepSize(NamedTuple):
 
 def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, Any]) -> None:
     """Raise ValueError if the model of this run differs from that of the checkpoint."""
-    # Entries that an older version did not write have their defaults.
+    # Settings that an older version did not store have their default values.
     before = asdict(LlavaConfig.from_dict(stored))
     for name, value in asdict(config).items():
         if name not in _LOCATIONS and value != before[name]:
             raise ValueError(
                 f"{folder}: its model has {name} {before[name]}, but the model of this run has {name} {value}. "
-                f"Pass the old value, or start a new run with a different --output_dir."
+                "Pass the old value, or start a new run in another --output_dir."
             )

@@ -1,7 +1,7 @@
 """Rewards: what a sampled caption is worth, `--reward cider=1.0,length=0.1`.
 
-    cider      CIDEr-D against the record's responses; words that occur with many images count less. The
-               frequencies are those of all training records
+    cider      CIDEr-D against the record's responses; words that occur with many images count less. In
+               how many images a word occurs is counted over all training records
     bleu4      BLEU-4 of the single caption
     rouge_l    the longest common subsequence with a reference
     word_f1    the best F1 of the words, for any language that separates words by spaces
@@ -12,7 +12,7 @@
 
     my_module:my_function    a function of your own: (image paths, references, captions) -> numbers
 
-CIDEr-D, BLEU-4 and ROUGE-L equal those of pycocoevalcap, and CLIPScore is that of `llava evaluate`.
+CIDEr-D, BLEU-4 and ROUGE-L equal those of pycocoevalcap, and CLIPScore equals that of `llava evaluate --clip`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length", "clipscore", "qa")
 
 
 class RewardedRecord(Protocol):
-    """What rewards read of a record: `rollouts.PromptExample`."""
+    """The fields of a record that rewards read. `rollouts.PromptExample` has them."""
 
     id: str
     image: str
@@ -53,19 +53,19 @@ RewardFunction = Callable[[Sequence[RewardedRecord], Sequence[str]], Sequence[fl
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """What single rewards need; see the options of the same names, `--reward_...`.
+    """Options that only some rewards need. Most are command-line options: `workers` is `--reward_workers`.
 
     Attributes:
-        workers: Worker processes for a function of the user.
-        timeout: Maximum duration of its calls, and of a request to the server, in seconds.
-        clip: Folder of a CLIP model.
-        device: Where it runs.
+        workers: Number of worker processes for a function of the user.
+        timeout: Maximum duration of a call of that function, or of a request to the server, in seconds.
+        clip: Folder of the CLIP model of `clipscore`.
+        device: Device on which the CLIP model runs.
         endpoint: Base URL of the server of `qa`.
-        endpoint_model: Name of its model.
-        tries: How often each question is asked.
-        seed: Seed of the order of the answers.
-        frequencies_file: Where the document frequencies of `cider` are stored; None: nowhere.
-        data_digest: What identifies the training records.
+        endpoint_model: Name of the server's model.
+        tries: How often each question of `qa` is asked.
+        seed: Seed of the order in which the options of a question are shown.
+        frequencies_file: File that stores the document frequencies of `cider`, or None to store none.
+        data_digest: Text that identifies the training records.
     """
 
     workers: int = 0
@@ -84,11 +84,14 @@ class RewardOptions:
 
 
 def _bleu4(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
+    """Return the BLEU-4 of each caption."""
     tokens = [cached_tokenize(caption) for caption in captions]
     reference_tokens = [[cached_tokenize(text) for text in record.references] for record in records]
-    bleu = ngram_metrics([tokens], reference_tokens)[-1]
-    # The statistics of single captions, not summed over the images.
-    scores: list[float] = bleu.finish(bleu.statistics[0], 1)[:, MAX_ORDER - 1].tolist()
+    _, _, bleu = ngram_metrics([tokens], reference_tokens)
+    # `finish` usually computes the score of a corpus from summed statistics. Here it gets those of each
+    # caption: (captions, statistics) -> (captions, BLEU-1 to BLEU-4).
+    [statistics] = bleu.statistics
+    scores: list[float] = bleu.finish(statistics, 1)[:, MAX_ORDER - 1].tolist()
     return scores
 
 
@@ -97,12 +100,15 @@ def _rouge_l(caption: str, references: Sequence[str]) -> float:
 
 
 def length_reward(caption: str, references: Sequence[str]) -> float:
-    """Return 1 for as many words as a reference, less the relative difference; at least 0."""
-    words = len(caption.split())
+    """Return 1 minus the relative difference in length to a reference, in words; at least 0.
+
+    With several references, the best value is returned.
+    """
+    num_words = len(caption.split())
     best = 0.0
     for reference in references:
         target = max(len(reference.split()), 1)
-        best = max(best, 1 - abs(words - target) / target)
+        best = max(best, 1 - abs(num_words - target) / target)
     return best
 
 
@@ -131,13 +137,16 @@ def parse_rewards(text: str) -> dict[str, float]:
             raise ValueError(
                 f"--reward {text}: unknown reward {name!r}; expected {', '.join(BUILT_IN)}, or module:function."
             )
+        if name in weights:
+            raise ValueError(f"--reward {text}: {name} occurs twice. Pass each reward once.")
         try:
             weight = float(value) if equals else 1.0
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight) or name in weights:
+        if not math.isfinite(weight):
             raise ValueError(
-                f"--reward {text}: expected each name once, with a number, such as cider=1.0,length=0.1."
+                f"--reward {text}: the weight of {name} must be a number, not {value!r}. Pass weights as in "
+                "cider=1.0,length=0.1."
             )
         weights[name] = weight
     return weights
@@ -148,8 +157,8 @@ class Reward:
 
     Args:
         text: `--reward`.
-        references: The references of each training record, for the frequencies of `cider`.
-        options: What single rewards need.
+        references: The references of each training record, for the document frequencies of `cider`.
+        options: Options that only some rewards need.
 
     Raises:
         ValueError: A reward is unknown, an option that it needs is missing, or its function cannot be imported.
@@ -191,21 +200,21 @@ class Reward:
         return totals
 
     def pop_counts(self) -> dict[str, int]:
-        """Return, since the last call, how many questions `qa` has asked, and how many got no usable answer."""
+        """Return the counts of `QaReward` since the last call: questions that were asked, and left unanswered."""
         counts = dict(self._counts)
         self._counts.clear()
         return counts
 
 
 def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
-    """Check that every reward has what it needs.
+    """Check that every reward has the options that it needs.
 
     Args:
         names: Names of the rewards.
-        options: What single rewards need.
+        options: Options that only some rewards need.
 
     Raises:
-        ValueError: An option is missing, or has no effect.
+        ValueError: An option is missing, has no effect, or has an invalid value.
     """
     names = set(names)
     has_function = any(":" in name for name in names)
@@ -214,7 +223,7 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
         ("qa", "--reward_endpoint", options.endpoint, "the URL of a server with OpenAI's API"),
         ("qa", "--reward_endpoint_model", options.endpoint_model, "the name of its model"),
     )
-    # Refuse a missing option, and an option that would be ignored.
+    # Reject a missing option, and an option that would be ignored.
     for name, option, value, meaning in needs:
         if name in names and not value:
             raise ValueError(f"--reward {name} requires {option}: {meaning}.")
@@ -223,7 +232,9 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
     if has_function and options.workers < 0:
         raise ValueError(f"--reward_workers {options.workers}: expected 0 or more.")
     if not options.timeout > 0:
-        raise ValueError(f"--reward_timeout {options.timeout:g}: expected seconds above 0.")
+        raise ValueError(
+            f"--reward_timeout {options.timeout:g}: expected a number of seconds above 0."
+        )
     if options.tries < 1:
         raise ValueError(f"--reward_tries {options.tries}: expected 1 or more.")
 
@@ -234,6 +245,7 @@ def _build(
     options: RewardOptions,
     counts: Counter[str],
 ) -> RewardFunction:
+    """Return the function that computes the reward `name`; `counts` is updated by the reward `qa`."""
     if name == "cider":
         return _for_each(CiderScorer(_frequencies(references, options)).score)
     if name == "bleu4":
@@ -254,9 +266,9 @@ def _build(
 def _frequencies(
     references: Iterable[Sequence[str]], options: RewardOptions
 ) -> DocumentFrequencies:
-    """Read the document frequencies that the run has stored; else count and store them."""
+    """Return the document frequencies that the run has stored. If there are none, count and store them."""
     path = options.frequencies_file
-    # A resumed run must score as before, and need not count again.
+    # With the stored frequencies, a resumed run computes the same rewards and need not count again.
     stored = DocumentFrequencies.load(path, options.data_digest) if path else None
     if stored is not None:
         return stored
@@ -267,7 +279,8 @@ def _frequencies(
 
 
 def _clipscore(options: RewardOptions) -> RewardFunction:
-    # Imported here, because most runs need neither CLIP nor a server.
+    """Return the reward `clipscore`."""
+    # Import this here, because most runs need neither CLIP nor a server.
     from llava_simplified.training.clip_reward import ClipReward
 
     clip = ClipReward(options.clip, options.device)
@@ -281,14 +294,15 @@ def _clipscore(options: RewardOptions) -> RewardFunction:
 
 
 def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
+    """Return the reward `qa`, which updates `counts`."""
     from llava_simplified.captioning.endpoint_options import EndpointOptions
     from llava_simplified.training.qa_reward import QaReward
 
     endpoint = EndpointOptions(options.endpoint, options.endpoint_model, timeout=options.timeout)
-    ask = QaReward(endpoint, options.tries, options.seed, counts)
+    qa = QaReward(endpoint, options.tries, options.seed, counts)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
-        return ask(
+        return qa(
             [record.id for record in records], [record.questions for record in records], captions
         )
 
@@ -296,6 +310,7 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
 
 
 def _own_function(name: str, options: RewardOptions) -> RewardFunction:
+    """Return the reward of a user, `module:function`."""
     function = OwnReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:

@@ -36,8 +36,8 @@ class PromptExample(Example):
     """A prompt without an answer; answers are sampled later.
 
     Attributes:
-        references: The responses of the record, which rewards compare with.
-        image: Path of the first image; empty for a record of text alone.
+        references: The responses of the record. Rewards compare sampled answers with them.
+        image: Path of the first image; empty for a record without images.
         questions: The multiple-choice questions of the record.
         reference_answers: The token ids of each reference, if references are trained too.
     """
@@ -118,8 +118,8 @@ def sample_answers(
 ) -> Answers:
     """Generate `num_return_sequences` answers for each prompt.
 
-    The random numbers of a sample depend on the seed, the step, the record and the number of the sample
-    only, and not on the batch. A resumed run therefore samples what an uninterrupted run would have.
+    The random numbers of a sample depend only on the seed, the step, the record and the number of the
+    sample, and not on the batch. A resumed run therefore samples the same answers as an uninterrupted one.
 
     Args:
         model: The model.
@@ -135,7 +135,7 @@ def sample_answers(
     given = [features for features in image_features if features is not None]
     all_features = torch.cat(given) if given else None
     hashes = [hashlib.sha256(f"{step}|{example.id}".encode()).digest() for example in examples]
-    # Compiled layers would be compiled again for each length in decoding.
+    # Do not use compiled layers here: they would be compiled again for each length of the sequence.
     with eval_mode(model), torch.compiler.set_stance("force_eager"):
         batch = DecodingBatch(model, prompts, all_features, options, hashes)
         while batch.active:
@@ -146,9 +146,9 @@ def sample_answers(
     return [sequences[start : start + samples] for start in range(0, len(sequences), samples)]
 
 
-# Samples of an image are often equal, the more so the more certain the model is. Equal captions have equal
-# gradients, so each is trained once, with the sum of its weights. What remains are examples of very different
-# lengths; they are packed into rows of the longest one.
+# Samples of an image are often equal, especially if the model is certain. Equal captions have equal gradients, so
+# each distinct caption is trained once, with the sum of the weights. The examples then differ much in length, so
+# several short ones are packed into a row as long as the longest one.
 #
 #     5 samples of image 1:  a cat, a cat, my pet, a cat, a cat      rows    prompt 1  a cat  my pet
 #     5 samples of image 2:  a dog, a dog, a dog, a dog, a dog               prompt 2  a dog  |  prompt 3  a red car
@@ -175,7 +175,8 @@ def merge_equal_answers(answers: Sequence[TrainedAnswer]) -> list[TrainedAnswer]
     """Return each distinct answer once; the order is that of their first occurrence."""
     merged: dict[tuple[int, ...], TrainedAnswer] = {}
     for answer in answers:
-        before = merged.get(answer.ids, TrainedAnswer(answer.ids, 0.0, 0.0, 0))
+        nothing = TrainedAnswer(answer.ids, scale=0.0, weight=0.0, num_samples=0)
+        before = merged.get(answer.ids, nothing)
         merged[answer.ids] = TrainedAnswer(
             answer.ids,
             before.scale + answer.scale,
@@ -200,7 +201,8 @@ def collate_answers(
         share_prefix: Train the answers as branches of one sequence.
 
     Returns:
-        The batch. `token_scales`, `token_weights` and `token_counts` are those of each token's answer.
+        The batch. For each label, `token_scales`, `token_weights` and `token_counts` contain the `scale`,
+        `weight` and `num_samples` of its `TrainedAnswer`.
     """
     examples: list[Example] = []
     answers_of_example: list[Sequence[TrainedAnswer]] = []
@@ -212,7 +214,7 @@ def collate_answers(
         lengths = [_length(example, collator.tokens_per_image) for example in examples]
         rows = plan_packs(lengths, max(lengths), seed=0)
     packs: list[list[Example]] = []
-    # In the order of the labels, which is that of the examples in the rows.
+    # List the values in the order of the labels: row by row, and in a row example by example.
     scales: list[float] = []
     weights: list[float] = []
     counts: list[int] = []

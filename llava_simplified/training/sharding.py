@@ -21,8 +21,8 @@ from llava_simplified.model.llava import Llava
 # of each tensor.
 #
 #                    weights     gradients   optimizer state
-#     DDP            whole       whole       whole
-#     ZeRO-2         whole       shard       shard
+#     DDP            full        full        full
+#     ZeRO-2         full        shard       shard
 #     ZeRO-3, FSDP   shard       shard       shard
 #
 # Every run starts with a full model in every process, which the engine (DDP, DeepSpeed or FSDP) then
@@ -77,8 +77,8 @@ def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, to
 
     Args:
         model: The unwrapped model.
-        parts: The trained parts. A fully trained vision tower is saved as a complete model folder, so its
-            frozen weights (the layers above the selected one) are yielded too.
+        parts: The trained parts. With `vision_tower="full"`, the tower is saved as a complete model folder, so
+            its frozen weights (the layers above the selected one) are yielded too.
     """
     for name, parameter in _trained_parameters(model):
         if _is_zero(parameter):
@@ -179,7 +179,7 @@ def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterSta
 # this process's shard of all weights of a parameter group:
 #
 #     weights of a group    [w0 ......][w1 ...][w2 .........]
-#     flat, whole           [w0 ......w1 ...w2 .........]
+#     flat tensor           [w0 ......w1 ...w2 .........]
 #     this process's shard             [..w1 ...w2 ..]
 #
 # DeepSpeed's `safe_get_full_*` and `safe_set_full_*` translate between a weight and its place in
@@ -193,9 +193,10 @@ def _full_zero_state(
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_zero_state(zero_optimizer)
-    keys = next(iter(zero_optimizer.optimizer.state.values()))
+    # All flat tensors have the same keys, such as exp_avg. Take them from the first one.
+    first_state = next(iter(zero_optimizer.optimizer.state.values()))
     for name, parameter in trained.items():
-        for key, value in keys.items():
+        for key, value in first_state.items():
             # Gather tensors only: scalars (the step count) are the same for all weights.
             if torch.is_tensor(value) and value.dim() > 0:
                 value = safe_get_full_optimizer_state(parameter, key)
@@ -246,7 +247,7 @@ def _create_empty_zero_state(zero_optimizer: Any, example: ParameterState) -> No
 def _link_zero_state(zero_optimizer: Any) -> None:
     """Link each weight to its optimizer state, for `safe_get_full_*` with ZeRO-2.
 
-    DeepSpeed does this itself, but only once, when only the first parameter group has any state.
+    DeepSpeed links them too, but only once, at a time when only the first parameter group has a state.
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -263,8 +264,8 @@ def _link_zero_state(zero_optimizer: Any) -> None:
 def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that are trained, by name."""
     for module in model.modules():
-        # Restore the sharded parameters, which are the ones in the optimizer: after an evaluation, FSDP
-        # leaves gathered copies in their place.
+        # After an evaluation, FSDP leaves gathered copies in place of the sharded parameters. Restore the
+        # sharded ones, because the optimizer has those.
         if isinstance(module, FSDPModule):
             module.reshard()
     for name, parameter in model.named_parameters():

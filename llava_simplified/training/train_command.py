@@ -44,23 +44,25 @@ def main(argv: list[str] | None = None) -> int:
         args = groups[2]
         if args.process_index == 0:
             logger.warning("%s", describe_interruption(argv, Path(str(args.output_dir))))
-        # The usual exit status of a process that a signal has ended.
+        # By convention, the exit status of a process that a signal has ended is 128 plus the signal.
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     return 0
 
 
 def describe_interruption(argv: Sequence[str], output_dir: Path) -> str:
-    """Return what is left of an interrupted run, and the command that continues it."""
+    """Return a message with the last checkpoint of an interrupted run, and the command that continues it."""
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if last is None:
-        return "Interrupted. No checkpoint was saved: the same command starts from the beginning."
-    words = [*argv, "--resume_from_checkpoint", "true"]
+        return (
+            "Interrupted before the first checkpoint. The same command starts from the beginning."
+        )
+    resume_argv = [*argv, "--resume_from_checkpoint", "true"]
     launcher = " (with the same launcher)" if "LOCAL_RANK" in os.environ else ""
     return (
         f"Interrupted. The last checkpoint is {last}. Continue{launcher}:\n"
-        f"  {program_name('llava train')} {quote_words(words)}"
+        f"  {program_name('llava train')} {quote_words(resume_argv)}"
     )
 
 
@@ -76,7 +78,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         The output folder, which `Llava.from_pretrained` can load.
 
     Raises:
-        ValueError: The options are not valid. Where possible, this is raised before weights are loaded.
+        ValueError: The options are not valid. Most errors are found before weights are loaded.
         FloatingPointError: The loss or the gradient is not finite.
         TrainingInterrupted: A signal (Ctrl-C, SIGTERM) has ended the run; a checkpoint was saved.
     """

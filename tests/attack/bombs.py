@@ -1,4 +1,4 @@
-"""Images that attack a decoder: each is small, and asks for much memory or time, or is malformed."""
+"""Images that attack a decoder: each is small, but its decoding needs much memory or time, or it is malformed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 def png(
     width: int, height: int, data: bytes, *others: bytes, bits: int = 8, color: int = 0
 ) -> bytes:
-    """Return a PNG with these compressed rows, and other chunks in front of them."""
+    """Return a PNG with these compressed rows, and with the other chunks before them."""
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     chunks = [
         png_chunk(b"IHDR", header),
@@ -43,7 +43,7 @@ def png(
 
 
 def zeros(count: int) -> bytes:
-    """Return that many compressed zeros, of which a thousand take one byte."""
+    """Return `count` zeros, compressed: a thousand of them take one byte."""
     compressor = zlib.compressobj(9)
     block = bytes(10**6)
     parts = [compressor.compress(block) for _ in range(count // len(block))]
@@ -116,7 +116,7 @@ def tiff_strips(width: int, height: int, compression: int = 1) -> bytes:
 
 
 def shared_values(count: int, size: int) -> bytes:
-    """Return EXIF data of that many entries, each of which has the same `size` bytes as its value."""
+    """Return EXIF data with `count` entries that share one value of `size` bytes."""
     place = 8 + 2 + 12 * count + 4
     entries = [struct.pack(">HHII", 1000 + number, 7, size, place) for number in range(count)]
     head = b"MM\0*" + struct.pack(">IH", 8, count)
@@ -129,7 +129,7 @@ def tiff_with_shared_values(count: int, size: int) -> bytes:
 
 
 def tiff_of_many_strips(count: int) -> bytes:
-    """Return a TIFF of that many strips of one row, each at the same place."""
+    """Return a TIFF with `count` strips of one row, all at the same position in the file."""
     entries = [(256, 4, 1, 8), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
     place = 8 + 2 + 12 * 8 + 4
     entries += [(273, 4, count, place), (277, 3, 1, 1), (278, 4, 1, 1)]
@@ -137,7 +137,7 @@ def tiff_of_many_strips(count: int) -> bytes:
 
 
 def tiff_of_pages(count: int) -> bytes:
-    """Return a TIFF with that many directories behind the first."""
+    """Return a TIFF with `count` directories after the first one."""
     page = tiff_strips(8, 8)[8:-4]
     data = bytearray(b"II*\0")
     for number in range(count + 1):
@@ -146,7 +146,7 @@ def tiff_of_pages(count: int) -> bytes:
 
 
 def gif_with_comments(comments: bytes) -> bytes:
-    """Return a GIF with these blocks in front of its image, and behind it."""
+    """Return a GIF with these blocks before its image, and after it."""
     data = encoded("GIF")
     start = 13 + 3 * 2 ** ((data[10] & 7) + 1)
     return data[:start] + comments + data[start:-1] + comments + b";"
@@ -185,7 +185,7 @@ def jpeg_with_exif(exif: bytes) -> bytes:
     return data[:2] + b"".join(segments) + data[2:]
 
 
-# The name of each bomb, and what makes it. A whole image may be decoded; its time and memory are limited.
+# The name of each bomb, and the function that creates it. Decoding may succeed, but within limits of time and memory.
 BOMBS: dict[str, Callable[[], bytes]] = {
     "png of a gigapixel": lambda: png(32_000, 32_000, zeros(10_000_000)),
     "png of 2^31 columns": lambda: png(2**31 - 1, 1, zeros(1000)),

@@ -1,4 +1,4 @@
-"""What all attacks share: one checkpoint, one server, and hostile values."""
+"""Fixtures that all attacks share: one checkpoint, one server, and a healthy client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# The running server of tests/serve.
+# The helpers that run a server are in tests/serve.
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
 from hostile import HealthyClient
@@ -54,9 +54,9 @@ def server(model: Llava, photos: Sequence[bytes]) -> Iterator[LiveServer]:
 def healthy(
     server: LiveServer, model: Llava, photos: Sequence[bytes], caplog: pytest.LogCaptureFixture
 ) -> Iterator[HealthyClient]:
-    """A client that asks all the time. After the attack, none of its greedy answers may have changed.
+    """A client that sends the same request all the time, during an attack.
 
-    Nor may the server have logged a traceback, or a status of 500.
+    After the attack, all of its answers must be equal, and the server must not have logged a traceback or status 500.
     """
     with caplog.at_level(logging.INFO):
         with HealthyClient(server, model, photos[0]) as client:

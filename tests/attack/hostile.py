@@ -1,4 +1,4 @@
-"""Values and connections of an attacker, and the client that must not notice them."""
+"""Values and connections of an attacker, and a healthy client that an attack must not affect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from live_server import LiveServer, chat_body
 
 from llava_simplified.model.llava import Llava
 
-# One value of each type of JSON, and those that are easily forgotten.
+# One value of each type of JSON, and unusual values that are easily forgotten.
 OTHER_TYPES: Sequence[Any] = (
     None,
     True,
@@ -58,7 +58,7 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def replaced(value: Any, path: Sequence[Any], new: Any) -> Any:
-    """Return a copy of a JSON value in which one entry is another one."""
+    """Return a copy of a JSON value in which one entry is replaced."""
     result = copy.deepcopy(value)
     parent = result
     for key in path[:-1]:
@@ -91,7 +91,7 @@ class HealthyClient:
     def _run(self) -> None:
         while not self._stop.is_set() or not self.answers:
             response = self._server.post(self._body)
-            # An error is recorded, too, and differs from the expected answer.
+            # Record errors as answers, too: they differ from the expected answer.
             if response.status_code == 200:
                 self.answers.append(response.json()["choices"][0]["message"]["content"])
             else:
@@ -113,7 +113,7 @@ def connect(server: LiveServer) -> socket.socket:
 
 
 def exchange(server: LiveServer, *chunks: bytes, pause: float = 0.0) -> bytes:
-    """Send bytes as they are; return all that comes back until the server closes the connection."""
+    """Send bytes unchanged; return all bytes that arrive until the server closes the connection."""
     received = b""
     with connect(server) as connection:
         # The server may close the connection before everything is sent.

@@ -1,4 +1,4 @@
-"""A hostile visitor of the API and the page.
+"""Attacks on the API and the page by a hostile client.
 
 The rule: no status 500, no traceback in the log, an answer or a closed connection in bounded time, and the
 greedy answers of other clients stay the same (the fixture `healthy` checks logs and answers).
@@ -113,7 +113,7 @@ def attacker(server: LiveServer) -> Iterator[Attacker]:
 
 
 def mutated_bodies(body: dict[str, Any], values: Sequence[Any]) -> list[tuple[object, bytes]]:
-    """Return descriptions and bodies with one field deleted, added or of another value."""
+    """Return descriptions and bodies in which one field is deleted, added or replaced."""
     bodies: list[tuple[object, Any]] = []
     for path in paths(body):
         bodies.append(((*path, "deleted"), deleted(body, path)))
@@ -202,14 +202,14 @@ def test_huge_bodies_are_refused_cheaply(
         start = time.perf_counter()
         status = attacker.post(body, path, name)
         assert status in (200, 400, 413), name
-        # Generous: the machine has other work. Unlimited, some of them take minutes.
+        # This limit is generous, because the machine may be busy. Without limits in the server, some bodies take minutes.
         assert time.perf_counter() - start < 8, name
     assert process.memory_info().rss - before < 500e6
 
 
 @pytest.mark.medium
 def test_values_are_counted_before_the_body_is_parsed() -> None:
-    """Full-size bodies: 19 MB, as `--max-body` allows them."""
+    """The bodies have 19 MB, nearly as much as `--max-body` allows."""
     from llava_simplified.serve.body_check import check_body
     from llava_simplified.serve.engine import RequestError
 
@@ -259,7 +259,7 @@ def test_odd_base64_takes_no_more_memory_than_its_text(piece: str) -> None:
 
 @pytest.mark.medium
 def test_attention_keeps_no_pixels_while_it_waits(model: Llava) -> None:
-    """Four images of 9 megapixels: 108 MB, if all that wait for the model kept theirs."""
+    """The pixels of four images of 9 megapixels would take 108 MB if waiting requests kept them."""
     photo = png(3000, 3000, zeros(3001 * 3000))
     resume = threading.Event()
     with live_server(model) as server, ThreadPoolExecutor(4) as threads:
@@ -391,8 +391,8 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
-# Requests on which two servers could disagree where they end, and what one server may answer. "Two" are
-# requests that are valid and followed by another one.
+# Requests whose end two servers could find in different places, with the statuses that are allowed. The names with
+# "two" are valid requests that another request follows.
 AMBIGUOUS: dict[str, tuple[bytes, set[int]]] = {
     "two lengths": (HEAD + LENGTH + b"Content-Length: 1\r\n\r\n" + BODY, {400}),
     "length and chunks": (
@@ -457,7 +457,7 @@ AMBIGUOUS: dict[str, tuple[bytes, set[int]]] = {
 
 
 def exchange_all(server: LiveServer, requests: Sequence[bytes]) -> list[list[int]]:
-    """Send each request on a connection of its own, at the same time; return the status codes."""
+    """Send all requests at the same time, each on a separate connection; return the status codes."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(requests)) as threads:
         received = list(threads.map(lambda request: exchange(server, request), requests))
@@ -469,13 +469,13 @@ def exchange_all(server: LiveServer, requests: Sequence[bytes]) -> list[list[int
 def test_ambiguous_requests(healthy: HealthyClient, server: LiveServer) -> None:
     requests = [request for request, _ in AMBIGUOUS.values()]
     for (name, (_, allowed)), found in zip(AMBIGUOUS.items(), exchange_all(server, requests)):
-        # Whatever follows the request is not answered as a request of its own.
+        # The bytes after the request must not be answered as another request.
         assert set(found) <= allowed and all(status == 400 for status in found[1:]), (name, found)
         assert found or not allowed or 400 in allowed, (name, "no answer")
 
 
 def test_smuggled_request_is_not_answered(healthy: HealthyClient, server: LiveServer) -> None:
-    """What is behind an ambiguous request is not taken for the next one."""
+    """The bytes after an ambiguous request are not treated as the next request."""
     requests = [
         HEAD + headers + SMUGGLED
         for headers in (
@@ -511,7 +511,7 @@ BEGINNINGS = (
 
 @pytest.mark.medium
 def test_half_heads_do_not_keep_a_connection(healthy: HealthyClient, server: LiveServer) -> None:
-    """Slowloris: each connection gets one byte now and then, and never the end of a header."""
+    """Slowloris: each connection sends a byte from time to time, but never the end of a header."""
     connections = [connect(server) for _ in range(40)]
     for number, connection in enumerate(connections):
         connection.sendall(BEGINNINGS[number % len(BEGINNINGS)])
@@ -534,7 +534,7 @@ def test_half_heads_do_not_keep_a_connection(healthy: HealthyClient, server: Liv
 
 
 def test_half_bodies_do_not_keep_a_place(healthy: HealthyClient, server: LiveServer) -> None:
-    """A client that disconnects within its body leaves nothing behind."""
+    """A client that disconnects while it sends its body does not occupy a place in the queue."""
     for _ in range(30):
         connection = connect(server)
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + BODY)
@@ -546,7 +546,7 @@ def test_half_bodies_do_not_keep_a_place(healthy: HealthyClient, server: LiveSer
 def test_slow_bodies_do_not_keep_a_place(
     healthy: HealthyClient, server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue is short: some clients that send a byte now and then would fill it."""
+    """The queue is short, so a few clients that send a byte from time to time could fill it."""
     monkeypatch.setattr(api, "BODY_SECONDS", 1.0)
     for framing in (b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
         start = time.perf_counter()
@@ -558,7 +558,7 @@ def test_slow_bodies_do_not_keep_a_place(
 
 @pytest.mark.medium
 def test_body_for_a_path_that_reads_none(healthy: HealthyClient, server: LiveServer) -> None:
-    """The answer comes at once, and the connection closes although bytes still arrive."""
+    """The server answers immediately, and closes the connection although bytes still arrive."""
     start = time.perf_counter()
     head = b"POST /missing HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
     received = exchange(server, head, *[b"x"] * 60, pause=0.05)

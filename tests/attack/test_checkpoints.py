@@ -1,7 +1,7 @@
-"""Attacks on the checkpoint loader: every entry of every file deleted, of another type, huge; every file cut.
+"""Attacks on the checkpoint loader: entries are deleted, huge or of another type, and files are truncated.
 
-The rule: a ValueError or OSError that names the file or its folder, in bounded time; or a model. Never
-another exception, and never code from the checkpoint.
+The rule: in bounded time, loading returns a model, or raises a ValueError or OSError that names the file or its
+folder. It never raises another exception, and never executes code from the checkpoint.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def check(
     Args:
         load: Loads a checkpoint, or a part of it.
         folder: The checkpoint.
-        what: What was done to it, for the message.
-        culprit: The file that the error must name, itself or its folder; None: any file of the checkpoint.
+        what: How the checkpoint was changed, for messages.
+        culprit: The error must name this file or its folder; None for any file of the checkpoint.
     """
     start = time.process_time()  # the machine may be busy
     try:
@@ -144,7 +144,7 @@ def test_json_file_of_another_form_is_refused_by_name(
 
 @pytest.mark.medium
 def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
-    """Every file is cut at its beginning, its middle and its end, and is missing."""
+    """Every file is truncated at its beginning, its middle and its end, and deleted."""
     files = sorted(path for path in copied.rglob("*") if path.is_file())
     assert len(files) >= 6
     for path in files:
@@ -213,7 +213,7 @@ def test_mutated_config_of_a_part_is_refused_by_its_folder(
     ],
 )
 def test_config_of_millions_of_modules_is_refused(tmp_path: Path, config: object) -> None:
-    """Building them would take for ever, even on the meta device."""
+    """Building such a model would take forever, even on the meta device."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
         check_model_config(tmp_path)
@@ -245,7 +245,7 @@ CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
 
 
 def poison(folder: Path, marker: Path, known_type: bool) -> None:
-    """Let every configuration of a folder name a class in a Python file of the folder."""
+    """Make every configuration in a folder name a class in a Python file of the folder."""
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     for name, entries in {
         "config.json": {
@@ -278,7 +278,7 @@ def test_code_of_a_checkpoint_is_not_executed(
     monkeypatch: pytest.MonkeyPatch,
     known_type: bool,
 ) -> None:
-    """Even if somebody, or a script with `yes |`, answers every question with "y"."""
+    """This must hold even if a user, or a script with `yes |`, answers every question with "y"."""
     marker = tmp_path / "executed"
     poisoned = {"checkpoint": checkpoint}
     for name in ("mistral", "clip"):
@@ -308,7 +308,7 @@ def test_code_of_a_checkpoint_is_not_executed(
 
 
 def test_code_runs_where_it_is_trusted(models_folder: Path, tmp_path: Path) -> None:
-    """The option has an effect: the class in the file is used."""
+    """With `trust_remote_code`, the class in the file is used. Otherwise the tests above would prove nothing."""
     folder = Path(shutil.copytree(models_folder / "mistral", tmp_path / "custom"))
     code = "from transformers import PreTrainedTokenizerFast\nclass Custom(PreTrainedTokenizerFast): ...\n"
     (folder / "custom.py").write_text(code)
@@ -338,7 +338,7 @@ def test_adapter_cannot_name_a_module_to_import(
 
 
 def test_every_loader_decides_about_remote_code() -> None:
-    """Transformers asks on the terminal where `trust_remote_code` is not given."""
+    """Without `trust_remote_code`, Transformers asks the user on the terminal, so every call must pass it."""
     classes = ("Auto", "CLIP", "model_class")
     package = Path(llava_simplified.__file__).parent
     found = 0

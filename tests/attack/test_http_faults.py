@@ -53,13 +53,13 @@ Pieces = Callable[[], AsyncIterator[bytes]]
 
 
 class Fault(NamedTuple):
-    """What the server does instead of answering.
+    """A faulty response of the server.
 
     Attributes:
-        response: What it sends: bytes, or an iterator that may wait and need not end.
-        kinds: The outcomes that are right.
-        end: What follows: "keep" the connection open for the next request, "hang" (keep it, and read nothing),
-            "close" it, "half" (close the sending side only) or "reset" it.
+        response: The bytes that it sends, or an iterator of bytes, which may wait and need not end.
+        kinds: The correct outcomes.
+        end: What the server does with the connection afterward: "keep" it open for the next request, "hang" (keep it,
+            but read nothing), "close" it, "half" (close the sending side only) or "reset" it.
     """
 
     response: bytes | Pieces
@@ -72,7 +72,7 @@ def answer(head: bytes, body: bytes = JPEG, status: bytes = OK) -> bytes:
 
 
 def repeat(first: bytes, piece: bytes, seconds: float = 0.0) -> Pieces:
-    """Return pieces without end."""
+    """Yield the same piece forever."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield first
@@ -329,7 +329,7 @@ FAULTS: dict[str, Fault] = {
 
 
 class FaultServer:
-    """Serves `FAULTS`, one by each address. Every other path but `/next` and `/fault/...` is missing."""
+    """Serves one of the `FAULTS` at each address, and an image at `/next`. All other paths return 404."""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection."""
@@ -347,7 +347,7 @@ class FaultServer:
                 else:
                     writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 await writer.drain()
-        # The client has had enough.
+        # The client has closed the connection.
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             writer.close()
 
@@ -377,13 +377,13 @@ class FaultServer:
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
-        # Nothing more is answered. The request after the fault needs another connection.
+        # Do not answer any more. The request after the fault needs another connection.
         await reader.read()
         raise ConnectionResetError
 
 
 async def fetch_faults() -> dict[str, tuple[FetchResult, FetchResult]]:
-    """Request each fault from an address of its own, and then an image from the same address."""
+    """Request each fault from another address, and then an image from the same address."""
     names = list(FAULTS)
     server = await asyncio.start_server(FaultServer(), "0.0.0.0", 0, limit=1_000_000)
     port = server.sockets[0].getsockname()[1]

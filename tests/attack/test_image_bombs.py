@@ -30,7 +30,7 @@ def make_bomb(name: str) -> bytes:
 
 
 def attack(data: bytes, what: object) -> bool:
-    """Decode an image, and check that it follows the rule. Return whether it could be decoded."""
+    """Decode an image, and assert that the decoder follows the rule. Return whether it could be decoded."""
     start = time.perf_counter()
     try:
         pixels = decode_image(data)
@@ -53,7 +53,7 @@ def test_bomb_is_defused(name: str) -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_damaged_files_of_every_format(image_format: str) -> None:
-    """Each byte of the header is changed, and the file is cut everywhere."""
+    """Each byte of the header is changed, and the file is truncated at every position."""
     data = encoded(image_format)
     assert attack(data, image_format)
     generator = random.Random(image_format)
@@ -108,7 +108,7 @@ for name, bomb in BOMBS.items():
 
 @pytest.mark.slow
 def test_bombs_do_not_take_memory() -> None:
-    """In a process of its own, since the peak of a process never falls."""
+    """The images are decoded in a separate process, since the peak memory of a process never falls."""
     folder = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-c", MEASURE], cwd=folder, capture_output=True, text=True, timeout=300

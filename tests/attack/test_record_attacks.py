@@ -1,7 +1,7 @@
-"""Attacks through records and predictions: every key deleted, of another type, huge.
+"""Attacks through records and predictions, in which keys are deleted, huge or of another type.
 
-The rule: a record, or a ValueError that names the row. A command that reads such a file ends with a message,
-not with a traceback.
+The rule: reading a row returns a record, or raises a ValueError that names the row. A command that reads such a file
+ends with a message, not with a traceback.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def mutations(row: dict[str, Any], values: list[Any]) -> Iterator[tuple[object, 
 
 
 def check(read: Callable[[], object], what: object) -> None:
-    """Check that reading a row follows the rule."""
+    """Assert that reading a row follows the rule."""
     start = time.perf_counter()
     try:
         read()

@@ -1,7 +1,7 @@
 """Attacks on the terminal: names of files, captions, answers and messages that contain control sequences.
 
-A terminal that prints such a text obeys it: it changes the title or the clipboard, and writes over other lines. The rule
-for every command: nothing that it prints contains a control character but line breaks and tabs.
+A terminal that prints such a text executes them: they change the title or the clipboard, or overwrite other lines. The
+rule for every command: it prints no control characters except line breaks and tabs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Workplace:
         self.images.mkdir()
         self.image = self.images / f"1{HOSTILE}.png"
         Image.new("RGB", (40, 32), "red").save(self.image)
-        # Not an image: each command that reads it says so.
+        # This file is not an image, so each command that reads it prints an error with its name.
         (self.images / f"2{HOSTILE}.png").write_bytes(b"\x1b[2J no image")
         rows = []
         for number in (1, 2, 3):  # the third file does not exist
@@ -228,7 +228,7 @@ def workplace(
 
 @pytest.fixture(autouse=True)
 def output_of_process() -> Iterator[None]:
-    """Hide the bars of Transformers, which are drawn with carriage returns; undo what `llava serve` does to the log."""
+    """Hide the progress bars of Transformers, which use carriage returns; undo the changes of `llava serve` to the log."""
     configure_logging()
     handlers = logging.getLogger("llava_simplified").handlers
     formatters = [handler.formatter for handler in handlers]
@@ -240,7 +240,7 @@ def output_of_process() -> Iterator[None]:
 
 
 def control_characters(printed: str) -> set[str]:
-    """Return the characters of a text that a terminal would obey."""
+    """Return the control characters of a text."""
     found = set()
     for character in printed:
         is_control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
@@ -273,8 +273,8 @@ def test_no_command_lets_data_control_the_terminal(
         workplace, f"{method}_" if name == "import" else method
     )
     all_printed = ""
-    for words in commands():
-        argv = [name, *map(str, words)]
+    for arguments in commands():
+        argv = [name, *map(str, arguments)]
         try:
             status = main(argv)
         except SystemExit as error:  # argparse
@@ -302,7 +302,10 @@ def test_logs_and_progress_do_not_control_the_terminal(
 
 @pytest.mark.medium
 def test_everything_is_printed_by_one_function() -> None:
-    """`print_text` escapes. These do not: a progress line, which moves the cursor, and a script for the shell."""
+    """`print_text` escapes control characters.
+
+    Two other places print without it: the progress line, which moves the cursor, and a script for the shell.
+    """
     exceptions = {"options.py", "jobs.py", "completion_command.py"}
     package = Path(llava_simplified.__file__).parent
     found = []

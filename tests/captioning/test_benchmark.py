@@ -49,7 +49,7 @@ def coco_name(image_id: int) -> str:
 
 
 def write_coco(folder: Path) -> None:
-    """Karpathy's splits with the images of 2014: 4 of the test split, others beside them."""
+    """Write Karpathy's splits and the images of 2014. The test split has four images."""
     rows = []
     for image_id in range(1, 8):
         split = "test" if image_id <= 4 else "restval"
@@ -152,7 +152,7 @@ def test_official_split_of_coco_is_read_if_it_is_asked_for(tmp_path: Path) -> No
     write_image(tmp_path / "val2017" / "000000000003.jpg", 3)
     benchmark = read_benchmark("coco", tmp_path, "val2017")
     assert names_of(benchmark) == ["val2017/000000000003.jpg"]
-    # Another split is no silent replacement of the one that papers report.
+    # Another split must not silently replace the one that papers report.
     with pytest.raises(ValueError, match=r"dataset_coco\.json.*--split val2017"):
         read_benchmark("coco", tmp_path)
 
@@ -221,12 +221,12 @@ def test_nocaps_with_a_server_has_scores_by_domain(
     write_nocaps(tmp_path / "nocaps")
     output = tmp_path / "out"
     with faulty_endpoint() as server:
-        words = ["nocaps", str(tmp_path / "nocaps"), "--endpoint", server.url, "--model", "m"]
-        assert main([*words, "--output", str(output), *SCORING]) == 0
+        argv = ["nocaps", str(tmp_path / "nocaps"), "--endpoint", server.url, "--model", "m"]
+        assert main([*argv, "--output", str(output), *SCORING]) == 0
         assert len(server.requests) == 4
         assert {request["max_tokens"] for request in server.requests} == {64}
-        # A second call continues a finished job: there is nothing left to ask for.
-        assert main([*words, "--output", str(output), *SCORING]) == 0
+        # A second call continues the finished job, and sends no requests.
+        assert main([*argv, "--output", str(output), *SCORING]) == 0
         assert len(server.requests) == 4
     rows = read_rows(output / "greedy.jsonl")
     for row in rows:
@@ -248,8 +248,8 @@ def test_images_without_a_caption_are_named_and_the_status_is_1(tmp_path: Path) 
     (tmp_path / "flickr" / "flickr30k-images" / "1002.jpg").unlink()
     output = tmp_path / "out"
     with faulty_endpoint() as server:
-        words = ["flickr30k", str(tmp_path / "flickr"), "--endpoint", server.url, "--model", "m"]
-        assert main([*words, "--output", str(output), *SCORING]) == 1
+        argv = ["flickr30k", str(tmp_path / "flickr"), "--endpoint", server.url, "--model", "m"]
+        assert main([*argv, "--output", str(output), *SCORING]) == 1
     (failure,) = read_rows(output / "greedy.jsonl.bad.jsonl")
     assert failure["index"] == 1
     run = json.loads((output / "scores.json").read_text())["runs"]["greedy"]
@@ -261,8 +261,8 @@ def test_images_without_a_caption_are_named_and_the_status_is_1(tmp_path: Path) 
 def test_beam_search_is_refused_with_a_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["benchmark", "coco", str(tmp_path), "--endpoint", "http://127.0.0.1:1/v1"]
-    assert llava([*words, "--model", "m", "--decoding", "beam"]) == 2
+    argv = ["benchmark", "coco", str(tmp_path), "--endpoint", "http://127.0.0.1:1/v1"]
+    assert llava([*argv, "--model", "m", "--decoding", "beam"]) == 2
     assert "--decoding beam" in capsys.readouterr().err
 
 
@@ -271,7 +271,7 @@ def test_beam_search_is_refused_with_a_server(
 
 @pytest.fixture
 def curious_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
-    """The checkpoint, with an instruction of its own."""
+    """The checkpoint, with another default instruction."""
     folder = tmp_path / "curious"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "llava.json").read_text())
@@ -287,9 +287,9 @@ def test_coco_with_a_checkpoint_is_captioned_twice_and_continues(
     folder = tmp_path / "coco"
     write_coco(folder)
     output = tmp_path / "out"
-    words = ["coco", str(folder), "--model-path", str(curious_checkpoint), "--output", str(output)]
-    words += ["--limit", "3", *SCORING]
-    assert main(words) == 0
+    argv = ["coco", str(folder), "--model-path", str(curious_checkpoint), "--output", str(output)]
+    argv += ["--limit", "3", *SCORING]
+    assert main(argv) == 0
 
     greedy = read_rows(output / "greedy.jsonl")
     beam = read_rows(output / "beam.jsonl")
@@ -301,7 +301,7 @@ def test_coco_with_a_checkpoint_is_captioned_twice_and_continues(
     expected = [model.caption([image], "What is it?", **options)[0] for image in images]
     assert [row["pred_output"] for row in beam] == expected
 
-    # The same scores as `llava evaluate` computes from the file.
+    # The scores must equal those that `llava evaluate` computes from the file.
     scores = json.loads((output / "scores.json").read_text())
     separate = tmp_path / "separate.json"
     instances = folder / "annotations" / "instances_val2014.json"
@@ -314,9 +314,9 @@ def test_coco_with_a_checkpoint_is_captioned_twice_and_continues(
     assert scores["runs"]["beam"]["compared with"]["run"] == "greedy"
     assert "beam compared with greedy" in (output / "report.html").read_text()
 
-    # Killed after two captions: the same command gives the same files.
+    # If the command is killed after two captions and run again, it writes the same files.
     before = (output / "greedy.jsonl").read_text()
     lines = before.splitlines(keepends=True)
     (output / "greedy.jsonl").write_text("".join(lines[:2]))
-    assert main(words) == 0
+    assert main(argv) == 0
     assert (output / "greedy.jsonl").read_text() == before

@@ -175,7 +175,7 @@ def test_caption_file_captions_a_folder_with_two_instructions(
 def test_caption_file_resumes_after_any_byte(
     model: Llava, folder: Path, output: Path, size: int | None
 ) -> None:
-    """The file is cut off inside a row, or between the two captions of an image."""
+    """The file ends inside a row, or between the two captions of an image."""
     job = folder_job(folder, output, batch_size=2)
     caption_file(job, model)
     complete = output.read_bytes()
@@ -216,12 +216,12 @@ def test_caption_file_continues_with_images_that_were_added(
     kept_bytes: int | None,
     instructions: tuple[str, ...],
 ) -> None:
-    """The finished rows stay as they are; every image has one number, and every number one image."""
+    """The finished rows do not change. Every image has one number, and every number belongs to one image."""
     job = folder_job(folder, output, instructions=instructions)
     caption_file(job, model)
     written = output.read_bytes()[:kept_bytes]
     output.write_bytes(written)
-    # In front, in the middle and at the end; and one is removed.
+    # Add images at the beginning, in the middle and at the end, and remove one.
     for name in ("00.jpg", "2b.jpg", "more/z.jpg"):
         shutil.copy(folder / "0.jpg", folder / name)
     (folder / "4.jpg").unlink()
@@ -248,7 +248,7 @@ def test_caption_file_continues_with_images_that_were_added(
 def test_caption_file_refuses_a_changed_source_of_slices(
     model: Llava, folder: Path, output: Path
 ) -> None:
-    """One more image in the folder gives other images the indices of the other slices."""
+    """With one more image in the folder, the indices of a slice would belong to other images."""
     job = folder_job(folder, output, chunks=2)
     caption_file(job, model)
     shutil.copy(folder / "0.jpg", folder / "00.jpg")
@@ -313,7 +313,7 @@ def test_caption_file_refuses_an_output_in_use(
     assert not output.exists()
 
 
-def test_caption_file_starts_anew_without_its_output(
+def test_caption_file_starts_again_without_its_output(
     model: Llava, folder: Path, output: Path
 ) -> None:
     """A record that failed in the deleted job must not be skipped in the new one."""
@@ -339,7 +339,7 @@ def test_caption_file_keeps_unicode_line_separators(
     job = folder_job(folder, output, options=GenerationOptions(6), limit=3)
     assert caption_file(job, model) == (3, 0)
     if name == "out.jsonl":
-        # Reading the rows again, for a resume, must not split them.
+        # Reading the rows again, when the job is resumed, must not split them.
         assert caption_file(job, model) == (3, 0)
         rows = read_rows(output)
     else:
@@ -350,7 +350,7 @@ def test_caption_file_keeps_unicode_line_separators(
 def test_caption_file_resumes_a_json_array(
     model: Llava, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that dies before the array is written leaves only the array in the end."""
+    """If a job is killed before it writes the array, the resumed job leaves no other files beside the array."""
     output = tmp_path / "new" / "out.json"
     job = folder_job(folder, output, batch_size=2)
 
@@ -378,7 +378,7 @@ def test_caption_file_resumes_a_json_array(
 def test_caption_file_resumes_a_job_of_0_1_0(
     model: Llava, folder: Path, output: Path, kept_rows: int
 ) -> None:
-    """The settings file that 0.1.0 has written for such a job differs only in paths and times."""
+    """The settings file was written by 0.1.0 for such a job; only the path of its source is replaced."""
     job = folder_job(folder, output, instructions=("What?",))
     caption_file(job, model)
     complete = output.read_bytes()
@@ -443,7 +443,7 @@ def test_caption_records_yields_rows_after_every_batch(model: Llava, folder: Pat
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[CaptionJob]:
-    """The jobs that a command starts; none is run."""
+    """Collect the jobs that a command starts, without running them."""
     started: list[CaptionJob] = []
 
     def record(job: CaptionJob) -> CaptionCounts:
@@ -457,23 +457,23 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[CaptionJob]:
 SLICES = [["--num-chunks", "3", "--chunk-idx", "1"], ["--shards", "1/3"]]
 
 
-@pytest.mark.parametrize("words", SLICES, ids=lambda words: words[0])
+@pytest.mark.parametrize("argv", SLICES, ids=lambda argv: argv[0])
 def test_caption_captions_a_slice(
-    jobs: list[CaptionJob], folder: Path, tmp_path: Path, words: list[str]
+    jobs: list[CaptionJob], folder: Path, tmp_path: Path, argv: list[str]
 ) -> None:
     output = str(tmp_path / "out.jsonl")
-    assert caption_main([str(folder), "--model-path", "m", "--output", output, *words]) == 0
+    assert caption_main([str(folder), "--model-path", "m", "--output", output, *argv]) == 0
     [job] = jobs
     assert (job.chunk, job.chunks) == (1, 3)
     assert job.output == str(tmp_path / "out-1-of-3.jsonl")
 
 
-@pytest.mark.parametrize("words", SLICES, ids=lambda words: words[0])
+@pytest.mark.parametrize("argv", SLICES, ids=lambda argv: argv[0])
 def test_predict_captions_a_slice(
-    jobs: list[CaptionJob], data_folder: Path, tmp_path: Path, words: list[str]
+    jobs: list[CaptionJob], data_folder: Path, tmp_path: Path, argv: list[str]
 ) -> None:
     data, output = str(data_folder / "val.json"), str(tmp_path / "out.json")
-    assert predict_main(["--model-path", "m", "--data-path", data, "--output", output, *words]) == 0
+    assert predict_main(["--model-path", "m", "--data-path", data, "--output", output, *argv]) == 0
     [job] = jobs
     assert (job.chunk, job.chunks) == (1, 3)
     assert job.output == str(tmp_path / "out-1-of-3.json")
@@ -491,7 +491,7 @@ def test_caption_reads_its_slice_from_torchrun(
 
 
 @pytest.mark.parametrize(
-    ("words", "option"),
+    ("argv", "option"),
     [
         (["--num-chunks", "3", "--chunk-idx", "3"], "--chunk-idx 3"),
         (["--chunk-idx", "-1"], "--chunk-idx -1"),
@@ -500,8 +500,8 @@ def test_caption_reads_its_slice_from_torchrun(
         (["--shards", "0/2", "--num-chunks", "2"], "--num-chunks"),
     ],
 )
-def test_parse_job_slice_refuses_wrong_slices(words: list[str], option: str) -> None:
-    args = build_caption_parser().parse_args(["images", "--model-path", "m", *words])
+def test_parse_job_slice_refuses_wrong_slices(argv: list[str], option: str) -> None:
+    args = build_caption_parser().parse_args(["images", "--model-path", "m", *argv])
     with pytest.raises(ValueError, match=option):
         parse_job_slice(args)
 
@@ -602,7 +602,7 @@ def test_chat_sends_the_whole_conversation(
     assert conversations == [["What?"], ["What?", "yes", "Where?"]]
 
 
-# ---- every input ends as a record, a counted oddity or an error ----
+# ---- every input becomes a record, a counted issue or an error ----
 
 
 def draw_color(path: Path, color: str) -> None:
@@ -611,7 +611,7 @@ def draw_color(path: Path, color: str) -> None:
 
 
 def test_input_that_does_not_exist_is_named_as_such(tmp_path: Path) -> None:
-    """It is not called a file of another kind."""
+    """The error must not say that it is a file of another kind."""
     with pytest.raises(ValueError, match=r"no\.jpg: no such file"):
         open_inputs([str(tmp_path / "no.jpg")], None, ["What?"])
     (tmp_path / "text.txt").write_text("x")
@@ -638,7 +638,7 @@ def test_pattern_opens_the_files_that_it_matched(
 def test_brackets_of_an_existing_folder_are_no_wildcard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As a wildcard, [1-9] matches the other folder.
+    # As a wildcard, [1-9] would match the other folder.
     draw_color(tmp_path / "trip [1-9]" / "a [2].png", "black")
     draw_color(tmp_path / "trip 1" / "a [2].png", "white")
     monkeypatch.chdir(tmp_path)
@@ -646,7 +646,7 @@ def test_brackets_of_an_existing_folder_are_no_wildcard(
         records, folder = open_inputs(pattern, None, ["What?"])
         (record,) = records
         assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, pattern
-    # Where no folder has the name, brackets are wildcards.
+    # If no folder has this name, the brackets are wildcards.
     records, folder = open_inputs("trip [1-2]/*.png", None, ["What?"])
     assert decode_image(read_image_bytes(records[0].images[0], folder)).min() == 255
 
@@ -768,7 +768,7 @@ def test_bad_rows_are_set_aside_with_their_reasons(
 def test_image_with_nan_logits_is_set_aside(
     model: Llava, folder: Path, tmp_path: Path, options: GenerationOptions
 ) -> None:
-    """All images are in one batch. The captions of the others are those without the bad one."""
+    """All images are in one batch. The captions of the other images are the same as without the bad image."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert caption_file(folder_job(folder, whole, options=options), model) == (6, 1)
     with nan_features_for(model, (folder / "2.jpg").read_bytes()):

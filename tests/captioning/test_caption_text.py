@@ -1,4 +1,4 @@
-"""Tests of what is done with a generated text before it is written."""
+"""Tests of the changes to a generated text before it is written: loops, length, template, prefix and suffix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from llava_simplified.captioning.caption_text import (
         ("a very very very very big dog", None),  # four times: three repeat the first
         ("red hair, red eyes, red dress, red hat, red shoes", None),
         ("a cat on a mat and a cat on a sofa", None),
-        ("one two three four five one two three four five", None),  # longer than what is looked for
+        (
+            "one two three four five one two three four five",
+            None,
+        ),  # the repeated part is longer than the search looks for
         ("one two three four one two three four", "one two three four"),
         ("A cat, a cat, a cat, a cat, asleep", "A cat"),
         ("你好你好你好", "你好"),
@@ -42,7 +45,7 @@ def test_end_at_loop_keeps_what_comes_before_the_repetition(
 
 
 def test_end_at_loop_equals_a_direct_search() -> None:
-    """Compare with a search that tries every place and every length."""
+    """Compare with a search that tries every position and every length."""
     rng = random.Random(0)
     for _ in range(500):
         words = rng.choices("ab", k=rng.randint(0, 14))

@@ -99,7 +99,7 @@ def assert_accounted_for(job: CaptionJob, files: list[Path]) -> dict[str, dict[s
 
 # ---- faults ----
 
-# What a request can meet and survive, because it is sent again.
+# Faults after which a request is sent again, and succeeds.
 TEMPORARY = (
     *("429 0", "429", "503", "500", "502", "408", "hang", "cut", "wrong length", "bad json"),
     *("no choices", "a list", "no message", "number", "deep", "not utf-8"),
@@ -114,16 +114,16 @@ def test_every_fault_that_passes_costs_no_image(
         server.faults[path.read_bytes()] = [fault]
     assert caption_file(job) == CaptionCounts(NUM_IMAGES, 0)
     assert not assert_accounted_for(job, image_files)
-    # Each of these images was requested twice, and no other.
+    # Exactly these images were requested twice.
     assert len(server.requests) == NUM_IMAGES + len(TEMPORARY)
 
 
-# What stays, the kind of the failure, and a part of its reason.
+# Faults that do not go away: (fault, kind of the failure, a part of its reason).
 LASTING = {
     "500": ("http_error", "failed with 500"),
     "cut": ("connection", "cut off"),
     "bad json": ("bad_answer", "Bad gateway"),
-    # Which of the two depends on whether the surplus arrives together with the announced bytes.
+    # The kind depends on whether the extra bytes arrive together with those that Content-Length announces.
     "wrong length": ("connection or bad_answer", ""),
     "no choices": ("bad_answer", "no choices"),
     "endless text": ("bad_answer", "the text has 2000000 characters"),
@@ -178,7 +178,7 @@ def test_retry_after_pauses_all_requests(
     refused, repeated = server.arrivals[first]
     assert repeated - refused >= 0.99
     assert min(server.arrivals[image_files[1].read_bytes()]) > repeated
-    # A pause is no failure of the image: even without any retry it is captioned.
+    # A pause does not count as a failure of the image, which is captioned even without retries.
     Path(job.output).unlink()
     server.faults[first] = ["429 0", "503", "429"]
     job = with_endpoint(job, retries=0)
@@ -206,7 +206,7 @@ def test_unreadable_images_and_rows_are_set_aside_without_a_request(
 def test_requests_fill_the_concurrency_and_never_exceed_it(
     server: FaultyEndpoint, job: CaptionJob
 ) -> None:
-    # Only if six requests are in flight together does the server answer any.
+    # The server answers no request until six are in flight at the same time.
     six = threading.Barrier(6)
     server.before_answer = lambda image: six.wait(20) and None
     assert caption_file(job) == CaptionCounts(NUM_IMAGES, 0)
@@ -246,7 +246,7 @@ def test_records_behind_a_slow_one_are_bounded(
             return
         while len(server.requests) < 12:  # WINDOW * concurrency
             assert not server.closing.wait(0.01)
-        time.sleep(0.2)  # more would come now
+        time.sleep(0.2)  # time in which more requests would arrive
         requested.append(len(server.requests))
 
     server.before_answer = wait
@@ -285,7 +285,7 @@ def test_next_run_retries_what_the_server_failed_but_nothing_else(
     assert caption_file(job) == CaptionCounts(NUM_IMAGES - 3, 3)
     server.always = {}
     server.requests.clear()
-    # Another address is still the same model.
+    # The same model may have another address.
     moved = with_endpoint(job, url=server.url.replace("127.0.0.1", "localhost"), concurrency=2)
     assert caption_file(moved) == CaptionCounts(NUM_IMAGES - 2, 2)
     assert server.captioned() == [image_files[0].read_bytes()]
@@ -299,7 +299,7 @@ def test_next_run_retries_what_the_server_failed_but_nothing_else(
 def test_killed_job_continues_without_asking_twice(
     server: FaultyEndpoint, job: CaptionJob, size: int
 ) -> None:
-    """The file ends inside a row, or between the captions of an image."""
+    """The output file ends inside a row, or between the captions of an image."""
     job = replace(job, options=SAMPLED)
     caption_file(job)
     complete = Path(job.output).read_bytes()
@@ -370,7 +370,7 @@ def test_unreachable_server_ends_the_job_after_max_wait(
 def test_job_waits_for_a_server_that_starts(
     server: FaultyEndpoint, job: CaptionJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first connections fail, as long as the server loads its model."""
+    """The first connections fail, because the server is still loading its model."""
     refused: list[float] = []
     connect = endpoint_client.aiohttp.TCPConnector._create_connection
 
@@ -416,7 +416,7 @@ def test_several_captions_from_servers_that_ignore_or_refuse_n(
     assert len(server.requests) >= requests * NUM_IMAGES + refused
 
 
-# ---- what is sent ----
+# ---- the requests ----
 
 
 def test_generation_options_become_fields_of_the_request() -> None:
@@ -579,7 +579,7 @@ def test_command_captions_all_slices_with_ray(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray sends the jobs of the slices to other processes; here they are only packed for that."""
+    """Ray sends the jobs of the slices to other processes. Here they are pickled as for Ray, and run in this process."""
 
     def run_tasks(function: Any, specs: list[CaptionJob], engine: str) -> list[Any]:
         assert engine == "ray"
@@ -607,7 +607,7 @@ def test_command_prints_the_caption_of_one_image(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([], "--model-path is required, or --endpoint"),
         (["--model-path", "m", "--max-side", "100"], "--max-side requires --endpoint"),
@@ -632,9 +632,9 @@ def test_command_prints_the_caption_of_one_image(
         (["--endpoint", "http://h/v1", "--model", "m", "--api-key-env", "NOT_SET"], "NOT_SET"),
     ],
 )
-def test_command_refuses_options_that_contradict(words: list[str], message: str) -> None:
+def test_command_refuses_options_that_contradict(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        caption_main(["images", *words])
+        caption_main(["images", *argv])
     assert "secret" not in str(error.value)
 
 
@@ -677,7 +677,7 @@ def test_command_writes_sidecar_files_with_prompts_and_prefix(
         assert text in (f"What is {name}?", f"Describe {name} of photos.")
         sent.add(text.split()[0])
     assert sent == {"What", "Describe"}
-    # The next run captions what is left, and nothing else.
+    # The next run captions only the remaining images.
     server.always = {}
     server.requests.clear()
     assert caption_main([*argv, "--max-words", "2"]) == 0
@@ -710,7 +710,7 @@ def test_commands_of_the_page_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The journey of the page, typed from start to end; Ray is started by another test."""
+    """Run the commands of the page one after the other, except for those with Ray, which another test starts."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(image_files[0].parent, "photos")
     Path("shards").mkdir()
@@ -721,10 +721,10 @@ def test_commands_of_the_page_run(
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [line for line in text.splitlines() if line.startswith("llava caption")]
     for command in commands:
-        words = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[2:]
-        if "ray" in words:
+        argv = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[2:]
+        if "ray" in argv:
             continue
-        assert caption_main(words) == 0
+        assert caption_main(argv) == 0
     assert len(read_rows("captions.jsonl")) == NUM_IMAGES
     assert len(read_rows("trial.jsonl")) == 20
     assert Path("trial.html").exists()

@@ -63,7 +63,7 @@ def sidecar_job(folder: Path, **changes: object) -> CaptionJob:
 
 
 def texts(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files but the images."""
+    """Return the contents of all files except the images."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -81,7 +81,7 @@ def test_sidecar_files_are_written_beside_the_images(model: Llava, folder: Path)
         f"{n}.txt": f"{caption_of(model, folder / f'{n}.jpg')}\n".encode() for n in range(3)
     }
     assert texts(folder) == {**expected, "sub/d.txt": b"1girl, solo\r\n"}
-    # All have a file now: nothing is left to do, and nothing changes.
+    # All images have a file now, so another run changes nothing.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.txt")}
     assert caption_file(sidecar_job(folder), model) == (4, 0)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.txt")} == before
@@ -164,7 +164,7 @@ def test_loops_are_cut_and_counted(
 
 
 def test_generation_ends_at_a_loop(model: Llava, folder: Path, package_log: object) -> None:
-    """The texts are those of whole generations, of which the loop is cut off."""
+    """The texts are equal to complete generations whose loop is cut off afterward."""
     loop = "two dogs run over a green field"
     options = GenerationOptions(max_new_tokens=80, start_with="two")
     job = sidecar_job(folder, options=options, text=TextOptions(loop_guard=8), batch_size=16)
@@ -191,7 +191,7 @@ def count_steps() -> Iterator[list[int]]:
 
 
 def test_limit_counts_the_images_that_are_captioned(model: Llava, folder: Path) -> None:
-    """Images that keep their file do not count, so that the next run captions other images."""
+    """Images that keep their file do not count toward the limit, so the next run captions other images."""
     (folder / "0.txt").write_text("by hand")
     job = sidecar_job(folder, limit=1)
     assert caption_file(job, model) == (2, 0)
@@ -240,7 +240,7 @@ def test_empty_caption_is_a_failure(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill, because no code catches this exception."""
 
 
 @pytest.mark.parametrize("existing", ["skip", "append", "overwrite"])
@@ -252,7 +252,7 @@ def test_job_that_is_killed_at_a_file_continues(
     existing: str,
     moment: str,
 ) -> None:
-    """Killed before, while and after the file of an image is replaced: each caption is written once."""
+    """The job is killed before, while or after it replaces the file of an image. Each caption is written once."""
     other = folder.parent / "other"
     shutil.copytree(folder, other)
     job = sidecar_job(folder, sidecars=SidecarOptions(existing=existing), batch_size=2)
@@ -284,7 +284,7 @@ def test_job_that_is_killed_at_a_file_continues(
 
 
 def start_child(job: CaptionJob) -> int:
-    """Run a job in a child process, which needs no imports of its own; return its process id."""
+    """Run a job in a forked process, which need not import anything; return its process id."""
     if sys.platform == "win32":
         pytest.skip("Windows does not fork processes")
     child = os.fork()
@@ -303,7 +303,7 @@ def start_child(job: CaptionJob) -> int:
 def test_every_caption_is_whole_after_five_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: str
 ) -> None:
-    """kill -9 of the real job, but for the model. tests/test_kill.py does it with the whole command."""
+    """Kill the job with kill -9; only its model is replaced. tests/test_kill.py does the same with the command."""
 
     def fake_captions(
         _: object, records: ImageRecords, *others: object
@@ -330,14 +330,14 @@ def test_every_caption_is_whole_after_five_kills(
         child = start_child(job)
         journal = tmp_path / SIDECAR_JOURNAL
         size = journal.stat().st_size if journal.exists() else 0
-        # About a sixth of the job, and then at any moment.
+        # Wait until the journal has grown by a random number of bytes, on average by a sixth of the job.
         while not journal.exists() or journal.stat().st_size < size + rng.randint(2000, 9000):
             assert os.waitpid(child, os.WNOHANG) == (0, 0), (
                 "finished or failed before it was killed"
             )
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        # What is there is whole at any moment.
+        # Every file that exists is complete, whenever the job is killed.
         for name, data in texts(tmp_path).items():
             if name in by_hand or name.startswith("."):
                 continue
@@ -431,7 +431,7 @@ def test_review_of_many_images_has_several_pages(
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[CaptionJob]:
-    """Jobs of the command, which are not run."""
+    """Collect the jobs of the command, without running them."""
     started: list[CaptionJob] = []
 
     def record(job: CaptionJob) -> runner.CaptionCounts:
@@ -450,8 +450,8 @@ def test_command_passes_the_options_on(
     options = f"""--write caption --existing append --separator \\n --prefix {"sks,"} --suffix .
         --template {{caption}};{{name}} --max-words 9 --prompt-file {tmp_path}/prompts.txt
         --forbid {tmp_path}/words.txt --review {tmp_path}/r.html --output {tmp_path}/out --shards 1/4"""
-    words = [str(folder), "--model-path", "m", *options.split(), "--start-with", "A view of "]
-    assert caption_main(words) == 0
+    argv = [str(folder), "--model-path", "m", *options.split(), "--start-with", "A view of "]
+    assert caption_main(argv) == 0
     (job,) = jobs
     assert job.sidecars == SidecarOptions(".caption", "append", str(tmp_path / "out"), "\n")
     assert job.text == TextOptions("sks,", ".", "{caption};{name}", 9, 8)
@@ -519,11 +519,11 @@ def test_one_image_is_printed_with_its_style(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "load_model", lambda _: model)
-    words = [str(folder / "0.jpg"), "--model-path", "m", "--max-new-tokens", "6"]
-    caption_main([*words, "--prefix", "sks, ", "--start-with", "two dogs"])
+    argv = [str(folder / "0.jpg"), "--model-path", "m", "--max-new-tokens", "6"]
+    caption_main([*argv, "--prefix", "sks, ", "--start-with", "two dogs"])
     printed = capsys.readouterr().out
     assert re.fullmatch(r"sks, two dogs.*\n", printed, re.DOTALL)
-    caption_main([*words, "--start-with", "two dogs"])
+    caption_main([*argv, "--start-with", "two dogs"])
     assert f"sks, {capsys.readouterr().out}" == printed
 
 
@@ -554,9 +554,9 @@ def test_page_can_be_typed_from_start_to_end(
     commands = re.findall(r"(?m)^llava caption (.+)$", "".join(code for _, code in blocks))
     assert len(commands) == 6
     for command in commands:
-        words = shlex.split(command, comments=True)
-        assert caption_main([*words, "--max-new-tokens", "4"]) == 0
-    # The last commands have put tags and captions together, and captions into a folder of their own.
+        argv = shlex.split(command, comments=True)
+        assert caption_main([*argv, "--max-new-tokens", "4"]) == 0
+    # The last commands have combined tags and captions, and have written captions into a separate folder.
     assert b"1girl, solo" in texts(folder)["sub/d.txt"]
     assert b"Tags: 1girl, solo" not in texts(folder)["sub/d.txt"]
     assert b"1girl, solo" in texts(folder)["sub/d.caption"]

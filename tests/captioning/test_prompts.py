@@ -70,7 +70,7 @@ def test_choose_prompt_depends_on_seed_and_image_only() -> None:
     chosen = [choose_prompt(PROMPTS, name, 1) for name in names]
     assert [choose_prompt(PROMPTS, name, 1) for name in reversed(names)] == chosen[::-1]
     assert [choose_prompt(PROMPTS, name, 2) for name in names] != chosen
-    # As written by the first version: a job that was started then continues with the same prompts.
+    # These are the choices of the first version. A job that it started must continue with the same prompts.
     assert "".join(prompt.text for prompt in chosen[:8]) == "abbaaaaa"
 
 
@@ -79,6 +79,6 @@ def test_fill_prompt_fills_in_fields_and_no_placeholders() -> None:
     assert fill_prompt(prompt, "dogs/a.jpg", "/photos", "big, red") == (
         "<image> a in dogs: big, red"
     )
-    # A file name must not become an image of the prompt.
+    # "<image>" in a file name must not become a placeholder of the prompt.
     assert fill_prompt(prompt, "<image>.jpg", "/photos", "").count("<image>") == 1
     assert fill_prompt(WeightedPrompt(1, "Tags: big, {tags}"), "a.jpg", "/p") == "Tags: big"

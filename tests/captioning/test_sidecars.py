@@ -20,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def write(folder: Path, images: list[str], text: str = "new", **options: object) -> list[str]:
-    """Write the text for each image, as a job does; return the problems."""
+    """Write the text of each image in the way that a job does; return the problems."""
     writer = SidecarWriter(SidecarOptions(**options), folder, images)
     problems = []
     for image in images:
@@ -142,7 +142,7 @@ def test_sidecar_never_replaces_an_image_or_a_folder(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tests may run as root, for whom every folder is writable.
+    # Simulate a folder that is not writable, because the tests may run as root, who can write to every folder.
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")
     (tmp_path / "locked").mkdir()
     problems = write(tmp_path, ["locked/a.jpg", "open/b.jpg", "locked/new/c.jpg"])
@@ -170,7 +170,7 @@ def test_error_of_one_file_is_a_sidecar_error_and_a_full_disk_is_not(
 
 @pytest.mark.parametrize("policy", ["append", "prepend", "overwrite"])
 def test_text_that_was_planned_is_written_exactly_once(tmp_path: Path, policy: str) -> None:
-    """A job that was killed before or after the file was replaced writes all that it had announced again."""
+    """A job that was killed before or after it replaced a file writes all planned texts again."""
     (tmp_path / "a.txt").write_text("old")
     writer = SidecarWriter(SidecarOptions(existing=policy), tmp_path, ["a.jpg"])
     plan = writer.plan("a.jpg", "new")

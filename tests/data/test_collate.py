@@ -1,4 +1,4 @@
-"""Batches position by position, packs, and the order of the examples."""
+"""Collating: batches, position by position; packs; and the order of the examples."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_collator_passes_precomputed_features_in_place_of_pixels() -> None:
 
 
 def assert_each_index_once(packs: list[list[int]], count: int) -> None:
-    """Check that the packs contain the indices 0 to count - 1 once each."""
+    """Assert that the packs contain each index from 0 to count - 1 once."""
     assert sorted(index for pack in packs for index in pack) == list(range(count))
 
 
@@ -152,7 +152,7 @@ def pack_totals(packs: list[list[int]], lengths: list[int]) -> list[int]:
 
 
 def test_plan_packs_fills_packs_and_depends_on_the_seed() -> None:
-    # Conceptual Captions behind 196 patches and a prompt of 20 tokens: 8 to 40 tokens per caption, most about 12.
+    # Lengths like those of Conceptual Captions: 196 patches, a prompt of 20 tokens, and 8 to 40 tokens per caption.
     random = np.random.default_rng(0)
     caption_lengths = 8 + random.gamma(2.0, 3.0, size=20_000).clip(0, 32)
     lengths = (216 + caption_lengths).astype(int).tolist()
@@ -167,9 +167,9 @@ def test_plan_packs_fills_packs_and_depends_on_the_seed() -> None:
 
 @pytest.mark.parametrize(("pack_length", "least_fill"), [(4096, 0.95), (2048, 0.94)])
 def test_plan_packs_fills_packs_of_conceptual_captions(pack_length: int, least_fill: float) -> None:
-    """196 patches, a prompt of 20 tokens, and captions with 3 to 50 words, 10.3 in the mean.
+    """Examples have 196 patches, a prompt of 20 tokens, and a caption of 3 to 50 words (10.3 in the mean).
 
-    Into 1024 positions go four examples, and a tenth stays empty.
+    Four examples fit into 1024 positions, and a tenth of the positions stays empty.
     """
     words = np.random.default_rng(0).lognormal(2.25, 0.42, 20_000).clip(3, 50)
     assert 9.5 < words.mean() < 11
@@ -223,7 +223,7 @@ def test_length_grouped_sampler_saves_padding() -> None:
 def test_length_grouped_sampler_mixes_long_and_short_batches() -> None:
     lengths = np.random.default_rng(0).integers(20, 60, size=1003)
     order = list(LengthGroupedSampler(lengths.tolist(), 8, seed=3))
-    # The 50 batches of one pool: their order must not follow their lengths.
+    # The order of the 50 batches of one pool must not follow their lengths.
     means = [lengths[order[start : start + 8]].mean() for start in range(0, 50 * 8, 8)]
     correlation = np.corrcoef(means, np.arange(50))[0, 1]
     assert abs(correlation) < 0.4

@@ -1,4 +1,4 @@
-"""A name is resolved by one rule; it never silently means another file."""
+"""A name of an image is resolved by exactly one rule, and never silently leads to another file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_several_files_are_ambiguous(tmp_path: Path, name: str) -> None:
 
 
 def test_two_names_that_lead_to_one_file_are_ambiguous(tmp_path: Path) -> None:
-    """At least one of cats/1.jpg and dogs/1.jpg is another image than 1.jpg."""
+    """cats/1.jpg and dogs/1.jpg cannot both be the image 1.jpg."""
     make_files(tmp_path, "1.jpg", "2.jpg")
     matches = NameMatches()
     assert read_image_bytes("/home/ann/cats/1.jpg", tmp_path, matches)

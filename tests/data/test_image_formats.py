@@ -1,4 +1,4 @@
-"""Metadata never decide over pixels; other formats are named; whatever a decoder raises is an ImageError."""
+"""Metadata never change the pixels, errors name unsupported formats, and every error of a decoder is an ImageError."""
 
 from __future__ import annotations
 
@@ -136,13 +136,13 @@ def test_png_keeps_its_orientation_and_transparency_beside_a_bad_text() -> None:
 )
 def test_broken_exif_never_decides_over_pixels(image_format: str, exif: bytes) -> None:
     if image_format == "TIFF":
-        # The EXIF directory of a TIFF is a tag with a position, here one behind the end of the file.
+        # In a TIFF, a tag contains the position of the EXIF directory. Here this position is after the end of the file.
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         tags[34665] = 0x7FFFFFFF
         data = encode(draw(), "TIFF", tiffinfo=tags)
         expected = np.asarray(draw())
     elif image_format == "AVIF":
-        # The encoder refuses broken EXIF, so it is broken afterwards.
+        # The encoder refuses invalid EXIF, so damage the EXIF data of the encoded file.
         tags = Image.Exif()
         tags[271] = "maker of cameras"
         plain = encode(draw(), "AVIF", exif=tags)
@@ -174,7 +174,7 @@ def test_no_bytes_in_a_jpeg_metadata_segment_decide_over_pixels(
     if has_prefix:
         body = prefixes.get(marker, b"") + body
     elif marker == 0xEE:
-        body = b"x" + body  # Adobe's segment is no metadata: it says what the colors mean
+        body = b"x" + body  # Adobe's segment is not metadata: it defines the color space
     data = encode(draw(), "JPEG")
     expected = decode_image(data)
     segment = bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
@@ -200,7 +200,7 @@ def test_webp_metadata_of_any_length_never_decide_over_pixels(name: bytes, lengt
     exif = Image.Exif()
     exif[271] = "maker"
     data = encode(draw(), "WEBP", lossless=True, exif=exif, icc_profile=b"p" * 20, xmp=b"<x/>")
-    if name == b"ICCP":  # in front of the pixels, so its length must be right
+    if name == b"ICCP":  # this chunk is before the pixels, so its length must be correct
         start = data.index(name)
         data = data[: start + 8] + b"\xff" * 20 + data[start + 28 :]
     else:
@@ -226,10 +226,11 @@ def test_without_metadata_keeps_the_damage_of_a_png() -> None:
     assert without_metadata(b"GIF89a") == b"GIF89a"
     for length in range(0, 400, 7):
         for image_format in ("PNG", "TIFF", "AVIF", "JPEG", "WEBP"):
-            without_metadata(encode(draw(), image_format)[:length])  # whatever is left: no error
+            # A file that is cut off at any byte must not cause an error.
+            without_metadata(encode(draw(), image_format)[:length])
 
 
-# ---- the border ----
+# ---- errors of decoders ----
 
 ERRORS = [
     ZeroDivisionError("x"),
@@ -256,7 +257,7 @@ def test_whatever_a_decoder_raises_is_an_image_error_with_its_name(
         raise error
 
     if where == "n_frames" and isinstance(error, AttributeError):
-        pytest.skip("means that the format has one frame")
+        pytest.skip("an AttributeError of n_frames means that the format has only one frame")
     if where == "open":
         monkeypatch.setattr(Image, "open", fail)
     elif where == "simplejpeg":
@@ -355,7 +356,7 @@ def test_heic_error_says_what_to_install() -> None:
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plugin like pillow-heif's: it registers itself under the format HEIF."""
+    """The test registers a plugin under the format HEIF, as pillow-heif does."""
 
     class FakeHeif(ImageFile.ImageFile):
         format = "HEIF"
@@ -422,7 +423,7 @@ def test_strip_that_does_not_fit_into_a_jpeg_is_too_large() -> None:
     ],
 )
 def test_decoding_takes_the_documented_memory_per_pixel(mode: str, image_format: str) -> None:
-    """Pillow's own buffers are not seen by tracemalloc: they are added as it allocates them, 4 bytes a pixel."""
+    """tracemalloc does not count Pillow's own buffers, so the test adds them: 4 bytes per pixel."""
     width, height = 800, 500
     image = Image.new(mode, (width, height))
     data = encode(image, image_format)
@@ -449,7 +450,7 @@ def test_decoding_takes_the_documented_memory_per_pixel(mode: str, image_format:
 
 
 def gif(*comments: bytes, frames: int = 3) -> bytes:
-    """Return an animation with blocks in front of its first frame, and at its end."""
+    """Return an animated GIF with the given blocks before its first frame and at its end."""
     file = io.BytesIO()
     pictures = [draw(40, 30).rotate(90 * number).convert("P") for number in range(frames)]
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])

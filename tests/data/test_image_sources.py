@@ -1,4 +1,4 @@
-"""One path from any source to pixels: a file, its bytes, the PIL image and the array give the same pixels."""
+"""A file, its bytes, a PIL image and an array of the same image give the same pixels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IN_MEMORY_MODES = [*FORMATS_BY_MODE, "La", "RGBa", "HSV", "I;16B", "I;16L", "I;1
 
 
 def make_image(mode: str) -> Image.Image:
-    """Return a small image of any mode, with all alphas where it has transparency."""
+    """Return a small image of any mode; if the mode has transparency, with all values of alpha."""
     y, x = np.mgrid[:20, :30]
     rgb = np.stack([x * 8, y * 12, 255 - x * 8], axis=2).astype(np.uint8)
     image = Image.fromarray(rgb)

@@ -1,4 +1,4 @@
-"""The decoder against Pillow, and the transform against Hugging Face's image processors."""
+"""Compare the decoder with Pillow, and the transform with Hugging Face's image processors."""
 
 from __future__ import annotations
 
@@ -235,8 +235,11 @@ def test_portable_image_refuses_what_the_decoder_refuses() -> None:
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )
 def test_decode_image_raises_image_errors_only_and_check_image_agrees(kind: str) -> None:
-    """Any byte can be wrong. Pillow raises a TypeError for a wrong type of a TIFF tag, for example, and a RuntimeError
-    for an AVIF without its item table."""
+    """Any byte of a file can be wrong.
+
+    For example, Pillow raises a TypeError if a TIFF tag has a wrong type, and a RuntimeError if an AVIF has no item
+    table.
+    """
     options = {"progressive": True} if kind == "progressive JPEG" else {}
     data = encode(draw_photo().resize((24, 16)), kind.removeprefix("progressive "), **options)
     damaged = [data.replace(b"iloc", b"xxxx")]
@@ -342,7 +345,7 @@ def make_processors() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", list(make_processors()))
 @pytest.mark.parametrize("size", [(300, 200), (150, 400), (64, 64)])
 def test_transform_equals_the_processor(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
-    """Up to two of 255 grey levels: Pillow's weights have 22 bits, torch's 16."""
+    """They may differ by two of 255 gray levels, because Pillow's resize has weights of 22 bits, and torch's of 16."""
     processor = make_processors()[kind]
     processor.save_pretrained(tmp_path)
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -396,7 +399,7 @@ def expand_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
 def test_padded_transform_equals_that_of_the_square_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
 ) -> None:
-    """Bit by bit: both are resized by torch."""
+    """The pixels must be equal, because torch resizes both."""
     monkeypatch.setattr(transforms, "_PADDED_CHUNK_PIXELS", chunk)
     processor = make_processors()[kind]
     processor.save_pretrained(tmp_path)
@@ -410,7 +413,7 @@ def test_padded_transform_equals_that_of_the_square_exactly(
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) -> None:
-    """Up to two of 255 grey levels, as without padding: stock LLaVA resizes with Pillow."""
+    """They may differ by two of 255 gray levels, as without padding, because stock LLaVA resizes with Pillow."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     processor = make_processors()[kind]
@@ -433,7 +436,7 @@ def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) 
         assert grey_levels.max() < 2.01
         assert grey_levels.mean() < 0.2
 
-    # The stock processor says itself that it pads: that must not be overlooked.
+    # The config of the stock processor says that it pads, which must not be ignored.
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="--image_aspect_ratio pad"):
         ImageTransform.from_pretrained(tmp_path / "stock")
@@ -501,7 +504,7 @@ def test_visible_region_is_what_the_transform_keeps(resize: int | tuple[int, int
 def test_image_processor_is_loaded_without_torchvision(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Transformers 5.17 exports as `AutoImageProcessor` requires it, although the class does not."""
+    """The `AutoImageProcessor` that Transformers 5.17 exports requires torchvision, although the class does not."""
     monkeypatch.setattr(transformers, "AutoImageProcessor", None)
     transform = ImageTransform.from_pretrained(models_folder / "clip")
     assert transform.crop == (32, 32)

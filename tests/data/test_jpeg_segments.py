@@ -1,4 +1,4 @@
-"""Which of libjpeg's warnings fail an image: harmless ones do not, damaging ones do, also behind a harmless one."""
+"""A warning of libjpeg about damage makes an image unusable, even after a harmless warning. Harmless ones do not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def insert(data: bytes, position: int, inserted: bytes) -> bytes:
 
 
 def with_invalid_sos(data: bytes) -> bytes:
-    """As phones of one maker write them: spectral selection 0 to 0."""
+    """Set the spectral selection to 0 to 0, as phones of one manufacturer do."""
     start = data.index(SOS)
     length = int.from_bytes(data[start + 2 : start + 4], "big")
     end = start + 2 + length
@@ -74,7 +74,7 @@ def with_adobe_transform(data: bytes) -> bytes:
 
 
 def with_adobe_code_of_cmyk(data: bytes) -> bytes:
-    """2 is YCCK, which needs four components."""
+    """Set the color transform to 2 (YCCK), which requires four components."""
     changed = with_adobe_transform(data)
     code = changed.index(b"Adobe") + 11
     return changed[:code] + b"\x02" + changed[code + 1 :]
@@ -85,7 +85,7 @@ def with_bad_icc_marker(data: bytes) -> bytes:
 
 
 def with_zeros_at_the_end(data: bytes) -> bytes:
-    """As cameras pad their files to a whole number of blocks."""
+    """Append zeros, as cameras do to fill the last block of a file."""
     return data[:-2] + bytes(40) + EOI
 
 
@@ -146,13 +146,13 @@ def cut_and_close(data: bytes) -> bytes:
 
 
 def overwrite_with_zeros(data: bytes) -> bytes:
-    """As a failed download leaves a file whose size was reserved."""
+    """Replace the end by zeros, as in a failed download whose size was reserved in advance."""
     kept = cut(data)
     return kept + bytes(len(data) - len(kept) - 2) + EOI
 
 
 def overwrite_with_many_zeros(data: bytes) -> bytes:
-    """More zeros than the missing pixels need."""
+    """Replace the end by more zeros than the missing pixels need."""
     return cut(data) + bytes(5000) + EOI
 
 
@@ -181,7 +181,7 @@ def test_damage_is_found_also_behind_a_harmless_warning(
 
 
 def test_every_flipped_byte_that_strict_decoding_finds_is_still_found() -> None:
-    """The copy without metadata never hides damage: what strictness rejects for the scan stays rejected."""
+    """Removing the metadata must not hide damage: an image that strict decoding rejects is still rejected."""
     data = encode()
     start = data.index(SOS) + 14
     random = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def test_every_flipped_byte_that_strict_decoding_finds_is_still_found() -> None:
 
 
 def test_the_tables_name_every_warning_of_libjpeg() -> None:
-    """The texts of warnings are in the library itself. A new version must not add one that nobody has sorted."""
+    """The library contains the texts of its warnings. A new version must not add one that is in neither table."""
     library = Path(simplejpeg._jpeg.__file__).read_bytes()  # type: ignore[attr-defined]
     pattern = rb"[\x20-\x7e]*(?:Corrupt JPEG data|Premature end of JPEG|Warning: unknown|Inconsistent prog|Invalid SOS)[\x20-\x7e]*"
     texts = {text.decode() for text in re.findall(pattern, library)}
@@ -243,7 +243,7 @@ def test_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(
 
 
 def test_large_jpeg_may_have_fewer_scans() -> None:
-    """A scan takes time by the pixels of the image, not by its own bytes."""
+    """The time to decode a scan depends on the pixels of the image, and not on the bytes of the scan."""
     buffer = io.BytesIO()
     Image.new("L", (6000, 6000)).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()

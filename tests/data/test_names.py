@@ -1,4 +1,4 @@
-"""Names of images are matched exactly, or by the longest suffix in whole parts, and never by chance."""
+"""Names of images are matched exactly, or by the longest common end of complete path parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_simplified.data.names import (
     name_suffixes,
 )
 
-# Few different parts, so that names often share their ends.
+# There are few different parts, so that names often have the same ends.
 NAMES = st.lists(st.sampled_from(["a", "b", "1.jpg"]), min_size=1, max_size=4).map("/".join)
 
 
@@ -90,7 +90,7 @@ def test_match_names_rejects_two_images_that_match_one_name() -> None:
     index = NameIndex(["1.jpg"])
     with pytest.raises(AmbiguousNameError, match=r"'cats/1\.jpg' and 'dogs/1\.jpg'.*'1\.jpg'"):
         match_names(["cats/1.jpg", "dogs/1.jpg"], index)
-    # The same image, once with another spelling, and a name without a match.
+    # Add the same image in another spelling, and a name without a match.
     names = ["cats/1.jpg", "./cats/1.jpg", "cats/1.jpg", "2.jpg"]
     assert list(match_names(names, index)) == ["cats/1.jpg", "./cats/1.jpg"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from llava_simplified.data.shards import ShardWriter
 
-# None in sys.modules makes an import fail as if the package were not installed.
+# An import fails if sys.modules has None for the package, as if it was not installed.
 BLOCK_IMPORTS = """
 import sys
 for name in ("pyarrow", "fsspec", "aiohttp", "aiodns", "matplotlib"):

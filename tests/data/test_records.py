@@ -148,7 +148,7 @@ def test_prediction_row_has_the_fields_of_the_tutorial() -> None:
 def test_prediction_is_a_record_with_the_reference_or_else_the_caption(
     tmp_path: Path, references: object, prediction: str, responses: tuple[str, ...]
 ) -> None:
-    """Captions that were generated can be trained on; a record that was evaluated keeps its references."""
+    """A prediction becomes a record with its references as responses, or with its caption if it has no references."""
     row = {"index": 0, "image": "0.jpg", "instruction": "What?"}
     row |= {"gt_caption": references, "pred_output": prediction}
     assert Record.from_json(row, "row 0").responses == responses
@@ -166,7 +166,7 @@ def test_prediction_row_lists_several_references() -> None:
     assert row["image"] is None
 
 
-# ---- what would silently train as something else ----
+# ---- rows that would otherwise be misread without an error ----
 
 VIDEO_TURNS = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 TEXT = {"instruction": "What?", "response": "a dog"}

@@ -1,4 +1,4 @@
-"""Files of rows: JSON is scanned in blocks, and rows are read at random, also in other processes."""
+"""Files of rows: JSON is scanned in blocks, and rows are read in any order, also in other processes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def write_rows(folder: Path, kind: str) -> Path:
         path = folder / "rows.json"
         path.write_text(json.dumps(ROWS, indent=1), "utf-8")
     elif kind == "jsonl":
-        # With a byte order mark, CRLF, blank lines, and no line break at the end.
+        # The file has a byte order mark, CRLF, blank lines, and no line break at the end.
         path = folder / "rows_jsonl.jsonl"
         text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
         text = text.replace("\n", "\n\r\n", 2)

@@ -1,4 +1,4 @@
-"""Shards: written so that other tools can read them, and read at random whoever wrote them."""
+"""Shards: other tools can read ours, and we can read any image of shards that other tools have written."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_shard_images_are_read_at_random(tmp_path: Path, has_manifest: bool) -> 
             if member.name.endswith(".jpg"):
                 key = member.name.removesuffix(".jpg")
                 rows.append({"key": key, "offset": member.offset, "length": member.size})
-        # A failed download.
+        # The manifest also has a row of a failed request, which has no image.
         rows.append({"key": "999999999", "offset": None, "length": None})
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
     for i in (13, 0, 19):
@@ -149,7 +149,7 @@ def test_tar_members_names_the_truncated_member(tmp_path: Path) -> None:
     path.write_bytes(data[: last_image.offset + 5])
     with pytest.raises(ValueError, match="000000019.jpg"):
         list(tar_members(path))
-    # In the header of the image.
+    # This position is in the header of the image.
     path.write_bytes(data[: last_image.offset - 300])
     with pytest.raises(
         ValueError, match=r"truncated after member '000000018.json'.*212 other bytes"
@@ -196,7 +196,7 @@ def test_tar_members_rejects_what_is_not_a_tar(tmp_path: Path) -> None:
             id="no number in the map of holes",
         ),
         pytest.param({"GNU.sparse.map": "0,x"}, b"abc", id="no number in the header"),
-        # Well-formed, but its contents are not one range of bytes.
+        # This tar is valid, but the contents of a sparse file are not a single range of bytes.
         pytest.param(
             {"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"},
             b"abc",

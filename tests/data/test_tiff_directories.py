@@ -1,4 +1,4 @@
-"""Directories of TIFF files and EXIF data that ask for more than they have."""
+"""Directories of TIFF files and EXIF data whose entries claim more data than the file contains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llava_simplified.data.tiff_directories import (
     has_many_directories,
 )
 
-# 2,000 entries of 30 kB: 60 MB, from 54 kB.
+# 2,000 entries share a value of 30 kB: read separately, 54 kB of data would take 60 MB.
 SHARED = shared_values(2_000, 30_000)
 
 

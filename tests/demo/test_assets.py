@@ -127,7 +127,7 @@ def run_lite0(weights: Weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def write_wheel(folder: Path, name: str, version: str, member: str, data: bytes) -> None:
-    """Write a wheel with one file (`member`, a path in the wheel), and the least metadata that pip accepts."""
+    """Write a wheel with one file (`member`, a path in the wheel), and the minimum of metadata that pip accepts."""
     info = f"{name}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     wheel = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -205,7 +205,7 @@ def write_tiny_gguf(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of package files as the registries have them, and a stand-in for `npm`."""
+    """A folder with package files like those of the registries, and a fake `npm`."""
     folder = tmp_path_factory.mktemp("packages")
     write_tiny_gguf(folder / "tiny.gguf")
     write_wheel(folder, "tiny_lm", "0.1", "tiny_lm/tiny.gguf", (folder / "tiny.gguf").read_bytes())
@@ -261,7 +261,7 @@ def registries(package_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def modification_times(folder: Path) -> dict[Path, int]:
-    """Return when each file and folder was changed last."""
+    """Return the modification time of each file and folder."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -283,7 +283,7 @@ def test_fetch_builds_stock_folders_once(
         assert row["response"] == f"thing {number}"
     assert {row["instruction"] for row in records} == {INSTRUCTION}
 
-    # Complete folders are neither downloaded nor built again: there is no client to call now.
+    # Complete folders are neither downloaded nor built again. The clients, which would fail, are not called.
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", "/none")
     before = modification_times(tmp_path)
@@ -370,7 +370,7 @@ def test_download_reports_the_clients_output_for_an_unknown_package(
         download(package, tmp_path)
 
 
-# A stand-in for npm's code in the package of Node.js: `npm pack --silent name@version` copies a file.
+# A replacement for npm's code in the package of Node.js: `npm pack --silent name@version` copies a file.
 PACKAGED_NPM = """
 import shutil
 
@@ -393,7 +393,7 @@ def test_fetch_uses_npm_from_pypi_where_npm_is_missing(
     npm = assets.npm_command(tmp_path / "downloads")
     path = download(assets.PACKAGES["names"], tmp_path / "downloads", npm)
     assert path.read_bytes() == (registries / path.name).read_bytes()
-    # It is installed once.
+    # npm is installed only once.
     monkeypatch.setattr(assets.subprocess, "run", None)
     assert assets.npm_command(tmp_path / "downloads") == npm
 

@@ -46,13 +46,13 @@ _ENDINGS = ["", " .", "!", " -- again", ", twice"]
 def make_samples(
     count: int, trials: int = 1, most_references: int = 4, seed: int = 0
 ) -> list[Sample]:
-    """Make images whose references partly agree, as those of COCO do, and captions that are partly right.
+    """Create samples whose references partly agree, as in COCO, and whose captions are partly right.
 
     Args:
         count: Number of images.
-        trials: Captions of each image. About 3 % of them are empty.
-        most_references: Largest number of references of an image.
-        seed: Seed. The expected scores in test_metrics.py depend on it and on the order of the draws.
+        trials: Number of captions of each image. About 3 % of the captions are empty.
+        most_references: Maximum number of references of an image.
+        seed: Seed. The expected scores in test_metrics.py depend on it and on the order of the random draws.
     """
     dice = random.Random(seed)
 

@@ -68,7 +68,7 @@ def test_vocabulary_has_the_80_categories_and_no_word_twice() -> None:
     for category in set(vocabulary.category_of.values()):
         assert vocabulary.category_of[category] == category
     assert vocabulary.category_of["sofa"] == "couch"
-    # A plural that is a word of its own would be read as another one.
+    # A plural that is also another word must not be read as that word.
     assert not set(vocabulary.singular_of) & set(vocabulary.category_of)
 
 
@@ -94,7 +94,7 @@ def test_chair_equals_an_example_computed_by_hand() -> None:
 
 
 def reference_mentions(caption: str, plurals: dict[str, str], nodes: dict[str, str]) -> list[str]:
-    """The published procedure in its own steps: tokens, singulars, double words, toilet seats, synonyms."""
+    """Find the objects in a caption by the steps of the authors' code: tokens, singulars, double words, synonyms."""
     doubles = {}
     for pair in (
         *("motor bike", "motor cycle", "air plane", "traffic light", "street light"),
@@ -139,7 +139,7 @@ def reference_mentions(caption: str, plurals: dict[str, str], nodes: dict[str, s
     return [nodes[word] for word in joined if word in nodes]
 
 
-# Words of the generated captions, with what they mean; None: no object.
+# Words of the generated captions, with the object that they mean, or None.
 NOUNS: dict[str, str | None] = {
     "man": "person",
     "baby": "person",

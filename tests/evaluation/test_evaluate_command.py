@@ -55,7 +55,7 @@ def test_read_predictions_collects_the_trials_of_an_image(tmp_path: Path, name: 
 
 
 def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path) -> None:
-    """JSON allows U+2028 in a text; it does not end a line of the file."""
+    """JSON allows U+2028 in a text, where it does not end a line of the file."""
     rows = make_rows("a cat\u2028on a mat", "a\x85dog")
     (sample,) = read_predictions(write_rows(tmp_path / "predictions.jsonl", rows)).samples
     assert sample.captions == ("a cat\u2028on a mat", "a\x85dog")
@@ -118,7 +118,7 @@ def test_read_references_finds_images_by_id_and_by_name(tmp_path: Path, image: s
 
 @pytest.mark.parametrize("image", ["000000000042.jpg", "photo_1.jpg", "00001.tar#000000001"])
 def test_read_predictions_names_an_image_without_references(tmp_path: Path, image: str) -> None:
-    """The number in another name, or of a shard, is no image id: there are references of image 1."""
+    """A number in another name, or in that of a shard, is not an image id, although there are references of image 1."""
     coco = tmp_path / "coco.json"
     coco.write_text('{"annotations": [{"image_id": 1, "caption": "a"}]}')
     references = read_references(coco)
@@ -338,7 +338,7 @@ def test_evaluate_compares_each_file_with_the_first(
             caption = record["response"] if index < num_right else "a red car"
             reference = record["response"]
             rows += make_rows(caption, index=index, image=record["image"], gt_caption=reference)
-        # The images of the second file are in another order: they are compared by name.
+        # The images of the second file are in another order, so they are compared by name.
         write_rows(tmp_path / f"{name}.json", rows if num_right == 1 else rows[::-1])
     output = tmp_path / "scores.json"
     report = tmp_path / "report.html"
@@ -452,7 +452,7 @@ def test_evaluate_scores_several_files_and_writes_a_report(
     assert "CIDEr-D" in output
     assert "note: only 4 images" in output
     report = (tmp_path / "report.html").read_text()
-    # A card for each image, and the two that changed beside the captions of both.
+    # There is a card for each image, and two more for the images that changed, with the captions of both runs.
     assert report.count("data:image/webp;base64,") == 4 + 2
     assert "validation, last 2.250" in report
     assert "by checkpoint" in report
@@ -493,7 +493,7 @@ def write_two_programs(folder: Path, *, second_id: int = 2) -> list[str]:
 
 
 def test_files_of_two_programs_are_compared_image_by_image(tmp_path: Path) -> None:
-    """One counts the images and names their folder, the other has ids: positions and names differ."""
+    """One program numbers the images and names their folder, the other has ids, so positions and names differ."""
     words = write_two_programs(tmp_path)
     scores = tmp_path / "scores.json"
     assert main([*words, "--output", str(scores), "--resamples", "20"]) == 0

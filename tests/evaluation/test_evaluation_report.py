@@ -1,4 +1,4 @@
-"""Tests of the report: a single file without requests, harmless whatever a caption contains, small and correct."""
+"""Tests of the report: it is a single small file, makes no requests, is safe for any caption, and is correct."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_report_shows_the_best_images_first(image_folder: Path) -> None:
 
 
 def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -> None:
-    """Names that end with a number are no checkpoints: their order stays, and nothing is drawn over steps."""
+    """A number at the end of a name does not make it a checkpoint: the order stays, and no curve over steps is drawn."""
     first = make_run("clip-vit-base-patch16", ("a cat", "a cat"), ("a red dog", "the sea"))
     second = make_run("effnet-b0", ("a boat", "a cat"), ("a boat", "the sea"))
     comparison = compare_runs(first.samples, first.result, second.samples, second.result)
@@ -188,7 +188,7 @@ def test_report_notes_images_that_cannot_be_read(image_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_report_of_500_photos_stays_below_10_megabytes(tmp_path: Path) -> None:
-    """The images are like photos: strong at low frequencies, with noise. Of more than 500, some are left out."""
+    """The images have strong low frequencies and noise, like photos. If there are more than 500, some are left out."""
     generator = np.random.default_rng(0)
     for number in range(20):
         coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8))

@@ -1,7 +1,7 @@
-"""The model of lmms-eval: its texts are those of `Llava.caption`, its log-likelihoods those of a plain loop.
+"""The model of lmms-eval: its texts equal those of `Llava.caption`, its log-likelihoods those of a plain loop.
 
-Where lmms-eval is not installed, a stand-in of the few classes that the model uses takes its place. The tests at the
-end run lmms-eval itself.
+If lmms-eval is not installed, the few classes of it that the model uses are replaced by fakes. The tests at the end
+run lmms-eval itself.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def generate(
 
 @torch.no_grad()
 def plain_log_likelihood(model: Llava, text: str, images: list[Image.Image], answer: str) -> float:
-    """Score one answer in a sequence of its own, without its end token."""
+    """Score one answer in a separate sequence, without its end token."""
     turns = [Message("user", "<image>\n" * len(images) + text)]
     ids = model.prompt.render(turns, answer).input_ids[:-1]
     prompt = model.prompt.render(turns, None).input_ids
@@ -236,7 +236,7 @@ def test_choices_are_scored_as_losses_and_answers_as_log_likelihoods(
     evaluated.model.double()
     requests = []
     expected = []
-    # Interleaved, so that results must be put back in the order of the requests.
+    # Interleave the requests, so that the results must be put back in their order.
     for choice in CHOICES:
         for doc_id in range(6):
             place = (doc_id, "local", "test")
@@ -259,7 +259,7 @@ def test_choices_are_scored_as_losses_and_answers_as_log_likelihoods(
 def test_generated_answer_is_greedy(evaluated: Any) -> None:
     [answer] = generate(evaluated, QUESTION, [0], max_new_tokens=3)
     place = (one_image, 0, "local", "test")
-    # The tokens of a text are not always those that were generated.
+    # Tokenizing a generated text does not always give the tokens that were generated.
     results = evaluated.loglikelihood(
         [request(QUESTION, text, *place) for text in (answer, CHOICES[1])]
     )
@@ -329,7 +329,7 @@ metric_list:
 
 @pytest.fixture
 def tasks(tmp_path: Path, photos: list[bytes], checkpoint: Path, images: list[Image.Image]) -> Path:
-    """A folder of two tasks. Half of the reference captions are what the model generates."""
+    """A folder of two tasks. Half of the reference captions equal those that the model generates."""
     datasets = pytest.importorskip("datasets")
     captions = Llava.from_pretrained(checkpoint).caption(images, QUESTION, max_new_tokens=8)
     answers = [text if i % 2 else "something else" for i, text in enumerate(captions)]

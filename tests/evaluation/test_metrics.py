@@ -1,4 +1,4 @@
-"""Tests of the metrics: scores equal the code of the COCO server, intervals equal a bootstrap done step by step."""
+"""Tests of the metrics: scores equal those of the COCO server, and intervals those of a step-by-step bootstrap."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_evaluate_returns_recorded_scores() -> None:
 @needs_java
 @pytest.mark.slow
 def test_evaluate_equals_the_server_live() -> None:
-    """Stanford's tokenizer, METEOR and all: the expected scores use no code of ours."""
+    """The expected scores come from the server's code alone, with Stanford's tokenizer and METEOR."""
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -93,7 +93,7 @@ def test_evaluate_equals_the_server_live() -> None:
         groups = {i: [{"caption": text} for text in group] for i, group in enumerate(texts)}
         return tokenizer.tokenize(groups)
 
-    # One process of Java for all: it takes longer to start than to tokenize.
+    # Tokenize all captions in one process, because starting Java takes longer than tokenizing.
     texts = [sample.references for sample in samples]
     for trial in range(len(result.trials)):
         texts += [(sample.captions[trial],) for sample in samples]
@@ -220,7 +220,7 @@ def test_word_f1_compares_bags_of_words_with_the_best_reference() -> None:
 
 def test_evaluate_counts_novel_distinct_and_unseen() -> None:
     samples = [
-        make_sample("a cat", "a cat", index=0),  # learned by heart
+        make_sample("a cat", "a cat", index=0),  # memorized: equal to a training caption
         make_sample("A  Cat", "a dog", "the dog", index=1),  # one reference is a training caption
         make_sample("a fox", "a fox", index=2),
         make_sample("a bird", "a fish", index=3),
@@ -274,7 +274,7 @@ def test_evaluate_rejects_samples_that_cannot_be_scored(
 
 
 def test_clip_score_equals_the_whole_model_one_pair_at_a_time(tmp_path: Path) -> None:
-    """Hessel et al. 2021, from the embeddings that CLIPModel itself returns."""
+    """The expected scores follow Hessel et al. 2021, with the embeddings that `CLIPModel` returns."""
     import torch
     from PIL import Image
 
@@ -324,7 +324,7 @@ def test_clip_scores_rejects_folders_without_a_whole_clip_model(tmp_path: Path) 
     tower = save_vision_model("clip", tmp_path / "tower")
     with pytest.raises(ValueError, match=r"not the folder of a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
-    # With a tokenizer it loads, but its text model would be random.
+    # With a tokenizer, this folder could be loaded, but its text model would be random.
     _, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
     tokenizer.save_pretrained(tower)
     with pytest.raises(ValueError, match=r"not the folder of a complete CLIP model.*vision tower"):

@@ -65,7 +65,7 @@ EXPECTED_TOKENS = {
     "a.k.a.U.S. ......5U.S. ’１1 ’95 hello.、": "a.k.a.u.s. .5 u.s. １1 ’95 hello. 、",
 }
 
-# Pieces of which random captions are put together, for each part of the rules.
+# Random captions are put together from these pieces, of which there are some for each part of the rules.
 PIECES = {
     "abbreviations": "Jan. Inc. no. fig. pt. pty. ltd. co. U.S. U.S e.g. Ill. ill. Mr. A. a.k.a. Ph.D. vs. 5 x The the É "
     "A , ; ? ! \" - 's . <b> ... It 、",
@@ -107,12 +107,12 @@ def test_tokenize_is_fast_on_hostile_text() -> None:
 
 @pytest.mark.parametrize("newline", ["\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"])
 def test_tokenize_treats_every_line_break_as_a_space(newline: str) -> None:
-    """The original would begin another caption there, and pair all later captions with the wrong images."""
+    """The original would begin another caption at the line break, and pair all later captions with the wrong images."""
     assert tokenize(f"a cat{newline}on a mat") == "a cat on a mat"
 
 
 def test_tokenize_accepts_half_a_surrogate_pair() -> None:
-    """JSON can contain one; the original cannot be given it."""
+    """JSON can contain half a surrogate pair, but it cannot be passed to the original."""
     assert tokenize("a \ud83d b") == "a b"
     assert tokenize("a \ud83d \U0001f600 #b") == "a #b"
 
@@ -127,9 +127,9 @@ def real_captions() -> list[str]:
 
 
 def random_captions(kind: str) -> list[str]:
-    """Return random text of `PIECES`. Fixed seeds, so that a failure can be repeated.
+    """Return random texts of `PIECES`, with fixed seeds, so that a failure can be repeated.
 
-    The rules were settled with many more.
+    The rules were developed with many more texts.
     """
     dice = random.Random(kind)
     pieces = [*PIECES[kind].split(" "), " ", "  "]
@@ -164,7 +164,7 @@ def is_assigned(code: int) -> bool:
 @pytest.mark.medium
 @needs_java
 def test_tokenize_equals_the_server_live() -> None:
-    """All in one process of Java, which takes longer to start than to tokenize."""
+    """All captions are tokenized in one process, because starting Java takes longer than tokenizing."""
     captions = [*real_captions(), *character_captions()]
     for kind in PIECES:
         captions += random_captions(kind)
@@ -174,7 +174,8 @@ def test_tokenize_equals_the_server_live() -> None:
 def assert_equal_to_server(captions: list[str]) -> None:
     """Compare with the PTBTokenizer of pycocoevalcap.
 
-    The server reads all captions as one stream and looks across line ends: a neutral line is put between any two.
+    The server reads all captions as one stream, and the tokens of a line can depend on the next line. Therefore a neutral
+    line is inserted between any two captions.
     """
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     lines = []

@@ -1,4 +1,4 @@
-"""GGUF files as others read them: transformers, llama.cpp's graph in plain torch, and llama.cpp itself."""
+"""Read exported GGUF files with transformers, with llama.cpp's graph in plain torch, and with llama.cpp itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def run_clip_graph(path: Path, pixels: torch.Tensor) -> torch.Tensor:
-    """Compute what llama.cpp's `clip_graph_llava` computes, from the file alone.
+    """Compute the image tokens as llama.cpp's `clip_graph_llava` does, from the file alone.
 
     Args:
         path: `mmproj.gguf`.
@@ -188,7 +188,7 @@ def test_export_gguf_computes_the_same_when_others_read_it(
 def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
     train_pair: TrainPair, tmp_path: Path
 ) -> None:
-    """llama.cpp writes its marker without a line break; other tools pass a list of parts."""
+    """llama.cpp inserts its image marker without a line break; other tools pass a list of parts."""
     tower, language_model, options = MODELS[0]
     checkpoint = train_pair(tower, language_model, **options)
     folder = tmp_path / "gguf"
@@ -281,7 +281,7 @@ def resize_as_llamacpp(image: Image.Image, side: int) -> np.ndarray:
     "size", [(301, 200), (97, 411), (64, 64), (23, 500), (233, 232), (640, 359)]
 )
 def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[int, int]) -> None:
-    """The borders are in the same place, up to one pixel, and have the same color."""
+    """The borders have the same color, and their positions differ by at most one pixel."""
     transform = replace(
         ImageTransform.from_pretrained(models_folder / "clip", "pad"), resize=224, crop=(224, 224)
     )
@@ -296,7 +296,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     for line, other in ((ours[112], theirs[112]), (ours[:, 112], theirs[:, 112])):
         inside, other_inside = line[:, 2] > 177, other[:, 2] > 177
         assert (inside != other_inside).sum() <= 2
-        # Away from the edges, which the filter of the resize blurs, all pixels are equal.
+        # All pixels are equal, except at the edges, which the filter of the resize blurs.
         edges = np.zeros(224, bool)
         for shift in range(-4, 5):
             edges |= np.roll(inside, shift) != other_inside
@@ -336,7 +336,7 @@ def wrap_tokenizer(backend: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast
 
 
 def model_with_tokenizer(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Any:
-    """Return as much of a model as `vocabulary_settings` uses, with `num_rows` embeddings."""
+    """Return the part of a model that `vocabulary_settings` uses, with `num_rows` embeddings."""
     embeddings = SimpleNamespace(weight=torch.empty(num_rows, 1))
     language_model = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     return SimpleNamespace(
@@ -472,7 +472,7 @@ def make_llama(rope_parameters: dict, max_position_embeddings: int) -> LlamaForC
 
 
 def llama3_factor(wavelength: float) -> float:
-    """Return what Llama 3.1 divides a frequency by: 1, 8, or between, by its wavelength."""
+    """Return the divisor of a frequency in Llama 3.1: between 1 and 8, depending on its wavelength."""
     if wavelength < 8192 / 4:
         return 1
     if wavelength > 8192:
@@ -541,7 +541,7 @@ def test_llamacpp_generates_the_same_captions(
     language_model: str,
     options: dict,
 ) -> None:
-    """Opt-in: needs llama-cpp-python, which compiles for 20 minutes. Images of the tower's size."""
+    """This test only runs if llama-cpp-python is installed, which compiles for 20 minutes. Images are not resized."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if tower == "clip":
         pytest.xfail(
@@ -558,8 +558,8 @@ def test_llamacpp_generates_the_same_captions(
         urls.append("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
         caption = model.caption(path, max_new_tokens=8)
         expected.append(caption.replace("\ufffd", "").strip())  # it drops incomplete characters
-    words = [str(tmp_path / "gguf"), model.instruction, *urls]
-    command = [sys.executable, "-c", LLAMA_CPP_PROCESS, *words]
+    argv = [str(tmp_path / "gguf"), model.instruction, *urls]
+    command = [sys.executable, "-c", LLAMA_CPP_PROCESS, *argv]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected

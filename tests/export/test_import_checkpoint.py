@@ -1,7 +1,7 @@
-"""Checkpoints in the layouts of other code bases are imported, used for captions, and trained further.
+"""Import checkpoints of other code bases, caption with them, and continue training them.
 
-The expected captions are computed from the foreign files by stock towers, language models and adapters
-with plain torch between them, and nothing of this project.
+The expected captions are computed from the foreign files, by stock towers, language models and adapters with plain
+torch between them, without any code of this project.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from foreign_llava import (
     LLAVA_HF_TEMPLATE,
     TEMPLATES,
     Weights,
-    ask_stock,
     projector_weights,
+    run_stock,
     write_original,
     write_stock,
 )
@@ -63,7 +63,7 @@ Source = tuple[Path, Path]  # a checkpoint with an adapter, and its merged form
 def make_source(
     models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Source]:
-    """Return a trained checkpoint and its merged form, of a language model: where the layouts get their weights from."""
+    """Return a trained checkpoint of a language model and its merged form. The foreign files have their weights."""
 
     @cache
     def make(language_model: str) -> Source:
@@ -89,7 +89,7 @@ def source(make_source: Callable[[str], Source]) -> Source:
 
 @pytest.fixture
 def image(data_folder: Path, tmp_path: Path) -> Path:
-    """An image of the tower's size: it is not resized, which would round differently."""
+    """An image of the tower's size. It is not resized, because a resize in other code rounds differently."""
     folder = tmp_path / "images"
     folder.mkdir()
     path = folder / "a.png"
@@ -165,7 +165,7 @@ def write_lora(
     return folder
 
 
-# ---- what is expected ----
+# ---- the expected captions ----
 
 
 def expand_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
@@ -247,10 +247,10 @@ def assert_captions_and_trains(
     records = tmp_path / "one.json"
     records.write_text(json.dumps([record]))
     output = tmp_path / "predictions.json"
-    words = ["--model-path", str(checkpoint), "--data-path", str(records)]
-    words += ["--image-folder", str(image.parent), "--output", str(output)]
-    words += ["--temperature", "0", "--max-new-tokens", "8"]
-    predict_main(words)
+    argv = ["--model-path", str(checkpoint), "--data-path", str(records)]
+    argv += ["--image-folder", str(image.parent), "--output", str(output)]
+    argv += ["--temperature", "0", "--max-new-tokens", "8"]
+    predict_main(argv)
     assert [row["pred_output"] for row in json.loads(output.read_text())] == [caption]
 
     trained = train_checkpoint(
@@ -367,10 +367,10 @@ def test_import_command_reads_a_single_projector(
     torch.save(weights, tmp_path / "mm_projector.bin")
     checkpoint = tmp_path / "ours"
     monkeypatch.chdir(base)
-    words = [str(tmp_path / "mm_projector.bin"), "--output", str(checkpoint), "--model-base", "."]
+    argv = [str(tmp_path / "mm_projector.bin"), "--output", str(checkpoint), "--model-base", "."]
     with pytest.raises(ValueError, match="--vision-tower"):
-        import_main(words)
-    assert import_main([*words, "--vision-tower", str(clip)]) == 0
+        import_main(argv)
+    assert import_main([*argv, "--vision-tower", str(clip)]) == 0
     monkeypatch.chdir(tmp_path)  # the relative path must have become absolute
 
     language_model = AutoModelForCausalLM.from_pretrained(base)
@@ -493,7 +493,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
     content: Any = INSTRUCTION
     if shape == "llava-hf":
         content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
-    logits, caption = ask_stock(folder, [{"role": "user", "content": content}], image)
+    logits, caption = run_stock(folder, [{"role": "user", "content": content}], image)
     shutil.rmtree(folder)  # it is not needed any more
     model = Llava.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(first_logits(model, image), logits, rtol=1e-5, atol=1e-5)
@@ -581,9 +581,9 @@ def test_import_checkpoint_keeps_nothing_that_differs_from_the_source(
 def test_import_command_names_wrong_images_before_the_conversion(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, message in (("nowhere", "no such folder"), ("empty", "no image")):
-        words = ["source", "--output", "ours", "--check-images", str(tmp_path / name)]
+        argv = ["source", "--output", "ours", "--check-images", str(tmp_path / name)]
         with pytest.raises(ValueError, match=f"--check-images .*{name}: .*{message}"):
-            import_main(words)
+            import_main(argv)
 
 
 # ---- what is refused ----

@@ -1,7 +1,7 @@
-"""`llava push` to a stand-in of the hub on this machine.
+"""`llava push` to a fake hub on this machine.
 
-The stand-in implements the part of the hub's API that `huggingface_hub` uses without Xet: create a
-repository, ask how each file is to be sent, upload large files (LFS), commit.
+It implements the part of the hub's API that `huggingface_hub` uses without Xet: create a repository, return how each
+file must be sent, accept large files (LFS), commit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from llava_simplified import cli
 
 TOKEN = "hf_of_me"
-Push = Callable[..., int]  # (url, *words, token) -> exit status
+Push = Callable[..., int]  # (url, *argv, token) -> exit status
 
 
-# ---- the stand-in ----
+# ---- the fake hub ----
 
 
 class Hub(ThreadingHTTPServer):
@@ -117,7 +117,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         return hub.commit([json.loads(line) for line in data.splitlines()])
 
     def read_body(self) -> bytes:
-        """Return the body of the request. That of a commit is sent in chunks."""
+        """Return the body of the request. The body of a commit is sent in chunks."""
         if "Content-Length" in self.headers:
             return self.rfile.read(int(self.headers["Content-Length"]))
         chunks = []
@@ -153,7 +153,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint with everything that can be in its folder."""
+    """A checkpoint whose folder contains every kind of file that can be in it."""
     root = tmp_path / "model"
     for name in ("adapter", "trainer_state", "checkpoint-10/trainer_state"):
         (root / name).mkdir(parents=True)
@@ -168,7 +168,7 @@ def folder(tmp_path: Path) -> Path:
         "README.md": "---\nlicense: mit\n---\n# x\n",
         "llava.json": json.dumps(config),
         "tokenizer.json": "{}",
-        # What is not uploaded: the state of the run, and its intermediate checkpoints.
+        # These files are not uploaded: the state of the run, and its intermediate checkpoints.
         "trainer_state/optimizer.pt": "x",
         "checkpoint-10/llava.json": "{}",
         "checkpoint-10/trainer_state/a": "x",
@@ -180,14 +180,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
-    """Run `llava push` with the address of a hub, further words, and a token."""
+    """Return a function that runs `llava push` with the address of a hub, more arguments, and a token."""
 
-    def run(url: str, *words: str, token: str = TOKEN) -> int:
+    def run(url: str, *argv: str, token: str = TOKEN) -> int:
         monkeypatch.setenv("HF_TOKEN", token)
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        return cli.main(["push", str(folder), "me/model", *words])
+        return cli.main(["push", str(folder), "me/model", *argv])
 
     return run
 
@@ -232,14 +232,14 @@ def test_push_reports_a_failed_upload_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["gone", "me/model"], "gone: no such folder"),
         ([".", "model"], "model: not a repository.*owner/name"),
     ],
 )
-def test_push_refuses_a_wrong_folder_or_repository(words: list[str], message: str) -> None:
+def test_push_refuses_a_wrong_folder_or_repository(argv: list[str], message: str) -> None:
     from llava_simplified.export.export_command import push_main
 
     with pytest.raises(ValueError, match=message):
-        push_main(words)
+        push_main(argv)

@@ -32,13 +32,13 @@ from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 
-# Vision tower and language model: the pairs that are exported in every variant.
+# The pairs of vision tower and language model that are exported in every variant.
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 
 
-def run_python(script: str, *words: object, folder: Path) -> str:
-    """Run a script in a process of its own, and return the last line of its output."""
-    command = [sys.executable, "-c", script, *map(str, words)]
+def run_python(script: str, *argv: object, folder: Path) -> str:
+    """Run a script in a separate process, and return the last line of its output."""
+    command = [sys.executable, "-c", script, *map(str, argv)]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
@@ -46,7 +46,7 @@ def run_python(script: str, *words: object, folder: Path) -> str:
 
 # ---- a process without this project ----
 
-# Imports the stock libraries once, then forks a process for each script that it is sent.
+# A program that imports the stock libraries once, and then forks a process for each script that it receives.
 STOCK_SERVER = """
 import json, os, sys, traceback
 sys.modules["llava_simplified"] = None  # an import fails, whether it is installed or not
@@ -59,11 +59,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 import transformers.models.llava.modeling_llava
 
-def run(script, words, folder, output):
+def run(script, argv, folder, output):
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
     os.chdir(folder)
-    sys.argv = ["-c", *words]
+    sys.argv = ["-c", *argv]
     exec(script, {"__name__": "__main__"})
 
 for line in sys.stdin:
@@ -116,7 +116,7 @@ print(json.dumps({"logits": logits, "caption": caption, "adapted": adapted}))
 
 @functools.cache
 def stock_server() -> subprocess.Popen[str]:
-    """Start the process that cannot import the project; it ends with the tests, which close its input."""
+    """Start the process that cannot import the project. It ends when the tests close its input."""
     return subprocess.Popen(
         # Isolated: it does not look for modules where the tests look for them.
         [sys.executable, "-I", "-c", STOCK_SERVER],
@@ -127,7 +127,7 @@ def stock_server() -> subprocess.Popen[str]:
     )
 
 
-def run_without_project(script: str, *words: object, folder: Path) -> str:
+def run_without_project(script: str, *argv: object, folder: Path) -> str:
     """Run a script in a process that cannot import the project; return the last line of its output."""
     if sys.platform == "win32":
         pytest.skip("Windows does not fork processes")
@@ -135,7 +135,7 @@ def run_without_project(script: str, *words: object, folder: Path) -> str:
     assert server.stdin and server.stdout
     output = folder / "output.txt"
     output.unlink(missing_ok=True)
-    job = [script, [str(word) for word in words], str(folder), str(output)]
+    job = [script, [str(argument) for argument in argv], str(folder), str(output)]
     server.stdin.write(json.dumps(job) + "\n")
     server.stdin.flush()
     status = server.stdout.readline()
@@ -163,12 +163,12 @@ def run_stock_process(
     transform = model.vision_tower.transform
     pixels = transform.normalize(transform(decode_image(image.read_bytes()))[None])
     torch.save(pixels, scratch / "pixels.pt")
-    words = [folder, adapter or "", model.instruction, image, scratch / "pixels.pt"]
-    return json.loads(run_without_project(STOCK_PROCESS, *words, folder=scratch))
+    argv = [folder, adapter or "", model.instruction, image, scratch / "pixels.pt"]
+    return json.loads(run_without_project(STOCK_PROCESS, *argv, folder=scratch))
 
 
 def assert_same_as_checkpoint(result: dict, model: Llava, image: Path) -> None:
-    """Check the logits and the caption of `run_stock_process`."""
+    """Assert that `run_stock_process` returns the logits and the caption of the checkpoint."""
     expected = first_logits(model, image)
     logits = torch.tensor(result["logits"])[: len(expected)]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -306,7 +306,7 @@ def test_export_stock_removes_an_export_that_computes_something_else(
     assert not (tmp_path / "stock").exists()
 
 
-# ---- what is written ----
+# ---- the written files ----
 
 
 def names_in_vllm() -> re.Pattern[str]:
@@ -419,9 +419,9 @@ def test_merge_keeps_the_logits_after_the_base_models_have_moved(
     language_model = str(tmp_path / "b" / "qwen2")
     vision_tower = str(tmp_path / "b" / "clip")
     merged = tmp_path / "merged"
-    words = [str(checkpoint), "--output", str(merged)]
-    words += ["--model-base", language_model, "--vision-tower", vision_tower]
-    assert merge_main(words) == 0
+    argv = [str(checkpoint), "--output", str(merged)]
+    argv += ["--model-base", language_model, "--vision-tower", vision_tower]
+    assert merge_main(argv) == 0
     assert not (merged / "adapter").exists()
     image = data_folder / "images" / "2.jpg"
     before = Llava.from_pretrained(checkpoint, model_base=language_model, vision_tower=vision_tower)
@@ -474,8 +474,8 @@ def test_export_command_writes_a_model_card_without_local_paths(
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"a": {"mean": {"CIDEr-D": [0.5, 0.4, 0.6]}}}))
     output = tmp_path / "stock"
-    words = [str(checkpoint), "--output", str(output), "--scores", str(scores)]
-    assert export_main(words) == 0
+    argv = [str(checkpoint), "--output", str(output), "--scores", str(scores)]
+    assert export_main(argv) == 0
     card = (output / "README.md").read_text()
     assert "| CIDEr-D | 0.5000 | 0.4000 to 0.6000 |" in card
     assert "Generate a caption of this image:" in card
@@ -490,7 +490,7 @@ def test_export_command_writes_a_model_card_without_local_paths(
     assert push_main([str(output), "me/model", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=re.escape(str(output))):
-        export_main(words)
+        export_main(argv)
 
 
 @pytest.mark.medium
@@ -540,7 +540,7 @@ print(json.dumps(captions))
 
 
 def write_random_images(folder: Path, count: int) -> list[Path]:
-    """Write images of the tower's size: nothing is resized, so no rounding differs."""
+    """Write images of the tower's size. They are not resized, so rounding cannot cause a difference."""
     random = np.random.default_rng(0)
     paths = []
     for number in range(count):
@@ -555,7 +555,7 @@ def write_random_images(folder: Path, count: int) -> list[Path]:
 def test_demo_recipes_end_in_an_export_with_equal_captions(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Both stages of the demo, in bfloat16 and packed, with tiny models; 50 captions."""
+    """Run both stages of the demo in bfloat16, with packing and tiny models, and compare 50 captions."""
     options = {
         "model_name_or_path": models_folder / "llama",
         "vision_tower": models_folder / "clip",
@@ -581,13 +581,13 @@ def test_demo_recipes_end_in_an_export_with_equal_captions(
     second = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector]
     second += ["--output_dir", checkpoint]
     export = ["export", checkpoint, "--format", "hf", "--dtype", "float32"]
-    for words in ([*first, *common], [*second, *common], [*export, "--output", str(output)]):
-        assert cli.main(words) == 0
+    for argv in ([*first, *common], [*second, *common], [*export, "--output", str(output)]):
+        assert cli.main(argv) == 0
 
     images = write_random_images(tmp_path, 50)
     model = Llava.from_pretrained(checkpoint, dtype="float32")
-    words = [output, model.instruction, *images]
-    captions = json.loads(run_without_project(CAPTION_PROCESS, *words, folder=tmp_path))
+    argv = [output, model.instruction, *images]
+    captions = json.loads(run_without_project(CAPTION_PROCESS, *argv, folder=tmp_path))
     assert captions == model.caption(images, max_new_tokens=8)
     assert len(set(captions)) > 10, "the captions depend on the images"
 
@@ -654,13 +654,16 @@ def save_large_language_model(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured as on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads memory use from /proc, which only Linux has",
+)
 def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) -> None:
-    """Loading, converting, merging, writing and reading back need at most a fifth more than it."""
+    """The peak memory of an export, which includes reading it back, is at most 1.2 times the written weights."""
     save_large_language_model(tmp_path / "large")
     clip = models_folder / "clip"
     save_untrained_checkpoint(tmp_path / "a", models_folder / "llama", clip)
     save_untrained_checkpoint(tmp_path / "b", tmp_path / "large", clip)
-    words = [tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
-    ratio = run_python(MEMORY_PROCESS, *words, folder=Path.cwd())
+    argv = [tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
+    ratio = run_python(MEMORY_PROCESS, *argv, folder=Path.cwd())
     assert float(ratio) < 1.2

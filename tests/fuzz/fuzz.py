@@ -1,9 +1,10 @@
-"""Bytes that nobody meant, at the doors where strangers' files come in: `make fuzz`, or
+"""Fuzz the functions that read untrusted files and responses: `make fuzz`, or
 
-    python tests/fuzz/fuzz.py TARGET [-max_total_time=600] [a folder for what it learns, or a crash's file]
+    python tests/fuzz/fuzz.py TARGET [-max_total_time=600] [FOLDER | FILE]
 
-Coverage-guided (atheris), from the known inputs of `targets.py` as seeds. What is found is fixed, and its file kept in
-`corpus/TARGET/`. Options are libFuzzer's.
+FOLDER stores interesting inputs for later runs; FILE is the input of a crash to repeat. Fuzzing is guided by coverage
+(atheris), and starts from the known inputs of `targets.py`. After a crash is fixed, its input is kept in
+`corpus/TARGET/`. The other options are those of libFuzzer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import atheris
 import peft  # noqa: F401
 import transformers  # noqa: F401
 
-# Not the libraries above: they are large, and instrumenting them takes minutes.
+# The libraries above are not instrumented: they are large, so it would take minutes.
 with atheris.instrument_imports(include=["PIL", "tarfile", "llava_simplified"]):
     import targets
 

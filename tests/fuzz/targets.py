@@ -1,6 +1,7 @@
-"""The doors where strangers' bytes come in. Each target takes any bytes; anything but the documented error is a crash.
+"""The functions that read untrusted bytes. Each target accepts any bytes; any error but the documented one is a crash.
 
-`fuzz.py` looks for crashes with them; `test_corpus.py` repeats what is known: small valid files, and those of `corpus/`.
+`fuzz.py` searches for crashes. `test_corpus.py` runs the targets on known inputs: small valid files, and the files in
+`corpus/`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FORMS = ("tsv", "csv", "json", "jsonl", "parquet", "tar", "tsv.gz", "json.xz", "
 
 
 def images(data: bytes) -> None:
-    """The decoder: uint8 (height, width, 3), or ImageError."""
+    """The decoder returns uint8 (height, width, 3), or raises ImageError."""
     try:
         pixels = decode_image(data, max_pixels=1_000_000)
     except ImageError:
@@ -53,7 +54,7 @@ def images(data: bytes) -> None:
 
 
 def shards(data: bytes) -> None:
-    """The tar reader: members that lie in the file, or ValueError with its name."""
+    """The tar reader returns members inside the file, or raises ValueError with the name of the file."""
     path = WORK / "x.tar"
     path.write_bytes(data)
     try:
@@ -66,7 +67,10 @@ def shards(data: bytes) -> None:
 
 
 def sources(data: bytes) -> None:
-    """Caption sources: rows that can be written down, or ValueError with the file's name. The first byte is the form."""
+    """Caption sources give rows that can be written, or raise ValueError with the file's name.
+
+    The first byte selects the form of the source.
+    """
     if not data:
         return
     path = WORK / f"x.{FORMS[data[0] % len(FORMS)]}"
@@ -81,7 +85,7 @@ def sources(data: bytes) -> None:
 
 
 def config(data: bytes) -> None:
-    """The configuration of a checkpoint and of an adapter: a config, or ValueError with the file's name."""
+    """The configuration of a checkpoint or an adapter gives a config, or raises ValueError with the file's name."""
     for name, read in (("llava.json", _read_config), ("adapter_config.json", read_adapter_config)):
         path = WORK / name
         path.write_bytes(data)
@@ -106,7 +110,7 @@ def _renderers() -> list[Prompt]:
 
 
 def prompt(data: bytes) -> None:
-    """A record, or a text: token ids of which the answer is trained, or ValueError that names the row."""
+    """A record or a text gives token ids with a trained answer, or raises ValueError that names the row."""
     try:
         try:
             record = Record.from_json(json.loads(data), "row 0")
@@ -122,7 +126,7 @@ def prompt(data: bytes) -> None:
 
 
 def http(data: bytes) -> None:
-    """A URL in the first line, a response in the others: parsed, or UrlError; the protocol never raises."""
+    """The URL in the first line is parsed or raises UrlError. The response in the other lines never raises an error."""
     first, _, response = data.partition(b"\n")
     text = first.decode("utf-8", "surrogateescape")
     base = parse_url("http://a.example/b/c?d")
@@ -141,7 +145,7 @@ def http(data: bytes) -> None:
 
 
 def _receive(response: bytes, size: int) -> None:
-    """Let the downloader's protocol receive a response in pieces. It keeps errors for whoever waits for the response."""
+    """Pass a response to the downloader's protocol in pieces. The protocol stores errors for the code that waits."""
     loop = _loop()
     handler = LenientResponseHandler(loop)
     transport = _transport()
@@ -249,7 +253,7 @@ def source_seeds() -> Iterator[bytes]:
 
 
 def corpus_seeds(name: str) -> Iterator[bytes]:
-    """Yield the files that are kept for a target: valid ones, and what crashed it once."""
+    """Yield the files of a target in `corpus/`: valid ones, and inputs that once caused a crash."""
     for path in sorted((CORPUS / name).glob("*")):
         yield path.read_bytes()
 

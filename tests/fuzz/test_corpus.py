@@ -1,4 +1,4 @@
-"""The fuzz targets on their known inputs, each whole, cut, and with changed bytes."""
+"""Run the fuzz targets on their known inputs: unchanged, truncated, and with changed bytes."""
 
 from __future__ import annotations
 

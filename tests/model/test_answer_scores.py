@@ -42,7 +42,7 @@ def make_questions(model: Llava) -> list[Question]:
 
 @torch.no_grad()
 def plain_score(model: Llava, question: Question, answer: list[int]) -> AnswerScore:
-    """Score one answer in a sequence of its own, from the logits of all positions."""
+    """Score one answer in a separate sequence, from the logits of all positions."""
     ids = expand_image_placeholders([*question.prompt, *answer], model.vision_tower.num_tokens)
     features = None
     if question.pixel_values is not None:
@@ -102,7 +102,9 @@ def test_models_without_shared_prompts_score_answers_separately(
 ) -> None:
     model = build_llava(models_folder, "llama").double()
     monkeypatch.setattr(answer_scores, "supports_shared_prompts", lambda _: False)
-    monkeypatch.setattr("llava_simplified.model.llava.attention_kwargs", None)  # would be an error
+    monkeypatch.setattr(
+        "llava_simplified.model.llava.attention_kwargs", None
+    )  # a call would be an error
     assert_equals_plain_loop(model, make_questions(model))
 
 

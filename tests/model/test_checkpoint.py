@@ -385,7 +385,7 @@ def test_missing_file_of_a_base_model_is_named_before_training_and_when_loading(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{name} is missing" in error
     assert str(tmp_path / part) in error
-    # A missing weight file or config is noticed where the option is known.
+    # A missing weight file or config is an error that names the option.
     is_option_known = "token" not in name and "processor" not in name
     assert error.startswith("error: --") == is_option_known
     if name == "tokenizer.json":
@@ -406,7 +406,7 @@ def test_weights_digest_of_a_hub_model_covers_the_files_that_are_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copy(models_folder / "clip" / "config.json", snapshot)
-    # Not a digest of no weights.
+    # It must not return the digest of an empty set of weights.
     with pytest.raises(OSError, match=r"no model\.safetensors"):
         weights_digest("me/clip")
     shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)

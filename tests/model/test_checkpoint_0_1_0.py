@@ -1,9 +1,9 @@
 """A checkpoint of LLaVA Simplified 0.1.0 loads, and computes what 0.1.0 computed.
 
-tests/fixtures/checkpoint_0_1_0 holds the JSON and tokenizer files of a tiny checkpoint that 0.1.0 wrote
+tests/fixtures/checkpoint_0_1_0 contains the JSON and tokenizer files of a tiny checkpoint that 0.1.0 wrote
 (LoRA adapter and projector), and those of its two base models. Weights are not in the repository:
 tensors.json lists the names and shapes in each safetensors file, and the test fills them with random
-numbers that depend on nothing but the name. logits.json has what 0.1.0 computed with these weights.
+numbers that depend only on the name. logits.json contains the logits that 0.1.0 computed with these weights.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def fill_tensor(name: str, shape: list[int]) -> np.ndarray:
 
 
 def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Write a safetensors file byte by byte: digests of weight files cover the bytes.
+    """Write a safetensors file without the library, because the digests of weight files depend on every byte.
 
-    The library may order or align the same tensors in another way in its next version.
+    A later version of the library may order or align the same tensors in another way.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     data = b""

@@ -21,7 +21,7 @@ def test_chunked_cross_entropy_equals_that_of_pytorch(
     logits = (8 * torch.randn(23, 50, generator=generator)).to(dtype)
     labels = torch.randint(0, 50, (23,), generator=generator)
     results = []
-    # Not a factor of 1, as with the number of trained tokens of a step, and another one for each row.
+    # Each row has another weight. With a constant, such as 1 / (trained tokens), an error could stay hidden.
     weights = torch.linspace(-1, 2, 23, dtype=torch.float64)
     for function in (
         token_cross_entropy,

@@ -14,7 +14,7 @@ from llava_simplified.model.cpu_attention import CPU_ATTENTION_MAX_LENGTH, cpu_m
 def test_cpu_matmul_attention_equals_scaled_dot_product_attention(masked: bool) -> None:
     """Outputs and gradients in float64, with grouped-query attention.
 
-    With a mask, the last two tokens are padding that attends to nothing: it must not spread NaN.
+    With a mask, the last two tokens are padding that attends to nothing. Their NaN must not spread.
     """
     torch.manual_seed(0)
     # (batch, heads, length, head_dim), with three query heads per key head.

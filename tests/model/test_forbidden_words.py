@@ -95,7 +95,7 @@ def test_banned_tokens_are_those_that_complete_a_phrase_in_the_text(name: str) -
     prompt = Prompt(tokenizer, "plain")
     texts = prompt.token_texts()
     words = ForbiddenWords(texts, PHRASES)
-    # ASCII alone, in which every text is complete.
+    # Use tokens of ASCII only, because then every text is complete.
     ascii_ids = [index for index, text in enumerate(texts) if text.isascii() and text]
     rng = random.Random(1)
     begun = [
@@ -121,7 +121,7 @@ def test_banned_tokens_are_those_that_complete_a_phrase_in_the_text(name: str) -
         for _ in range(rng.randint(0, 2)):
             ids += rng.choice(beginnings)
         before = len(b"".join(texts[index] for index in ids))
-        # What the texts of the tokens are is checked here too.
+        # This also checks the texts of the tokens.
         assert prompt.decode(ids) == b"".join(texts[i] for i in ids).decode().removeprefix(
             prompt._lead
         )
@@ -147,7 +147,7 @@ def test_token_texts_add_up_to_the_answer(name: str) -> None:
 
 
 def test_banned_tokens_contain_those_of_transformers() -> None:
-    """The stock processor bans one way of writing each word: those ways are among ours."""
+    """The stock processor bans one tokenization of each word. Our processor bans these tokens too."""
     tokenizer = make_tokenizer()
     prompt = Prompt(tokenizer, "plain")
     words = ForbiddenWords(prompt.token_texts(), ("bedroom", "under cherry"))
@@ -207,7 +207,7 @@ def test_generated_text_contains_no_forbidden_word(models_folder: Path, options:
         return [text for texts in results for text in texts]
 
     free = texts()
-    # The words that the model likes best: without the option, they occur.
+    # Without the option, these words occur in the captions.
     found = re.findall(r"\w+", " ".join(free))
     forbidden = tuple(sorted({word for word in found if word.isascii()}))[:40]
     assert forbidden
@@ -219,7 +219,7 @@ def test_generated_text_contains_no_forbidden_word(models_folder: Path, options:
 
 
 def test_forced_beginning_counts_as_the_beginning_of_a_phrase(models_folder: Path) -> None:
-    """A phrase of which `start_with` is the beginning is not completed."""
+    """If `start_with` is the beginning of a forbidden phrase, the model cannot complete the phrase."""
     model = build_llava(models_folder)
     prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in "abcd"]
     texts = model.prompt.token_texts()

@@ -90,7 +90,7 @@ def run(batch: DecodingBatch) -> list[list[int]]:
 
 
 def build_any(folder: Path, text: str) -> Llava:
-    """`build_llava`, or a model that has states instead of keys and values, in some layers (lfm2) or in all."""
+    """Return a model of `build_llava`, or one with recurrent states instead of keys and values in some or all layers."""
     if text in LANGUAGE_MODELS:
         return build_llava(folder, text)
     model = build_llava(folder, "llama")
@@ -167,7 +167,7 @@ def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: P
     reverse = generate(model, prompts[::-1], reverse_images, options)
     assert reverse[::-1] == together
 
-    # The seed and the image do.
+    # The seed and the image change them.
     other_seed = replace(options, seed=6)
     assert generate(model, prompts, pixels, other_seed) != together
     other_image = generate(model, prompts[1:2], pixels[1:2], options)
@@ -175,7 +175,7 @@ def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: P
 
 
 def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Path) -> None:
-    """The first tokens of 4,000 samples, against the softmax of logits that Transformers processed."""
+    """Compare the first tokens of 4,000 samples with the softmax of logits that Transformers has processed."""
     model = build_llava(models_folder, "llama")
     prompts, pixels = make_prompts(model, ["<image> What?"])
     features = model.vision_tower(pixels)
@@ -223,7 +223,7 @@ def test_generate_beams_equal_transformers(models_folder: Path) -> None:
 def test_generate_ignores_the_generation_config_of_the_base_model(
     models_folder: Path, sampled: bool, adapted: bool
 ) -> None:
-    """No way to generate inherits anything from `generation_config.json` or `config.json`."""
+    """No method of generation inherits settings from `generation_config.json` or `config.json`."""
     options = GenerationOptions(
         max_new_tokens=8, num_beams=3, num_return_sequences=2, temperature=float(sampled), seed=1
     )
@@ -303,7 +303,7 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
 
 @pytest.mark.parametrize("text", ["llama", "mamba"])
 def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: str) -> None:
-    """Each sample is what its own random numbers draw from a forward over its own whole sequence."""
+    """Each sample equals the tokens that its random numbers select from forward passes over its own sequence."""
     model = build_any(models_folder, text)
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
@@ -330,7 +330,7 @@ def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: st
     handle.remove()
     del rows[1]  # before the sequence was cancelled
     assert rows == expected_rows
-    # Some have separated, and some have not.
+    # Some of the samples have separated by now, and some have not.
     assert any(len(prompts) < count < samples * len(prompts) - 1 for count in rows)
 
     num_images = 0
@@ -356,7 +356,7 @@ def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: st
 def test_decoding_batch_sequences_join_while_others_are_in_flight(
     models_folder: Path, text: str
 ) -> None:
-    """Longer and shorter prompts than those in the batch, before and after a sliding window is full."""
+    """Longer and shorter prompts than those in the batch join it, before and after a sliding window is full."""
     model = build_any(models_folder, text)
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
@@ -443,7 +443,7 @@ def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("seed", range(12))
 def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed: int) -> None:
-    """The model generates random bytes: cut characters, and white space at both ends."""
+    """The model generates random bytes, including incomplete characters, and white space at both ends."""
     model = build_llava(models_folder, "mistral")
     tokenizer = byte_fallback_tokenizer()
     model.prompt = Prompt(tokenizer, "plain")
@@ -523,7 +523,7 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
 
 
 def test_start_is_the_beginning_of_the_trained_answer(models_folder: Path) -> None:
-    """Its tokens are those that the model is trained on for such an answer, and it is part of the text."""
+    """Its tokens equal those of the beginning of such an answer in training, and it is part of the returned text."""
     model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(max_new_tokens=5, start_with=" A photo of ")

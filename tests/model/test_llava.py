@@ -26,7 +26,7 @@ from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
 
 
 def make_examples(model: Llava, pixels: torch.Tensor) -> list[Example]:
-    """Return examples of different lengths: with one image, with none, with two."""
+    """Return examples of different lengths, with one image, no image and two images."""
     texts = [
         "<image>\nWhat is this?",
         "Say something.",
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_leaves_the_gradient_unchanged(models_folder: Pat
 @pytest.mark.parametrize("text", ["llama", "mistral"])
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 def test_splice_equals_stock_llava(models_folder: Path, text: str, feature: str) -> None:
-    """The logits at all positions are those of LlavaForConditionalGeneration with the same weights."""
+    """The logits at all positions equal those of LlavaForConditionalGeneration with the same weights."""
     model = build_llava(
         models_folder,
         text,

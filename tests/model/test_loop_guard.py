@@ -1,4 +1,4 @@
-"""Sequences that repeat themselves end, and their finished texts are those of sequences that do not end."""
+"""Sequences that repeat themselves are stopped. Their finished texts equal those without stopping, cut afterward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(models_folder: Path) -> Llava:
 
 
 def generated(model: Llava, options: list[GenerationOptions]) -> list[list[int]]:
-    """Return the token ids that each of the options generates, in one batch, for images of their own."""
+    """Return the token ids that each of the options generates, in one batch, each for another image."""
     prompt = model.prompt.render([Message("user", "<image>\nWhat?")], None).input_ids
     features = encode_images(model, make_images(model, len(options)))
     batch = DecodingBatch(model, [prompt] * len(options), features, options)
@@ -46,7 +46,7 @@ def test_decoding_batch_ends_a_looping_sequence_and_no_other(model: Llava) -> No
     assert after[1:] == before[1:], "rows without a loop, and without the guard, are the same"
     assert after[0] == before[0][: len(after[0])]
     words = model.prompt.decode(after[0]).split()
-    # The sentence, eight words of its repetition, and one that shows that the eighth is whole.
+    # The sentence, eight words of its repetition, and one more word, which shows that the eighth is complete.
     assert words == (LOOP.split() * 3)[: 7 + 8 + 1]
     assert len(before[0]) > MAX_NEW_TOKENS > 2 * len(after[0])
     whole, ended = (end_at_loop(model.prompt.decode(ids[0]), 8) for ids in (before, after))
@@ -64,7 +64,7 @@ def test_loop_does_not_end_a_sequence_before_min_new_tokens(model: Llava) -> Non
 
 @pytest.mark.parametrize("num_repeated", [1, 3, 5])
 def test_sequence_that_loops_is_cut_there_however_it_continues(num_repeated: int) -> None:
-    """Random texts of few words, token by token, compared with the cut of the whole text."""
+    """Compare random texts of few different words, processed token by token, with the cut of the complete text."""
     prompt = Prompt(make_tokenizer())
     rng = random.Random(num_repeated)
     num_found = 0

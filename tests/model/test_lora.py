@@ -1,4 +1,4 @@
-"""Exactly what should be trained is trained."""
+"""Exactly the intended parameters are trained."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_find_linear_modules_returns_all_but_the_output_layer(
 
 
 def test_add_lora_trains_adapter_and_projector_and_not_the_tower(models_folder: Path) -> None:
-    """The tower has layers called q_proj and k_proj too: a bare name would adapt them."""
+    """The tower also has layers called q_proj and k_proj, which must not be selected by their names."""
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts())
     add_lora(model, 2, 4)
@@ -137,7 +137,7 @@ def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder
 def test_add_tower_lora_adapts_the_tower_alone(
     models_folder: Path, with_text_adapter: bool
 ) -> None:
-    """Layers of Mistral and of CLIP have the same names: no adapter may reach into the other model."""
+    """Layers of Mistral and of CLIP have the same names. An adapter must not include layers of the other model."""
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts())
     add_tower_lora(model, 2, 4)

@@ -60,7 +60,7 @@ def build(folder: Path, options: dict[str, Any], dtype: str = "float32") -> Llav
 
 
 def train(model: torch.nn.Module) -> None:
-    """Change all trained weights in the same way in every model that has the same ones."""
+    """Change all trained weights at random, in the same way in every model with the same weights."""
     generator = torch.Generator().manual_seed(8)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -180,7 +180,7 @@ def test_add_lora_refuses_layers_that_do_not_exist_or_are_not_linear(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adapter_computes_what_peft_computes(models_folder: Path, variant: str) -> None:
-    """Before and after the training, and merged by stock PEFT."""
+    """They are compared before and after training, and after merging with stock PEFT."""
     options = VARIANTS[variant]
     model = build(models_folder, options)
     torch.manual_seed(5)  # of the random decomposition
@@ -226,7 +226,7 @@ def test_checkpoint_loads_and_merges_with_the_same_logits(
         assert not isinstance(merged.language_model, PeftModel)
         actual = logits(merged.language_model)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    # What is loaded is saved again without a change.
+    # Saving the loaded model again does not change the files.
     again = save(loaded, tmp_path / "again", models_folder, dtype)
     name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -239,7 +239,7 @@ def test_checkpoint_loads_and_merges_with_the_same_logits(
 def test_stored_adapter_fits_the_original_language_model(
     models_folder: Path, tmp_path: Path, variant: str
 ) -> None:
-    """Stock PEFT loads `adapter/` on the original weights, also if PiSSA has changed them in training."""
+    """Stock PEFT loads `adapter/` on the original weights, even if PiSSA has changed them in training."""
     model = build(models_folder, VARIANTS[variant])
     train(model)
     checkpoint = save(model, tmp_path / "c", models_folder)
@@ -291,7 +291,7 @@ def test_another_kind_of_adapter_is_not_loaded(
     other: dict[str, Any],
     message: str,
 ) -> None:
-    """The shapes are the same, so that only this check notices."""
+    """The shapes are the same, so only this check finds the difference."""
     checkpoint = save(build(models_folder, trained), tmp_path / "c", models_folder)
     model = build_model(LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip")))
     add_lora(model, RANK, ALPHA, options=other)

@@ -1,4 +1,4 @@
-"""PEFT is imported without bitsandbytes, which takes seconds and is needed for --bits alone."""
+"""PEFT is imported without bitsandbytes, whose import takes seconds and is only needed for --bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 )
 @pytest.mark.medium
 def test_modules_that_use_peft_do_not_import_bitsandbytes() -> None:
-    """But it is found by PEFT and transformers, should a model be quantized."""
+    """PEFT and transformers still find bitsandbytes when a model is quantized."""
     code = """
 import sys
 from llava_simplified.arguments import parse_arguments

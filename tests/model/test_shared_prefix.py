@@ -46,7 +46,7 @@ def build_float64(folder: Path, text: str, attention: str) -> Llava:
 
 
 def make_examples(model: Llava) -> tuple[list[Example], list[Example]]:
-    """Return the same captions of three images, sharing their prompts (3) and separate (6)."""
+    """Return six captions of three images twice: as 3 examples with shared prompts, and as 6 separate examples."""
     turns = [
         Message("user", "<image>\nWhat is this?"),
         Message("assistant", "a picture"),
@@ -191,7 +191,7 @@ def test_shared_prefix_mask_draws_segments_branches_and_windows() -> None:
 
 @st.composite
 def any_example(draw: st.DrawFn) -> Example:
-    """A prompt with images and, sometimes, a trained earlier answer; then one to four answers."""
+    """Draw a prompt with images and sometimes a trained earlier answer, followed by one to four answers."""
     prompt = [5, *draw(st.lists(st.sampled_from([IMAGE_INDEX, 6, 7, 8]), max_size=5))]
     # The token 8 stands for an earlier answer.
     labels = [token if token == 8 else IGNORE_INDEX for token in prompt]
@@ -234,7 +234,7 @@ def predictions_of_batch(batch: dict[str, Any]) -> list[Prediction]:
 
 
 def predictions_of_example(example: Example, tokens_per_image: int) -> list[Prediction]:
-    """A plain loop over the prompt with each of its answers, as if they were separate sequences."""
+    """Return the predictions of an example by a plain loop that treats each answer as a separate sequence."""
     branches = example.branches or [0] * len(example.input_ids)
     # Without branches, all tokens have the number 0.
     numbers = [0]
@@ -295,7 +295,7 @@ def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
 def test_attention_kwargs_refuse_a_model_without_position_ids(
     config: transformers.PreTrainedConfig,
 ) -> None:
-    """Without the check it would be trained silently with a wrong loss (MPT's differs by 0.3 %)."""
+    """Without this check, such a model would be trained with a wrong loss (for MPT, by 0.3 %), without an error."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     ids = torch.zeros(1, 3, dtype=torch.long)
@@ -326,7 +326,7 @@ def varlen_attention(
     sliding_window: int | None,
     **_: Any,
 ) -> torch.Tensor:
-    """What a variable-length flash kernel computes, in a loop over the sequences.
+    """Compute the output of a variable-length flash kernel, in a loop over the sequences.
 
     Args:
         q: (positions, heads, head_dim); k and v have fewer heads.
@@ -382,7 +382,7 @@ def test_flash_attention_gets_the_boundaries_of_the_sequences(
 def test_flex_attention_masks_equal_eager_ones(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the forward pass, and not compiled: a CPU has no more. Gemma 2 has both types of layers."""
+    """On a CPU, only the uncompiled forward pass can be tested. Gemma 2 has both types of layers."""
     monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda _: flex_attention)
     model = build_llava(models_folder, text)
     model.language_model.set_attn_implementation("eager")

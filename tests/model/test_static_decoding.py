@@ -31,7 +31,7 @@ TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, pleas
 
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let buffers be so small that sequences have to move every few steps."""
+    """Make the buffers so small that sequences have to move every few steps."""
     monkeypatch.setattr(static_decoding, "num_columns", lambda length: length + length % 2)
     monkeypatch.setattr(static_decoding, "RESERVED_COLUMNS", 3)
 
@@ -57,7 +57,7 @@ def make_requests(model: Llava) -> list[tuple[list[int], torch.Tensor | None, Ge
 
 
 def generate_with_joins(model: Llava) -> list[list[int]]:
-    """Let all requests join one batch, one after each step; return the tokens of all sequences."""
+    """Add the requests to one batch, one after each step; return the tokens of all sequences."""
     requests = make_requests(model)
     batch = DecodingBatch(model, [requests[0][0]], requests[0][1], requests[0][2])
     for prompt, features, options in requests[1:]:
@@ -78,7 +78,7 @@ def run(batch: DecodingBatch) -> list[list[int]]:
 def test_static_decoding_equals_decoding_in_a_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """With grouped-query attention, a sliding window, joins, and ends at different steps."""
+    """This includes grouped-query attention, a sliding window, and sequences that join and end at different steps."""
     model = build_llava(models_folder, text.split()[0])
     if "LoRA" in text:
         add_lora(model, 2, 4)
@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_do_not_spread_to_later_batches(
 def test_static_step_reads_the_device_once(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph cannot contain a read, and the host needs the tokens, whatever the options of a sequence."""
+    """A CUDA graph cannot contain a read. Whatever the options are, the host reads only the new tokens, after the step."""
     model = build_llava(models_folder, "mistral")
     use_static_decoder(monkeypatch, model)
     requests = make_requests(model)
@@ -181,7 +181,7 @@ def test_failed_recording_continues_in_the_dynamic_cache_and_says_why(
 def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
 ) -> None:
-    """Until sequences have ended: then the rest fits."""
+    """When some sequences have ended, the remaining ones fit into static buffers."""
     model = build_llava(models_folder, "llama")
     expected = generate_with_joins(model)
     decoder = use_static_decoder(monkeypatch, model)

@@ -68,7 +68,7 @@ def answers_of(model: Llava) -> tuple[list[int], list[list[list[int]]]]:
 
 
 def plain_log_probs(model: Llava, prompt: list[int], answer: list[int], image: torch.Tensor):
-    """Return the log-probability of each token of one answer, in a sequence of its own."""
+    """Return the log-probability of each token of one answer, in a separate sequence."""
     ids = torch.tensor(expand_image_placeholders(prompt, model.vision_tower.num_tokens))
     ids = torch.cat([ids, torch.tensor(answer)])
     embeds = model.language_model.get_input_embeddings()(ids.masked_fill(ids == IMAGE_INDEX, 0))
@@ -96,7 +96,7 @@ def test_shared_update_equals_plain_reinforce(
     images = make_images(model, 2)
     advantages = rloo_advantages(REWARDS)
 
-    # By definition: one sequence after the other, and the baseline computed by hand.
+    # The definition: one sequence after the other, with the baseline computed by hand.
     expected_loss = torch.zeros(())
     log_probs: list[torch.Tensor] = []
     for image, image_answers, rewards in zip(images, answers, REWARDS.tolist()):
@@ -170,7 +170,7 @@ def test_clipped_ratio_and_kl_equal_a_plain_loop(
 def test_equal_captions_trained_once_equal_plain_reinforce(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples repeat, and one of them is a reference, too; examples of different lengths share rows."""
+    """Some samples are equal, one of them is also a reference, and examples of different lengths share rows."""
     model = build_float64(models_folder, "qwen2", monkeypatch)
     prompt, answers = answers_of(model)
     images = make_images(model, 3)

@@ -1,4 +1,4 @@
-"""Sources of URLs on the server that misbehaves, and the check of a whole download from it."""
+"""Write lists of URLs on the faulty server of `benchmarks/loopback.py`, and check complete downloads from it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import loopback
 
 from llava_simplified.data.images import decode_image, read_image_bytes
 
-# What can be waited for: nothing hangs.
+# The kinds of URLs that the server answers quickly.
 FAST_MIX = {kind: share for kind, share in loopback.MIX.items() if kind not in ("hang", "drip")}
 SHARD_SIZE = 50
 
-Job = tuple[str, str, int]  # URL, what the server does, and which image
+Job = tuple[str, str, int]  # URL, kind of the server's response, number of the image
 
 
 def write_source(
     folder: Path, port: int, count: int = 120, mix: dict[str, int] = FAST_MIX
 ) -> tuple[Path, list[Job]]:
-    """Write a TSV of URLs. Returns it, and what happens at each URL."""
+    """Write a TSV of URLs; return its path, and the kind of response and the image of each URL."""
     url_jobs = [(url, kind, number) for url, kind, number in loopback.urls(count, port, mix=mix)]
     path = folder / "train.tsv"
     path.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in url_jobs))
@@ -37,7 +37,7 @@ def read_manifest(output: Path) -> list[dict[str, Any]]:
 
 
 def check_output(output: Path, url_jobs: list[Job]) -> None:
-    """Check that every row is there once with its true outcome, and every image byte by byte."""
+    """Check that each row is in the output once, with the correct outcome and exactly the bytes of its image."""
     rows = read_manifest(output)
     assert [row["url"] for row in rows] == [url for url, _, _ in url_jobs]
     for (url, kind, number), row in zip(url_jobs, rows):

@@ -1,4 +1,4 @@
-"""The server that misbehaves (`benchmarks/loopback.py`), in a thread of the test process."""
+"""Run the faulty server (`benchmarks/loopback.py`) in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Server:
     Attributes:
         port: Its port, on every loopback address.
         served: The number of requests by path.
-        requests: All requests as they came.
-        targets: What a test sets up: the target of `/redirect/name` by name, and the text "robots" of robots.txt.
+        requests: All requests in the order of their arrival.
+        targets: Set by tests: the target of `/redirect/name` by name, and under "robots" the text of robots.txt.
     """
 
     def __init__(self, port: int, handler: type) -> None:
@@ -33,7 +33,7 @@ class Server:
         self.targets = handler.targets
 
     def url(self, path: str, host: str = "127.0.0.1", scheme: str = "http") -> str:
-        """Return the URL of a path; its first part is what happens, see `loopback.EXPECTED`."""
+        """Return the URL of a path, whose first part names the kind of response (see `loopback.EXPECTED`)."""
         return f"{scheme}://{host}:{self.port}/{path}"
 
 

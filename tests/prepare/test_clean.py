@@ -1,4 +1,4 @@
-"""Cleaning: every verdict is true, every record is accounted for, nothing is done twice."""
+"""Cleaning: every decision is correct, every record is accounted for, and no work is done twice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encode_jpeg(image: Image.Image, **options: Any) -> bytes:
 
 
 def write_bad_images(folder: Path) -> dict[str, str]:
-    """Write one image of each kind that must be set aside. Returns the reasons by file name."""
+    """Write one image of each kind that must be set aside; return the reasons by file name."""
     data = encode_jpeg(make_photo(1, 400, 300), quality=90)
     middle = len(data) // 2
     damaged = data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
@@ -78,7 +78,7 @@ def make_row(image: str, *captions: str) -> dict[str, Any]:
 
 
 class Mixed(NamedTuple):
-    """Good and bad records in turn: 11 of each.
+    """11 good and 11 bad records, alternating.
 
     Attributes:
         folder: Contains records.json and images/.
@@ -127,7 +127,7 @@ def read_quarantine(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out_quarantine.jsonl").read_text().splitlines()]
 
 
-# ---- verdicts ----
+# ---- decisions ----
 
 
 @pytest.mark.medium
@@ -152,7 +152,7 @@ def test_clean_agrees_with_the_tutorial_except_for_corrupt_images_and_own_rules(
 ) -> None:
     """The tutorial opens images with Pillow and runs the CLIP processor.
 
-    What passes there but not here is damaged in mid-scan, or breaks a rule that the tutorial does not have.
+    Images that pass there but not here are damaged in mid-scan, or break a rule that the tutorial does not have.
     """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -222,7 +222,7 @@ def test_clean_sets_unusable_pairs_aside(tmp_path: Path) -> None:
 def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
     tmp_path: Path, models_folder: Path
 ) -> None:
-    """The shorter side of a strip is one pixel, so that it would be enlarged enormously."""
+    """The shorter side of the image is one pixel, so the transform would enlarge it enormously."""
     strip = np.zeros((1, 60_000, 3), np.uint8)
     Image.fromarray(strip).save(tmp_path / "strip.png")
     (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
@@ -237,7 +237,7 @@ def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
         ImageTransform.from_pretrained(tower)(strip)
     assert error.value.kind == "too_large"
     assert clean(records, output, rules=rules, workers=1) == {"ok": 2}
-    # The square around it is never in memory as a whole, so that training with borders reads it.
+    # With borders (`pad`), training can read it, because the square around it is never in memory as a whole.
     options = {"vision_tower": tower, "image_aspect_ratio": "pad"}
     assert clean(records, output, rules=rules, workers=1, **options) == {"ok": 2}
 
@@ -356,9 +356,9 @@ def test_clean_command_compacts_images_for_training(
     mixed: Mixed, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = mixed.folder / "shards"
-    words = [str(mixed.records), "--output", str(mixed.output), "--workers", "1"]
-    words += ["--image-folder", str(mixed.images), "--compact", str(shards)]
-    assert main([*words, "--compact-size", size]) == 0
+    argv = [str(mixed.records), "--output", str(mixed.output), "--workers", "1"]
+    argv += ["--image-folder", str(mixed.images), "--compact", str(shards)]
+    assert main([*argv, "--compact-size", size]) == 0
     assert "11 ok" in capsys.readouterr().out
     records = open_records(mixed.output)
     expected = [row["response"] for row in mixed.rows[::2]]
@@ -398,7 +398,7 @@ def test_clean_refuses_to_compact_into_a_folder_with_other_files(mixed: Mixed) -
 
 @pytest.mark.medium
 def test_clean_continues_compacted_shards_of_version_0_1_0(tmp_path: Path) -> None:
-    """They hold one digest of all settings in `made_of`, and no compact.json."""
+    """Such shards have one digest of all settings in `made_of`, and no compact.json."""
     import hashlib
 
     (tmp_path / "a.jpg").write_bytes(encode_jpeg(make_photo(1)))
@@ -438,7 +438,7 @@ def test_clean_continues_where_it_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         mixed.clean()
     assert not mixed.output.exists()
-    # This image is validated already; it is not opened again.
+    # This image has been validated and is not opened again.
     (mixed.images / "0.jpg").unlink()
     monkeypatch.setattr(module, "run_record_tasks", run_all)
     counts = mixed.clean(workers=2)
@@ -462,7 +462,7 @@ def test_clean_in_slices_is_put_together_by_a_last_call(
     first = mixed.clean(shards="0/2", workers=1)
     second = mixed.clean(shards="1/2", workers=1)
     assert sum(first.values()) + sum(second.values()) == len(mixed.rows)
-    # Nothing is left to validate.
+    # All records have been validated.
     monkeypatch.setattr(module, "validate_chunk", None)
     monkeypatch.setattr(module, "run_record_tasks", lambda *_, **__: None)
     assert mixed.clean(workers=1)["ok"] == 11
@@ -550,7 +550,7 @@ def test_clean_sets_a_damaged_animation_aside(
     (tmp_path / "a").write_bytes(damage(buffer.getvalue()))
     frames[0].save(tmp_path / "b.png")
     counts, quarantine = clean_rows(tmp_path, [make_row("a", "x"), make_row("b.png", "y")])
-    # Pillow takes the first page of such a TIFF for its only one, which can be trained on.
+    # Pillow finds only the first page of such a TIFF, which can be trained on.
     assert counts["ok"] == (2 if image_format == "TIFF" else 1)
     assert [row["record"]["image"] for row in quarantine] == ["a"] * (2 - counts["ok"])
     for row in quarantine:
@@ -588,8 +588,8 @@ def test_clean_command_without_a_usable_record_exits_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.json").write_text(json.dumps([make_row("gone.jpg", "a cat")]))
-    words = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
-    assert main(words) == 1
+    argv = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
+    assert main(argv) == 1
     output = capsys.readouterr()
     assert "o_quarantine.jsonl" in output.err
     assert "1 missing" in output.out

@@ -1,4 +1,4 @@
-"""Sources to files of records, and random samples of them."""
+"""Convert sources to files of records, and draw random samples of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llava_simplified.prepare.source_rows import ParseIssues, SourceRow
 
 
 def write_source(folder: Path, count: int = 400, captions: int = 1) -> Path:
-    """Write a TSV in the form of CC3M; several captions of an image are far apart."""
+    """Write a TSV in the form of CC3M, in which the captions of an image are far apart."""
     lines = []
     for caption in range(captions):
         lines += [
@@ -70,7 +70,7 @@ def test_convert_groups_the_captions_of_one_image(tmp_path: Path) -> None:
 def test_convert_identifies_an_image_by_its_name_where_it_has_one(
     tmp_path: Path, name: str, address: str
 ) -> None:
-    """A URL beside it may be that of a page with several images, or one of several copies."""
+    """The URL beside a name may lead to a page with several images, or to one of several copies of an image."""
     page = "https://shop.example/p1"
     rows = [
         {"image": "front.jpg", address: page, "caption": "front of a chair"},
@@ -366,7 +366,7 @@ def test_convert_never_joins_two_absolute_paths_of_one_base_name(tmp_path: Path)
 
 
 def test_convert_finds_images_whose_names_differ_in_case_or_extension(tmp_path: Path) -> None:
-    """Each is counted by the rule that found it, and nothing is ever another file."""
+    """Each image is counted under the rule that found it, and no name leads to the file of another image."""
     images = tmp_path / "images"
     for name in ("cats/IMG_1.JPG", "dogs/1.jpg", "cats/1.jpg", "3.png"):
         (images / name).parent.mkdir(parents=True, exist_ok=True)

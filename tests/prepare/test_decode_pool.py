@@ -1,4 +1,4 @@
-"""Decoding beside the event loop: limits of time and of pixels."""
+"""Decode images in threads beside the event loop, within limits of time and of pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = MAX_PIXELS_IN_FLIGHT
 
 @pytest.fixture(autouse=True)
 def sizes_in_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The "files" of these tests hold nothing but their number of pixels."""
+    """Replace the function that reads the size of an image: the "files" of these tests are numbers of pixels."""
 
     def read_image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         return int(data), 1
@@ -74,7 +74,7 @@ def test_decode_pool_does_not_block_the_event_loop() -> None:
 
 
 def test_decode_pool_gives_up_slow_images_and_goes_on_with_the_others() -> None:
-    """More slow images than threads: the others wait for them, but their waiting is no time of their own."""
+    """If there are more slow images than threads, the others must wait. Waiting does not count as their decoding time."""
     release = threading.Event()
 
     def decode(data: bytes) -> EncodedImage:

@@ -1,4 +1,4 @@
-"""Whole downloads: the outcome of every row; stopped and continued; in slices; to other file systems."""
+"""Complete downloads: the outcome of every row, resuming, slices, and other file systems."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from llava_simplified.prepare.download_store import Store
 from llava_simplified.prepare.fetch_options import FAILURE_KINDS, FetchOptions
 from llava_simplified.prepare.source_rows import Columns
 
-# Nothing hangs in these tests, so a long timeout only helps a busy machine.
+# No request hangs in these tests. A long timeout prevents failures on a busy machine.
 OPEN = FetchOptions(allow_private=True, timeout=20, retries=0)
 
 
 def run(tsv: Path, output: Path, options: FetchOptions = OPEN, **more: Any) -> dict[str, Any]:
-    """Download with small shards, in one worker process: starting a process takes longer than a shard."""
+    """Download with small shards, in one worker process, because starting another one takes longer than a shard."""
     return download(
         str(tsv), str(output), options, **{"shard_size": SHARD_SIZE, "workers": 1, **more}
     )
 
 
 def settings_of(source: Path, size: int = 0) -> dict[str, Any]:
-    """What `download` stores about a download with small shards."""
+    """Return the settings that `download` stores for a download with small shards."""
     return {
         "source": str(source),
         "files": False,
@@ -129,8 +129,8 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     urls = [server.url(f"ok/w_{number},h_2/{number}.jpg") for number in range(3)]
     (tmp_path / "urls.txt").write_text("".join(f"{url}\n" for url in urls))
     output = tmp_path / "out"
-    words = [str(tmp_path / "urls.txt"), "--output", str(output), "--allow-private"]
-    assert main([*words, "--workers", "1"]) == 0
+    argv = [str(tmp_path / "urls.txt"), "--output", str(output), "--allow-private"]
+    assert main([*argv, "--workers", "1"]) == 0
     assert [(row["url"], row["error"]) for row in read_manifest(output)] == [
         (url, None) for url in urls
     ]
@@ -140,7 +140,7 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
 
 @pytest.mark.medium
 def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) -> None:
-    """Whatever stands in a row or in a redirect ends as the outcome of that row."""
+    """Any text in a row or in a redirect leads to an outcome of that row, and not to an error of the shard."""
     bad = ["http://[]@/1.jpg", "http://[", "http://a:b:c/", "//", "\ufeff", "http://\u2028/", "%"]
     for number, location in enumerate(bad):
         server.targets[str(number)] = location
@@ -157,7 +157,7 @@ def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) 
 
 @pytest.mark.medium
 def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path) -> None:
-    """A name that is not UTF-8 stands in the settings and in the report."""
+    """The settings and the report contain the name even if it is not UTF-8."""
     source = tmp_path / os.fsdecode(b"caf\xe9.tsv")
     source.write_text(f"a cat\t{server.url('ok/1.jpg')}\n")
     run(source, tmp_path / "out")
@@ -167,7 +167,7 @@ def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path)
 
 @pytest.mark.medium
 def test_download_records_a_row_without_a_url(server: Server, tmp_path: Path) -> None:
-    """Also where it is the only row of a shard."""
+    """This also works if it is the only row of a shard."""
     urls = [server.url("ok/1.jpg"), server.url("ok/2.jpg"), ""]
     (tmp_path / "x.tsv").write_text("".join(f"a\t{url}\n" for url in urls))
     report = run(tmp_path / "x.tsv", tmp_path / "out", shard_size=1)
@@ -213,7 +213,7 @@ def test_download_retry_fetches_failures_of_an_unfinished_shard(
         "offset": None,
         "length": None,
     }
-    # As if a run had been killed here.
+    # Simulate a run that was killed here.
     (store.work / "00000.journal").write_text(json.dumps(failed) + "\n")
     assert run(tsv, tmp_path / "out", retry=("timeout",))["outcomes"] == {"ok": 4}
     check_output(tmp_path / "out", url_jobs)
@@ -252,7 +252,7 @@ def test_download_refuses_other_settings_for_the_same_output(
     with pytest.raises(ValueError, match=r"out.*shard_size was 50.* 60"):
         run(tsv, tmp_path / "out", shard_size=60)
     size = tsv.stat().st_size
-    # A row that would never be fetched.
+    # This row would never be fetched.
     tsv.write_text(tsv.read_text() + "one more\thttp://127.0.0.1/1.jpg\n")
     with pytest.raises(ValueError, match=f"out.*bytes was {size}"):
         run(tsv, tmp_path / "out")
@@ -286,7 +286,7 @@ def test_download_is_refused_while_another_run_writes(
 def test_three_downloads_into_one_output_leave_one_complete_output(
     server: Server, tmp_path: Path
 ) -> None:
-    """Started together as commands: one finishes, the others finish after it or are refused."""
+    """The commands start together. One finishes first; the others finish after it or are refused."""
     tsv, url_jobs = write_source(tmp_path, server.port, 120)
     output = tmp_path / "out"
     command = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv)]
@@ -327,7 +327,7 @@ def test_download_in_slices_and_merge(
 ) -> None:
     tsv, url_jobs = write_source(tmp_path, server.port, 160)
     output = tmp_path / "out"
-    other_journal = output / "_work" / "00002.journal"  # of another job
+    other_journal = output / "_work" / "00002.journal"  # belongs to another job
     other_journal.parent.mkdir(parents=True)
     other_journal.write_text('{"index": 100, "error": "dns"}\n')
     report = run(tsv, output, shards="1/2")
@@ -343,14 +343,14 @@ def test_download_in_slices_and_merge(
 
 def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path: Path) -> None:
     tsv, _ = write_source(tmp_path, server.port, 4, {"ok": 1})
-    words = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
-    assert main(words) == 0
+    argv = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
+    assert main(argv) == 0
 
 
 def test_plan_shards_by_two_jobs_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job publishes its plan between writing and publishing of this one."""
+    """Another job publishes its plan after this job has written its plan, and before it publishes it."""
     source = tmp_path / "x.tsv"
     source.write_text("a cat\thttp://127.0.0.1/1.jpg\n")
     settings = settings_of(source)
@@ -432,12 +432,12 @@ def test_download_command_without_any_image_says_why_and_how_to_retry(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.tsv").write_text(f"caption\t{server.url('ok/1.jpg')}\n")
-    words = [str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out")]
-    assert main(words) == 1
+    argv = [str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out")]
+    assert main(argv) == 1
     message = capsys.readouterr().err
     assert "--allow-private" in message
     assert "--retry blocked_address" in message
-    assert main([*words, "--allow-private", "--retry", "blocked_address"]) == 0
+    assert main([*argv, "--allow-private", "--retry", "blocked_address"]) == 0
 
 
 def test_download_of_a_source_without_urls_is_refused(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_download_of_a_source_without_urls_is_refused(tmp_path: Path) -> None:
 def test_download_raises_the_limit_of_open_files_or_names_it(
     server: Server, tmp_path: Path
 ) -> None:
-    """Where the limit cannot be raised, nothing is recorded as a failure of the servers."""
+    """If the limit cannot be raised, no row is recorded as a failure of a server."""
     tsv, _ = write_source(tmp_path, server.port, 300, {"ok": 1})
     for hard_limit, expected in ((2000, ["300 ok"]), (200, ["--concurrency", "200", "ulimit -Hn"])):
         command = (
@@ -470,7 +470,7 @@ def test_download_raises_the_limit_of_open_files_or_names_it(
 def test_download_progress_counts_the_rows_of_this_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of an earlier run are done, but do not count in the rate. A half-written line is no row yet."""
+    """Rows of an earlier run count as done, but not toward the rate. A half-written line is not counted."""
 
     def append(shard: int, text: str) -> None:
         with (tmp_path / f"{shard:05d}.journal").open("a") as stream:
@@ -484,7 +484,7 @@ def test_download_progress_counts_the_rows_of_this_run(
         return watch.progress.line()
 
     now = [100.0]
-    # Not the module of all: servers of other tests, which run in threads, would wait for the difference.
+    # Replace `time` only in this module. Servers of other tests run in threads of this process, and need the real time.
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     append(0, "".join(row(index) for index in range(1000)))
     watch = DownloadProgress(tmp_path, range(5), {3}, 100_000, True)
@@ -499,7 +499,7 @@ def test_download_progress_counts_the_rows_of_this_run(
     (tmp_path / "00001.journal").unlink()
     watch.finish_shard(1, {"ok": 96, "timeout": 1})
     assert line() == expected
-    # A shard that was finished before: the rate of this run is the same.
+    # Add a shard that an earlier run has finished: the rate of this run stays the same.
     watch.finish_shard(3, {"ok": 2000})
     assert line() == "3,100 of 100,000 rows, 10.0/s, 3,098 ok, 2 failed, 2:41:30 left"
 
@@ -564,7 +564,7 @@ def test_store_publish_leaves_no_temporary_copy_after_an_error(
 def test_store_sees_what_other_processes_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File systems of buckets remember what a folder held when it was last listed."""
+    """File systems of buckets cache the list of files in a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remembered: dict[str, list] = {}
     ls = MemoryFileSystem.ls
@@ -621,7 +621,7 @@ def test_finished_rows_drops_a_torn_line_and_an_image_that_the_disk_lost(tmp_pat
         outcomes, end = finished_rows(journal.rows(), 4096)
         assert (sorted(outcomes), end) == ([0, 1, 2], 4096)
         assert path.read_text() == text
-        # The disk has lost the end of the tar.
+        # Simulate a disk that has lost the end of the tar.
         outcomes, end = finished_rows(journal.rows(), 3000)
         assert (sorted(outcomes), end) == ([0, 1], 2048)
 
@@ -630,7 +630,7 @@ def test_finished_rows_drops_a_torn_line_and_an_image_that_the_disk_lost(tmp_pat
 def test_fetch_shard_killed_while_it_is_published_is_finished_by_the_next_run(
     server: Server, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are three moments between the last row and the end. After each, nothing is lost or fetched twice."""
+    """The process is killed at one of three steps after the last row. No row is lost or fetched twice."""
     tsv, url_jobs = write_source(tmp_path, server.port, 40)
     output = tmp_path / "out"
     store = Store(str(output))

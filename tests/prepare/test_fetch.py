@@ -1,4 +1,4 @@
-"""The downloader against a server that really does what it must withstand."""
+"""Fetch from a server that produces the faults that the downloader must withstand."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ SIGNED_PATHS = [
 
 
 def test_fetch_sends_urls_as_they_are(server: Server) -> None:
-    """Signed URLs are valid only byte for byte, in the list and in redirects."""
+    """Signed URLs in the list and in redirects are only valid if no byte is changed."""
     fetch([server.url(path) for path in SIGNED_PATHS])
     sent = {request.split(" ")[1] for request in server.requests}
     assert sent == {f"/{path}" for path in SIGNED_PATHS}
@@ -176,7 +176,7 @@ def test_fetch_obeys_the_readable_lines_of_a_damaged_robots_txt(server: Server) 
 
 # ---- addresses that are not public ----
 
-# The same address in every notation. aiohttp or the resolver may refuse some of them earlier, under another name.
+# All notations of the same address. aiohttp or the resolver may refuse some of them earlier, as another outcome.
 PRIVATE_HOSTS = {
     "127.0.0.1": ["blocked_address"],
     "localhost": ["blocked_address"],
@@ -202,7 +202,7 @@ def test_fetch_refuses_private_addresses_in_every_notation(server: Server, host:
 def test_fetch_refuses_a_redirect_to_a_private_address(
     server: Server, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first hop is allowed as if 127.0.0.2 were a public server; the second must not be."""
+    """127.0.0.2 is allowed like a public server. It redirects to an address that must be refused."""
 
     def is_public_or_first_hop(address: str) -> bool:
         return address == "127.0.0.2" or is_public(address)
@@ -278,7 +278,7 @@ def test_opted_out_reads_both_conventions(headers: list[tuple[str, str]], forbid
 
 
 def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
-    # Too long to arrive in one piece.
+    # This text is too long to arrive in one piece.
     comment = "# comment\n" * 30_000
     server.targets["robots"] = f"User-agent: *\n{comment}Disallow: /png/\n"
     urls = [server.url("ok/1.jpg"), server.url("png/1.jpg"), server.url("png/2.jpg")]
@@ -331,7 +331,7 @@ def test_fetch_all_limits_requests_per_host_and_lets_hosts_take_turns(
 def test_fetch_all_opens_a_second_connection_only_where_slots_are_free(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten hosts, five workers: every host has its first connection before any has its second.
+    """With ten hosts and five workers, no host gets a second connection before each has got its first one.
 
     The last request to a host closes its connection.
     """
@@ -357,7 +357,7 @@ def test_fetch_all_opens_a_second_connection_only_where_slots_are_free(
 
 
 def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> None:
-    """Started last, it would be alone at the end, with all but four workers idle."""
+    """If this host was started last, only its four connections would be busy at the end."""
     few = [server.url("ok/1.jpg", f"127.0.0.{number}") for number in range(2, 12)]
     many = [server.url(f"ok/{number}.jpg", "127.0.0.1") for number in range(12)]
     assert kinds_of(fetch([*few, *many], replace(OPEN, concurrency=4))) == {"ok"}
@@ -367,9 +367,9 @@ def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> No
 def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for a free slot does not count as time of the row.
+    """Waiting for a free slot does not count toward the timeout of a row.
 
-    Forty rows, four at a time, take much longer than the timeout of one row.
+    The forty rows, four at a time, take much longer than this timeout.
     """
     in_flight = most = 0
     request_once = Fetcher._request
@@ -385,7 +385,7 @@ def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
         finally:
             in_flight -= is_target
 
-    # The first request makes the server draw its images, which takes long.
+    # The server draws its images at the first request, which takes long.
     assert fetch(server.url("ok/1.jpg"))[0].kind == "ok"
     monkeypatch.setattr(Fetcher, "_request", watched_request)
     server.targets["there"] = f"http://127.0.0.1:{server.port}/ok/1.jpg"
@@ -398,7 +398,7 @@ def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
 def test_fetch_all_keeps_few_connections_open(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows on each of eighty hosts: connections must not stay open until their host's next turn.
+    """There are three rows on each of eighty hosts. Connections must not stay open until the next row of their host.
 
     A process may open only a limited number of files.
     """
@@ -426,7 +426,7 @@ def test_fetch_all_keeps_few_connections_open(
 def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some transfers are cancelled in the very moment in which they end; no cancellation may be lost."""
+    """No cancellation may be lost, even if a transfer ends at the same moment."""
 
     async def end_soon(self: Fetcher, url: str, headers: Headers) -> tuple[bytes, int]:
         await asyncio.sleep(0)
@@ -450,7 +450,7 @@ def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
 
 
 def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
-    """It would cost a timeout for each of its rows. A host that answers now and then is not given up."""
+    """Otherwise each of its rows would take a timeout. A host that answers some requests is not given up."""
     down = [server.url(f"hang/{number}.jpg", "127.0.0.2") for number in range(100)]
     mixed = []
     for number in range(30):
@@ -467,7 +467,7 @@ def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
 def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The redirecting hosts have used up the time of their rows; the target answers quickly enough."""
+    """The redirecting hosts have used up the time of their rows, and the target of the redirects answers quickly."""
     request_once = Fetcher._request
     target = "127.0.0.1"
 
@@ -486,7 +486,7 @@ def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
 
 
 def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server) -> None:
-    """Some URLs of a host redirect to one that asks for a long pause."""
+    """Some URLs of a host redirect to another host, which requests a long pause."""
     server.targets["there"] = server.url("busy/3600.jpg", "127.0.0.2")
     urls = []
     for number in range(20):
@@ -517,7 +517,7 @@ def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) ->
 def test_fetch_all_gives_up_a_host_that_asks_for_one_pause_after_the_other(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each pause is short, but with two requests for each of a thousand rows they would take a night."""
+    """Each pause is short, but the pauses of a thousand rows, each with two requests, would take a night."""
     monkeypatch.setattr(fetch_hosts, "MAX_PAUSE", 1.5)
     kinds = Counter(fetched.kind for fetched in fetch([server.url("busy/1.jpg")] * 50))
     assert kinds["rate_limited"] > 30
@@ -568,7 +568,7 @@ def test_fetch_all_retries_resets_and_server_errors_but_not_timeouts(server: Ser
     kinds = ("reset", "broken", "missing", "hang")
     urls = [server.url(f"{kind}/1.jpg") for kind in kinds]
     fetch(urls, FetchOptions(allow_private=True, timeout=1, retries=2))
-    # aiohttp itself repeats a request that a kept connection has lost.
+    # aiohttp repeats a request by itself if the server has closed the reused connection.
     resets = server.served.pop("/reset/1.jpg")
     assert 3 <= resets <= 6
     assert server.served == {"/broken/1.jpg": 3, "/missing/1.jpg": 1, "/hang/1.jpg": 1}

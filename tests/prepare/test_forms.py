@@ -1,7 +1,7 @@
-"""Folders and rows as other programs write them. What each contains is known from how it was made, not from our reader.
+"""Folders and rows in the forms that other programs write. Their content is known without our reader.
 
 Every form is a function that writes a source and returns its records: the images, and the turns of the conversation or
-the captions. `convert` must find exactly these, and count exactly what is left out.
+the captions. `convert` must find exactly these, and count exactly the rows that it leaves out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Turn = tuple[str, str]
 
 
 class Made(NamedTuple):
-    """What a source contains: records as (images, captions or turns), and the issues with their counts."""
+    """The content of a source: records as (images, captions or turns), and the issues with their counts."""
 
     records: list[tuple[tuple[str, ...], Any]]
     issues: dict[str, int]
@@ -444,7 +444,7 @@ def test_convert_finds_the_records_of_every_form(
     assert sorted(found, key=key) == sorted(made.records, key=key)
     assert issues.counts == made.issues
 
-    # What is written can be trained on: the same images, each with its place in the text.
+    # The output can be trained on: it has the same images, each with a placeholder in the text.
     records = open_records(output)
     for record, (images, _) in zip(records, found):
         assert record.images == images

@@ -1,4 +1,4 @@
-"""Responses that curl accepts are accepted, whatever pieces they come in; what is ambiguous is refused."""
+"""Responses that curl accepts are accepted, in pieces of any size. Ambiguous responses are refused."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_fetch_refuses_what_is_ambiguous_or_torn(name: str, piece: int) -> None:
 
 
 def test_fetch_names_damaged_chunks_at_once() -> None:
-    """They come behind a head that was fine; whoever waits for the body must be told."""
+    """The head of the response is valid, so the code that waits for the body must receive the error."""
     response = OK + CHUNKED + b"\r\n" + b"%x\r\n" % len(JPEG) + JPEG + b"\r\nno size\r\n"
     result = fetch_response(response, len(response) - 20)
     assert result.kind in ("truncated", "protocol")

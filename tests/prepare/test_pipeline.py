@@ -1,4 +1,4 @@
-"""URLs to shards to records to clean records: the commands that a user types, against a server that misbehaves."""
+"""From URLs to clean records, with the commands that a user types, against a faulty server."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def test_clean_keeps_the_order_and_names_the_reason(
     rows[3]["response"] = " "
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     output = tmp_path / "clean.json"
-    words = ["clean", str(tmp_path / "rows.json"), "--output", str(output)]
-    words += ["--image-folder", str(data_folder / "images"), "--min-side", "1"]
-    words += ["--vision_tower", str(models_folder / "clip"), "--workers", "1"]
-    main(words)
+    argv = ["clean", str(tmp_path / "rows.json"), "--output", str(output)]
+    argv += ["--image-folder", str(data_folder / "images"), "--min-side", "1"]
+    argv += ["--vision_tower", str(models_folder / "clip"), "--workers", "1"]
+    main(argv)
     kept = [record.images[0] for record in open_records(output)]
     assert kept == [row["image"] for index, row in enumerate(rows) if index not in (1, 3)]
     quarantine = (tmp_path / "clean_quarantine.jsonl").read_text().splitlines()
@@ -132,8 +132,8 @@ def test_reduce_draws_the_same_random_sample_for_the_same_seed(
 ) -> None:
     def draw(seed: int) -> list[str]:
         output = tmp_path / f"{seed}.json"
-        words = ["reduce", str(data_folder / "train.json"), "--count", "5"]
-        main([*words, "--seed", str(seed), "--output", str(output)])
+        argv = ["reduce", str(data_folder / "train.json"), "--count", "5"]
+        main([*argv, "--seed", str(seed), "--output", str(output)])
         return [record.images[0] for record in open_records(output)]
 
     assert draw(0) == draw(0)
@@ -148,8 +148,8 @@ def test_commands_name_the_extra_that_is_missing(
     for command, module in (("download", "aiohttp"), ("clean", "pyarrow")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            words = [command, str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
-            assert main(words) == 2
+            argv = [command, str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
+            assert main(argv) == 2
         error = capsys.readouterr().err
         assert module in error
         assert "[download]" in error
@@ -157,12 +157,12 @@ def test_commands_name_the_extra_that_is_missing(
 
 @pytest.mark.medium
 def test_convert_works_without_the_extra(tmp_path: Path) -> None:
-    """Local text needs only the core."""
+    """Converting local text files needs no optional dependency."""
     (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\n")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['aiohttp', 'fsspec', 'pyarrow'])); "
         "from llava_simplified.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["convert", str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
-    subprocess.run([sys.executable, "-c", code, *words], check=True)
+    argv = ["convert", str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
+    subprocess.run([sys.executable, "-c", code, *argv], check=True)
     assert len(json.loads((tmp_path / "out.json").read_text())) == 1

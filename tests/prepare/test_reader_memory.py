@@ -1,6 +1,6 @@
-"""Every reader holds a small part of its source in memory: a million rows are read in less than 300 MB.
+"""Every reader keeps only a small part of its source in memory: it reads a million rows in less than 300 MB.
 
-Without FUZZ=1, a tenth of the rows is read, in correspondingly less memory.
+Without FUZZ=1, the tests read a tenth of the rows, with a correspondingly lower limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
 
 ROWS = 1_000_000 if IS_COMPLETE else 100_000
 BATCH = 50_000
-# A million rows may take 300 MB, and Python with this package 40 of them. pyarrow and its buffers take 90.
+# A million rows may take 300 MB. This includes 40 MB for Python with this package, and 90 MB for pyarrow's buffers.
 MAX_BYTES = 300_000_000 if IS_COMPLETE else 85_000_000
 MAX_ARROW_BYTES = 300_000_000 if IS_COMPLETE else 150_000_000
 CAPTION = "a photograph of a small brown dog that runs over a green field"
@@ -32,7 +32,7 @@ TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": CAPTION}]},
 ]
-# Reads a source in a process of its own, and prints the number of rows and the peak of its memory.
+# A program that reads a source, and prints the number of rows and its peak memory.
 READ = """
 import sys
 from llava_simplified.prepare.source_rows import Columns, ParseIssues
@@ -44,7 +44,7 @@ with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM"))
 print(count, int(peak.split()[1]) * 1024)
 """
-# A directory of an image and a text file for each row, without the time that it takes to create them.
+# Simulates a directory with an image and a text file for each row, because creating the files would take long.
 READ_SIDECARS = """
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
@@ -52,7 +52,7 @@ def walk(folder, onerror=None):
 sidecar_source.os.walk = walk
 sidecar_source._read_captions = lambda *_: ("a caption",)
 """
-# The same for the images of an imagefolder, of which every second has a row of metadata, ...
+# The same for an imagefolder, in which every second image has a row of metadata, ...
 READ_IMAGE_FOLDER = """
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
@@ -79,7 +79,7 @@ def write_lines(path: Path, line: Callable[[int], str]) -> Path:
 
 
 def tables(image: pa.Array) -> Iterator[pa.Table]:
-    """Yield tables of `ROWS` rows in all, with the images given for each."""
+    """Yield tables that have `ROWS` rows together, each with the given images."""
     for start in range(0, ROWS, BATCH):
         texts = [f"{CAPTION} {number}" for number in range(start, start + BATCH)]
         yield pa.table({"image": image, "text": texts})
@@ -142,7 +142,7 @@ def write_captions_by_name(folder: Path) -> Path:
 
 
 def write_coco(folder: Path, order: str = "images annotations") -> Path:
-    """Write COCO's two arrays; usually the images are the first one."""
+    """Write COCO's two arrays, the images and the annotations."""
     name = '"COCO_train2014_NUMBER.jpg", "coco_url": "http://a.example/train2014/NUMBER.jpg"'
     rows = {
         "images": f'{{"id": NUMBER, "file_name": {name}}}',
@@ -183,14 +183,14 @@ def write_parquet(folder: Path, image: pa.Array | None = None) -> Path:
 
 
 def write_parquet_by_path(folder: Path) -> Path:
-    """Not all images are embedded, so that the bytes must be looked at."""
+    """Not all images are embedded, so the reader must look at the bytes of each row."""
     values = embedded().to_pylist()[:-1]
     return write_parquet(folder, pa.array([*values, {"bytes": None, "path": "1.jpg"}]))
 
 
 def write_dataset(folder: Path) -> Path:
     image = embedded()
-    # One table of all, as `datasets` writes few files with many batches.
+    # Write a single table, because `datasets` writes few files with many batches.
     save_to_disk(folder / "saved", [pa.concat_tables(tables(image))], rows_per_batch=1000)
     return folder / "saved"
 

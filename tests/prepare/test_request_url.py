@@ -1,4 +1,4 @@
-"""URLs are sent as they are; what is no URL is refused by name."""
+"""URLs are sent unchanged; a text that is not a URL is refused with an error that names the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava_simplified.prepare.request_url import UrlError, host_of, parse_url, resolve_redirect
 
-# The characters of RFC 3986, percent-encodings in either case, and what is not normalised.
+# The characters of RFC 3986, percent-encodings in upper and lower case, and paths that could be normalized.
 PIECES = st.sampled_from(
     [*"aZ09-._~:/?@!$&'()*+,;=%[]", "%3A", "%2f", "%28", "%26", "%C3%BC", "/../", "//"]
 )

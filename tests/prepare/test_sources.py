@@ -1,4 +1,4 @@
-"""Every source of captions in its exact form, and what is unusual in real files."""
+"""Every source of captions in its published form, and the unusual parts of real files."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_read_source_does_not_take_other_bytes_for_images(tmp_path: Path) -> Non
 
 
 def test_read_source_reads_the_karpathy_split_in_parquet(tmp_path: Path) -> None:
-    """On the hub its sentences are plain texts."""
+    """In the version on the hub, the sentences are plain texts."""
     columns = {
         "filepath": ["val2014"],
         "filename": ["1.jpg"],
@@ -217,7 +217,7 @@ def test_read_source_with_brackets_in_a_file_name_and_a_query_in_a_url(tmp_path:
 
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
 def test_read_source_of_a_download_reads_its_records(tmp_path: Path, name: str) -> None:
-    """Not the manifests, which name the images of shards."""
+    """It must not read the captions in the manifests of the shards."""
     record = {"image": "images/0_7.jpg", "instruction": "Say:", "response": "a cat"}
     text = json.dumps([record]) if name == "records.json" else json.dumps(record)
     (tmp_path / name).write_text(text)
@@ -253,7 +253,7 @@ def test_read_source_reads_tars_with_texts_or_json(tmp_path: Path) -> None:
 
 
 def test_read_source_separates_several_captions_of_a_sample(tmp_path: Path) -> None:
-    """Also without the manifest."""
+    """This also works without the manifest."""
     writer = ShardWriter(tmp_path / "00000.tar")
     for key, captions in (("0", ("a cat", "a pet")), ("1", ("a dog",))):
         writer.add(key, b"x", "jpg", captions, {"captions": captions})
@@ -279,7 +279,7 @@ def test_read_source_distinguishes_shards_of_one_name_in_two_folders(tmp_path: P
 def test_read_source_distinguishes_images_of_one_name_in_two_folders(
     tmp_path: Path, form: str
 ) -> None:
-    """A pattern matches a table in each folder, or the folders themselves."""
+    """The pattern matches a table in each folder, or the folders themselves."""
     texts = {
         "captions.csv": "image,caption\nmissing.jpg,a bird\n1.jpg,{}\n",
         "records.jsonl": '{{"image": "1.jpg", "instruction": "Say:", "response": "{}"}}',
@@ -342,9 +342,9 @@ def test_read_source_uses_the_manifest_of_img2dataset(tmp_path: Path) -> None:
     assert read_captions(tmp_path) == [("00000.tar#000000000", "a cat")]
 
 
-# ---- what is unusual in real files ----
+# ---- unusual parts of real files ----
 
-# Name -> (bytes, captions, the issue that is noted). URL becomes the beginning of a URL.
+# Name -> (bytes, captions, the issue that is noted). "URL" is replaced by the beginning of a URL.
 UNUSUAL: dict[str, tuple[bytes, list[str], str]] = {
     "byte order mark": (
         b"\xef\xbb\xbfone\tURL0\ntwo\tURL1\n",
@@ -517,7 +517,7 @@ def test_read_source_names_a_torn_file(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.csv", "x.json"])
 def test_read_source_reads_an_archive_of_one_file_only(tmp_path: Path, name: str) -> None:
-    """The first of several files must not stand for all."""
+    """If an archive has several files, it must not read only the first one."""
     text = "image,caption\n1.jpg,a cat\n"
     if name == "x.json":
         text = json.dumps([{"image": "1.jpg", "caption": "a cat"}])
@@ -554,7 +554,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
-    """Also with separators of tables in the URLs, and in each form of a list."""
+    """This holds for each form of a list, even if the URLs contain the separators of tables."""
     lines = "".join(f"{url}\n" for url in urls)
     forms = {
         "x.txt": lines,
@@ -630,7 +630,7 @@ def test_read_source_keeps_the_commas_of_a_url_in_a_table(tmp_path: Path, header
     assert issues.counts["',' inside a URL (kept)"] == 2
 
 
-# ---- tables of spreadsheets ----
+# ---- tables from spreadsheets ----
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def test_read_source_takes_names_of_columns_in_any_language_for_a_header(
     rows, issues = read(tmp_path / "x.csv")
     assert [row.image or row.url for row in rows] == [name, name]
     assert sum(issues.counts.values()) == 1, "and says so"
-    # A line among others that lacks its name is no header.
+    # A line after the first one is not a header, even if it has no image name.
     (tmp_path / "x.csv").write_text(f"{name};a\nBild;b\n{name};c\n")
     assert len(read(tmp_path / "x.csv")[0]) == 3
 
@@ -689,7 +689,7 @@ def test_read_source_reads_what_a_csv_writer_has_written(
     assert [" ".join(row.captions[0].split()) for row in rows] == expected
 
 
-# ---- identity, and what has no counterpart ----
+# ---- identity of images, and images or captions without a counterpart ----
 
 
 def test_read_source_notes_images_of_coco_without_an_annotation(tmp_path: Path) -> None:
@@ -804,7 +804,7 @@ def test_read_source_says_how_to_read_a_compressed_tar(tmp_path: Path, name: str
             read(source)
 
 
-# ---- any bytes at all ----
+# ---- arbitrary bytes ----
 
 PIECES = [
     b"\t",
@@ -873,7 +873,7 @@ def read_bytes(name: str, data: bytes) -> tuple[list[SourceRow], ParseIssues]:
 
 
 def count_left_out(issues: ParseIssues) -> int:
-    """Return how many rows were left out. The row of an empty caption stays: its image may have others."""
+    """Return how many rows were left out. A row with an empty caption is kept: its image may have other captions."""
     counts = [
         count
         for kind, count in issues.counts.items()
@@ -932,7 +932,7 @@ def test_read_source_reads_what_pandas_writes_with_tabs(
     assert [" ".join(row.captions[0].split()) for row in rows] == expected
 
 
-# Name -> (rows after the header "caption, url", their captions). In lists of captions, quotes are text.
+# Name -> (rows after the header "caption, url", their captions). In lists of captions, quotes are ordinary text.
 STRAY_QUOTES: dict[str, tuple[str, list[str]]] = {
     "lone": ('"one\tURL0\ntwo\tURL1\n', ['"one', "two"]),
     "lone in two rows": ('"one\tURL0\ntwo"\tURL1\n', ['"one', 'two"']),

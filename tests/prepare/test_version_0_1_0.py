@@ -1,10 +1,10 @@
-"""Downloads and cleanings that version 0.1.0 has finished or begun, in tests/fixtures/shard_0_1_0.
+"""Continue downloads and cleanings that version 0.1.0 has finished or begun, in tests/fixtures/shard_0_1_0.
 
 urls.tsv      seven URLs of a server at port 54321
 finished/     a download of the first three rows, as one shard
 unfinished/   a download of all rows, shard_size 3: shard 0 is finished (it is the one in finished/), shard 1 was
               killed while its third journal line was written, shard 2 is only planned
-clean/        eight records; the verdicts of the first four are in the work folder, and their images are gone
+clean/        eight records; the results of the first four are in the work folder, and their images are gone
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ KINDS = ["ok", "missing", "ok", "ok", "html", "ok", "ok"]  # what the server doe
 
 @pytest.fixture
 def work(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the fixture, for the port of the running server; it is the current folder.
+    """A copy of the fixture with the port of the running server, as the current folder.
 
-    Ports have five digits here as there, so that the size of the source, which is one of the settings, stays the same.
+    Both ports have five digits, so that the size of the source, which is one of the settings, stays the same.
     """
     folder = tmp_path / "fixture"
     shutil.copytree(FIXTURE, folder)
@@ -75,7 +75,7 @@ def test_download_of_a_finished_shard_requests_nothing_but_retries(
     assert read_manifest("finished") == before
     with pytest.raises(ValueError, match="shard_size was 3"):
         download("urls.tsv", "finished", OPTIONS, shard_size=4, limit=3, workers=1)
-    # The manifest keeps the URL of the old port: nobody listens there.
+    # The manifest keeps the URLs with the old port, on which no server listens.
     report = download(
         "urls.tsv", "finished", OPTIONS, shard_size=3, limit=3, workers=1, retry=("404",)
     )
@@ -86,7 +86,7 @@ def test_download_of_a_finished_shard_requests_nothing_but_retries(
 def test_download_continues_an_unfinished_work_folder(work: Path, server: Server) -> None:
     report = download("urls.tsv", "unfinished", OPTIONS, shard_size=3, workers=1)
     assert report["outcomes"] == {"ok": 5, "http_404": 1, "html": 1}
-    # Only what no journal has recorded: the row of the torn line, and the last shard.
+    # Only rows that no journal contains are fetched: the row of the torn line, and the last shard.
     assert server.served == {"/ok/5.jpg": 1, "/ok/6.jpg": 1}
     rows = read_manifest("unfinished")
     assert [row["error"] or "ok" for row in rows] == [loopback.EXPECTED[kind] for kind in KINDS]
@@ -101,7 +101,7 @@ def test_download_continues_an_unfinished_work_folder(work: Path, server: Server
 def test_clean_continues_an_unfinished_work_folder(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The images of the first chunk are gone: its verdicts can only come from the work folder."""
+    """The images of the first chunk are gone, so its results can only come from the work folder."""
     monkeypatch.setattr(clean_module, "CHUNK_RECORDS", 4)
     monkeypatch.chdir(work / "clean")
     os.utime("records.json", (1_700_000_000, 1_700_000_000))

@@ -23,7 +23,7 @@ def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Llava:
     model = Llava.from_pretrained(checkpoint)
-    # The random model hardly ever generates its only end token: give it more of them.
+    # The random model hardly ever generates its only end token, so give it more end tokens.
     model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 20)]
     return model
 
@@ -33,7 +33,7 @@ StartedServer = tuple[ForkedProcess, str]
 
 @pytest.fixture
 def command(checkpoint: Path) -> Iterator[Callable[..., StartedServer]]:
-    """Start `llava serve` with options; return the process and its URL when it answers."""
+    """Start `llava serve` with options; return the process and its URL as soon as it answers."""
     started: list[ForkedProcess] = []
 
     def start(*options: str) -> StartedServer:

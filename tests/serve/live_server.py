@@ -62,7 +62,7 @@ class LiveServer:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Assert that the engine keeps nothing of the requests that it has answered."""
+    """Assert that the engine keeps no data of finished requests."""
     assert not engine.requests_in_flight
     assert not engine.sequences_running
     batch = engine._batch
@@ -78,7 +78,7 @@ def live_server(
     allowed_hosts: Sequence[str] = (),
     **engine_options: Any,
 ) -> Iterator[LiveServer]:
-    """Run a server; with the page if `examples` is given. At the end, nothing may be left in it."""
+    """Run a server, with the page if `examples` is given. At the end, assert that it is idle."""
     engine = Engine(model, **engine_options)
     page: list[Route] = []
     if examples is not None:
@@ -112,12 +112,12 @@ def live_server(
         thread.join()
 
 
-# ---- models that misbehave ----
+# ---- faulty models ----
 
 
 @contextmanager
 def without_end_tokens(model: Llava) -> Iterator[None]:
-    """Let no answer end before its maximum length."""
+    """Make all answers as long as their maximum."""
     stop_ids = model.prompt.stop_ids
     model.prompt.stop_ids = [10**6]
     try:
@@ -130,14 +130,14 @@ def without_end_tokens(model: Llava) -> Iterator[None]:
 def paused_after(
     model: Llava, steps: int, begin: Callable[[], bool] = lambda: True
 ) -> Iterator[threading.Event]:
-    """Let the language model run `steps` times, then wait for the event, or until the block ends.
+    """Pause the language model after `steps` forward passes, until the event is set or the block ends.
 
-    It makes tests of timeouts and disconnections independent of the machine's speed.
+    This makes tests of timeouts and disconnections independent of the machine's speed.
 
     Args:
         model: The model.
         steps: Number of forward passes before the pause.
-        begin: The first of them waits for it, for example until all requests have arrived.
+        begin: The first forward pass waits for this event, which can be set when all requests have arrived.
     """
     resume = threading.Event()
     calls = 0
@@ -162,7 +162,7 @@ def paused_after(
 
 
 def wide_photo() -> bytes:
-    """Return an image that is twice as wide as high: the vision tower receives its middle half."""
+    """Return an image that is twice as wide as high, of which the vision tower receives the middle half."""
     pixels = np.random.default_rng(7).integers(0, 255, (4, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((400, 200)).save(file, "PNG")
@@ -178,7 +178,7 @@ def image_part(url: str) -> dict[str, Any]:
 
 
 def user_message(*photos: bytes, text: str = "What?") -> list[Any]:
-    """Return a conversation of one message, in the order of most clients: the text comes first."""
+    """Return a conversation of one message, with the text before the image, as most clients send it."""
     images = [image_part(data_url(photo)) for photo in photos]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *images]}]
 

@@ -1,4 +1,4 @@
-"""The HTTP API, as OpenAI's own client and clients that misbehave see it."""
+"""The HTTP API, tested with OpenAI's own client and with faulty clients."""
 
 from __future__ import annotations
 
@@ -284,13 +284,13 @@ def test_images_are_read_in_all_spellings(
             assert completion.choices[0].message.content == expected
 
 
-# ---- fields that ask for nothing ----
+# ---- fields with values that change nothing ----
 
 REQUEST_FIELDS = sorted(get_type_hints(CompletionCreateParamsStreaming))
 MESSAGE_FIELDS = sorted(openai.types.chat.ChatCompletionMessage.model_fields)
 
-# For each field of OpenAI's requests: values that ask for what is done anyway or for nothing, and values that
-# ask for something that the server does not do. Null is among the first for all of them.
+# For each field of OpenAI's requests: values that are accepted because they change nothing, and values that request
+# something that the server does not support. Null is accepted for all fields.
 NEUTRAL: dict[str, list[Any]] = {
     "frequency_penalty": [0, 0.0],
     "function_call": ["none", "auto"],
@@ -388,7 +388,7 @@ def test_fields_that_ask_for_something_else_are_named(server: LiveServer, field:
 
 
 def test_own_answer_can_be_sent_back(server: LiveServer, model: Llava) -> None:
-    """OpenAI's example of a second turn appends the message that it got, in one form or another."""
+    """OpenAI's example of a second turn appends the message of the response, in one form or another."""
     messages: list[Any] = [{"role": "user", "content": "Hi"}]
     answer = create_completion(server, messages, max_tokens=4).choices[0].message
     first = Message("assistant", answer.content)
@@ -580,7 +580,7 @@ def test_size_of_bodies_and_images_is_limited(model: Llava, photos: list[bytes])
 
 
 class ImageHost(BaseHTTPRequestHandler):
-    """A server of images that the server under test may be asked to fetch."""
+    """A server with images, which requests to the tested server refer to."""
 
     requests: ClassVar[list[str]] = []
     image: ClassVar[bytes] = b""
@@ -596,7 +596,7 @@ class ImageHost(BaseHTTPRequestHandler):
 
 
 def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]) -> None:
-    """They are refused by default; if they are allowed, private addresses and other schemes are not."""
+    """Image URLs are refused by default. If they are allowed, private addresses and other schemes are still refused."""
     ImageHost.image = photos[1]
 
     def ask_about(url: str) -> list[Any]:
@@ -635,7 +635,7 @@ def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]
 
 @pytest.fixture
 def messages_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Capture all messages. Commands stop the package's logger from passing messages to the root."""
+    """Capture the messages of all loggers. The package's logger needs a handler, because it does not propagate them."""
     caplog.set_level("DEBUG")
     logger = logging.getLogger("llava_simplified")
     level = logger.level
@@ -684,7 +684,7 @@ def test_key_may_end_with_any_character(model: Llava) -> None:
 
 @pytest.mark.medium
 def test_concurrent_clients_get_their_own_answers(model: Llava, photos: list[bytes]) -> None:
-    """200 requests from 16 clients, one in ten of them invalid."""
+    """16 clients send 200 requests, one in ten of which is invalid."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]
     assert len(set(expected)) > 15
     invalid: list[Any] = [
@@ -747,7 +747,7 @@ def test_metrics_count_requests_and_sequences(model: Llava, photos: list[bytes])
 
 
 def test_disconnected_clients_free_their_sequences(model: Llava, photos: list[bytes]) -> None:
-    """They disconnect while their answer is generated, while they wait, and within their request."""
+    """Clients disconnect while their answer is generated, while they wait, and while they send their request."""
     with without_end_tokens(model), live_server(model, batch_size=2, max_queue=10) as server:
         engine = server.engine
         options = [{"stream": True}, {}, {"stream": True}, {}]
@@ -784,7 +784,7 @@ def test_full_queue_says_when_to_retry(model: Llava, photos: list[bytes]) -> Non
 
 
 def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
-    """An answer that takes too long, streamed or not, and a client that sends its request too slowly."""
+    """A request times out if its answer takes too long, streamed or not, or if the client sends it too slowly."""
     with live_server(model, timeout=0.5) as server, paused_after(model, steps=0):
         slow = open_connection(server, chat_body(photos[0]), send_half=True)
         response = server.post(chat_body(photos[0]))
@@ -801,7 +801,7 @@ def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
 def test_failing_request_gets_500_and_neighbours_their_answers(
     model: Llava, photos: list[bytes]
 ) -> None:
-    """The model returns NaN for one image. Its request fails, complete and streamed."""
+    """The model returns NaN for one image. A request with it fails, streamed or not."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos[1:7]]
     with live_server(model) as server, nan_features_for(model, photos[0]):
 

@@ -71,7 +71,7 @@ def test_token_attention_equals_one_eager_forward(models_folder: Path, language_
     assert grids.shape == (len(ANSWER_IDS), 2, 4, 4)
     assert model.config._attn_implementation == "sdpa", "the model's own kernel is restored"
     if language_model == "mistral":
-        # Its window of 24 tokens is shorter than the prompt: a part of the first image is outside.
+        # The window of 24 tokens is shorter than the prompt, so a part of the first image is outside.
         assert (grids[:, 0] == 0).any()
 
 

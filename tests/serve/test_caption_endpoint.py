@@ -1,4 +1,4 @@
-"""`llava caption --endpoint` with `llava serve`: the captions are those of the model in this process."""
+"""`llava caption --endpoint` with `llava serve`: the captions equal those of the model in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def server(model: Llava) -> Iterator[LiveServer]:
-    # A small queue: most requests are refused with status 429 at first.
+    # The queue is small, so most requests are refused with status 429 at first.
     with live_server(model, batch_size=4, max_queue=4) as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Whatever a decoder raises is the client's error: 400 with the kind of the damage, and the server goes on."""
+"""Every error of a decoder becomes status 400 with the kind of the damage, and the server continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def server(model: Llava) -> Iterator[LiveServer]:
 
 
 def damaged_avif() -> bytes:
-    """An animation with a time scale of zero, by which Pillow divides."""
+    """Return an animation with a time scale of zero, by which Pillow divides."""
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green")]
     buffer = io.BytesIO()
     frames[0].save(buffer, "AVIF", save_all=True, append_images=frames[1:], duration=100)

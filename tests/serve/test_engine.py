@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def run_engine(model: Llava, use: Callable[[Engine], Awaitable[T]], **options: Any) -> T:
-    """Start an engine, use it, and check that nothing of its requests is left."""
+    """Start an engine, use it, and assert that it keeps no data of its requests."""
 
     async def run() -> T:
         async with Engine(model, **options) as engine:
@@ -77,7 +77,7 @@ async def generate_answers(
 
 @pytest.mark.medium
 def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
-    """Images, text only, two images, conversations; greedy and sampled; joining at any time."""
+    """The requests have no, one or two images, are greedy or sampled, and join the batch at any time."""
     conversation = [
         Message("user", "<image>\nWhat?"),
         Message("assistant", "a cat"),
@@ -170,7 +170,7 @@ def test_cancelled_requests_free_their_sequences(model: Llava, photos: list[byte
         ]
         while len(engine.sequences_running) < 4:
             await asyncio.sleep(0.01)
-        # Some of them are running, others are waiting.
+        # Some of the requests are running, others are waiting.
         for task in endless:
             task.cancel()
         results = await asyncio.gather(*endless, return_exceptions=True)
@@ -322,7 +322,7 @@ def test_image_with_nan_logits_fails_alone(
 def test_images_are_decoded_within_a_budget_of_pixels(
     model: Llava, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], at_once: int
 ) -> None:
-    """Images of 35 megapixels are decoded one after the other, small ones at the same time."""
+    """Images of 35 megapixels are decoded one after the other, small images at the same time."""
     file = io.BytesIO()
     Image.new("1", size).save(file, "PNG")
     lock = threading.Lock()
@@ -353,7 +353,7 @@ def test_images_are_decoded_within_a_budget_of_pixels(
 
 
 def test_model_refuses_nan_logits(model: Llava, photos: list[bytes]) -> None:
-    """Without a server, the error is raised, and no caption is made up."""
+    """Without a server, the model raises the error instead of returning a meaningless caption."""
     with nan_features_for(model, photos[0]):
         with pytest.raises(FloatingPointError):
             model.caption(photos[0], max_new_tokens=3)
@@ -364,7 +364,7 @@ def test_model_refuses_nan_logits(model: Llava, photos: list[bytes]) -> None:
 def test_exception_while_sampling_fails_one_request(
     model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draw of one generator is repeated after the failure of its group: samples must not change."""
+    """After a group of sequences has failed, each is sampled again separately, which must not change its samples."""
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
     alone = [model.chat("What?", [photo], **options) for photo in photos[:5]]
     process_logits = generation.process_logits

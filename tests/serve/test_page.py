@@ -137,7 +137,7 @@ def examples(photos: Sequence[bytes], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def server(model: Llava, examples: list[bytes]) -> Iterator[LiveServer]:
-    # A file that is too large is then sent to the browser quickly.
+    # A small limit, so that a file above it can be sent to the browser quickly.
     with live_server(model, limits=Limits(max_body=2_000_000), examples=examples) as server:
         yield server
 
@@ -154,7 +154,7 @@ def visit(browser: Any, server: LiveServer) -> Iterator[Callable[..., Any]]:
     faults: list[str] = []
 
     def record_message(message: Any) -> None:
-        # Failed requests are reported as errors too; those are provoked by the tests.
+        # Ignore failed requests, which are reported as errors too, because the tests cause them.
         if message.type == "error" and "Failed to load resource" not in message.text:
             faults.append(message.text)
 
@@ -289,7 +289,7 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
 def test_veil_of_a_padded_image_shows_the_patches_of_the_image(
     visit: Callable[..., Any], models_folder: Path
 ) -> None:
-    """The model receives a square with borders above and below, whose patches are not on the page."""
+    """The model receives a square with borders above and below the image. Their patches are not shown on the page."""
     model = build_llava(models_folder, image_aspect_ratio="pad")
     photo = wide_photo()  # 400 x 200
     with live_server(model, examples=[]) as server:
@@ -595,7 +595,7 @@ def test_stopping_or_leaving_frees_sequence(
         server.wait_until(lambda: not server.engine.requests_in_flight)
 
     with without_end_tokens(model):
-        # The model is paused each time, so that the answer cannot end before the page is used.
+        # Pause the model each time, so that the answer cannot end before the page is used.
         with paused_after(model, steps=12) as resume:
             show(page, photos[1])
             page.locator(".answer.writing .word").first.wait_for()

@@ -1,4 +1,4 @@
-"""Attacks on the server and its page: each route allows what the table says, and nothing else."""
+"""Attacks on the server and its page: each route allows only what the table says."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ TRAVERSALS = [
 
 @pytest.mark.parametrize("target", TRAVERSALS, ids=lambda target: target[:40])
 def test_traversal_reaches_no_file(server: LiveServer, key: str, target: str) -> None:
-    """The target goes out exactly as written: HTTP clients would normalize it."""
+    """The target is sent exactly as written, because HTTP clients would normalize it."""
     lines = ["Host: 127.0.0.1"]
     if key:
         lines.append(f"Authorization: Bearer {key}")
@@ -258,7 +258,7 @@ def test_examples_are_those_given_at_start(client: httpx.Client, photos: Sequenc
 
 
 class Bait(BaseHTTPRequestHandler):
-    """A server that must not be asked for anything."""
+    """A server that must not receive any request."""
 
     requests: ClassVar[list[str]] = []
 
@@ -327,7 +327,7 @@ def test_attention_fetches_under_same_rules_as_chat(model: Llava) -> None:
 
 
 def test_file_data_of_gradio_is_refused(client: httpx.Client) -> None:
-    """Gradio, which many pages of models use, reads the files that such an object names."""
+    """Gradio, which many demo pages of models use, reads the files that such an object names."""
 
     def body_with(content: Any) -> dict[str, Any]:
         return {"model": "tiny", "messages": [{"role": "user", "content": content}]}
@@ -434,7 +434,7 @@ def test_missing_and_repeated_host_is_refused(server: LiveServer, hosts: list[st
 
 @pytest.mark.parametrize("hosts", [[], [b"localhost", b"localhost"], [b"\xff"]])
 def test_host_check_does_not_rely_on_http_parser(hosts: list[bytes]) -> None:
-    """h11 refuses such requests itself; httptools, which uvicorn uses if it is installed, does not."""
+    """h11 refuses such requests itself, but httptools, which uvicorn uses if it is installed, does not."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -689,7 +689,7 @@ def test_tiny_temperature_is_greedy(
 def test_attention_while_others_generate(
     model: Llava, client: httpx.Client, photos: Sequence[bytes]
 ) -> None:
-    """Attention maps run between two steps of the batch and leave its answers as they are."""
+    """Attention maps are computed between two steps of the batch, and do not change its answers."""
     expected = [model.caption(photo, "What?", max_new_tokens=40) for photo in photos[:4]]
     bodies = [
         {"model": "tiny", "messages": user_message(photos[6]), "answer": answer}

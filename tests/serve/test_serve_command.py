@@ -1,4 +1,4 @@
-"""`llava serve`: its options, the mistakes that it finds early, and how it ends."""
+"""`llava serve`: its options, the mistakes that it finds at the start, and how it ends."""
 
 from __future__ import annotations
 
@@ -134,13 +134,13 @@ def test_signal_lets_requests_in_flight_finish(command: Any, photos: list[bytes]
             model="tiny",
             messages=user_message(photo),
             max_tokens=200,
-            extra_body={"repetition_penalty": 1.2},  # else the model repeats one token
+            extra_body={"repetition_penalty": 1.2},  # otherwise the model repeats one token
         )
         assert completion.usage
         return completion.usage.completion_tokens
 
     def count_received() -> float:
-        """Return the number of requests in flight and answered: a fast machine has answered some."""
+        """Return the number of requests that are in flight or already answered."""
         received = 0.0
         for line in httpx.get(f"{url}/metrics").text.splitlines():
             if line.startswith(("llava_requests_in_flight ", "llava_requests_total")):
@@ -148,7 +148,7 @@ def test_signal_lets_requests_in_flight_finish(command: Any, photos: list[bytes]
         return received
 
     with ThreadPoolExecutor(6) as clients:
-        # Two are running, four are waiting.
+        # Two requests are running, four are waiting.
         answers = [clients.submit(count_tokens_of_answer, photo) for photo in photos[:6]]
         while count_received() < 6:
             time.sleep(0.02)

@@ -199,7 +199,7 @@ def test_own_function_that_fails_is_an_error_with_the_record(own_module: str, na
 def test_own_function_must_return_a_number_per_caption(own_module: str) -> None:
     with pytest.raises(ValueError, match="too_few") as error:
         own_reward(f"{own_module}:too_few")
-    assert "1 rewards for 4 captions" in str(error.value)
+    assert "expected 4 rewards" in str(error.value)
 
 
 @pytest.mark.parametrize("missing", ["own_reward_module:nothing", "no_such_module:function"])
