@@ -1,8 +1,8 @@
-"""img2dataset as its README runs it, in a separate virtual environment. Started by bench_download.py.
+"""Run img2dataset as its README does, in a separate virtual environment. Started by bench_download.py.
 
     python peer_img2dataset.py URLS.parquet OUTPUT THREADS SIDE SHARD_SIZE TIMEOUT
 
-SIDE is the size that images are reduced to; 0 keeps them as they are.
+SIDE is the maximum length of the shorter side of an image in pixels; with 0, images are not resized or re-encoded.
 """
 
 import sys
