@@ -38,7 +38,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bench_serve import wait_until_healthy
+from serving import wait_until_healthy
 from tiny import save_language_model, save_vision_model
 
 CHAT = "/v1/chat/completions"
@@ -114,7 +114,8 @@ def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Proces
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(process, url)
+        if not wait_until_healthy(process, url):
+            raise SystemExit("llava serve did not start; its messages above give the reason.")
         yield psutil.Process(process.pid), url
     finally:
         process.terminate()
