@@ -55,7 +55,7 @@ from workload import (
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
-TEMPERATURE = 0.7
+TEMPERATURE = 0.7  # the default of `llava caption` for several samples
 GREEDY_IMAGES = 8  # images whose greedy captions are compared
 FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
 OURS, STOCK, TUTORIAL = "ours", "stock, batched", "the tutorial's loop"
@@ -92,9 +92,10 @@ def to_stock(model: Any) -> tuple[Any, int]:
         vision_config=tower.config,
         text_config=language_model.config,
         image_token_id=image_token,
-        vision_feature_layer=-2,
+        vision_feature_layer=-2,  # the hidden state that our tower selects by default
     )
     stock: Any = LlavaForConditionalGeneration(config).to(getattr(torch, compute_dtype()))
+    # Replace the random modules of the new model by ours, which have the same classes.
     stock.model.vision_tower = tower
     stock.model.language_model = language_model.model
     stock.lm_head = language_model.lm_head
@@ -149,6 +150,7 @@ def make_stock_generate(
         """End each caption at the length that was drawn for its image."""
 
         def __init__(self, positions: list[int], samples: int) -> None:
+            # `generate` passes prompt and answer together, so add the length of the prompt.
             limits = torch.tensor([len(input_ids) + lengths[i] for i in positions])
             self.limits = limits.repeat_interleave(samples)
 
@@ -165,6 +167,7 @@ def make_stock_generate(
     def generate(positions: list[int], samples: int, temperature: float) -> list[list[int]]:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature:
+            # Transformers' default is top_k=50. Sample from all tokens, as our side does.
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
         with torch.inference_mode():
             normalized = model.vision_tower.transform.normalize(pixels[positions])
@@ -221,6 +224,7 @@ def caption_all(
     generate([0], 1, 0.0)  # warm up
     start = time.perf_counter()
     if side == TUTORIAL:
+        # As in the tutorial, generate one sample of one image at a time.
         for position in range(len(paths)):
             for _ in range(args.samples):
                 generate([position], 1, TEMPERATURE)
@@ -288,6 +292,7 @@ def caption_with_llama_cpp(
     for path, length in zip(paths, lengths):
         body = serving.make_body(path.read_bytes(), INSTRUCTION, length, samples, TEMPERATURE)
         bodies.append(body | peer_llama_cpp.REQUEST_FIELDS)
+    # Every sample of every concurrent request is a sequence of the server.
     command = peer_llama_cpp.server_command(programs, gguf, requests * samples)
     with serving.running_server(command) as server:
         serving.request_captions(server.url, bodies[0] | {"max_tokens": 2})  # warm up
@@ -296,6 +301,7 @@ def caption_with_llama_cpp(
         with ThreadPoolExecutor(requests) as pool:
             answers = list(pool.map(serving.request_captions, urls, bodies))
         seconds = time.perf_counter() - start
+        # Now that the server is idle, measure the time to the first token of single requests.
         first_tokens = []
         for body in bodies[:FIRST_TOKEN_IMAGES]:
             first_tokens.append(serving.measure_first_token(server.url, body))
@@ -327,6 +333,7 @@ def run_llama_cpp(
     """
     for name, gguf in ggufs.items():
         side = f"{LLAMA_CPP} {name}"
+        # Every run of llama.cpp loads the model again, so do not repeat the slower numbers.
         numbers = [best[side]["requests"]] if side in best else args.requests
         for requests in numbers:
             run = caption_with_llama_cpp(programs, gguf, folder, args.samples, requests)

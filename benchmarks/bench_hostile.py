@@ -108,7 +108,7 @@ def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Proces
     # With port 0, the operating system selects a free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        _, port = free.getsockname()
     command = [sys.executable, "-m", "llava_simplified", "serve", str(checkpoint)]
     command += ["--port", str(port), "--queue", str(queue), "--quiet"]
     process = subprocess.Popen(command)

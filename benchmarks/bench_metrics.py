@@ -73,6 +73,7 @@ def score_ours(captions: list[str], references: list[list[str]]) -> Result:
     tokenization = time.perf_counter() - start
     scores = {}
     for metric in ngram_metrics([tokens], reference_tokens):
+        # Sum over images, and take the scores of the only trial.
         values = metric.finish(metric.statistics.sum(axis=1), len(captions))[0]
         scores.update(zip(metric.names, map(float, values)))
     scores["ROUGE-L"] = sum(map(rouge_l, tokens, reference_tokens)) / len(captions)
@@ -129,6 +130,7 @@ def main() -> None:
             seconds = (time.perf_counter() - start, result.tokenization)
             best[name] = min(best.get(name, seconds), seconds)
             scores[name] = result.scores
+    # The times are comparable only if both sides compute the same scores.
     for name, expected in scores["pycocoevalcap"].items():
         value = scores["ours"][name]
         assert abs(value - expected) < 1e-6, f"{name}: ours is {value}, pycocoevalcap's {expected}"

@@ -81,7 +81,7 @@ def run_ours(folder: Path, models: Models, args: argparse.Namespace) -> float:
         "reward": "word_f1",
         "num_samples": args.samples,
         "sample_max_tokens": args.tokens,
-        "cache_vision_features": "off",
+        "cache_vision_features": "off",  # TRL encodes every image in the step, too
         **LORA,
     }
     train_ours(folder, models, folder / "ours", args.images, num_steps(args), **options)
@@ -126,12 +126,12 @@ def run_trl(folder: Path, args: argparse.Namespace) -> float:
 
     config = GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=args.images * args.samples,
+        per_device_train_batch_size=args.images * args.samples,  # TRL counts samples, not images
         num_generations=args.samples,
-        steps_per_generation=1,
+        steps_per_generation=1,  # sample new captions for every update
         max_completion_length=args.tokens,
         temperature=1.0,
-        beta=0.0,
+        beta=0.0,  # no KL divergence, and so no reference model
         loss_type="grpo",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
@@ -178,6 +178,7 @@ def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) 
 
     torch.set_num_threads(os.cpu_count() or 1)
     times = Times()
+    # For each side, measure the method that the trainer calls once at the beginning of a step to sample captions.
     if name == OURS:
         from llava_simplified.training.policy_trainer import PolicyTrainer
 
@@ -251,6 +252,7 @@ def main() -> None:
         # Libraries print while they load. Standard output is for the table only.
         with contextlib.redirect_stdout(sys.stderr):
             language_model, tower = write_models(folder, args.language_model)
+            # Every step gets new images, as in the first epoch of a real run.
             write_data(folder, args.images * num_steps(args), captions=1)
             write_projector(folder, (str(language_model), str(tower)))
             write_stock_model(folder)

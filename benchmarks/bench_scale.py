@@ -35,6 +35,7 @@ WORDS = VOCABULARY.split()
 
 def write_images(folder: Path) -> None:
     """Write the images that all records refer to."""
+    # Small images, so that decoding them takes little time.
     for index in range(NUM_IMAGES):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
@@ -121,7 +122,7 @@ def measure(
         "max_steps": args.steps,
         "per_device_train_batch_size": 8,
         "dataloader_num_workers": args.workers,
-        "cache_vision_features": "off",
+        "cache_vision_features": "off",  # filling the cache would delay the first step
         "logging_steps": max(
             1, args.steps // 10
         ),  # each logged rate is the mean of a tenth of the steps

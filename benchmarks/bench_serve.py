@@ -94,8 +94,10 @@ def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namesp
     with running_server(command) as server:
         request_captions(server.url, bodies[0] | {"max_tokens": 4})  # warm up
         for clients in args.clients:
+            # With fewer than two requests per client, nobody would send a request while others are being answered.
             count = max(args.requests, 2 * clients)
             latencies[clients] = measure_clients(server.url, bodies[:count], clients)
+        # Now that the server is idle, measure the time to the first token for a single client.
         seconds = []
         for body in bodies[:FIRST_TOKEN_IMAGES]:
             seconds.append(measure_first_token(server.url, body))
@@ -105,6 +107,7 @@ def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namesp
 def our_command(checkpoint: Path, batch_size: int, *options: str) -> list[str]:
     """Return the command of our server, without a port."""
     command = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint)]
+    # The timeout is longer than any answer takes: slow answers must be measured, and not fail.
     return [*command, "--no-page", "--batch-size", str(batch_size), "--timeout", "600", *options]
 
 
@@ -117,6 +120,7 @@ def measure_llama_cpp(
     bodies = [body | peer_llama_cpp.REQUEST_FIELDS for body in bodies]
     sides = {}
     for name, gguf in peer_llama_cpp.convert_checkpoint(programs, checkpoint, folder).items():
+        # The number of sequences is fixed when the server starts, so start it once for each number.
         runs = []
         for sequences in args.sequences:
             command = peer_llama_cpp.server_command(programs, gguf, sequences)

@@ -46,7 +46,7 @@ def run(workload: Workload, report: Report) -> None:
             theirs = report.attempt(f"stock generate, {name}", side)
             _add_ratio(report, name, ours, theirs)
     # Measure the two phases of our side separately, and compare each with the limits of the device.
-    batch = sizes[0][0]
+    batch, _ = sizes[0]
     report.attempt(
         f"prefill, batch {batch}", partial(measure_prefill, workload, model, batch, limits)
     )

@@ -208,6 +208,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    # Causal language models usually have no padding token. Padding is masked, so any token will do.
     fast.pad_token = "</s>"
     fast.chat_template = TEMPLATE
     return fast
@@ -261,7 +262,7 @@ def write_folders(folder: Path, workload: Workload, text: Shape) -> tuple[str, s
         "do_center_crop": True,
         "do_rescale": True,
         "do_normalize": True,
-        "resample": 3,
+        "resample": 3,  # bicubic
         "rescale_factor": 1 / 255,
         "image_mean": transform.mean,
         "image_std": transform.std,

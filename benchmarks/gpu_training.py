@@ -116,7 +116,7 @@ def make_arguments(folder: str, workload: Workload, **options: Any) -> TrainingA
         "logging_steps": 100,
         "disable_tqdm": True,
         "report_to": "none",
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "sequential",  # the same batches in every run
         "learning_rate": 1e-5,
         "warmup_steps": 0,
         **options,
@@ -469,6 +469,7 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
     # Attention has two products (scores, and weighted sums of values), each with one pass in forward and two in
     # backward. A product costs two FLOPs, so the factor is 2 * 3 * 2.
     attention = 12 * attended * config.hidden_size * config.num_hidden_layers
+    # The lm_head is computed at trained positions only, and the frozen tower only forward.
     return layers + attention + passes * trained * head.numel() + 2 * images * patches * tower
 
 

@@ -23,11 +23,11 @@ if __name__ == "__main__":
         input_format="parquet",
         url_col="url",
         caption_col="caption",
-        save_additional_columns=["row"],
+        save_additional_columns=["row"],  # identifies the URL in the results
         output_folder=output,
         output_format="webdataset",
         number_sample_per_shard=int(shard_size),
-        processes_count=2,
+        processes_count=2,  # shards at a time, as many as `llava download` writes
         thread_count=int(threads),
         timeout=int(timeout),
         retries=0,

@@ -128,8 +128,8 @@ def convert_checkpoint(programs: Path, checkpoint: Path, output: Path) -> dict[s
         output: Folder to create.
 
     Returns:
-        The language model in each of `FORMATS`. `mmproj.gguf`, the vision tower and the projector in
-        float16, is beside each of them.
+        The file of the language model in each of `FORMATS`. The same folder contains `mmproj.gguf`: the vision tower and
+        the projector in float16.
     """
     export = [sys.executable, "-m", "llava_simplified.cli", "export", str(checkpoint)]
     _run([*export, "--output", str(output), "--format", "gguf", "--dtype", "float16"])

@@ -59,7 +59,7 @@ def running_server(command: Sequence[str]) -> Iterator[Server]:
     # With port 0, the operating system selects a free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        _, port = free.getsockname()
     server = Server(f"http://127.0.0.1:{port}", [])
     with tempfile.TemporaryFile() as log:
         # The requests have no key, so a key of the user must not apply here.

@@ -63,7 +63,7 @@ class ChangedImage:
 
     Attributes:
         position: Position of the image among the samples.
-        differences: Score of the second run minus that of the first, by metric.
+        differences: Score of the second run minus score of the first run, by metric.
     """
 
     position: int

@@ -159,7 +159,7 @@ def _evaluate_files(
         predictions = read_predictions(path, references)
         samples = predictions.samples
         if runs:
-            # The paired bootstrap identifies an image by its position, so the order must be that of the first run.
+            # The paired bootstrap identifies an image by its position, so all runs must have the same order.
             # A file with other images keeps its order; it is scored, but not compared.
             samples = align_samples(samples, runs[0].samples) or samples
         images: list[bytes] = []

@@ -204,8 +204,8 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             round_info = None
             for round_idx in count(1):
                 source = PromptSource(context, doc_to_visual, doc_id, task, split)
-                answers_of_jobs = self._generate_batch([GenerationJob(source, options, until)])
-                answer = answers_of_jobs[0][0]
+                # One job, which generates one answer.
+                [[answer]] = self._generate_batch([GenerationJob(source, options, until)])
                 visuals, context, is_finished, answers, round_info = doc_to_text(
                     document,
                     previous_output=[*answers, answer],

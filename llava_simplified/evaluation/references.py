@@ -91,7 +91,7 @@ class References:
         return ReferenceMatch(tuple(self.by_id[image_id]), "image id", image_id)
 
     def _id_in_name(self, image: str) -> str | None:
-        """Return the image id that a file name contains: the name itself without its suffix, or the number in a COCO name.
+        """Return the image id in a file name: the name without its suffix, or the number in a COCO name.
 
         Returns:
             The id, or None if no id of the file matches.
