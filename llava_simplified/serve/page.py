@@ -1,4 +1,4 @@
-"""The routes of the web page. All of their responses are prepared when the server starts.
+"""The routes of the web page, whose responses are prepared when the server starts.
 
 The page is a client of the server's own API: `page.js` calls `/v1/chat/completions` and `/v1/attention`,
 so the API's limits apply. For security, the routes here accept no file name, URL or body from a request,
