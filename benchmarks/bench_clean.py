@@ -3,10 +3,10 @@
     python benchmarks/bench_clean.py [--count 6000] [--photos FOLDER] [--rounds 2]
 
 The tutorial opens each image with Pillow and runs CLIPImageProcessor on it. The images are photo-like JPEGs
-of 320 to 1024 pixels, or copies of the photos in FOLDER; one in 25 is broken.
+of 320 to 1024 pixels, or copies of the photos in FOLDER; one in 25 is damaged or missing.
 
-Prints images per second of both, start-up included; the images on which they disagree; and the largest
-difference between the pixel values that the two would pass to the vision tower.
+Prints images per second of both sides, start-up included; the number of images on which they disagree; and the
+largest difference between the pixel values that the two would pass to the vision tower.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import loopback
 import numpy as np
 
 OURS, TUTORIAL = "llava clean", "the tutorial's way"
+# As in the tutorial, every exception rejects the image, and the result of the image processor is not used.
 TUTORIAL_PROCESS = """
 import json, os, sys
 from PIL import Image
@@ -48,18 +49,19 @@ FAULTS = ("truncated", "corrupt", "html", "missing")
 
 
 class Duration(NamedTuple):
-    """Seconds of a command: of the clock, and of the CPU in all its processes."""
+    """Duration of a command: wall-clock seconds, and CPU seconds of all its processes."""
 
     wall: float
     cpu: float
 
 
 def damage(data: bytes, fault: str) -> bytes:
-    """Return the bytes of a broken image."""
+    """Return the bytes of an image with one of `FAULTS`. A missing image is not changed, but not written either."""
     middle = len(data) // 2
     if fault == "truncated":
         return data[:middle]
     if fault == "corrupt":
+        # Overwrite bytes in the middle of the compressed pixels by end-of-image markers and beginnings of tables.
         return data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
     if fault == "html":
         return b"<html></html>"
@@ -67,7 +69,7 @@ def damage(data: bytes, fault: str) -> bytes:
 
 
 def write_images(folder: Path, count: int, photos: Path | None) -> dict[str, str]:
-    """Write images, and return what each file name is: "good" or one of `FAULTS`."""
+    """Write images, and return the kind of each by its file name: "good" or one of `FAULTS`."""
     if photos:
         sources = [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
     else:
@@ -76,7 +78,7 @@ def write_images(folder: Path, count: int, photos: Path | None) -> dict[str, str
     for index in range(count):
         data = sources[index % len(sources)]
         kind = "good"
-        # Every 25th image is damaged, by each kind of damage in turn.
+        # Damage every 25th image, and alternate between the kinds of damage.
         if index % 25 == 7:
             kind = FAULTS[index // 25 % len(FAULTS)]
             data = damage(data, kind)
@@ -88,8 +90,9 @@ def write_images(folder: Path, count: int, photos: Path | None) -> dict[str, str
 
 
 def time_command(command: Sequence[str]) -> Duration:
-    """Run a command that must succeed."""
+    """Run a command, and return its duration. An error of the command ends the benchmark."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum before.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -100,7 +103,7 @@ def time_command(command: Sequence[str]) -> Duration:
 
 
 def largest_pixel_difference(folder: Path, names: Sequence[str]) -> int:
-    """Return the largest difference of the two sides' pixel values, in gray levels."""
+    """Return the largest difference between the pixel values of both sides, in gray levels (1/255)."""
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -109,7 +112,14 @@ def largest_pixel_difference(folder: Path, names: Sequence[str]) -> int:
 
     processor = CLIPImageProcessorPil()
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)
-    transform = ImageTransform(224, (224, 224), "bicubic", tuple(mean), tuple(std))
+    transform = ImageTransform(
+        resize=224,
+        crop=(224, 224),
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    # Size of one gray level after normalization, for each channel.
     gray_level = 1 / (255 * std[:, None, None])
     largest = 0.0
     for name in names:
@@ -122,7 +132,7 @@ def largest_pixel_difference(folder: Path, names: Sequence[str]) -> int:
 
 
 def print_speed(best: dict[str, Duration], startup: dict[str, Duration], count: int) -> None:
-    """Print the speed of both sides, and the ratios."""
+    """Print the speed of both sides, and the ratios of the tutorial's time to ours."""
     for side, duration in best.items():
         cpu_per_image = (duration.cpu - startup[side].cpu) / count * 1000
         print(
@@ -130,22 +140,26 @@ def print_speed(best: dict[str, Duration], startup: dict[str, Duration], count: 
             f"({startup[side].wall:.1f} s) included; {cpu_per_image:.2f} ms CPU per image without it"
         )
     ours, tutorial = best[OURS], best[TUTORIAL]
-    started_wall = (tutorial.wall - startup[TUTORIAL].wall) / (ours.wall - startup[OURS].wall)
-    started_cpu = (tutorial.cpu - startup[TUTORIAL].cpu) / (ours.cpu - startup[OURS].cpu)
+    wall_ratio = (tutorial.wall - startup[TUTORIAL].wall) / (ours.wall - startup[OURS].wall)
+    cpu_ratio = (tutorial.cpu - startup[TUTORIAL].cpu) / (ours.cpu - startup[OURS].cpu)
     print(
-        f"ratios: wall {tutorial.wall / ours.wall:.2f}, wall without start-up {started_wall:.2f}, "
-        f"CPU without start-up {started_cpu:.2f}"
+        f"ratios: wall {tutorial.wall / ours.wall:.2f}, wall without start-up {wall_ratio:.2f}, "
+        f"CPU without start-up {cpu_ratio:.2f}"
     )
 
 
-def print_disagreements(kinds: dict[str, str], kept_by_us: set[str], kept_there: set[str]) -> None:
-    """Print on which images the two sides disagree."""
-    only_there = kept_there - kept_by_us
-    only_here = kept_by_us - kept_there
-    wrong = [image for image, kind in kinds.items() if (kind == "good") != (image in kept_by_us)]
+def print_disagreements(
+    kinds: dict[str, str], kept_by_ours: set[str], kept_by_tutorial: set[str]
+) -> None:
+    """Print the number of images on which the two sides disagree, and of our wrong decisions."""
+    rejected_by_ours = kept_by_tutorial - kept_by_ours
+    rejected_by_tutorial = kept_by_ours - kept_by_tutorial
+    wrong = [image for image, kind in kinds.items() if (kind == "good") != (image in kept_by_ours)]
+    rejected_kinds = sorted({kinds[image] for image in rejected_by_ours})
     print(
-        f"rejected here only: {len(only_there)} {sorted({kinds[image] for image in only_there})}; "
-        f"rejected there only: {len(only_here)}; our wrong decisions: {len(wrong)}"
+        f"rejected by {OURS} only: {len(rejected_by_ours)} {rejected_kinds}; "
+        f"rejected by the tutorial only: {len(rejected_by_tutorial)}; "
+        f"wrong decisions of {OURS}: {len(wrong)}"
     )
 
 
@@ -154,9 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=6000)
-    parser.add_argument("--photos", type=Path)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--count", type=int, default=6000, help="Number of images")
+    parser.add_argument("--photos", type=Path, help="Folder of JPEG files to use as images")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="Runs of each side; the fastest is reported"
+    )
     args = parser.parse_args()
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -179,6 +195,7 @@ def main() -> None:
         # A run on one record measures the start-up.
         records.write_text(json.dumps(rows[:1]))
         startup = {side: time_command(command) for side, command in commands.items()}
+        # The measured runs must not find the outputs of these runs.
         for output in outputs.values():
             output.unlink()
         records.write_text(json.dumps(rows))

@@ -3,8 +3,7 @@
     python benchmarks/bench_convert.py [--rows 3300000]
 
 Prints seconds, rows per second and peak memory of `llava convert` (.json, .jsonl, .parquet); the time and the
-memory of `open_records` on each result; and the same of the usual way, `csv` and `json` with everything in
-memory.
+memory of `open_records` on each result; and the same for the usual way: `csv` and `json`, with all rows in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """
-# Opens a file of records, and reads 20,000 random ones.
+# Opens a file of records, and reads 20,000 random ones. The pickled size is what a data loader worker receives if it is
+# spawned instead of forked.
 OPEN_RECORDS = """
 import pickle, random, sys, time
 from llava_simplified.data.records import open_records
@@ -79,21 +79,22 @@ def write_tsv(path: Path, rows: int) -> None:
         for index in range(rows):
             malformed = ' a "quoted\t word' if index % 20_000 == 7 else ""
             host = f"i{index % 977}.example.com"
+            # A multiplicative hash, so that the names look random, and URLs do not compress too well.
             name = f"{index * 2654435761 % 2**32:08x}.jpg"
             url = f"https://{host}/photos/{index:07d}/{name}"
             file.write(f"{captions[index % len(captions)]}{malformed}\t{url}\n")
 
 
 def measure(command: Sequence[object]) -> Cost:
-    """Run a command that must succeed."""
-    words = [sys.executable, "-c", MEASURE_MEMORY, *map(str, command)]
+    """Run a command, and return its cost. An error of the command ends the benchmark."""
+    measured_command = [sys.executable, "-c", MEASURE_MEMORY, *map(str, command)]
     start = time.perf_counter()
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    done = subprocess.run(measured_command, check=True, capture_output=True, text=True)
     return Cost(time.perf_counter() - start, int(done.stdout) / 1024)
 
 
 def describe(cost: Cost, rows: int) -> str:
-    """Return a cost in words."""
+    """Return a cost as text."""
     rate = rows / cost.seconds
     return f"{cost.seconds:5.1f} s, {rate:9,.0f} rows/s, {cost.megabytes:5.0f} MB peak"
 
@@ -101,7 +102,9 @@ def describe(cost: Cost, rows: int) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=3_300_000)
+    parser.add_argument(
+        "--rows", type=int, default=3_300_000, help="Number of rows (default: that of CC3M)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_download.py [--count 6000] [--only http,https,resize] [--rounds 2] [--no-tutorial]
 
-The runs take turns. For each program: the time, the CPU time per response, the peak memory of all its
-processes (proportional set size: shared pages count once) and, for each URL, whether the outcome is the one
-that the server knows. img2dataset is installed into a separate virtual environment (`--peer-venv`, created
-if it is missing). All have the same timeout, no retries, and write shards.
+The programs run alternately. For each program, prints the responses per second, the CPU time per response, the peak
+memory of all its processes (proportional set size: shared pages count once), and the number of URLs whose outcome
+is not the one that the server has caused. img2dataset is installed into a separate virtual environment
+(`--peer-venv`, created if it is missing). All programs have the same timeout and no retries; `llava download` and
+img2dataset write shards.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ import pyarrow.parquet as pq
 from peer_environment import create_peer_python, peer_cache
 
 HERE = Path(__file__).parent
-TIMEOUT = 5  # seconds
-LATENCY = 0.1  # seconds
+TIMEOUT = 5  # seconds for each URL, for all programs
+LATENCY = 0.1  # seconds between a request and the response of the server
 OURS, IMG2DATASET, TUTORIAL = "llava download", "img2dataset", "process pool + requests"
 OUTPUT = "OUT"  # stands for the output folder in a command
-Job = tuple[str, str, int]  # URL, what the server does, number of the image
+Job = tuple[str, str, int]  # URL, kind of response (see `loopback.EXPECTED`), number of the image
 
 
 class Cost(NamedTuple):
-    """Seconds of a command, CPU seconds and peak megabytes of all its processes."""
+    """Wall-clock seconds of a command, and CPU seconds and peak memory (MB) of all its processes."""
 
     seconds: float
     cpu: float
@@ -51,7 +52,8 @@ class Cost(NamedTuple):
 
 
 def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
-    """Run a command that must succeed, and watch its memory four times a second."""
+    """Run a command, and return its cost. An error of the command ends the benchmark."""
+    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum before.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -64,6 +66,7 @@ def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
     root = psutil.Process(process.pid)
     peak = 0
     while process.poll() is None:
+        # Measuring the memory takes CPU time itself, so do it only four times a second.
         peak = max(peak, proportional_set_size(root))
         time.sleep(0.25)
     seconds = time.perf_counter() - start
@@ -76,16 +79,16 @@ def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
 
 
 def proportional_set_size(root: psutil.Process) -> int:
-    """Return the memory of a process and its children, in bytes."""
+    """Return the memory of a process and its descendants in bytes. Pages that they share are counted once."""
     try:
         processes = [root, *root.children(recursive=True)]
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return 0
     memory = 0
     for process in processes:
         try:
             memory += process.memory_full_info().pss
-        except psutil.Error:
+        except psutil.Error:  # this child has just ended
             continue
     return memory
 
@@ -94,12 +97,12 @@ def proportional_set_size(root: psutil.Process) -> int:
 
 
 def check_ours(output: Path, jobs: Sequence[Job], *, exact: bool) -> str:
-    """Compare our manifest with what the server knows.
+    """Compare our manifest with the outcomes that the server has caused, and return the counts as text.
 
     Args:
-        output: Folder of the download.
-        jobs: What was requested.
-        exact: Compare the bytes of the images as well: they were not resized.
+        output: Output folder of `llava download`.
+        jobs: The requested URLs.
+        exact: Also compare the bytes of the images, which are unchanged if they were not resized.
     """
     rows = pq.read_table(output / "manifest.parquet").to_pylist()
     wrong: Counter[str] = Counter()
@@ -114,12 +117,15 @@ def check_ours(output: Path, jobs: Sequence[Job], *, exact: bool) -> str:
 
 
 def check_img2dataset(output: Path, jobs: Sequence[Job]) -> str:
-    """Count what img2dataset has kept that is not an image, and which images it has lost."""
+    """Count the images that img2dataset has lost, and the other responses that it has kept; return the counts as text.
+
+    Its reasons for failures are not compared, because it has other names for them.
+    """
     wrong: Counter[str] = Counter()
     kept = total = 0
     for path in sorted(output.glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
-            kind = jobs[row["row"]][1]
+            _, kind, _ = jobs[row["row"]]
             is_good = loopback.EXPECTED[kind] == "ok"
             is_kept = row["status"] == "success"
             total += 1
@@ -130,7 +136,7 @@ def check_img2dataset(output: Path, jobs: Sequence[Job]) -> str:
 
 
 def describe_outcomes(kept: int, outcomes: int, rows: int, wrong: Counter[str]) -> str:
-    """Return the outcomes in words."""
+    """Return the counts of outcomes as text."""
     details = f" {dict(wrong)}" if wrong else ""
     return f"{kept} kept, {outcomes} outcomes of {rows} rows, {sum(wrong.values())} wrong{details}"
 
@@ -142,9 +148,9 @@ def make_commands(
     args: argparse.Namespace, case: str, peer: Path, tsv: Path, table: Path, count: int
 ) -> dict[str, list[str]]:
     """Return the command of each program, with `OUTPUT` for its output folder."""
-    side = "256" if case == "resize" else "0"
-    # One shard for each of two processes. A shard is finished only when its hanging URLs have timed
-    # out, so more shards would wait several times.
+    side = "256" if case == "resize" else "0"  # length of a side in pixels; 0 does not resize
+    # Both programs download two shards at a time, so write two. A shard is finished only when its hanging URLs have
+    # timed out, so with more shards, the programs would wait for several timeouts.
     shard_size = str(count // 2)
     ours = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv)]
     ours += ["--output", OUTPUT, "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
@@ -175,12 +181,12 @@ def write_urls(jobs: Sequence[Job], tsv: Path, table: Path) -> None:
 
 
 def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> None:
-    """Run every program on one of "http", "resize" and "https", and print the best run of each."""
+    """Run every program in one case ("http", "resize" or "https"), and print the fastest run of each."""
     count = args.count
     environment = dict(os.environ)
     certificates = None
     if case == "https":
-        count = min(count, 3000)  # img2dataset reaches 50 a second
+        count = min(count, 3000)  # img2dataset downloads only 50 https URLs per second
         certificates = folder
         environment["SSL_CERT_FILE"] = str(loopback.trust_store(folder))
     scheme = "https" if certificates else "http"
@@ -195,10 +201,10 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
         for round_number in range(args.rounds):
             for name, command in commands.items():
                 if name == TUTORIAL and round_number > 0:
-                    continue  # it takes minutes
+                    continue  # a run takes minutes, and one is enough to see the difference
                 shutil.rmtree(output, ignore_errors=True)
-                words = [str(output) if word == OUTPUT else word for word in command]
-                cost = measure(words, environment)
+                arguments = [str(output) if part == OUTPUT else part for part in command]
+                cost = measure(arguments, environment)
                 best[name] = min(best.get(name, cost), cost)
                 if name == OURS:
                     outcomes[name] = check_ours(output, jobs, exact=case != "resize")
@@ -209,7 +215,7 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
 
 
 def print_table(best: dict[str, Cost], outcomes: dict[str, str], count: int) -> None:
-    """Print the costs of each program, and the ratios of ours to the best of img2dataset."""
+    """Print the cost of each program, and compare ours with the fastest setting of img2dataset."""
     for name, cost in best.items():
         print(
             f"  {name:24} {count / cost.seconds:7,.0f} responses/s, "
@@ -233,13 +239,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=6000)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="http,resize,https", help="Cases to run")
+    parser.add_argument("--count", type=int, default=6000, help="Number of URLs")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="Runs of each program; the fastest is reported"
+    )
+    parser.add_argument(
+        "--only",
+        default="http,resize,https",
+        help="Cases to run, separated by commas (default: %(default)s)",
+    )
     parser.add_argument(
         "--threads",
         default="128,256",
-        help="Settings of img2dataset to try; the best one counts (default: %(default)s)",
+        help="Numbers of threads of img2dataset to try, separated by commas; the fastest is compared with ours "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--concurrency",
@@ -251,9 +264,14 @@ def main() -> None:
         "--tutorial",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Run the tutorial's downloader, too (http only)",
+        help="Also run the tutorial's downloader, in the case http",
     )
-    parser.add_argument("--peer-venv", type=Path, default=peer_cache() / "img2dataset")
+    parser.add_argument(
+        "--peer-venv",
+        type=Path,
+        default=peer_cache() / "img2dataset",
+        help="Virtual environment of img2dataset, created if it is missing",
+    )
     args = parser.parse_args()
     peer = create_peer_python(args.peer_venv, ["img2dataset==1.47.0"])
     for case in args.only.split(","):

@@ -1,15 +1,15 @@
 """Verify and measure everything on a GPU, in less than eight minutes, without a download.
 
     python benchmarks/bench_gpu.py [--output gpu.json] [--sections exactness training ...]
-    python benchmarks/bench_gpu.py --tiny        # the same on a CPU, with tiny shapes: does it run?
+    python benchmarks/bench_gpu.py --tiny        # test the script itself: on a CPU, with tiny shapes
 
-Needs a checkout of this repository, PyTorch with CUDA, and Transformers; sections that train need PEFT and
-Accelerate, too. Nothing is installed or downloaded: all models have random weights and the shapes of Mistral-7B and CLIP
+Requires a checkout of this repository, PyTorch with CUDA, and Transformers; sections that train also require PEFT and
+Accelerate. Nothing is installed or downloaded: all models have random weights and the shapes of Mistral-7B and CLIP
 ViT-B/16, and are created on the device.
 
 Each section runs in a separate process with a time limit. If a section fails, runs out of memory or
 is killed at its limit, its measurements so far are kept, and the other sections still run. `--output` is rewritten after
-every section; a `.log` file beside it has the warnings of all sections.
+every section; a `.log` file beside it contains the warnings of all sections.
 """
 
 from __future__ import annotations
@@ -44,36 +44,48 @@ SECTIONS = {
 }
 TIME_LIMIT = 470  # seconds for all sections
 START_LIMIT = 90  # seconds for the imports of a section; only the first one has to wait for them
-# Packages that the measured code imports, but does not use here.
+# Packages that the measured code imports, but that the benchmarks do not use. They need not be installed.
 OPTIONAL_PACKAGES = ("simplejpeg",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="Tiny shapes on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="Use tiny shapes on a CPU")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="Result file")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        metavar="SECTION",
+        help=f"Sections to run, of {', '.join(SECTIONS)} (default: all)",
     )
     parser.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT, help="Seconds for all sections"
+        "--time-limit", type=float, default=TIME_LIMIT, help="Seconds for all sections together"
     )
     parser.add_argument(
-        "--fail", choices=SECTIONS, metavar="SECTION", help="Let a section fail, as a test"
+        "--fail",
+        choices=SECTIONS,
+        metavar="SECTION",
+        help="Let a section fail, to test that the others still run",
     )
     parser.add_argument(
-        "--hang", choices=SECTIONS, metavar="SECTION", help="Let a section hang, as a test"
+        "--hang",
+        choices=SECTIONS,
+        metavar="SECTION",
+        help="Let a section hang, to test that it is killed",
     )
     parser.add_argument(
         "--in-process", action="store_true", help="Run the sections in this process, without limits"
     )
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # section and file, in a child
+    # For child processes: the section to run, and the file for its measurements.
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sections; return 1 if one of them, or a measurement, has failed."""
+    """Run the sections; return 1 if a section or one of its measurements has failed, otherwise 0."""
     args = build_parser().parse_args(argv)
     if args.run:
         section, path = args.run
@@ -110,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
-    """Return the measurements of a section, complete or not."""
+    """Return the measurements that a section has written; it may have ended before the others."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -125,14 +137,14 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def append_log(path: Path, section: str, log: Path) -> None:
-    """Append what a section wrote to its standard error: warnings name the fast paths that were not used."""
+    """Append the standard error of a section, where warnings name the fast paths that were not used."""
     if log.exists():
         with path.open("a", encoding="utf-8") as stream:
             stream.write(f"== {section}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
 
 
 def list_failures(results: dict[str, Any]) -> list[str]:
-    """Return the sections and measurements that have failed."""
+    """Return a line for each section and measurement that has failed."""
     failures = []
     for section, result in results.items():
         if result["state"] != "done":
@@ -149,12 +161,12 @@ def list_failures(results: dict[str, Any]) -> list[str]:
 class Children:
     """The child processes, each of which runs one section.
 
-    The next process is started while the current section runs: importing everything takes ten seconds, in
-    which the GPU would do nothing.
+    The next process is started while the current section runs. It imports everything, which takes ten seconds, and
+    then waits. Otherwise, the GPU would be idle during the imports of every section.
 
     Args:
-        args: The command line.
-        folder: For the measurements and the log of each section.
+        args: The parsed command line.
+        folder: Folder for the measurements and the log of each section.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
@@ -167,11 +179,11 @@ class Children:
         return self._folder / f"{section}.jsonl"
 
     def log_file(self, section: str) -> Path:
-        """Return the file of what a section writes to its standard error."""
+        """Return the file that receives the standard error of a section."""
         return self._folder / f"{section}.log"
 
     def run(self, section: str, limit: float) -> str:
-        """Run a section; return "done", or what has ended it."""
+        """Run a section; return "done", or the reason why it ended early."""
         process = self._take(section)
         if not self._wait_until_ready(section, process):
             kill(process)
@@ -181,12 +193,13 @@ class Children:
             process.stdin.write(f"{limit}\n")
             process.stdin.close()
         except BrokenPipeError:
-            pass  # It has ended already; the log has the reason.
+            pass  # The process has ended already. The log, which is returned below, has the reason.
         following = self._next(section)
         if following:
             self._waiting[following] = self._start(following)
         try:
-            # `Report` stops before the limit by itself, unless a single measurement takes too long.
+            # `Report` skips measurements that would exceed the limit, so this fails only if one of them takes
+            # much longer than expected.
             process.wait(limit)
         except subprocess.TimeoutExpired:
             kill(process)
@@ -197,7 +210,7 @@ class Children:
         return f"failed: {log.strip()[-1500:]}"
 
     def stop(self) -> None:
-        """End processes that wait for their turn."""
+        """End the process that was started in advance, if its section has not run."""
         for process in self._waiting.values():
             kill(process)
 
@@ -211,14 +224,17 @@ class Children:
         return False
 
     def _next(self, section: str) -> str | None:
+        """Return the section that follows another one, or None."""
         sections = self._args.sections
         index = sections.index(section) + 1
         return sections[index] if index < len(sections) else None
 
     def _take(self, section: str) -> subprocess.Popen[str]:
+        """Return the process of a section, which is started unless it was started in advance."""
         return self._waiting.pop(section, None) or self._start(section)
 
     def _start(self, section: str) -> subprocess.Popen[str]:
+        """Start the process of a section. It waits for its time limit on standard input before it measures."""
         command = [sys.executable, __file__, "--run", section, str(self.result_file(section))]
         for option in ("fail", "hang"):
             if getattr(self._args, option):
@@ -226,36 +242,37 @@ class Children:
         if self._args.tiny:
             command.append("--tiny")
         with self.log_file(section).open("w") as log:
+            # In a session of its own, the child can be killed together with the processes that it starts.
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
 
 
 def ready_file(path: Path) -> Path:
-    """Return the file by which a child says that it has imported everything."""
+    """Return the file that a child creates when it has imported everything."""
     return path.with_suffix(".ready")
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a child and the processes that it has started."""
+    """Kill a child, if it is running, and the processes that it has started."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_child(args: argparse.Namespace, section: str, path: Path) -> int:
-    """Import everything, wait for the section's turn, and run it."""
+    """Import everything, wait until the parent writes the time limit, and run the section."""
     module = import_section(section)
     ready_file(path).touch()
     limit = sys.stdin.readline()
-    if not limit:
-        return 1  # The parent has ended.
+    if not limit:  # standard input was closed, because the parent has ended
+        return 1
     measure(args, section, module, path, float(limit))
     return 0
 
 
 def run_section(args: argparse.Namespace, section: str, path: Path) -> str:
-    """Run a section in this process; return "done", or what has ended it."""
+    """Run a section in this process; return "done", or the reason why it failed."""
     try:
         measure(args, section, import_section(section), path, math.inf)
     except Exception as error:  # noqa: BLE001 - a failure must not end the other sections
@@ -271,12 +288,13 @@ def import_section(section: str) -> Any:
     for folder in (str(ROOT), str(Path(__file__).parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
-    # An empty module in place of a missing package, so that modules that import it can be imported.
+    # Replace a missing package by an empty module, so that `import PACKAGE` works in the measured code.
     for package in OPTIONAL_PACKAGES:
         if package not in sys.modules and importlib.util.find_spec(package) is None:
             sys.modules[package] = types.ModuleType(package)
     module = importlib.import_module(f"gpu_{section}")
-    # Each measurement ends with a garbage collection, which would look through a million imported objects.
+    # Each measurement ends with a garbage collection. Exclude the million objects that the imports have created, which
+    # it would search every time.
     gc.freeze()
     return module
 
@@ -296,9 +314,9 @@ def measure(args: argparse.Namespace, section: str, module: Any, path: Path, lim
     if args.hang == section:
         time.sleep(3600)
     if not args.tiny and not torch.cuda.is_available():
-        raise RuntimeError("no CUDA GPU was found; pass --tiny to try the script on a CPU")
+        raise RuntimeError("no CUDA GPU was found; pass --tiny to test the script on a CPU")
     workload = Workload(torch.device("cpu" if args.tiny else "cuda"), args.tiny)
-    # Keep some time for the end of the process.
+    # Leave some time for ending the process.
     module.run(workload, Report(path, 0.95 * limit))
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_hostile.py [--clients 200] [--seconds 300] [--hostile 0.1]
 
-The server runs a tiny random model. Healthy clients request greedy captions of eight images, again and again, and compare each
-answer with that of the idle server. They are measured alone, and then together with hostile clients, which send damaged and huge
-requests, image bombs and extreme options, and leave connections half-open or answers unread.
+The server runs a tiny random model. Healthy clients repeatedly request greedy captions of eight images, and compare each answer
+with the answer of the idle server. They are measured alone, and then together with hostile clients, which send damaged and huge
+requests, image bombs and extreme options, leave connections half-open, and do not read answers.
 
 Prints the number of lost and changed answers, the latency, its ratio at the 95th percentile, and the peak of the server's memory.
 The exit status is 1 if an answer was lost or changed, or if hostile clients more than double the latency at the 95th percentile.
@@ -38,13 +38,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bench_serve import wait_until_healthy
+from serving import wait_until_healthy
 from tiny import save_language_model, save_vision_model
 
 CHAT = "/v1/chat/completions"
 MAX_TOKENS = 16
 NUM_IMAGES = 8
-MAX_RATIO = 2.0
+MAX_RATIO = (
+    2.0  # maximum ratio of the latencies at the 95th percentile, with and without hostile clients
+)
 HEADERS = {"content-type": "application/json"}
 
 
@@ -53,10 +55,11 @@ class Outcomes:
     """What happened to the requests of one phase.
 
     Attributes:
-        seconds: Of each healthy answer.
-        lost: Healthy requests without an answer, by the reason.
-        changed: Healthy answers that differ from the expected one.
-        hostile: Hostile requests by their status; "closed" if the server closed the connection.
+        seconds: Duration of each healthy request that was answered.
+        lost: Number of healthy requests without an answer, by the reason.
+        changed: Number of healthy answers that differ from the expected ones.
+        hostile: Number of hostile requests by their status; "left" if the client closed the connection, "closed" if
+            the server did.
         peak: Largest resident memory of the server in bytes.
     """
 
@@ -68,11 +71,11 @@ class Outcomes:
 
     @property
     def p95(self) -> float:
-        """Seconds at the 95th percentile."""
+        """The 95th percentile of the seconds per answer."""
         return float(np.percentile(self.seconds, 95)) if self.seconds else float("inf")
 
     def describe(self, title: str) -> str:
-        """Return one line for people."""
+        """Return the outcomes as one line of text."""
         median = float(np.percentile(self.seconds, 50)) if self.seconds else float("inf")
         lost = f"{sum(self.lost.values())} lost"
         if self.lost:
@@ -102,15 +105,17 @@ def write_checkpoint(root: Path) -> Path:
 @contextmanager
 def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Process, str]]:
     """Run `llava serve`; yield its process and its URL when it answers."""
+    # With port 0, the operating system selects a free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        _, port = free.getsockname()
     command = [sys.executable, "-m", "llava_simplified", "serve", str(checkpoint)]
     command += ["--port", str(port), "--queue", str(queue), "--quiet"]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(process, url)
+        if not wait_until_healthy(process, url):
+            raise SystemExit("llava serve did not start; its messages above give the reason.")
         yield psutil.Process(process.pid), url
     finally:
         process.terminate()
@@ -149,7 +154,7 @@ async def ask(session: aiohttp.ClientSession, body: Any) -> tuple[int, str]:
         return 200, answer["choices"][0]["message"]["content"]
 
 
-async def be_healthy(
+async def run_healthy_client(
     session: aiohttp.ClientSession,
     images: Sequence[bytes],
     expected: Sequence[str],
@@ -224,7 +229,7 @@ async def send_raw(port: int, data: bytes, seconds: float) -> None:
     writer.close()
 
 
-async def be_hostile(
+async def run_hostile_client(
     session: aiohttp.ClientSession,
     port: int,
     bodies: Sequence[bytes],
@@ -233,18 +238,19 @@ async def be_hostile(
     number: int,
     end: float,
 ) -> None:
-    """Attack until the end."""
-    generator = random.Random(number)
+    """Send hostile requests, and open hostile connections, until the time `end`."""
+    generator = random.Random(number)  # each client has its own sequence, the same in every run
     valid = json.dumps(make_body(image)).encode()
     head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    whole = head % CHAT.encode() + b"Content-Length: %d\r\n\r\n" % len(valid)
+    complete_head = head % CHAT.encode() + b"Content-Length: %d\r\n\r\n" % len(valid)
     connections = [
-        b"POST",  # half a head
-        whole + valid[:100],  # half a body
-        whole + valid,  # an answer that nobody reads
+        b"POST",  # an incomplete head
+        complete_head + valid[:100],  # an incomplete body
+        complete_head + valid,  # a valid request whose answer is not read
+        # Two contradictory lengths, as for request smuggling.
         head % CHAT.encode() + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        bytes(1000),
-        b"GET /" + b"a" * 100_000,
+        bytes(1000),  # not HTTP
+        b"GET /" + b"a" * 100_000,  # a huge path
     ]
     while time.monotonic() < end:
         try:
@@ -264,7 +270,7 @@ async def be_hostile(
 
 
 async def watch_memory(process: psutil.Process, outcomes: Outcomes) -> None:
-    """Note the largest resident memory of a process."""
+    """Record the largest resident memory of a process, until the task is cancelled."""
     while True:
         with contextlib.suppress(psutil.NoSuchProcess):
             outcomes.peak = max(outcomes.peak, process.memory_info().rss)
@@ -274,24 +280,27 @@ async def watch_memory(process: psutil.Process, outcomes: Outcomes) -> None:
 async def run_phase(
     process: psutil.Process, url: str, healthy: int, hostile: int, seconds: float
 ) -> Outcomes:
-    """Let clients use the server for some time."""
+    """Let healthy and hostile clients use the server for a number of seconds."""
     images = draw_images()
     outcomes = Outcomes()
     port = int(url.rpartition(":")[2])
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0)  # no limit: every client needs its own connection
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        # The answers of the idle server. Requests of other clients must not change them.
-        expected = [(await ask(session, make_body(image)))[1] for image in images]
+        # Get the answers of the idle server. Requests of other clients must not change them.
+        expected = []
+        for image in images:
+            _, answer = await ask(session, make_body(image))
+            expected.append(answer)
         watching = asyncio.create_task(watch_memory(process, outcomes))
         end = time.monotonic() + seconds
         clients = [
-            be_healthy(session, images, expected, outcomes, number, end)
+            run_healthy_client(session, images, expected, outcomes, number, end)
             for number in range(healthy)
         ]
         bodies = hostile_bodies(images[0])
         clients += [
-            be_hostile(session, port, bodies, images[0], outcomes, number, end)
+            run_hostile_client(session, port, bodies, images[0], outcomes, number, end)
             for number in range(hostile)
         ]
         await asyncio.gather(*clients)
@@ -300,11 +309,19 @@ async def run_phase(
 
 
 def main() -> int:
-    """Run both phases, and print what they show."""
+    """Run both phases, and print their outcomes; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=200, help="Clients (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="Duration of each phase in seconds"
+        "--clients",
+        type=int,
+        default=200,
+        help="Number of clients, hostile ones included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=300,
+        help="Duration of each phase in seconds (default: %(default)s)",
     )
     parser.add_argument(
         "--hostile", type=float, default=0.1, help="Share of hostile clients (default: %(default)s)"
@@ -316,8 +333,9 @@ def main() -> int:
         checkpoint = write_checkpoint(Path(root))
         phases = []
         for number in (0, hostile):
-            # Start a new server for each phase, so that its memory does not include that of the phase before.
-            with running_server(checkpoint, 2 * args.clients) as (process, url):
+            # Start a new server for each phase, so that its memory does not include the memory of the previous phase.
+            # With two places per client, the queue is never full, so no healthy request may be rejected.
+            with running_server(checkpoint, queue=2 * args.clients) as (process, url):
                 phases.append(asyncio.run(run_phase(process, url, healthy, number, args.seconds)))
     alone, attacked = phases
     ratio = attacked.p95 / alone.p95

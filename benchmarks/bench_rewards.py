@@ -1,15 +1,17 @@
-"""A step of `llava train --objective grpo`, and of TRL's GRPOTrainer: sampling and update, time and memory.
+"""Compare a step of `llava train --objective grpo` with a step of TRL's GRPOTrainer: time and memory.
 
     python benchmarks/bench_rewards.py [--language-model FOLDER] [--images 4] [--samples 5] [--steps 3] [--rounds 1]
 
-Both sides have the same weights (SmolLM2-135M, downloaded if no folder is given, a random tower in the shape of
-CLIP ViT-B/16, and a projector of one step), images of 224 pixels, prompts, reward (word F1), number of samples,
-limit of tokens, LoRA and optimizer, and neither computes a KL divergence. Frozen weights are bfloat16, with
-bfloat16 autocast (float32 on a machine that is slow in bfloat16). Every run is a process of its own, measured from
-its third step on. TRL is in the extra `bench`.
+A step samples captions, and then updates the weights; both parts are measured.
 
-Samples are random, so the two sides do not sample the same captions. Nearly all of them reach the limit,
-since the projector is hardly trained: the table shows their mean length.
+Both sides have the same weights (SmolLM2-135M, downloaded if no folder is given, a random tower in the shape of
+CLIP ViT-B/16, and a projector that was trained for one step), images of 224 pixels, prompts, reward (word F1), number
+of samples, limit of tokens, LoRA settings and optimizer, and neither computes a KL divergence. Frozen weights are
+bfloat16, with bfloat16 autocast (float32 on a machine where bfloat16 is slow). Every run is a separate process, whose
+first two steps are not measured. The extra `bench` installs TRL.
+
+Sampling is random, so the two sides do not sample the same captions. Nearly all captions reach the limit of tokens,
+because the projector is hardly trained. The table shows their mean length.
 """
 
 from __future__ import annotations
@@ -29,19 +31,24 @@ from typing import Any
 from bench_train import LORA, Models, common_options, train_ours, write_projector
 from workload import compute_dtype, run_child, write_data, write_models
 
-WARM_UP_STEPS = 2  # caches, allocator
+WARM_UP_STEPS = 2  # steps that are slower, because they fill caches and allocate memory
 OURS, TRL = "llava train", "TRL's GRPOTrainer"
 
 
 class Times:
-    """When each step started, and how long its sampling took."""
+    """The start time of each step, and the duration of the sampling in it."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
         self.sampling: list[float] = []
 
     def record(self, owner: type, name: str) -> None:
-        """Measure each call of a method that samples the captions of a step."""
+        """Replace a method by one that also measures its calls.
+
+        Args:
+            owner: The class of the trainer.
+            name: Name of the method, which is called once per step, at its start, and samples the captions.
+        """
         method: Callable[..., Any] = getattr(owner, name)
 
         def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +62,7 @@ class Times:
 
     def summary(self) -> dict[str, float]:
         """Return the mean seconds of a step, and of the sampling in it."""
+        # A step ends when the next one starts, so the duration of the last step is not known.
         measured = len(self.starts) - 1 - WARM_UP_STEPS
         seconds = (self.starts[-1] - self.starts[WARM_UP_STEPS]) / measured
         sampling = sum(self.sampling[WARM_UP_STEPS:-1]) / measured
@@ -73,7 +81,7 @@ def run_ours(folder: Path, models: Models, args: argparse.Namespace) -> float:
         "reward": "word_f1",
         "num_samples": args.samples,
         "sample_max_tokens": args.tokens,
-        "cache_vision_features": "off",
+        "cache_vision_features": "off",  # TRL encodes every image in the step, too
         **LORA,
     }
     train_ours(folder, models, folder / "ours", args.images, num_steps(args), **options)
@@ -111,18 +119,19 @@ def run_trl(folder: Path, args: argparse.Namespace) -> float:
         references: Sequence[Sequence[str]],
         **_: Any,
     ) -> list[float]:
+        """Return the word F1 of each sample, and record its length."""
         lengths.extend(map(len, completion_ids))
         texts = [completion[0]["content"] for completion in completions]
         return [word_f1(text, group) for text, group in zip(texts, references)]
 
     config = GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=args.images * args.samples,
+        per_device_train_batch_size=args.images * args.samples,  # TRL counts samples, not images
         num_generations=args.samples,
-        steps_per_generation=1,
+        steps_per_generation=1,  # sample new captions for every update
         max_completion_length=args.tokens,
         temperature=1.0,
-        beta=0.0,
+        beta=0.0,  # no KL divergence, and so no reference model
         loss_type="grpo",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
@@ -153,21 +162,23 @@ def mean(values: Sequence[float]) -> float:
 
 
 def num_steps(args: argparse.Namespace) -> int:
-    """Return the number of steps of a run. The last one is not measured, since nothing starts after it."""
+    """Return the number of steps of a run: warm-up, measured steps, and a last one that is not measured (see `Times`)."""
     steps: int = WARM_UP_STEPS + args.steps + 1
     return steps
 
 
 def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one side, in a process of its own.
+    """Measure one side, in a separate process.
 
     Returns:
-        "seconds" of a step, of which "sampling"; "tokens" of a sample; peak "memory" in bytes.
+        "seconds": of a step; "sampling": the part of them for sampling; "tokens": mean length of a sample; "memory":
+        peak bytes.
     """
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     times = Times()
+    # For each side, measure the method that the trainer calls once at the beginning of a step to sample captions.
     if name == OURS:
         from llava_simplified.training.policy_trainer import PolicyTrainer
 
@@ -178,7 +189,7 @@ def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) 
 
         times.record(GRPOTrainer, "_generate_and_score_completions")
         tokens = run_trl(folder, args)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux returns kB
     return {**times.summary(), "tokens": tokens, "memory": memory}
 
 
@@ -186,7 +197,7 @@ def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) 
 
 
 def print_table(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    """Print the best run of each side, and the ratios: time of TRL / ours, memory of ours / TRL."""
+    """Print the fastest run of each side, and the ratios: TRL's time / ours, our memory / TRL's."""
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
     print(
         f"\n{args.images} images x {args.samples} samples of at most {args.tokens} tokens a step, "
@@ -201,6 +212,7 @@ def print_table(results: dict[str, list[dict[str, float]]], args: argparse.Names
         values = [f"{value:.2f}" for value in columns[name]]
         values += [f"{run['tokens']:.1f}", f"{run['memory'] / 1e9:.2f} GB"]
         print(f"{name:20}" + "".join(f"{value:>10}" for value in values))
+    # A time ratio above 1 means that our side is faster, and a memory ratio below 1 that it needs less memory.
     ratios = [peer / own for own, peer in zip(columns[OURS], columns[TRL])]
     values = [f"{ratio:.1f}x" for ratio in ratios]
     memory = best[OURS]["memory"] / best[TRL]["memory"]
@@ -225,7 +237,9 @@ def main() -> None:
         "--tokens", type=int, default=32, help="Maximum number of tokens of a caption"
     )
     parser.add_argument("--steps", type=int, default=3, help="Number of measured steps")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="Runs of each side; the fastest is reported"
+    )
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -235,19 +249,20 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # Libraries print while they load; only the table is the result.
+        # Libraries print while they load. Standard output is for the table only.
         with contextlib.redirect_stdout(sys.stderr):
             language_model, tower = write_models(folder, args.language_model)
+            # Every step gets new images, as in the first epoch of a real run.
             write_data(folder, args.images * num_steps(args), captions=1)
             write_projector(folder, (str(language_model), str(tower)))
             write_stock_model(folder)
         results: dict[str, list[dict[str, float]]] = {OURS: [], TRL: []}
         for _ in range(args.rounds):
             for name, runs in results.items():
-                sizes = ["--images", args.images, "--samples", args.samples]
-                sizes += ["--tokens", args.tokens, "--steps", args.steps]
-                words = [*sizes, "--run", folder, language_model, tower, name]
-                run_child(__file__, *words, name=name)
+                arguments = ["--images", args.images, "--samples", args.samples]
+                arguments += ["--tokens", args.tokens, "--steps", args.steps]
+                arguments += ["--run", folder, language_model, tower, name]
+                run_child(__file__, *arguments, name=name)
                 runs.append(json.loads((folder / "result.json").read_text()))
                 print(f"{name}: {runs[-1]['seconds']:.2f} s per step", file=sys.stderr, flush=True)
         print_table(results, args)

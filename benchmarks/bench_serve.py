@@ -3,19 +3,19 @@
     python benchmarks/bench_serve.py [--language-model FOLDER] [--clients 1 4 16] [--requests 24]
     python benchmarks/bench_serve.py --peer llama.cpp [--size 1.7b]
 
-SmolLM2-135M (downloaded if no folder is given), or random weights in the shape of SmolLM2-1.7B, and a random
-tower in the shape of CLIP ViT-B/16, in bfloat16 where this machine is fast in it. The maximum length of each
-answer is drawn beforehand and the same for all sides. Each client sends its next request when it has its
-answer. The sides are processes of their own.
+The model consists of SmolLM2-135M (downloaded if no folder is given), or of random weights in the shape of
+SmolLM2-1.7B, and of a random tower in the shape of CLIP ViT-B/16. It computes in bfloat16 if that is fast on this
+machine. The maximum length of each answer is drawn beforehand, and is the same for all sides. Each client sends its
+next request when it has received its answer. Every server is a separate process.
 
-Against llama.cpp, our server runs with `--quantize int8`, too.
+In the comparison with llama.cpp, our server is also measured with `--quantize int8`.
 
-llama.cpp's server runs with our exported GGUF, as float16 and quantized, with an empty prompt cache. How many
-requests it answers at a time is a setting of the server: 1 to 8 are tried for each number of clients, and the
-one with the most answers per second counts.
+llama.cpp's server loads our exported GGUF, as float16 and quantized. Its prompt cache is off. The number of requests
+that it answers concurrently is a setting of the server: several numbers are tried (`--sequences`), and for each
+number of clients, the one with the most answers per second is reported.
 
-Prints the latency at the median and at 95 %, the answers per second, the time to the first token of a single
-client, peak memory, and the ratios of the sides.
+Prints the median and the 95th percentile of the latency, the answers per second, the time to the first token for a
+single client, peak memory, and the ratios of the sides.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from workload import (
 )
 
 FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
+BATCH_SIZE = 16  # --batch-size of our server
 ITSELF, LLAMA_CPP = "itself", "llama.cpp"
 OURS = "llava serve"
 Bodies = Sequence[dict[str, Any]]
 
 
 class Latency(NamedTuple):
-    """What clients measure.
+    """The latency and the throughput that the clients have measured.
 
     Attributes:
-        median: Seconds per answer.
-        p95: Seconds per answer that 95 % of the answers do not exceed.
-        rate: Answers per second of all clients.
+        median: Median of the seconds per answer.
+        p95: 95th percentile of the seconds per answer.
+        rate: Answers per second of all clients together.
     """
 
     median: float
@@ -63,12 +64,12 @@ class Latency(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What was measured of one server.
+    """The measurements of one server.
 
     Attributes:
-        latencies: By the number of clients.
+        latencies: Latency by the number of clients.
         first_token: Seconds to the first token for a single client.
-        memory: Peak bytes.
+        memory: Peak resident memory in bytes.
     """
 
     latencies: dict[int, Latency]
@@ -77,7 +78,7 @@ class Side(NamedTuple):
 
 
 def measure_clients(url: str, bodies: Bodies, clients: int) -> Latency:
-    """Send the requests with several clients at once."""
+    """Send the requests with several concurrent clients, and return the latency."""
     urls = [url] * len(bodies)
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
@@ -88,13 +89,15 @@ def measure_clients(url: str, bodies: Bodies, clients: int) -> Latency:
 
 
 def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namespace) -> Side:
-    """Run a server, and measure it with every number of clients."""
+    """Run a server, and measure it with each number of clients."""
     latencies = {}
     with running_server(command) as server:
         request_captions(server.url, bodies[0] | {"max_tokens": 4})  # warm up
         for clients in args.clients:
+            # With fewer than two requests per client, nobody would send a request while others are being answered.
             count = max(args.requests, 2 * clients)
             latencies[clients] = measure_clients(server.url, bodies[:count], clients)
+        # Now that the server is idle, measure the time to the first token for a single client.
         seconds = []
         for body in bodies[:FIRST_TOKEN_IMAGES]:
             seconds.append(measure_first_token(server.url, body))
@@ -104,18 +107,20 @@ def measure_server(command: Sequence[str], bodies: Bodies, args: argparse.Namesp
 def our_command(checkpoint: Path, batch_size: int, *options: str) -> list[str]:
     """Return the command of our server, without a port."""
     command = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint)]
+    # The timeout is longer than any answer takes: slow answers must be measured, and not fail.
     return [*command, "--no-page", "--batch-size", str(batch_size), "--timeout", "600", *options]
 
 
 def measure_llama_cpp(
     checkpoint: Path, folder: Path, bodies: Bodies, args: argparse.Namespace
 ) -> dict[str, Side]:
-    """Measure llama.cpp in every format, with the best number of requests at a time for each latency."""
+    """Measure llama.cpp in every format, with the fastest number of concurrent requests for each number of clients."""
     programs = peer_llama_cpp.build_llama_cpp(args.llama_cpp)
     print(f"llama.cpp {peer_llama_cpp.server_version(programs)}")
     bodies = [body | peer_llama_cpp.REQUEST_FIELDS for body in bodies]
     sides = {}
     for name, gguf in peer_llama_cpp.convert_checkpoint(programs, checkpoint, folder).items():
+        # The number of sequences is fixed when the server starts, so start it once for each number.
         runs = []
         for sequences in args.sequences:
             command = peer_llama_cpp.server_command(programs, gguf, sequences)
@@ -125,7 +130,8 @@ def measure_llama_cpp(
             latencies[clients] = max(
                 (run.latencies[clients] for run in runs), key=lambda latency: latency.rate
             )
-        # The memory is that of the server with the most requests at a time, as ours is.
+        # Report the memory of the last server, which answers the most requests concurrently. Our server is measured
+        # with its largest number of concurrent requests, too.
         first_token = min(run.first_token for run in runs)
         sides[f"{LLAMA_CPP} {name}"] = Side(latencies, first_token, runs[-1].memory)
     return sides
@@ -158,20 +164,32 @@ def main() -> None:
         default="135m",
         help="Parameters of the language model; 1.7b has random weights (default: %(default)s)",
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16],
+        help="Numbers of concurrent clients to measure (default: %(default)s)",
+    )
     parser.add_argument(
         "--requests",
         type=int,
         default=24,
-        help="Minimum number of requests; at least two per client (default: %(default)s)",
+        help="Minimum number of requests; each client sends at least two (default: %(default)s)",
     )
-    parser.add_argument("--peer", choices=[ITSELF, LLAMA_CPP], default=ITSELF)
+    parser.add_argument(
+        "--peer",
+        choices=[ITSELF, LLAMA_CPP],
+        default=ITSELF,
+        help="What to compare with (default: %(default)s, with one request at a time)",
+    )
     parser.add_argument(
         "--sequences",
         type=int,
         nargs="+",
         default=[1, 2, 4, 8],
-        help="Requests that llama.cpp answers at a time; the best counts (default: %(default)s)",
+        help="Numbers of concurrent requests to llama.cpp to try, in ascending order; the fastest is reported "
+        "(default: %(default)s)",
     )
     peer_llama_cpp.add_folder_option(parser)
     args = parser.parse_args()
@@ -189,13 +207,13 @@ def main() -> None:
         for index, length in enumerate(draw_caption_lengths(num_images)):
             image = (folder / f"{index}.png").read_bytes()
             bodies.append(make_body(image, INSTRUCTION, length))
-        sides = {OURS: measure_server(our_command(checkpoint, 16), bodies, args)}
+        sides = {OURS: measure_server(our_command(checkpoint, BATCH_SIZE), bodies, args)}
         if args.peer == ITSELF:
-            one = measure_server(our_command(checkpoint, 1), bodies, args)
-            sides["one at a time"] = one
+            command = our_command(checkpoint, 1)
+            sides["one at a time"] = measure_server(command, bodies, args)
         else:
-            int8 = our_command(checkpoint, 16, "--quantize", "int8")
-            sides[f"{OURS}, int8"] = measure_server(int8, bodies, args)
+            command = our_command(checkpoint, BATCH_SIZE, "--quantize", "int8")
+            sides[f"{OURS}, int8"] = measure_server(command, bodies, args)
             sides |= measure_llama_cpp(checkpoint, root / "gguf", bodies, args)
     print_table(sides, args.clients)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from workload import (
     compute_dtype,
-    option_words,
+    option_arguments,
     peak_memory,
     run_child,
     stock_projector_weights,
@@ -82,7 +82,7 @@ def train_ours(
         **common_options(steps),
         **options,
     }
-    train(*parse_arguments(option_words(all_options)))
+    train(*parse_arguments(option_arguments(all_options)))
 
 
 def write_projector(folder: Path, models: Models) -> None:

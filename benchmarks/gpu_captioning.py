@@ -1,9 +1,9 @@
 """Section "captioning" of `bench_gpu.py`: captions per second and memory, compared with stock LLaVA's `generate`.
 
-Both sides have the same weights in bfloat16, without adapters, and the same images and prompts. The weights
-are random, so the model would not end its captions. Their lengths are therefore drawn beforehand, equal for
-both sides. Every batch is generated twice, and the second run is measured: the first one compiles, records
-CUDA graphs and allocates memory.
+Both sides have the same weights in bfloat16, without adapters, and the same images and prompts. With random weights,
+the model generates no end token, so the caption lengths are drawn beforehand, and are the same for both sides. Every
+batch is generated twice, and the second run is measured: the first one compiles, records CUDA graphs and allocates
+memory.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def run(workload: Workload, report: Report) -> None:
         ours = report.attempt(
             f"ours, {name}", partial(measure_ours, workload, model, batch, samples)
         )
-        if report.seconds_left > 10:
+        if report.seconds_left > 10:  # stock LLaVA needs about this long for a batch
             side = partial(measure_stock, workload, model, stock, batch, samples)
             theirs = report.attempt(f"stock generate, {name}", side)
             _add_ratio(report, name, ours, theirs)
-    # The two phases of our side separately, against what the device can do.
-    batch = sizes[0][0]
+    # Measure the two phases of our side separately, and compare each with the limits of the device.
+    batch, _ = sizes[0]
     report.attempt(
         f"prefill, batch {batch}", partial(measure_prefill, workload, model, batch, limits)
     )
@@ -68,7 +68,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def _add_ratio(report: Report, name: str, ours: Values | None, stock: Values | None) -> None:
-    # A side that failed has no values.
+    """Write our speed / stock's speed, unless a side has failed and has no values."""
     if ours and stock:
         ratio = ours["captions/s"] / stock["captions/s"]
         report.add(f"ours / stock, {name}", ratio=ratio)
@@ -96,7 +96,7 @@ def measure_twice(workload: Workload, run_batch: Callable[[], int]) -> Values:
 
 
 def make_inputs(workload: Workload, count: int) -> tuple[torch.Tensor, list[int]]:
-    """Return uint8 images in the memory of the CPU, and the caption length of each."""
+    """Return `count` uint8 images in the memory of the CPU, and the caption length of each."""
     images = list(make_images(workload).values())
     pixels = torch.stack([images[index % len(images)] for index in range(count)])
     return pixels, draw_caption_lengths(count)
@@ -108,7 +108,7 @@ def start_batch(
     """Encode the images, and prefill the KV cache."""
     options = []
     for length in lengths:
-        # Equal minimum and maximum: a caption ends at exactly this length.
+        # With an equal minimum and maximum, a caption ends at exactly this length.
         option = GenerationOptions(
             max_new_tokens=length,
             min_new_tokens=length,
@@ -124,7 +124,7 @@ def start_batch(
 
 
 def measure_ours(workload: Workload, model: Llava, count: int, samples: int) -> Values:
-    """Caption a batch with our decode loop."""
+    """Caption a batch with our decoding loop."""
     pixels, lengths = make_inputs(workload, count)
 
     def run_batch() -> int:
@@ -152,11 +152,11 @@ def measure_stock(
 ) -> Values:
     """Caption a batch with `LlavaForConditionalGeneration.generate`."""
     pixels, lengths = make_inputs(workload, count)
-    # Stock LLaVA expects one placeholder for each image token, ours expects one for each image.
+    # Stock LLaVA expects one placeholder for each image token, and our side expects one for each image.
     prompt = caption_prompt(model)
-    place = prompt.index(IMAGE_INDEX)
+    position = prompt.index(IMAGE_INDEX)
     image = [stock.config.image_token_id] * model.vision_tower.num_tokens
-    ids = torch.tensor(prompt[:place] + image + prompt[place + 1 :], device=model.device)
+    ids = torch.tensor(prompt[:position] + image + prompt[position + 1 :], device=model.device)
     # `generate` has one maximum for the whole batch. A stopping criterion ends each caption at its own length.
     limits = torch.tensor(lengths, device=model.device) + len(ids)
 
@@ -201,10 +201,14 @@ def language_model_weights(model: Llava) -> tuple[int, int]:
 def measure_prefill(workload: Workload, model: Llava, count: int, limits: Limits) -> Values:
     """Encode and prefill a batch, and compare the FLOP/s with those of a large matrix product."""
     pixels, lengths = make_inputs(workload, count)
-    values = measure_twice(workload, lambda: len(start_batch(model, pixels, lengths, 1).active))
+
+    def run_batch() -> int:
+        return len(start_batch(model, pixels, lengths, samples=1).active)
+
+    values = measure_twice(workload, run_batch)
     layers, head = language_model_weights(model)
     tower = sum(parameter.numel() for parameter in model.vision_tower.parameters())
-    # The placeholder of the image becomes `num_tokens` positions.
+    # The placeholder of the image is replaced by `num_tokens` positions.
     positions = len(caption_prompt(model)) - 1 + model.vision_tower.num_tokens
     # A weight costs two FLOPs per position (multiply, add). The lm_head is needed at the last position only.
     flops = 2 * count * (positions * layers + head + model.vision_tower.num_tokens * tower)
@@ -224,8 +228,8 @@ def measure_decode(workload: Workload, model: Llava, count: int, limits: Limits)
     steps = workload.pick(24, 3)
     warm_up = 3
     pixels, _ = make_inputs(workload, count)
-    # Long enough captions, so that none ends while it is measured.
-    batch = start_batch(model, pixels, [steps + warm_up + 2] * count, 1)
+    # The captions must be long enough that none of them ends during the measurement.
+    batch = start_batch(model, pixels, [steps + warm_up + 2] * count, samples=1)
     for _ in range(warm_up):
         batch.step()
     workload.synchronize()
@@ -240,10 +244,10 @@ def measure_decode(workload: Workload, model: Llava, count: int, limits: Limits)
 
     config = model.language_model.config
     itemsize = model.language_model.dtype.itemsize
-    # Length of the KV cache in the middle of the measurement.
+    # The KV cache grows while it is measured. Use its length in the middle of the measurement.
     positions = len(caption_prompt(model)) - 1 + model.vision_tower.num_tokens + warm_up + steps / 2
     head_size = config.hidden_size // config.num_attention_heads
-    # 2: keys and values.
+    # The factor 2 stands for keys and values.
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
     layers, head = language_model_weights(model)
     num_bytes = itemsize * (layers + head + count * positions * per_position)

@@ -1,7 +1,7 @@
-"""Section "exactness" of `bench_gpu.py`: the equalities that tests check on a CPU also hold on this device.
+"""Section "exactness" of `bench_gpu.py`: check on this device the equalities that the tests check on a CPU.
 
-All weights of a small model are trained, so that every gradient is compared. `difference` is the largest
-difference of a loss or a gradient, relative to its largest value.
+All weights of a small model except the vision tower's are trained, so that all of their gradients are compared. The
+reported `difference` is the largest difference of a loss or a gradient, divided by its largest absolute value.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def run(workload: Workload, report: Report) -> None:
     torch.backends.cudnn.allow_tf32 = False
     for dtype in TOLERANCES:
         name = str(dtype).removeprefix("torch.")
-        for what, compare in COMPARISONS.items():
+        for comparison, compare in COMPARISONS.items():
             with computed_in(dtype):
-                report.attempt(f"{what}, {name}", partial(compare, workload, dtype))
+                report.attempt(f"{comparison}, {name}", partial(compare, workload, dtype))
     report.attempt("batched == single, greedy, float32", partial(compare_batch_sizes, workload))
     report.attempt("graphs == dynamic cache, greedy", partial(compare_decoders, workload))
     report.attempt("ours == stock generate, greedy", partial(compare_with_stock, workload))
     report.attempt("loss in chunks, float32", partial(compare_chunks, workload))
     report.attempt("half precision beside float32", partial(compare_half_precision, workload))
-    # Seconds that each kernel is expected to take; FlexAttention compiles.
+    # Expected seconds of each comparison. FlexAttention takes long, because it is compiled.
     kernels = {"flex_attention": 40.0}
     if find_spec("flash_attn"):
         kernels["flash_attention_2"] = 5.0
@@ -69,8 +69,8 @@ def run(workload: Workload, report: Report) -> None:
 def computed_in(dtype: torch.dtype) -> Iterator[None]:
     """Within a `with` block, let normalization layers compute in float64 if that is the data type of the model.
 
-    The layers of Transformers convert their input to `torch.float32`, which would limit the precision. They look
-    the data type up by this name, so let the name mean float64 for a while.
+    The normalization layers of Transformers convert their input to `torch.float32`, which would limit the precision.
+    They look up this name whenever they run, so it refers to float64 within the block.
     """
     single = torch.float32
     if dtype == torch.float64:
@@ -99,7 +99,7 @@ def make_examples(workload: Workload, model: Llava, share_prefix: bool) -> list[
 
 
 def collate(model: Llava, rows: Rows) -> dict[str, Any]:
-    """Return a batch on the model's device."""
+    """Return a batch on the model's device. Examples in a list are packed into one row."""
     batch: dict[str, Any] = dict(Collator(model.vision_tower.num_tokens, 1)(rows))
     del batch["metadata"]
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -137,13 +137,16 @@ def check(actual: Result, expected: Result, tolerance: float) -> Values:
     Raises:
         AssertionError: It exceeds the tolerance, or the two results have gradients of different weights.
     """
-    assert actual[1].keys() == expected[1].keys(), "other weights have a gradient"
-    differences = [relative_difference(actual[0], expected[0])]
-    for name, gradient in expected[1].items():
-        differences.append(relative_difference(actual[1][name], gradient))
+    actual_loss, actual_gradients = actual
+    expected_loss, expected_gradients = expected
+    different = sorted(actual_gradients.keys() ^ expected_gradients.keys())
+    assert not different, f"only one of the two results has gradients of {', '.join(different)}"
+    differences = [relative_difference(actual_loss, expected_loss)]
+    for name, gradient in expected_gradients.items():
+        differences.append(relative_difference(actual_gradients[name], gradient))
     worst = max(differences)
     # A comparison with NaN is false, so NaN fails too.
-    assert worst <= tolerance, f"differs by {worst:.3g} (at most {tolerance})"
+    assert worst <= tolerance, f"the difference is {worst:.3g}, but at most {tolerance} is allowed"
     return {"difference": worst, "limit": tolerance}
 
 
@@ -195,7 +198,7 @@ def compare_chunks(workload: Workload) -> Values:
     labels = torch.randint(0, 1000, (64,), device=workload.device)
     expected = cross_entropy(logits, labels, reduction="sum")
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    # Chunks of 7 rows: the last one of 64 rows is smaller.
+    # With 7 rows per chunk, the last chunk of the 64 rows is smaller than the others.
     before = chunked_loss.CHUNK_SIZE
     chunked_loss.CHUNK_SIZE = 7 * 1000
     try:
@@ -221,9 +224,11 @@ def compare_flex(workload: Workload) -> Values:
 
 
 def _compare_kernel(workload: Workload, kernel: str, share_prefix: bool) -> Values:
+    """Compare losses and gradients of packed examples between an attention kernel and sdpa."""
     if workload.device.type == "cpu":
         return {"skipped": f"{kernel} has no backward pass on a CPU"}
     is_flash = kernel.startswith("flash")
+    # FlashAttention supports only half precision.
     dtype = torch.bfloat16 if is_flash else torch.float32
     model = build_trained(workload, dtype)
     rows: Rows = [make_examples(workload, model, share_prefix)]
@@ -239,7 +244,7 @@ def _compare_kernel(workload: Workload, kernel: str, share_prefix: bool) -> Valu
 def compare_half_precision(workload: Workload) -> Values:
     """Compare logits in bfloat16 with those in float32, for our model and for stock LLaVA.
 
-    Our error of bfloat16 should be as large as that of stock LLaVA.
+    The rounding error of bfloat16 should be about the same on both sides.
     """
     model = build_trained(workload, torch.float32)
     stock = to_stock(model)
@@ -301,7 +306,7 @@ def generate(
 
 
 def num_tokens(workload: Workload) -> int:
-    """Return how many tokens are generated."""
+    """Return the number of tokens to generate."""
     return workload.pick(24, 8)
 
 
@@ -309,20 +314,20 @@ def make_prompts(workload: Workload) -> tuple[Llava, list[list[int]], torch.Tens
     """Return a model in float32, prompts of different lengths, and an image for each."""
     model = build_trained(workload, torch.float32).requires_grad_(False)
     prompt = caption_prompt(model)
-    # Repeat a part of the text, so that each prompt has another length, and still one image.
+    # Append different numbers of text tokens, so that the prompts have different lengths, and one image each.
     prompts = [prompt + prompt[2:4] * number for number in range(workload.pick(6, 3))]
     pixels = torch.stack(list(make_images(workload).values())[: len(prompts)])
     return model, prompts, pixels
 
 
 def compare_batch_sizes(workload: Workload) -> Values:
-    """Compare captions of prompts in one batch with those of each prompt by itself."""
+    """Compare captions of prompts in one batch with captions of each prompt in a batch of its own."""
     model, prompts, pixels = make_prompts(workload)
     together = generate(workload, model, prompts, pixels)
     alone = []
     for index, prompt in enumerate(prompts):
         alone += generate(workload, model, [prompt], pixels[index : index + 1])
-    assert together == alone, f"{together} is not {alone}"
+    assert together == alone, f"in one batch: {together}; one by one: {alone}"
     return {"tokens": sum(len(ids) for ids in together)}
 
 
@@ -332,10 +337,10 @@ def compare_decoders(workload: Workload) -> Values:
     with dynamic_cache():
         expected = generate(workload, model, prompts, pixels)
     actual = generate(workload, model, prompts, pixels)
-    assert actual == expected, f"{actual} is not {expected}"
+    assert actual == expected, f"static buffers: {actual}; dynamic cache: {expected}"
     uses_graphs = generation.find_static_decoder(model) is not None
     if workload.device.type == "cuda":
-        assert uses_graphs, "the graphs could not be recorded; the log says why"
+        assert uses_graphs, "CUDA graphs were not used; the reason is a warning in the .log file"
     return {"tokens": sum(len(ids) for ids in actual), "graphs": uses_graphs}
 
 
@@ -345,9 +350,10 @@ def compare_with_stock(workload: Workload) -> Values:
     prompts = [prompts[0]] * len(prompts)
     actual = generate(workload, model, prompts, pixels)
     stock = to_stock(model)
-    place = prompts[0].index(IMAGE_INDEX)
+    position = prompts[0].index(IMAGE_INDEX)
     image = [stock.config.image_token_id] * model.vision_tower.num_tokens
-    ids = torch.tensor([prompts[0][:place] + image + prompts[0][place + 1 :]] * len(prompts))
+    expanded = prompts[0][:position] + image + prompts[0][position + 1 :]
+    ids = torch.tensor([expanded] * len(prompts))
     normalized = model.vision_tower.transform.normalize(pixels.to(model.device))
     output = stock.generate(
         input_ids=ids.to(model.device),
@@ -360,5 +366,5 @@ def compare_with_stock(workload: Workload) -> Values:
     )
     # Rows of stock LLaVA are padded to the longest one.
     for ours, row in zip(actual, output[:, ids.shape[1] :].tolist()):
-        assert ours == row[: len(ours)], f"{ours} is not {row}"
+        assert ours == row[: len(ours)], f"ours: {ours}; stock: {row}"
     return {"tokens": sum(len(ids) for ids in actual)}

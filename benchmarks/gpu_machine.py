@@ -1,7 +1,7 @@
-"""Section "machine" of `bench_gpu.py`: versions, the device, and the speed that it reaches at best.
+"""Section "machine" of `bench_gpu.py`: versions, the device, and the highest speed that it reaches.
 
-Other sections divide their FLOP/s and bytes/s by these limits. They are measured and not taken from a data sheet, so
-that the shares are those of what the machine really reaches (with its power limit, and its other users).
+Other sections divide their FLOP/s and bytes/s by these limits. The limits are measured instead of taken from a data
+sheet, so that they are what this machine can really reach (with its power limit, and with other users).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def versions() -> Values:
 
 
 def describe_device(workload: Workload) -> Values:
-    """Return the device's name, memory and driver."""
+    """Return the device's name, memory and compute capability, and the CUDA version."""
     if workload.device.type != "cuda":
         return {"device": platform.processor() or platform.machine()}
     properties = torch.cuda.get_device_properties(0)
@@ -67,7 +67,7 @@ class Limits(NamedTuple):
 
     Attributes:
         flops: FLOP/s of a large matrix product.
-        bandwidth: Bytes per second, read and written, of a copy within the device's memory.
+        bandwidth: Bytes per second of a copy within the device's memory, the sum of bytes read and bytes written.
     """
 
     flops: float
@@ -76,14 +76,14 @@ class Limits(NamedTuple):
     @classmethod
     def measure(cls, workload: Workload) -> Limits:
         """Measure both limits."""
-        # Large enough to use all of the GPU, and to take much longer than the launch of a kernel.
+        # The product must be large enough to use the entire GPU, and to take much longer than launching a kernel.
         size = workload.pick(8192, 256)
         matrix = torch.randn(size, size, device=workload.device, dtype=workload.dtype)
         product = torch.empty_like(matrix)
         seconds = _best(workload, partial(torch.mm, matrix, matrix, out=product))
         flops = 2 * size**3 / seconds
 
-        # Much larger than the caches of the device.
+        # The copy must be much larger than the caches of the device.
         source = torch.empty(
             workload.pick(1 << 31, 1 << 20), device=workload.device, dtype=torch.int8
         )
@@ -92,13 +92,14 @@ class Limits(NamedTuple):
         return cls(flops, 2 * source.nbytes / seconds)
 
     def as_values(self) -> Values:
+        """Return the limits for the report."""
         return {"matmul TFLOP/s": self.flops / 1e12, "copy GB/s": self.bandwidth / 1e9}
 
 
 def _best(workload: Workload, work: Callable[[], object]) -> float:
     """Return the seconds of the fastest of several calls."""
     seconds = float("inf")
-    # The first calls are slow, since they load kernels and raise the clock.
+    # The first calls are slow, because they load kernels and raise the clock rate.
     for _ in range(8):
         workload.synchronize()
         start = time.perf_counter()

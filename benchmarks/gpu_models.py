@@ -41,9 +41,10 @@ TEMPLATE = (
 # The tokenizer has one token per byte, so texts are short: the prompt has about 20 tokens, a caption about 12 with
 # its end token, as in Conceptual Captions.
 INSTRUCTION = "Say:"
-CAPTION_LENGTHS = (8, 15)  # characters
+CAPTION_LENGTHS = (8, 15)  # minimum and maximum number of characters
+NUM_IMAGES = 32  # number of different images, which the records repeat
 
-# Fields of a model's config.
+# The fields of a model's config that determine its size.
 Shape = dict[str, Any]
 
 CLIP_B16: Shape = {
@@ -81,7 +82,7 @@ SMALL: Shape = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    # With small random weights, the model would generate the same text for all images.
+    # With the default, which is smaller, the model would generate the same text for all images.
     "initializer_range": 0.1,
 }
 # For tests on a CPU.
@@ -117,18 +118,22 @@ class Workload:
 
     @property
     def large(self) -> Shape:
+        """Shape of the language model for measurements."""
         return self.pick(MISTRAL_7B, TINY)
 
     @property
     def medium(self) -> Shape:
+        """Shape of the language model for full fine-tuning, where all weights need optimizer states."""
         return self.pick(LLAMA_1B, TINY)
 
     @property
     def small(self) -> Shape:
+        """Shape of the language model for comparisons in float64, which are slow."""
         return self.pick(SMALL, TINY)
 
     @property
     def vision(self) -> Shape:
+        """Shape of the vision tower."""
         return self.pick(CLIP_B16, TINY_CLIP)
 
     @property
@@ -141,12 +146,12 @@ class Workload:
         return tiny if self.is_tiny else real
 
     def synchronize(self) -> None:
-        """Wait until the device has finished, before reading the clock."""
+        """Wait until the device has finished its work. Call this before reading the clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def peak_memory(self) -> int | None:
-        """Return the peak of the bytes in tensors on the GPU; None on a CPU."""
+        """Return the peak number of bytes of all tensors on the GPU; None on a CPU."""
         if self.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated()
@@ -178,7 +183,7 @@ def build(
         )
     tower = VisionTower(vision_model.to(dtype), image_transform(workload))
     for parameter in projector.parameters():
-        # Image tokens should be about as large as token embeddings with this initialization.
+        # With this initialization, image tokens have about the same magnitude as token embeddings.
         nn.init.normal_(parameter, std=0.1)
     return Llava(tower, projector, language_model, make_tokenizer()).eval()
 
@@ -203,13 +208,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    # Causal language models usually have no padding token. Padding is masked, so any token will do.
     fast.pad_token = "</s>"
     fast.chat_template = TEMPLATE
     return fast
 
 
 def to_stock(model: Llava) -> Any:
-    """Return a `LlavaForConditionalGeneration` with the same weights. Its image token is the last of the vocabulary."""
+    """Return a `LlavaForConditionalGeneration` that shares the weights of a model.
+
+    Its image token is the last one of the vocabulary, which the tokenizer of `make_tokenizer` does not use.
+    """
     language_model: Any = model.language_model
     tower = model.vision_tower.model
     dtype = language_model.dtype
@@ -219,7 +228,7 @@ def to_stock(model: Llava) -> Any:
         image_token_id=language_model.config.vocab_size - 1,
         vision_feature_layer=-2,
     )
-    # Do not allocate weights: they are replaced by those of `model`.
+    # On the meta device, no memory is allocated for weights, which are replaced by those of `model` below.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(config)
     stock.model.vision_tower = tower
@@ -232,7 +241,7 @@ def to_stock(model: Llava) -> Any:
 
 
 def write_folders(folder: Path, workload: Workload, text: Shape) -> tuple[str, str]:
-    """Write configs and tokenizer without weights. `llava plan` and checkpoints need these folders.
+    """Write the configs and the tokenizer, without weights. `llava plan` and checkpoints need these folders.
 
     Returns:
         The folders of language model and tower.
@@ -253,7 +262,7 @@ def write_folders(folder: Path, workload: Workload, text: Shape) -> tuple[str, s
         "do_center_crop": True,
         "do_rescale": True,
         "do_normalize": True,
-        "resample": 3,
+        "resample": 3,  # bicubic
         "rescale_factor": 1 / 255,
         "image_mean": transform.mean,
         "image_std": transform.std,
@@ -285,9 +294,6 @@ def make_records(count: int, captions: int) -> list[Record]:
     return records
 
 
-NUM_IMAGES = 32  # different images; records repeat them
-
-
 def make_images(workload: Workload) -> dict[str, torch.Tensor]:
     """Return random images, uint8 (3, height, width), by the names that `make_records` uses."""
     generator = torch.Generator().manual_seed(0)
@@ -297,6 +303,6 @@ def make_images(workload: Workload) -> dict[str, torch.Tensor]:
 
 
 def caption_prompt(model: Llava) -> list[int]:
-    """Return the token ids of the prompt of one image."""
+    """Return the token ids of the prompt for captioning one image."""
     turns = [Message("user", f"<image>{INSTRUCTION}")]
     return model.prompt.render(turns, None).input_ids

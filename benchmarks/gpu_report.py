@@ -16,7 +16,7 @@ Values = dict[str, Any]
 
 
 class Report:
-    """Collects the measurements of a section.
+    """Make the measurements of a section, print them, and write them to a file.
 
     Args:
         path: A file of JSON lines, one per measurement. Each one is written immediately, so that none is lost
@@ -30,6 +30,7 @@ class Report:
 
     @property
     def seconds_left(self) -> float:
+        """Seconds until the time limit; negative after it."""
         return self._end - time.monotonic()
 
     def add(self, name: str, **values: Any) -> None:
@@ -50,11 +51,11 @@ class Report:
             seconds: Expected duration. The measurement is skipped if less time is left.
 
         Returns:
-            The values, or None.
+            The values, or None if the measurement failed or was skipped.
         """
         if self.seconds_left < seconds:
             left = max(0, round(self.seconds_left))
-            self.add(name, skipped=f"takes about {seconds:.0f} s, {left} s are left")
+            self.add(name, skipped=f"it takes about {seconds:.0f} s, but only {left} s are left")
             return None
         try:
             values = measure()
@@ -62,13 +63,15 @@ class Report:
             self.add(name, failed="out of memory")
             return None
         except ModuleNotFoundError as error:
-            # An optional package.
+            # Some measurements use optional packages, such as kernels.
             missing = f"{error.name} is not installed; run pip install {error.name}"
             self.add(name, skipped=missing)
             return None
         except Exception as error:  # noqa: BLE001 - the next measurement does not depend on this one
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
+            frame = traceback.extract_tb(error.__traceback__)[
+                -1
+            ]  # the innermost one raised the error
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
             self.add(name, failed=f"{type(error).__name__}: {error} ({where})"[:600])
             return None
         finally:
@@ -87,6 +90,7 @@ def free_memory() -> None:
 
 
 def _format(value: Any) -> str:
+    """Return a value for people: floats with 4 significant digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)

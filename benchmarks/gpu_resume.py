@@ -22,7 +22,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def measure(workload: Workload) -> Values:
-    """Train 3 steps. Then continue from the checkpoint of step 2 with a new model, and compare the weights."""
+    """Train 3 steps. Then resume from the checkpoint of step 2 with a new model, and compare the weights at the end."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         values, expected = _train_and_save(workload, folder / "run")
@@ -42,7 +42,7 @@ def measure(workload: Workload) -> Values:
 
 
 def _options(workload: Workload, **changes: Any) -> dict[str, Any]:
-    """Return the options that both runs share, and some more."""
+    """Return the training options that both runs share, with additional ones."""
     return {
         "max_steps": STEPS,
         "per_device_train_batch_size": workload.pick(8, 2),
@@ -64,13 +64,12 @@ def _train_and_save(workload: Workload, folder: Path) -> tuple[Values, dict[str,
     """Train all steps, and save a checkpoint before the last one.
 
     Returns:
-        The seconds of saving, and the trained weights at the end.
+        The seconds of saving the checkpoint, and the trained weights at the end.
     """
     model = build_adapted(workload, workload.large)
     options = _options(workload, save_strategy="steps", save_steps=STEPS - 1)
-    trainer = build_our_trainer(
-        workload, model, make_arguments(str(folder), workload, **options), 1, "adapter"
-    )
+    args = make_arguments(str(folder), workload, **options)
+    trainer = build_our_trainer(workload, model, args, captions=1, parts="adapter")
     seconds = 0.0
     save = trainer._save_checkpoint
 
@@ -79,7 +78,7 @@ def _train_and_save(workload: Workload, folder: Path) -> tuple[Values, dict[str,
         workload.synchronize()
         start = time.perf_counter()
         save(*args, **kwargs)
-        # The trainer saves once more at the end. Count the first checkpoint only.
+        # The trainer saves a second checkpoint at the end. Keep the duration of the first one.
         seconds = seconds or time.perf_counter() - start
 
     trainer._save_checkpoint = timed_save
@@ -91,7 +90,7 @@ def _resume(workload: Workload, checkpoint: Path, folder: Path) -> tuple[Values,
     """Build a new model, load the checkpoint, and train the last step.
 
     Returns:
-        The seconds of building and loading, and the trained weights at the end.
+        The seconds of building the model and of loading the checkpoint, and the trained weights at the end.
     """
     from llava_simplified.model.checkpoint import load_trained_weights
 
@@ -103,7 +102,7 @@ def _resume(workload: Workload, checkpoint: Path, folder: Path) -> tuple[Values,
     workload.synchronize()
     loaded = time.perf_counter()
     args = make_arguments(str(folder), workload, **_options(workload))
-    trainer = build_our_trainer(workload, model, args, 1, "adapter")
+    trainer = build_our_trainer(workload, model, args, captions=1, parts="adapter")
     trainer.train(resume_from_checkpoint=str(checkpoint / "trainer_state"))
     values = {"build, s": built - start, "load, s": loaded - built}
     return values, _trained_weights(model)

@@ -28,7 +28,13 @@ BATCH_SIZE = 64
 
 @dataclass
 class Answers:
-    """The answers that all clients have received: their number, their tokens, and the time to the first token of each."""
+    """The answers that all clients have received.
+
+    Attributes:
+        count: Number of answers.
+        tokens: Number of tokens of all answers.
+        first_token_seconds: Time to the first token of each answer.
+    """
 
     count: int = 0
     tokens: int = 0
@@ -40,8 +46,9 @@ def run(workload: Workload, report: Report) -> None:
     model = build(workload, workload.large).requires_grad_(False)
     seconds = workload.pick(30.0, 0.3)
     client_numbers = workload.pick((1, 16, 64), (1, 3))
-    # Warm up with the largest batch first. It allocates memory that the smaller ones use too. In the opposite order,
-    # each larger batch would allocate new memory, and invalidate the graphs that were recorded before.
+    # Warm up with the largest number of clients first, whose batch allocates the memory that smaller batches use too.
+    # In the opposite order, each larger batch would allocate new memory, which invalidates the CUDA graphs that were
+    # recorded before.
     for clients in reversed(client_numbers):
         asyncio.run(serve(workload, model, clients, workload.pick(2.0, 0.1)))
     for clients in client_numbers:
@@ -53,7 +60,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 async def serve(workload: Workload, model: Llava, clients: int, seconds: float) -> Values:
-    """Run clients for some seconds, and return the throughput and the time to the first token."""
+    """Run clients for a number of seconds, and return the throughput and the time to the first token."""
     pixels = [image.permute(1, 2, 0).numpy() for image in make_images(workload).values()]
     answers = Answers()
     async with Engine(model, batch_size=BATCH_SIZE, max_queue=BATCH_SIZE) as engine:
@@ -75,12 +82,12 @@ async def client(
     engine: Engine, number: int, pixels: list[np.ndarray], end: float, answers: Answers
 ) -> None:
     """Send requests one after the other until `end`, at least one."""
-    # Each client draws other images and lengths, but the same ones in every run.
+    # Clients draw different images and lengths, which are the same in every run.
     draw = random.Random(number)
     lengths = draw_caption_lengths(100)
     while True:
         length = draw.choice(lengths)
-        # With random weights, answers would not end. So set their exact length.
+        # With random weights, the model generates no end token, so set the exact length of the answer.
         options = GenerationOptions(max_new_tokens=length, min_new_tokens=length)
         await ask(engine, draw.choice(pixels), options, answers)
         if time.perf_counter() >= end:

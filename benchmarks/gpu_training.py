@@ -1,9 +1,9 @@
 """Section "training" of `bench_gpu.py`: captions per second, FLOP/s and memory, compared with Trainer + PEFT.
 
 Both sides train LoRA adapters and a projector of the same random model with `transformers.Trainer`. They
-compute in bfloat16 and have their frozen weights in bfloat16. The images are decoded before: ours are
-uint8 pixels, as our data pipeline returns them, those of stock LLaVA are normalized float32 pixels, as its
-processor returns them. Each side tries batches of decreasing size until one fits into memory.
+compute in bfloat16 and have their frozen weights in bfloat16. Decoding images is not measured: our side gets uint8
+pixels, as our data pipeline returns them, and stock LLaVA gets normalized float32 pixels, as its processor returns
+them. Each side tries batches of decreasing size until one fits into memory.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from gpu_report import Report, Values
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as StockArguments
+from workload import option_arguments
 
 from llava_simplified.arguments import TrainingArguments, parse_arguments
 from llava_simplified.data.collate import Collator
@@ -73,14 +74,15 @@ def run(workload: Workload, report: Report) -> None:
         measure = partial(measure_stock, workload, batches, checkpointing)
         results[name] = report.attempt(f"{name}, Trainer + PEFT", measure, workload.pick(10, 0))
     add_ratios(report, results)
-    # Further measurements of our side.
+    # More measurements of our side.
     report.attempt("forecast of `llava plan`", partial(compare_plan, workload, results))
     report.attempt("synchronizations in a step", partial(count_synchronizations, workload))
     report.attempt("full fine-tuning, 1B", partial(measure_full, workload, limits), 12)
     if workload.is_tiny:
-        return  # the others need a GPU, or compile for a minute
-    # Compiled layers need a little more memory, so do not try the largest batch.
-    batches = sides[0][3][1:]
+        return  # the remaining measurements require a GPU, or compile for a minute
+    # Compiled layers need a little more memory, so do not try the largest batch of the first measurement.
+    _, _, _, first_batches = sides[0]
+    batches = first_batches[1:]
     compiled = partial(measure_ours, workload, limits, 1, batches, compile_layers=True)
     report.attempt("ours, 1 caption, compiled layers", compiled, 30)
     if find_spec("bitsandbytes"):
@@ -88,7 +90,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def add_ratios(report: Report, results: dict[str, Values | None]) -> None:
-    """Write our speed / stock's speed. Each side counts with its faster run: with checkpointing, or without."""
+    """Write our speed / stock's speed. Each side is compared by its faster run, with checkpointing or without."""
     stock = [results["stock"], results["stock, checkpointing"]]
     rates = [values["captions/s"] for values in stock if values]
     if not rates:
@@ -105,7 +107,7 @@ def add_ratios(report: Report, results: dict[str, Values | None]) -> None:
 
 
 def make_arguments(folder: str, workload: Workload, **options: Any) -> TrainingArguments:
-    """Return the options of a run."""
+    """Return our training arguments, with the options that all runs share."""
     values = {
         "output_dir": folder,
         "max_steps": WARM_UP_STEPS + measured_steps(workload),
@@ -114,15 +116,13 @@ def make_arguments(folder: str, workload: Workload, **options: Any) -> TrainingA
         "logging_steps": 100,
         "disable_tqdm": True,
         "report_to": "none",
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "sequential",  # the same batches in every run
         "learning_rate": 1e-5,
         "warmup_steps": 0,
         **options,
     }
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    return parse_arguments(words)[2]
+    _, _, args = parse_arguments(option_arguments(values))
+    return args
 
 
 def build_adapted(workload: Workload, text: Shape, **options: Any) -> Llava:
@@ -152,18 +152,19 @@ def build_our_trainer(
     dataset = CaptionDataset(
         make_records(rows, captions),
         model.prompt,
-        "",
-        model.vision_tower.transform,
+        image_folder="",
+        transform=model.vision_tower.transform,
         features=make_images(workload),
     )
+    # Saving a checkpoint reads the config and the tokenizer from these folders.
     folders = write_folders(Path(str(args.output_dir)) / "models", workload, workload.large)
     return LlavaTrainer(
         model,
         args,
         LlavaConfig(*folders, mm_projector_type="mlp2x_gelu"),
         TrainedParts(parts),  # type: ignore[arg-type]
-        {},
-        1.0,
+        settings={},
+        max_bad_images=1.0,
         train_dataset=dataset,
         eval_dataset=None,
         data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id),
@@ -185,10 +186,10 @@ def measure_ours(
         workload: The device and the shapes.
         limits: The limits of the device.
         captions: Captions per image.
-        batches: Batch sizes to try, in images.
-        build_model: Builds the model; by default one with LoRA adapters.
+        batches: Batch sizes to try in images, the largest first.
+        build_model: Function that builds the model; by default one with LoRA adapters.
         parts: "adapter", or "full" if all weights of the language model are trained.
-        **options: Further training options.
+        **options: Other training options.
     """
 
     def train(batch: int) -> Values:
@@ -223,7 +224,14 @@ def measure_full(workload: Workload, limits: Limits) -> Values:
         return model
 
     batches = workload.pick([32, 16, 8], [2])
-    return measure_ours(workload, limits, 1, batches, build_full, parts="full")
+    return measure_ours(
+        workload,
+        limits,
+        captions=1,
+        batches=batches,
+        build_model=build_full,
+        parts="full",
+    )
 
 
 def measure_qlora(workload: Workload, limits: Limits) -> Values:
@@ -245,7 +253,7 @@ def measure_qlora(workload: Workload, limits: Limits) -> Values:
                 compute_dtype=torch.bfloat16,
                 quant_type="nf4",
             )
-            # The weight is quantized when it is moved to the device, below.
+            # bitsandbytes quantizes the weight when it is moved to the device, below.
             quantized.load_state_dict({"weight": linear.weight.data.cpu()})
             lm.set_submodule(name, quantized.to(workload.device))
         freeze(model, TrainedParts("adapter"))
@@ -253,7 +261,13 @@ def measure_qlora(workload: Workload, limits: Limits) -> Values:
             add_lora(model, LORA_RANK, LORA_ALPHA)
         return model
 
-    return measure_ours(workload, limits, 1, [32, 16], build_quantized)
+    return measure_ours(
+        workload,
+        limits,
+        captions=1,
+        batches=[32, 16],
+        build_model=build_quantized,
+    )
 
 
 # ---- stock ----
@@ -264,7 +278,7 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
     from peft import LoraConfig, get_peft_model
 
     images = make_images(workload)
-    # A small model, only for its image transform and tokenizer.
+    # A small model is enough for its image transform and its tokenizer.
     template = build(workload, workload.small)
     transform = template.vision_tower.transform
     normalized = {name: transform.normalize(pixels) for name, pixels in images.items()}
@@ -281,11 +295,11 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
             modules_to_save=["multi_modal_projector"],
         )
         adapted: Any = get_peft_model(stock, config)
-        # Trained weights in float32, as on our side.
+        # Keep the trained weights in float32, as our side does.
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        # Checkpointing needs an input with a gradient.
+        # Gradient checkpointing requires that the input of a layer has a gradient. The embeddings are frozen.
         if checkpointing:
             adapted.enable_input_require_grads()
         samples = stock_samples(model, prompt, image_token, batch * 8)
@@ -312,13 +326,13 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
 
 
 def stock_samples(model: Llava, prompt: list[int], image_token: int, count: int) -> Any:
-    """Return token ids and labels of single captions, with the image tokens expanded."""
-    place = prompt.index(IMAGE_INDEX)
+    """Return token ids and labels of single captions, with one placeholder for each image token."""
+    position = prompt.index(IMAGE_INDEX)
     image = [image_token] * model.vision_tower.num_tokens
-    expanded = prompt[:place] + image + prompt[place + 1 :]
+    expanded = prompt[:position] + image + prompt[position + 1 :]
     samples = []
-    for record in make_records(count, 1):
-        (answer,) = model.prompt.render_branches(record.turns, record.responses)[1]
+    for record in make_records(count, captions=1):
+        _, (answer,) = model.prompt.render_branches(record.turns, record.responses)
         samples.append(
             {
                 "image": record.images[0],
@@ -332,7 +346,7 @@ def stock_samples(model: Llava, prompt: list[int], image_token: int, count: int)
 def collate_stock(
     rows: list[dict[str, Any]], normalized: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right, as LLaVA's processor and collator do."""
+    """Return a batch that is padded on the right, as LLaVA's processor and collator do."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for row in rows:
@@ -349,7 +363,7 @@ def collate_stock(
 
 
 def measured_steps(workload: Workload) -> int:
-    """Return how many steps are measured, after `WARM_UP_STEPS`."""
+    """Return the number of measured steps, which follow `WARM_UP_STEPS`."""
     return workload.pick(3, 1)
 
 
@@ -357,7 +371,7 @@ def with_largest_batch(batches: Sequence[int], train: Callable[[int], Values]) -
     """Return what `train` returns for the first batch size that fits into memory.
 
     Raises:
-        torch.OutOfMemoryError: None fits.
+        torch.OutOfMemoryError: Even the last batch size does not fit.
     """
     from gpu_report import free_memory
 
@@ -366,13 +380,13 @@ def with_largest_batch(batches: Sequence[int], train: Callable[[int], Values]) -
             return train(batch)
         except torch.OutOfMemoryError:
             pass
-        # Do this outside the handler: while the exception exists, its frames keep their tensors alive.
+        # Free the memory outside the handler. Within it, the exception still exists, and its frames refer to tensors.
         free_memory()
     return train(batches[-1])
 
 
 class StepClock(TrainerCallback):
-    """Measures the time from the first step after the warm-up to the end of the last one."""
+    """Measures the mean seconds of the steps after the warm-up."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
@@ -391,7 +405,7 @@ class StepClock(TrainerCallback):
 
 
 def time_steps(workload: Workload, trainer: Any, captions: int) -> Values:
-    """Train; return captions per second and the peak of the memory."""
+    """Train, and return captions per second, seconds per step and peak memory."""
     clock = StepClock(workload)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
@@ -414,8 +428,14 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
         gradient of the input    all weights but those of the frozen tower
         gradient of the weight   trained weights
 
-    The recomputation of gradient checkpointing is not counted. Of attention, only the half below the diagonal is
-    counted, because a token attends to earlier ones only.
+    The recomputation of gradient checkpointing is not counted. Only the half of the attention matrix below the diagonal
+    is counted, because a token attends to earlier tokens only.
+
+    Args:
+        model: The model.
+        images: Images per step.
+        captions: Captions per image.
+        adapted: Whether LoRA adapters are trained, and not all weights of the language model.
     """
     language_model: Any = model.language_model
     config = language_model.config
@@ -431,7 +451,8 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
     patches = model.vision_tower.num_tokens
     prefix = len(caption_prompt(model)) - 1 + patches
 
-    # Count trained positions, and pairs of positions that attend to each other.
+    # Count trained positions, and pairs (query, key) of positions. The records repeat after `NUM_IMAGES`, so count that
+    # many, and scale the sums to the images of a step.
     trained = attended = 0.0
     for record in make_records(NUM_IMAGES, captions):
         attended += prefix**2 / 2
@@ -441,11 +462,14 @@ def step_flops(model: Llava, images: int, captions: int, adapted: bool) -> float
             attended += length * (prefix + length / 2)
     trained, attended = trained * images / NUM_IMAGES, attended * images / NUM_IMAGES
     positions = images * prefix + trained
-    # FLOPs per weight and position: forward and gradient of the input, and of trained weights also their gradient.
+    # FLOPs per weight and position: 2 for forward, 2 for the gradient of the input, and 2 for the gradient of a trained
+    # weight.
     passes = 4 if adapted else 6
     layers = positions * (passes * frozen + 6 * adapter)
-    # Two products (scores, and weighted sums of values), each one in forward and two in backward.
+    # Attention has two products (scores, and weighted sums of values), each with one pass in forward and two in
+    # backward. A product costs two FLOPs, so the factor is 2 * 3 * 2.
     attention = 12 * attended * config.hidden_size * config.num_hidden_layers
+    # The lm_head is computed at trained positions only, and the frozen tower only forward.
     return layers + attention + passes * trained * head.numel() + 2 * images * patches * tower
 
 
@@ -466,6 +490,7 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
             continue  # even the smallest batch did not fit
         with tempfile.TemporaryDirectory() as folder:
             models = write_folders(Path(folder), workload, workload.large)
+            # Write the data of two steps. The plan does not open the images.
             rows = []
             for record in make_records(measured["images"] * 2, captions):
                 instruction = f"<image>{INSTRUCTION}"
@@ -473,16 +498,22 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
                 rows.append(row)
             data = Path(folder) / "train.json"
             data.write_text(json.dumps(rows))
-            words = [
-                *("--model_name_or_path", models[0], "--vision_tower", models[1]),
-                *("--train_data_path", str(data), "--output_dir", f"{folder}/out"),
-                *("--mm_projector_type", "mlp2x_gelu", "--cache_vision_features", "off"),
-                *("--lora_r", str(LORA_RANK), "--lora_alpha", str(LORA_ALPHA)),
-                *("--per_device_train_batch_size", str(measured["images"])),
-                *("--gradient_checkpointing", str(checkpointing), "--report_to", "none"),
-                *("--bf16", str(workload.dtype == torch.bfloat16)),
-            ]
-            plan = make_plan(*parse_arguments(words))
+            language_model, tower = models
+            options = {
+                "model_name_or_path": language_model,
+                "vision_tower": tower,
+                "train_data_path": data,
+                "output_dir": f"{folder}/out",
+                "mm_projector_type": "mlp2x_gelu",
+                "cache_vision_features": "off",
+                "lora_r": LORA_RANK,
+                "lora_alpha": LORA_ALPHA,
+                "per_device_train_batch_size": measured["images"],
+                "gradient_checkpointing": checkpointing,
+                "report_to": "none",
+                "bf16": workload.dtype == torch.bfloat16,
+            }
+            plan = make_plan(*parse_arguments(option_arguments(options)))
         comparison[f"forecast, {name}"] = round(plan.peak)
         comparison[f"measured, {name}"] = measured["memory"]
         if measured["memory"]:
@@ -492,7 +523,7 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
 
 @contextmanager
 def recorded_synchronizations() -> Iterator[list[str]]:
-    """Yield a list. After the `with` block, it contains the lines of code that have waited for the GPU."""
+    """Yield a list. When the `with` block has ended, the list contains the lines of code that have waited for the GPU."""
     places: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -514,13 +545,13 @@ def count_synchronizations(workload: Workload) -> Values:
     places: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         args = make_arguments(folder, workload, per_device_train_batch_size=2)
-        trainer = build_our_trainer(workload, model, args, 5, "adapter")
+        trainer = build_our_trainer(workload, model, args, captions=5, parts="adapter")
         step = trainer.training_step
 
         def training_step(model: nn.Module, *rest: Any) -> torch.Tensor:
             with recorded_synchronizations() as found:
                 loss = step(model, *rest)
-            # The first steps wait for compilation and for memory.
+            # Do not count the warm-up, in which kernels are loaded and memory is allocated.
             if trainer.state.global_step >= WARM_UP_STEPS:
                 places.extend(found)
             return loss

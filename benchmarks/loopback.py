@@ -1,7 +1,7 @@
-"""A web server on this machine that misbehaves in every way that matters, and records what it has sent.
+"""A local web server with all faults of real servers that a downloader must handle. It counts the requests.
 
-The first part of a URL's path is what happens, the second is which image:
-`http://127.0.3.7:8000/ok/123.jpg`. `expected(kind, number)` is the outcome that a downloader should report.
+In a URL such as `http://127.0.3.7:8000/ok/123.jpg`, the first part of the path selects the kind of response, and the
+second part the image. `expected(kind, number)` is the outcome that a downloader should report.
 
     python benchmarks/loopback.py --port 8000 --latency 0.1 [--tls FOLDER]
 """
@@ -25,16 +25,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# All of 127.0.0.0/8 is this machine: many hosts, so that limits per host do not decide the speed.
+# All addresses in 127.0.0.0/8 are this machine. Use many of them as hosts, so that a downloader's limits per host do not
+# determine its speed.
 HOSTS = [f"127.0.{i // 16}.{i % 16 + 1}" for i in range(250)]
-# What happens -> the outcome that a downloader should report.
+# Kind of response -> the outcome that a downloader should report.
 EXPECTED = {
     "ok": "ok",
     "png": "ok",
     "webp": "ok",
     "moved": "ok",
     "gzip": "ok",
-    "ungzipped": "ok",  # has a Content-Encoding, but is not encoded
+    "ungzipped": "ok",  # the header Content-Encoding is set, but the body is not encoded
     "missing": "http_404",
     "forbidden": "http_403",
     "broken": "http_500",
@@ -42,22 +43,23 @@ EXPECTED = {
     "busy": "http_429",
     "html": "html",
     "empty": "empty",
-    "cut": "truncated",  # the body ends before its Content-Length
-    "short": "truncated",  # the file ends before the image does
-    "corrupt": "corrupt",  # bytes changed in mid-scan
+    "cut": "truncated",  # the body is shorter than its Content-Length
+    "short": "truncated",  # the body is complete, but it is a truncated file
+    "corrupt": "corrupt",  # some bytes of the compressed pixels are changed
     "loop": "redirect",
     "hang": "timeout",
-    "drip": "too_slow",
+    "drip": "too_slow",  # one byte per second
     "reset": "connection",
-    "optout": "opt_out",
-    "reserved": "opt_out",
+    "optout": "opt_out",  # the header X-Robots-Tag
+    "reserved": "opt_out",  # the header TDM-Reservation
     "endless": "too_large",
-    "bomb": "too_large",
-    "gzipbomb": "too_large",
-    "to_file": "scheme",
-    "not_http": "protocol",
+    "bomb": "too_large",  # a small file of a huge image
+    "gzipbomb": "too_large",  # a small body that is huge when decoded
+    "to_file": "scheme",  # a redirect to a file: URL
+    "not_http": "protocol",  # the answer of an SSH server
 }
-# Weights of the kinds that the benchmark requests: those of an old list of links, with few hanging URLs.
+# How often the benchmark requests each kind (relative weights). This is similar to an old list of URLs, but with fewer
+# hanging URLs, so that a run does not consist of waiting for them.
 MIX = {
     "ok": 620,
     "png": 20,
@@ -101,12 +103,13 @@ def images() -> list[bytes]:
 
 
 def body_of(kind: str, number: int) -> bytes:
-    """Return the body of a URL's response, before anything happens to the connection."""
+    """Return the complete body of the response to a URL. Faults of the connection may shorten it later."""
     return _body(kind, number % POOL)
 
 
 @cache
 def _body(kind: str, number: int) -> bytes:
+    """Return the body for one of the `POOL` images."""
     data = images()[number]
     if kind in ("png", "webp"):
         buffer = io.BytesIO()
@@ -115,7 +118,7 @@ def _body(kind: str, number: int) -> bytes:
     if kind == "short":
         return data[: len(data) * 2 // 3]
     if kind == "corrupt":
-        # An end-of-image marker, and the start of a table, in the middle of the scan.
+        # Overwrite bytes in the middle of the compressed pixels by end-of-image markers and beginnings of tables.
         middle = len(data) // 2
         return data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
     if kind == "html":
@@ -136,16 +139,17 @@ def bomb_png(width: int, height: int) -> bytes:
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file: length, kind, data and checksum."""
     checksum = zlib.crc32(kind + data)
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def expected(kind: str, number: int) -> tuple[str, str]:
-    """Return the outcome that a downloader should report, and the image's sha256 ("" for a failure)."""
+    """Return the outcome that a downloader should report, and the SHA-256 of the image ("" for a failure)."""
     outcome = EXPECTED[kind]
     if outcome != "ok":
         return outcome, ""
-    # Redirects and encodings end in the bytes of the plain image.
+    # After redirects and decoding, the bytes are those of the kind "ok".
     body = body_of(kind if kind in ("png", "webp") else "ok", number)
     return outcome, hashlib.sha256(body).hexdigest()
 
@@ -167,13 +171,15 @@ _STATUS = {
 
 
 class _Handler(asyncio.Protocol):
-    """One connection. The attributes belong to the server: `start` makes a subclass for each.
+    """One connection.
+
+    The attributes are shared by all connections of a server, because `start` creates a subclass for each server.
 
     Attributes:
         latency: Seconds between a request and its response.
         served: Path -> number of requests.
-        targets: Redirects that a test sets up: /redirect/NAME -> location; "robots" -> robots.txt.
-        requests: The heads of all requests, in their order.
+        targets: Set by tests: NAME -> location to which /redirect/NAME redirects; "robots" -> content of robots.txt.
+        requests: The heads of all requests, in the order of their arrival.
     """
 
     latency = 0.1
@@ -187,7 +193,7 @@ class _Handler(asyncio.Protocol):
         self.buffer = b""
 
     def data_received(self, data: bytes) -> None:
-        """Answer every complete request after the latency."""
+        """Schedule the response to every complete request, after the latency."""
         self.buffer += data
         while b"\r\n\r\n" in self.buffer:
             request, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
@@ -198,14 +204,14 @@ class _Handler(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self.latency, self.answer, path)
 
     def answer(self, path: str) -> None:
-        """Do what the first part of the path says."""
+        """Send the kind of response that the first part of the path selects."""
         if self.transport.is_closing():
             return
         kind, _, name = path.strip("/").partition("/")
-        stem = name.partition(".")[0]
+        stem, _, _ = name.partition(".")
         number = int(stem) if stem.isdigit() else 0
         if kind == "hang":
-            return
+            return  # keep the connection open, and send nothing
         if kind == "reset":
             self.transport.abort()
         elif kind == "not_http":
@@ -224,7 +230,7 @@ class _Handler(asyncio.Protocol):
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
 
     def respond(self, kind: str, number: int, name: str) -> None:
-        """Write a complete response (of kind "cut": half of it)."""
+        """Write a complete response, or half of its body for the kind "cut"."""
         status = _STATUS.get(kind, "200 OK")
         body = self.encoded_body(kind, number)
         headers = self.extra_headers(kind, number, name)
@@ -241,7 +247,7 @@ class _Handler(asyncio.Protocol):
             self.transport.close()
 
     def encoded_body(self, kind: str, number: int) -> bytes:
-        """Return the body as it is sent."""
+        """Return the body with its Content-Encoding applied."""
         if kind == "robots.txt":
             return self.targets.get("robots", "").encode()
         if kind in _STATUS:
@@ -272,7 +278,7 @@ class _Handler(asyncio.Protocol):
         return extra
 
     def pour(self, piece: bytes, left: int, pause: float) -> None:
-        """Write a piece again and again, until `left` bytes are written or the client has left."""
+        """Write a piece repeatedly, until `left` bytes have been written or the client has disconnected."""
         if self.transport.is_closing() or left <= 0:
             return
         self.transport.write(piece)
@@ -304,9 +310,9 @@ def make_certificate(folder: Path) -> Path:
 
 
 def trust_store(folder: Path) -> Path:
-    """Write what this machine trusts, and the temporary certificate; for SSL_CERT_FILE.
+    """Write a file for SSL_CERT_FILE: the temporary certificate, and those that this machine trusts.
 
-    With the temporary certificate alone, TLS contexts would be cheaper than they are in reality.
+    Loading hundreds of trusted certificates is a cost of real TLS connections, which the measurement must include.
     """
     store = folder / "trusted.pem"
     certificates = make_certificate(folder).read_text()
@@ -335,7 +341,7 @@ def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
 def urls(
     count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX
 ) -> list[tuple[str, str, int]]:
-    """Return (URL, kind, number), over all hosts, with kinds drawn by the weights of `mix`."""
+    """Return (URL, kind, number) of each URL. They are spread over all hosts, and the kinds have the weights of `mix`."""
     random = np.random.default_rng(1)
     weights = np.array(list(mix.values()))
     kinds = random.choice(list(mix), size=count, p=weights / weights.sum())
@@ -352,7 +358,7 @@ async def serve(args: argparse.Namespace) -> None:
     if args.tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(args.tls / "cert.pem", args.tls / "key.pem")
-    # Encode all images now, and not while the time is measured.
+    # Fill the cache of `_body` now, so that encoding images does not slow the server down while a downloader is measured.
     for kind in EXPECTED:
         for number in range(POOL):
             body_of(kind, number)
@@ -363,7 +369,9 @@ async def serve(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--latency", type=float, default=0.1)
-    parser.add_argument("--tls", type=Path)
+    parser.add_argument("--port", type=int, default=0, help="Port; 0 selects a free one")
+    parser.add_argument(
+        "--latency", type=float, default=0.1, help="Seconds between a request and its response"
+    )
+    parser.add_argument("--tls", type=Path, help="Folder with cert.pem and key.pem, for https")
     asyncio.run(serve(parser.parse_args()))

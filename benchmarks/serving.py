@@ -1,4 +1,4 @@
-"""Run a server with OpenAI's API, send it requests for captions, and measure its memory."""
+"""Run a server that has OpenAI's API, send requests for captions to it, and measure its memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Server(NamedTuple):
     """A running server.
 
     Attributes:
-        url: Address, without a path.
-        memory: Its peak of resident bytes. Empty until the server has ended.
+        url: URL of the server, without a path.
+        memory: Peak resident memory in bytes. The list is empty while the server runs, and has one item afterward.
     """
 
     url: str
@@ -36,9 +36,9 @@ class Answer(NamedTuple):
     """The answer of a server to one request.
 
     Attributes:
-        texts: One per choice.
+        texts: The text of each choice.
         prompt_tokens: Number of positions of the prompt, image tokens included.
-        seconds: From the request to the complete answer.
+        seconds: Seconds from the request to the complete answer.
     """
 
     texts: list[str]
@@ -56,16 +56,19 @@ def running_server(command: Sequence[str]) -> Iterator[Server]:
     Args:
         command: The command without `--port`, which is appended.
     """
+    # With port 0, the operating system selects a free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        _, port = free.getsockname()
     server = Server(f"http://127.0.0.1:{port}", [])
     with tempfile.TemporaryFile() as log:
+        # The requests have no key, so a key of the user must not apply here.
         environment = dict(os.environ, LLAVA_API_KEY="")
-        words = [*command, "--port", str(port)]
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=environment, stdout=log, stderr=log
+        )
         try:
-            if not _wait_until_healthy(process, server.url):
+            if not wait_until_healthy(process, server.url):
                 log.seek(0)
                 text = log.read().decode(errors="replace")
                 raise SystemExit(f"{Path(command[0]).name} did not start:\n{text[-3000:]}")
@@ -74,8 +77,8 @@ def running_server(command: Sequence[str]) -> Iterator[Server]:
             server.memory.append(_stop(process))
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
-    """Return True when the server answers, or False if it has ended."""
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Wait for a server. Return True when it answers, or False when its process has ended."""
     while process.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/health").close()
@@ -87,7 +90,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
-    """Stop a server, and return its peak of resident bytes; 0 if it has ended before."""
+    """Stop a server, and return its peak resident memory in bytes; 0 if it has already ended."""
     if process.poll() is not None:
         return 0
     memory = peak_memory(process.pid)
@@ -127,28 +130,31 @@ def request_captions(url: str, body: dict[str, Any]) -> Answer:
 
 
 def measure_first_token(url: str, body: dict[str, Any]) -> float:
-    """Return the seconds until the first piece of an answer arrives."""
+    """Return the seconds from a request until the first text of its answer arrives."""
     request = _make_request(url, body | {"n": 1, "stream": True})
     start = time.perf_counter()
     with urllib.request.urlopen(request) as response:
         for line in response:
             if _has_text(line.decode()):
                 seconds = time.perf_counter() - start
-                response.read()
+                response.read()  # otherwise, the server would still be busy during the next measurement
                 return seconds
-    raise SystemExit("A server has streamed an answer without any text.")
+    raise SystemExit(
+        f"{url}: the streamed answer contains no text, so the time to the first token cannot be measured."
+    )
 
 
 def _make_request(url: str, body: dict[str, Any]) -> urllib.request.Request:
+    """Return the POST request with a body from `make_body`."""
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
     request.add_header("content-type", "application/json")
     return request
 
 
 def _has_text(line: str) -> bool:
-    """Return whether a line of a stream of events contains text of the answer."""
+    """Return whether a line of server-sent events contains text of the answer."""
     data = line.strip().removeprefix("data:").strip()
-    if not data.startswith("{"):
+    if not data.startswith("{"):  # an empty line, or the end of the stream: [DONE]
         return False
     choices = json.loads(data)["choices"]
     return any(choice["delta"].get("content") for choice in choices)

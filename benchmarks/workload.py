@@ -1,4 +1,4 @@
-"""What several benchmarks compute on: models, images, captions, and the data type of this machine."""
+"""Models, images, captions and helper functions that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 
 INSTRUCTION = "Generate a caption of this image:"
 MAX_CAPTION_LENGTH = 37  # tokens
-# Pieces of captions; the captions need not make sense, only have the right length.
+# Captions are composed of these phrases. They need not make sense, but must have a realistic length.
 PHRASES = (
     "red dog",
     "a car",
@@ -30,12 +30,11 @@ PHRASES = (
 
 
 def compute_dtype() -> str:
-    """Return the data type in which all sides compute: bfloat16, or float32 where that is faster.
-
-    The result is stored in an environment variable, so that all processes of a benchmark agree.
-    """
+    """Return the data type in which all sides compute: bfloat16, or float32 where that is faster."""
     from llava_simplified.doctor_command import has_fast_bfloat16
 
+    # Whether bfloat16 is fast is measured, and could differ between two measurements. Child processes inherit the
+    # variable, so all processes of a benchmark use the same data type.
     if "BENCH_DTYPE" not in os.environ:
         os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_bfloat16() else "float32"
     return os.environ["BENCH_DTYPE"]
@@ -45,7 +44,7 @@ def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]
     """Return the folders of a language model and of a vision tower.
 
     Args:
-        folder: Where to write the tower: random weights in the shape of CLIP ViT-B/16.
+        folder: Where to write the tower, which has random weights and the shape of CLIP ViT-B/16.
         language_model: Folder of SmolLM2-135M-Instruct; downloaded if None.
     """
     import torch
@@ -63,11 +62,11 @@ def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]
 def write_random_language_model(folder: Path, tokenizer: Path | None) -> Path:
     """Write a language model with random weights in the shape of SmolLM2-1.7B, and return its folder.
 
-    Random weights take the time and memory of trained ones. With 1.7 billion parameters, decoding is bound by
-    reading the weights.
+    The values of the weights do not affect time and memory. With 1.7 billion parameters, decoding is limited by
+    the memory bandwidth for reading the weights.
 
     Args:
-        folder: Where to write it.
+        folder: Where to write the model.
         tokenizer: Folder of SmolLM2-135M-Instruct, which has the same tokenizer; downloaded if None.
     """
     import torch
@@ -91,6 +90,7 @@ def write_random_language_model(folder: Path, tokenizer: Path | None) -> Path:
         eos_token_id=2,
     )
     torch.manual_seed(0)
+    # Create the weights in the final data type: in float32, they would need 7 GB.
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, compute_dtype()))
     try:
@@ -151,10 +151,10 @@ def write_data(folder: Path, images: int, captions: int) -> None:
 
 
 def draw_caption_lengths(count: int) -> list[int]:
-    """Return the number of tokens of the captions of each image.
+    """Return a caption length in tokens for each image.
 
-    A random projector makes the model generate without an end, so the lengths are drawn beforehand:
-    from 6 to 37 tokens, 12 on average, like those of Conceptual Captions.
+    With a random projector, the model generates no end token, so the lengths are drawn beforehand. They are like
+    those of Conceptual Captions: 6 to 37 tokens, 12 on average.
     """
     draw = random.Random(0)
     lengths = []
@@ -165,29 +165,31 @@ def draw_caption_lengths(count: int) -> list[int]:
 
 
 def peak_memory(pid: int) -> int:
-    """Return the peak of resident bytes of a running process, mapped files included.
+    """Return the peak resident memory of a running process in bytes, mapped files included.
 
-    `getrusage` does not tell it: a process starts with the peak of the one that has started it.
+    `getrusage` cannot be used: the peak that it returns for a new process begins with the peak of its parent.
     """
     status = Path(f"/proc/{pid}/status")
-    if not status.exists():  # not Linux: what it uses now
+    # Only Linux has this file. On other systems, the current memory is the best available value.
+    if not status.exists():
         return int(psutil.Process(pid).memory_info().rss)
     for line in status.read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    return 0  # it has just ended
+    return 0  # the process has just ended, and its status has no memory
 
 
-def option_words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line."""
-    words = []
+def option_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Return options as the arguments of a command line."""
+    arguments = []
     for name, value in options.items():
-        words += [f"--{name}", str(value)]
-    return words
+        arguments += [f"--{name}", str(value)]
+    return arguments
 
 
 def stock_projector_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of our projector of two layers under the names of stock LLaVA."""
+    """Return the weights of our two-layer projector under the names that they have in stock LLaVA."""
+    # Layer 1 is the activation function, which has no weights.
     stock_layers = {"0": "linear_1", "2": "linear_2"}
     renamed = {}
     for name, weight in weights.items():
@@ -196,15 +198,15 @@ def stock_projector_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def run_child(script: str, *words: object, name: str) -> str:
-    """Run a script in a separate process, and return what it prints.
+def run_child(script: str, *arguments: object, name: str) -> str:
+    """Run a Python script in a separate process, and return its standard output.
 
     Args:
         script: Path of the script.
-        words: Its arguments.
-        name: What runs, for the error message.
+        arguments: Command-line arguments of the script.
+        name: Name of the run in the error message.
     """
-    command = [sys.executable, script, *map(str, words)]
+    command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")

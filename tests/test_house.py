@@ -115,3 +115,30 @@ def test_there_is_no_import_cycle() -> None:
         assert leaves, f"an import cycle among {sorted(graph)}"
         for leaf in leaves:
             del graph[leaf]
+
+
+def test_benchmark_scripts_import_names_that_exist() -> None:
+    """No other test runs most of these scripts, so a function that was moved would be noticed only months later."""
+    trees = {}
+    for folder in ("benchmarks", "tests"):
+        for path in (PACKAGE.parent / folder).glob("*.py"):
+            trees[path.stem] = (folder, ast.parse(path.read_text(encoding="utf-8")))
+    for script, (folder, tree) in trees.items():
+        if folder != "benchmarks":
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module not in trees:
+                continue
+            _, imported = trees[node.module]
+            defined = {name for statement in imported.body for name in defined_names(statement)}
+            for alias in node.names:
+                assert alias.name in defined, f"{script}.py: {node.module} has no {alias.name}"
+
+
+def defined_names(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement at the top level of a module defines or imports."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {alias.asname or alias.name for alias in statement.names}
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}

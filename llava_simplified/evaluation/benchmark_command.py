@@ -4,8 +4,8 @@ Files in the output folder:
 
     records.jsonl                the images, with the instruction and the references
     greedy.jsonl, beam.jsonl     captions; an interrupted job continues, see `captioning/runner.py`
-    scores.json                  settings, scores with intervals, scores by domain, and the comparison of both
-    report.html                  the same as a page, with images and captions
+    scores.json                  settings, scores with intervals, scores by domain, and a comparison of both decodings
+    report.html                  the contents of scores.json as a page, with images and captions
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 
 BENCHMARK_NAMES = ("coco", "nocaps", "flickr30k", "textcaps")
 
-# Greedy search with the settings of lmms-eval's captioning tasks (temperature 0, 64 tokens). Beam search with those
-# of the BLIP-2 paper (5 beams, 30 tokens, length penalty 1).
+# Greedy search uses the settings of lmms-eval's captioning tasks (temperature 0, 64 tokens), and beam search those of
+# the BLIP-2 paper (5 beams, 30 tokens, length penalty 1), so that scores can be compared with published ones.
 DECODINGS = {
     "greedy": GenerationOptions(max_new_tokens=64, seed=0),
     "beam": GenerationOptions(max_new_tokens=30, num_beams=5, seed=0),
@@ -68,7 +68,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         "llava benchmark", "Caption a published benchmark, and score the captions."
     )
-    parser.add_argument("name", choices=BENCHMARK_NAMES, help="The benchmark")
+    parser.add_argument("name", choices=BENCHMARK_NAMES, help="Name of the benchmark")
     parser.add_argument(
         "folder",
         type=Path,
@@ -84,7 +84,7 @@ def build_parser() -> CommandParser:
         "--decoding",
         action="append",
         choices=list(DECODINGS),
-        help="Decoding of the captions; repeat the option for both (default: both; greedy with --endpoint)",
+        help="Decoding method of the captions; repeat the option to use both (default: both; greedy with --endpoint)",
     )
     parser.add_argument(
         "--instruction",
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava benchmark`.
 
     Returns:
-        The exit status: 1 if an image has no caption, so the scores are not those of the whole benchmark.
+        The exit status: 1 if an image has no caption, because the scores then cover only a part of the benchmark;
+        otherwise 0.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -115,11 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     decodings = _choose_decodings(args.decoding, endpoint)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: must be at least 1")
-    # Check the options of the server before the files are read.
+    # Reading a benchmark can take minutes, so check the options of the endpoint first.
     if endpoint is not None:
         require_extra("download", "aiohttp", purpose="--endpoint")
         endpoint.api_key()
-    instruction = _instruction(args, endpoint)
+    instruction = _choose_instruction(args, endpoint)
 
     # Import these only now, so that `--help` does not wait for numpy.
     from llava_simplified.evaluation.benchmark_sets import read_benchmark
@@ -128,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     images = benchmark.images[: args.limit]
     output = args.output or Path("benchmarks") / f"{benchmark.name}-{benchmark.split}"
     output.mkdir(parents=True, exist_ok=True)
-    # Caption as `llava caption` does, from a file of records. Thus an interrupted benchmark continues, and changed
-    # settings are noticed.
+    # Caption a file of records with the job of `llava caption`: it resumes after an interruption, and it does not
+    # continue a file that was written with different settings.
     records = output / "records.jsonl"
     _write_records(records, images, instruction)
     settings = _describe_settings(args, benchmark, len(images), instruction)
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     _write_results(args, output, runs, groups, settings, benchmark)
     if num_failed:
         logger.warning(
-            "Images without a caption: %d. The scores are not those of the whole benchmark. The reasons are in %s.",
+            "Images without a caption: %d. The scores cover only a part of the benchmark. The reasons are in %s.",
             num_failed,
             output / "*.bad.jsonl",
         )
@@ -157,13 +158,18 @@ def _choose_decodings(chosen: Sequence[str] | None, endpoint: EndpointOptions | 
         wanted = set(chosen or ["greedy"])
         if "beam" in wanted:
             raise ValueError(
-                "--decoding beam: OpenAI's API has no beam search. Leave the option out with --endpoint."
+                "--decoding beam: OpenAI's API has no beam search. With --endpoint, pass --decoding greedy or leave "
+                "the option out."
             )
     return [name for name in DECODINGS if name in wanted]
 
 
-def _instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> str:
-    """Return the instruction for every image: by default the one that the model was trained with."""
+def _choose_instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> str:
+    """Return the instruction for every image.
+
+    It is `--instruction`, or else the one that the checkpoint was trained with. An endpoint does not tell which
+    instruction its model was trained with, so it gets the default instruction.
+    """
     if args.instruction:
         return str(args.instruction)
     if endpoint is not None:
@@ -176,7 +182,8 @@ def _instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> 
 def _write_records(path: Path, images: Sequence[BenchmarkImage], instruction: str) -> None:
     """Write the records of the images, unless the file contains the same records already.
 
-    The modification time must stay the same: it is a setting of the job, which continues only with equal settings.
+    Writing the same text again would change the modification time of the file. This time is one of the settings of the
+    captioning job, which continues only if its settings are unchanged.
     """
     lines = []
     for image in images:
@@ -219,7 +226,11 @@ def _caption_all(
     output: Path,
     endpoint: EndpointOptions | None,
 ) -> int:
-    """Caption the images with each decoding, or continue; return the largest number of images without a caption."""
+    """Caption the images with each decoding; unfinished files are continued.
+
+    Returns:
+        The number of images without a caption; if the decodings differ, the larger number.
+    """
     from llava_simplified.captioning.runner import CaptionJob, caption_file, load_model
 
     model: Llava | None = None
@@ -240,7 +251,7 @@ def _caption_all(
         counts = caption_file(job, model)
         if not counts.captioned:
             raise ValueError(
-                f"{name}: none of the {counts.failed} images could be captioned; the reasons are in "
+                f"--decoding {name}: none of the {counts.failed} images could be captioned; the reasons are in "
                 f"{job.output}.bad.jsonl."
             )
         logger.info("%s: %d images captioned", name, counts.captioned)
@@ -259,16 +270,20 @@ def _score_all(
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.predictions import read_predictions
 
-    # Read the annotations once: those of COCO have hundreds of megabytes.
+    # Read the annotations once for all decodings, because COCO's files have hundreds of megabytes.
     instances = read_instances(benchmark.instances) if benchmark.instances else None
-    samples_of: dict[str, list[Sample]] = {}
+    samples_by_decoding: dict[str, list[Sample]] = {}
+    captioned: list[set[str]] = []
     for name in decodings:
-        samples_of[name] = read_predictions(output / f"{name}.jsonl").samples
-    # An image can fail with one decoding only. Scores on different images could not be compared.
-    common = set.intersection(*({s.image for s in samples} for samples in samples_of.values()))
+        samples = read_predictions(output / f"{name}.jsonl").samples
+        samples_by_decoding[name] = samples
+        captioned.append({sample.image for sample in samples})
+    # An image can have a caption of one decoding and none of the other. Leave it out of both, because scores on
+    # different images cannot be compared.
+    captioned_by_all = set.intersection(*captioned)
     runs = []
-    for name, samples in samples_of.items():
-        kept = [sample for sample in samples if sample.image in common]
+    for name, samples in samples_by_decoding.items():
+        kept = [sample for sample in samples if sample.image in captioned_by_all]
         runs.append(Run(name, kept, _score(args, kept, instances)))
     return runs
 
@@ -276,7 +291,7 @@ def _score_all(
 def _score(
     args: argparse.Namespace, samples: Sequence[Sample], instances: References | None = None
 ) -> Evaluation:
-    """Score samples. CHAIR is computed if the objects of the images are annotated."""
+    """Score samples. `instances` are the annotated objects of the images, for CHAIR; None skips it."""
     from llava_simplified.evaluation.chair import annotated_objects
     from llava_simplified.evaluation.metrics import evaluate
     from llava_simplified.evaluation.predictions import read_sample_images
@@ -296,8 +311,8 @@ def _score(
 
 
 def _add_notes(runs: Sequence[Run], benchmark: BenchmarkSet, num_images: int) -> None:
-    """Put notes on missing images before all other notes of the runs."""
-    # First the images that are missing from the folder, as they explain why captions are missing.
+    """Insert notes on missing images before the other notes of each run."""
+    # Begin with the images that are missing from the folder, because they explain why captions are missing.
     notes = list(benchmark.notes)
     if num_images < len(benchmark.images):
         notes.append(f"--limit: only the first {num_images} of {len(benchmark.images)} images")
@@ -314,7 +329,7 @@ def _score_domains(
 ) -> dict[str, dict[str, Evaluation]]:
     """Return the scores by run and domain.
 
-    Each domain is scored as a set of its own: CIDEr's document frequencies are those of the domain.
+    Each domain is scored separately: CIDEr's document frequencies are counted in the references of the domain only.
     """
     from llava_simplified.evaluation.benchmark_sets import images_by_domain
 
@@ -322,7 +337,7 @@ def _score_domains(
     for run in runs:
         for domain, names in images_by_domain(benchmark.images).items():
             samples = [sample for sample in run.samples if sample.image in names]
-            if samples:  # --limit may leave none
+            if samples:  # with --limit, a domain may have no images
                 groups.setdefault(run.name, {})[domain] = _score(args, samples)
     return groups
 
@@ -353,7 +368,7 @@ def _write_results(
         for domain, result in domains.items():
             print_text(f"{run.name}, {domain}: {format_table(result)}")
         scores[run.name]["domains"] = {name: to_json(domains[name]) for name in domains}
-    # Compare each further decoding with the first one.
+    # Compare every other decoding with the first one.
     for run in runs[1:]:
         first = runs[0]
         comparison = compare_runs(first.samples, first.result, run.samples, run.result)

@@ -1,13 +1,13 @@
-"""Find the images and references of captioning benchmarks, in the folder structures that are in use.
+"""Find the images and references of captioning benchmarks, in the folder structures that their copies usually have.
 
     coco         dataset_coco.json (Karpathy's splits), val2014/, train2014/; or annotations/captions_val2017.json, val2017/
     flickr30k    dataset_flickr30k.json, flickr30k-images/
     nocaps       nocaps_val_4500_captions.json, images/
     textcaps     TextCaps_0.1_val.json, train_images/
 
-The files may be in the folder itself or in one of its subfolders. They are recognized by their names. Images are found by
-the names in the file; those of COCO also by their other name, since the releases of 2014 and 2017 name the same image
-differently.
+The files may be in the folder itself or in one of its subfolders, and are recognized by their names. Images are found by
+the names in these files. COCO's images are found by two names, because the releases of 2014 and 2017 name the same
+image differently.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BenchmarkImage:
     Attributes:
         image: Its path, relative to the folder of the benchmark.
         references: Reference captions.
-        domain: The part of the benchmark that it belongs to; empty if there are no parts.
+        domain: Domain of nocaps that the image belongs to; empty in the other benchmarks.
     """
 
     image: str
@@ -54,7 +54,7 @@ class BenchmarkSet:
         images: The images, in the order of the file.
         source: The file with the references.
         instances: COCO instance annotations of the images; empty if there are none.
-        notes: What a reader of the scores must know.
+        notes: Sentences for the reader of the scores, for example about missing images.
     """
 
     name: str
@@ -67,7 +67,7 @@ class BenchmarkSet:
 
 
 class _Entry(NamedTuple):
-    """An image as a file describes it, with its possible file names, the likeliest first."""
+    """An image as a benchmark's file describes it. `names` are its possible file names, the likeliest first."""
 
     names: tuple[str, ...]
     references: tuple[str, ...]
@@ -75,7 +75,14 @@ class _Entry(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where a split is: the file with the references, its reader, and the folders that may contain the images."""
+    """Where the data of a split is.
+
+    Attributes:
+        file: Name of the file with the references.
+        read: Reader of this file: (its JSON content, the split) -> its images.
+        image_folders: Folders that may contain the images.
+        instances: Name of the file of COCO instance annotations; empty if there is none.
+    """
 
     file: str
     read: Callable[[Any, str], Iterator[_Entry]]
@@ -92,7 +99,7 @@ def _read_karpathy(content: Any, split: str) -> Iterator[_Entry]:
         if image["split"] != split:
             continue
         names = [image["filename"]]
-        if image.get("filepath"):  # of COCO
+        if image.get("filepath"):  # only dataset_coco.json has it
             names.insert(0, f"{image['filepath']}/{image['filename']}")
         if "cocoid" in image:
             names += _coco_2017_names(image["cocoid"])
@@ -105,7 +112,7 @@ def _read_karpathy(content: Any, split: str) -> Iterator[_Entry]:
 def _coco_2017_names(image_id: int) -> Iterator[str]:
     """Yield the possible names of an image of COCO in the release of 2017.
 
-    It has the images of 2014, but some of them in the other split.
+    This release has the same images as the one of 2014, but moved some of them from val to train.
     """
     name = f"{image_id:012}.jpg"
     for folder in _COCO_2017_FOLDERS:
@@ -115,7 +122,7 @@ def _coco_2017_names(image_id: int) -> Iterator[str]:
 
 def _read_coco(content: Any, split: str) -> Iterator[_Entry]:
     """Read a COCO caption file: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`."""
-    # An annotation of an image that is not listed raises KeyError, because its caption would be lost.
+    # An annotation whose image is not listed raises KeyError below. If it were skipped, its caption would be lost.
     captions: dict[object, list[str]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
@@ -136,7 +143,8 @@ def _read_textcaps(content: Any, split: str) -> Iterator[_Entry]:
     for row in content["data"]:
         image_id = row["image_id"]
         known = references.setdefault(image_id, [])
-        # Every row contains all captions of its image. In some versions of the file, it contains only one of them.
+        # In the published file, every row repeats all captions of its image (`reference_strs`). Some copies of it have
+        # only the caption of the row (`caption_str`).
         for text in row.get("reference_strs") or [row["caption_str"]]:
             if text not in known:
                 known.append(text)
@@ -148,18 +156,18 @@ def _read_textcaps(content: Any, split: str) -> Iterator[_Entry]:
 
 # ---- benchmarks ----
 
-# Folders of the images. Copies of the data sets from different sites have different ones.
-_ANYWHERE = ("", "images")
-_COCO_FOLDERS = (*_ANYWHERE, "train2014", "val2014")
+# Folders that may contain the images. Their names differ between the sites that distribute copies of the data sets.
+_COMMON_FOLDERS = ("", "images")
+_COCO_FOLDERS = (*_COMMON_FOLDERS, "train2014", "val2014")
 _FLICKR_FOLDERS = (
     "flickr30k-images",
     "flickr30k_images",
     "flickr30k_images/flickr30k_images",
     "Images",
-    *_ANYWHERE,
+    *_COMMON_FOLDERS,
 )
-_NOCAPS_FOLDERS = (*_ANYWHERE, "val", "validation", "images/val")
-_TEXTCAPS_FOLDERS = ("train_images", "train_val_images/train_images", *_ANYWHERE)
+_NOCAPS_FOLDERS = (*_COMMON_FOLDERS, "val", "validation", "images/val")
+_TEXTCAPS_FOLDERS = ("train_images", "train_val_images/train_images", *_COMMON_FOLDERS)
 
 
 def _coco_source(split: str) -> _Source:
@@ -205,7 +213,7 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     split = split or next(iter(splits))
     if split not in splits:
         raise ValueError(
-            f"--split {split}: {name} has references for {', '.join(splits)} only; pass one of these."
+            f"--split {split}: {name} has no references for this split. Pass one of {', '.join(splits)}."
         )
     source = splits[split]
     path = _find_file(folder, source.file)
@@ -223,10 +231,10 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     images, num_missing = _locate_images(entries, folder, source.image_folders)
     notes = []
     if num_missing:
-        # They keep their records. Captioning will count and list them, as their files do not exist.
+        # Missing images stay in the list: captioning counts them as failed, and writes their names to a file.
         notes.append(f"{num_missing} of {len(images)} images of the benchmark are not in {folder}")
     if name == "nocaps" and not any(entry.domain for entry in entries):
-        notes.append(f"{path.name} names no domains, so there are no scores by domain")
+        notes.append(f"{path.name} contains no domains, so there are no scores by domain")
     instances: tuple[Path, ...] = ()
     if source.instances:
         found = _find_file(folder, source.instances)
@@ -277,10 +285,10 @@ def _read_entries(path: Path, source: _Source, split: str) -> list[_Entry]:
 
 
 def _check_entry(entry: _Entry) -> None:
-    """Raise an error unless names and references are texts, and one reference is not empty."""
+    """Raise an error unless all names and references are strings, and at least one reference is not blank."""
     for text in (*entry.names, *entry.references):
         if not isinstance(text, str):
-            raise TypeError(f"expected a text, got {text!r}")
+            raise TypeError(f"expected a string, got {text!r}")
     if not any(text.strip() for text in entry.references):
         raise ValueError(f"the image {entry.names[0]!r} has no reference caption")
 
@@ -288,10 +296,10 @@ def _check_entry(entry: _Entry) -> None:
 def _locate_images(
     entries: Sequence[_Entry], folder: Path, image_folders: Sequence[str]
 ) -> tuple[list[BenchmarkImage], int]:
-    """Return the images with their paths, and how many are missing.
+    """Return the images with their paths, and the number of images that are missing from the folder.
 
     Raises:
-        ValueError: All are missing.
+        ValueError: All images are missing.
     """
     images = []
     num_missing = 0
@@ -300,14 +308,14 @@ def _locate_images(
         if path is None:
             num_missing += 1
             path = entry.names[0]
-        # Published files contain some empty captions. Drop them; `_check_entry` has found one that is not empty.
+        # Published files contain some empty captions. Drop them; `_check_entry` has made sure that a caption remains.
         references = tuple(text for text in entry.references if text.strip())
         images.append(BenchmarkImage(path, references, entry.domain))
     if num_missing == len(entries):
         expected = ", ".join(name or "the folder itself" for name in image_folders)
         raise ValueError(
-            f"{folder}: none of the {num_missing} images is there, for example {entries[0].names[0]!r}. "
-            f"Images are expected in {expected}."
+            f"{folder}: none of the {num_missing} images was found, for example {entries[0].names[0]!r}. "
+            f"The images must be in one of these folders: {expected}."
         )
     return images, num_missing
 
@@ -318,7 +326,10 @@ def _locate_image(names: Sequence[str], folder: Path, image_folders: Sequence[st
         # The file is untrusted: a name such as "../../secret.png" must not lead out of the folder.
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"the image name {name!r} leads out of the folder.")
+            raise ValueError(
+                f"{folder}: the benchmark's file has the image name {name!r}, which leads out of the folder; image "
+                "names must be relative paths without '..'."
+            )
         for image_folder in image_folders:
             path = PurePosixPath(image_folder) / name
             if (folder / path).is_file():
@@ -331,7 +342,7 @@ def images_by_domain(images: Sequence[BenchmarkImage]) -> Mapping[str, set[str]]
     found: dict[str, set[str]] = {}
     for image in images:
         found.setdefault(image.domain, set()).add(image.image)
-    # Sort the domains. Without domains, the only key is "", which is left out.
+    # Put the domains into the order of `_DOMAINS`. In a benchmark without domains, the only key is "", which is left out.
     by_domain: dict[str, set[str]] = {}
     for domain in _DOMAINS.values():
         if domain in found:

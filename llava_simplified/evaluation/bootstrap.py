@@ -87,7 +87,7 @@ class ScoreTable:
 
 
 class _Column(NamedTuple):
-    """One name of a metric, with the statistics of its trials and of the best captions."""
+    """One column of the table of scores: a metric's name, with the statistics of the trials and of the best captions."""
 
     name: str
     name_index: int  # index in `Metric.names`
@@ -101,7 +101,7 @@ class _Column(NamedTuple):
 
 
 def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> ScoreTable:
-    """Compute the score of each trial, their mean and the best per image, all with intervals.
+    """Compute the score of each trial, their mean, and the score of the best captions, all with intervals.
 
     Args:
         metrics: Metrics of the same trials and images.
@@ -120,7 +120,8 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
         values = column.score(column.statistics.sum(axis=1), num_images)  # (trials + 1,)
         for trial, scores in enumerate(table.trials):
             scores[column.name] = _with_interval(values[trial], resampled[:, trial])
-        # Compute the interval of the mean from the means of the resamples: trials of one image are not independent.
+        # For the interval of the mean, average the trials within each resample. Treating the trials as more images
+        # would give an interval that is too narrow, because the captions of one image are not independent.
         mean_resampled = resampled[:, :-1].mean(axis=1)
         table.mean[column.name] = _with_interval(values[:-1].mean(), mean_resampled)
         table.resampled[column.name] = mean_resampled
@@ -130,9 +131,9 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
 
 
 def _columns(metric: Metric) -> list[_Column]:
-    """Split a metric into its names, and append the statistics of the best caption of each image."""
+    """Return a column for each name of a metric, with the statistics of the best caption of each image appended."""
     columns = []
-    per_image = metric.finish(metric.statistics, 1)  # treat each image as a corpus
+    per_image = metric.finish(metric.statistics, 1)  # score each image as a corpus of one image
     for index, name in enumerate(metric.names):
         scores = per_image[..., index]
         # Select the trial with the best score for each image, and for each name separately: the best
@@ -149,12 +150,12 @@ def _resample(
 ) -> list[np.ndarray]:
     """Return the scores of each column on each resample, arrays (resamples, trials + 1).
 
-    CIDEr's document frequencies remain those of the whole set. If they were computed on a resample, the rare n-grams of
-    an image that is drawn twice would look common.
+    CIDEr's document frequencies are still counted on all images. If they were counted on a resample, the rare n-grams
+    of an image that is drawn twice would look common.
     """
     generator = np.random.default_rng(seed)
     probabilities = [1 / num_images] * num_images
-    # Number of resamples at a time.
+    # Number of resamples that are drawn at a time.
     chunk = max(1, MAX_DRAWS // num_images)
     scores = [np.empty((resamples, len(column.statistics))) for column in columns]
     for start in range(0, resamples, chunk):
@@ -169,7 +170,7 @@ def _resample(
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> Score:
-    """Return a score with the interval of its values on the resamples; without one if there are no resamples."""
+    """Return a score with its interval, the percentiles of the resampled scores; without resamples, no interval."""
     if not len(resampled):
         return Score(float(value))
     low, high = np.percentile(resampled, INTERVAL_PERCENTILES)

@@ -32,7 +32,7 @@ _VOCABULARY = "coco_objects.yaml"
 # A hyphenated word is one token: "man-made" does not mention a man. Punctuation marks are tokens: "hot, dog"
 # does not mention a hot dog.
 _TOKEN = re.compile(r"\w+(?:[-/]\w+)*|[^\w\s]")
-_MAX_SHOWN = 3
+_MAX_SHOWN = 3  # images that an error message names
 
 
 class Vocabulary(NamedTuple):
@@ -71,7 +71,7 @@ def load_vocabulary() -> Vocabulary:
     singular_of = {}
     for word in known:
         for plural in _plurals(word):
-            if plural not in known:  # "skis" is a category
+            if plural not in known:  # "skis" is a category itself, and stays "skis"
                 singular_of[plural] = word
     singular_of.update(content["irregular_plurals"])
     return Vocabulary(category_of, double_words, singular_of)
@@ -129,7 +129,8 @@ def chair_metrics(
         references: References by image.
         annotated: The categories that are annotated in each image.
     """
-    counts = np.zeros((len(captions), len(references), 2))  # hallucinated, mentioned
+    # Last axis: number of hallucinated mentions, number of all mentions.
+    counts = np.zeros((len(captions), len(references), 2))
     for image, group in enumerate(references):
         # Annotations miss some objects, mostly small ones, which the references may mention.
         present = set(annotated[image])
@@ -140,16 +141,31 @@ def chair_metrics(
             hallucinated = [name for name in mentions if name not in present]
             counts[trial, image] = len(hallucinated), len(mentions)
 
-    # Bootstrap resamples sum these arrays over images; the functions turn the sums into scores. Lower is better.
+    # The bootstrap sums these arrays over the images of a resample; `finish` turns the sums into scores.
     has_hallucination = (counts[..., :1] > 0).astype(float)
     return [
-        Metric(("CHAIRs",), has_hallucination, lambda sums, images: sums / images, True),
-        Metric(("CHAIRi",), counts, _share_of_mentions, True),
+        Metric(
+            names=("CHAIRs",),
+            statistics=has_hallucination,
+            finish=lambda sums, num_images: sums / num_images,
+            lower_is_better=True,
+        ),
+        Metric(
+            names=("CHAIRi",),
+            statistics=counts,
+            finish=_share_of_mentions,
+            lower_is_better=True,
+        ),
     ]
 
 
 def _share_of_mentions(sums: np.ndarray, num_images: int) -> np.ndarray:
-    """Return hallucinated / mentioned; 0 if nothing is mentioned. `num_images` is not used."""
+    """Return hallucinated / mentioned; 0 if nothing is mentioned.
+
+    Args:
+        sums: Numbers of hallucinated and of all mentions, (..., 2).
+        num_images: Not used, because CHAIRi is a mean over mentions.
+    """
     hallucinated = sums[..., :1]
     mentioned = sums[..., 1:]
     return np.divide(hallucinated, mentioned, out=np.zeros_like(hallucinated), where=mentioned > 0)
@@ -162,10 +178,12 @@ def read_instances(paths: Sequence[Path]) -> References:
     """Read COCO instance annotations, such as instances_val2014.json.
 
     Args:
-        paths: Files of `{"images", "annotations", "categories"}`. The images of Karpathy's splits are in two of them.
+        paths: Files of `{"images", "annotations", "categories"}`. Karpathy's splits need two files: those of train2014
+            and val2014.
 
     Returns:
-        The categories of each image, in the class for reference captions, which finds them by the image's name.
+        The categories of each image. They take the place of the captions in `References`, which finds them by the
+        image's name.
 
     Raises:
         ValueError: A file cannot be read, has another form, or has a category that is not one of COCO's 80.
@@ -198,6 +216,7 @@ def _add_instances(
     category_names = {}
     for category in content["categories"]:
         name = str(category["name"])
+        # Only a category is mapped to itself. Other words, such as "puppy", are mapped to their category.
         if known.get(name) != name:
             raise ValueError(f"the category {name!r} is not one of COCO's 80 object categories")
         category_names[category["id"]] = name
@@ -237,6 +256,7 @@ def annotated_objects(images: Sequence[str], instances: References) -> list[tupl
         shown = ", ".join(map(repr, missing[:_MAX_SHOWN]))
         raise ValueError(
             f"--instances: {len(missing)} of {len(images)} images are not in the files, for example {shown}. "
-            "Repeat the option for the other files (Karpathy's splits need train2014 and val2014)."
+            "Repeat the option for the other files (Karpathy's splits need instances_train2014.json and "
+            "instances_val2014.json)."
         )
     return objects

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
-PROMPT = "A photo depicts "  # the prefix of the paper
+PROMPT = "A photo depicts "  # prefix of every text in the CLIPScore paper
 CLIP_SCORE_WEIGHT = 2.5  # scales the cosines, which are rarely above 0.4, to [0, 1]
 
 
@@ -53,6 +53,7 @@ def clip_scores(
     image_embeddings = embedder.embed_images(images)
 
     def rows(group: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings of texts, (texts, embedding size)."""
         return text_embeddings[[row_of_text[text] for text in group]]
 
     # The embeddings have length 1, so a dot product is a cosine.
@@ -68,7 +69,7 @@ def clip_scores(
     reference_cosine = torch.stack(closest, dim=1).clamp(min=0).numpy()
 
     total = score + reference_cosine
-    # The mean is 0 where both are 0.
+    # Where both scores are 0, the mean is 0, and not 0 / 0.
     harmonic_mean = np.divide(
         2 * score * reference_cosine,
         total,
@@ -83,8 +84,8 @@ class ClipEmbedder:
 
     Args:
         folder: Folder of a `transformers.CLIPModel`.
-        device: Where the model runs.
-        option: The option that names the folder, for errors.
+        device: Device of the model.
+        option: Command-line option of the folder, for error messages.
 
     Raises:
         ValueError: The folder does not contain a complete CLIP model.
@@ -115,8 +116,8 @@ class ClipEmbedder:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{option}: {folder} is not the folder of a complete CLIP model (text model, vision model, tokenizer and "
-                f"image processor); a vision tower is not sufficient ({reason})"
+                f"{option}: {folder} does not contain a complete CLIP model ({reason}). Pass a folder with text model, "
+                "vision model, tokenizer and image processor; a vision tower is not sufficient."
             ) from None
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:

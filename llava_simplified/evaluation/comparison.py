@@ -2,14 +2,14 @@
 
 Whether the intervals of two runs overlap says little about their difference. Most of the width of an interval comes from
 the choice of images (some are harder than others), which is the same for both runs. So each bootstrap resample is scored
-for both runs, and the interval is that of the differences.
+for both runs, and the interval is computed from the differences.
 
     resample       0      1      2     ...
     first run    0.61   0.58   0.64
     second run   0.63   0.61   0.66
     difference   0.02   0.03   0.02    ...   ->  interval of the difference
 
-Equal seeds draw equal resamples, so the differences are those of the stored resamples of `Evaluation`.
+Runs with equal seeds are scored on equal resamples. So it is enough to subtract the scores in `Evaluation.resampled`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llava_simplified.evaluation.metrics import (
     normalize_caption,
 )
 
-# Changed images are sorted by the difference of the first metric, and by the second one if it is equal.
+# Changed images are sorted by the difference of the first metric. The second metric decides between equal differences.
 RANK_METRICS = ("word F1", "CIDEr-D")
 _EQUAL = 1e-9  # smaller differences are rounding errors
 
@@ -41,9 +41,9 @@ class Difference:
 
     Attributes:
         score: Second minus first, with the interval of the paired bootstrap.
-        num_better: Images on which the second run is better.
-        num_worse: Images on which it is worse.
-        num_equal: The other images.
+        num_better: Number of images on which the second run is better.
+        num_worse: Number of images on which the second run is worse.
+        num_equal: Number of images on which both have the same score.
     """
 
     score: Score
@@ -62,8 +62,8 @@ class ChangedImage:
     """An image for which the runs generated different captions.
 
     Attributes:
-        position: Its position among the samples.
-        differences: Second minus first, by metric.
+        position: Position of the image among the samples.
+        differences: Score of the second run minus score of the first run, by metric.
     """
 
     position: int
@@ -75,7 +75,7 @@ class Comparison:
     """Two runs on the same images.
 
     Attributes:
-        differences: By metric, in the order of `METRIC_NAMES`.
+        differences: The differences by metric, in the order of `METRIC_NAMES`.
         changed: The images whose captions changed, the greatest gain first, the greatest loss last.
     """
 
@@ -86,8 +86,8 @@ class Comparison:
 def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
     """Return samples in the order of other samples; None if their images differ.
 
-    Two programs may number and name the same images differently. If index or image differ, images are matched by the
-    rules of `data/names.py`, and get the index and the name in `order`.
+    Two programs may number and name the same images differently. If an index or a name differs, images are matched by
+    the rules of `data/names.py`, and the returned samples have the indices and names of `order`.
     """
     return _align_by_key(samples, order) or _align_by_name(samples, order)
 
@@ -170,10 +170,10 @@ def compare_runs(
     for position, (before, after) in enumerate(zip(first_samples, second_samples)):
         if _normalized(before) == _normalized(after):
             continue
-        of_image = {}
+        image_differences = {}
         for name, change in per_image.items():
-            of_image[name] = float(change[position])
-        changed.append(ChangedImage(position, of_image))
+            image_differences[name] = float(change[position])
+        changed.append(ChangedImage(position, image_differences))
     changed.sort(key=_gain, reverse=True)
     return Comparison(differences, changed)
 
@@ -188,7 +188,8 @@ def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
     value = second.mean[name].value - first.mean[name].value
     before = first.resampled.get(name)
     after = second.resampled.get(name)
-    if before is None or after is None or not len(before):  # no bootstrap, as for METEOR and SPICE
+    # There is no bootstrap with --resamples 0, and never one of METEOR and SPICE.
+    if before is None or after is None or not len(before):
         return Score(value)
     # Resample i of both runs has the same images, so subtract the resamples pairwise.
     low, high = np.percentile(after - before, INTERVAL_PERCENTILES)

@@ -29,8 +29,8 @@ def build_parser() -> CommandParser:
         "predictions",
         nargs="+",
         type=Path,
-        help="Prediction files (.json or .jsonl), or COCO results with --references; each further "
-        "file is compared with the first",
+        help="Prediction files (.json or .jsonl), or COCO results with --references; the first file is "
+        "the baseline with which the others are compared",
     )
     parser.add_argument(
         "--references",
@@ -44,12 +44,12 @@ def build_parser() -> CommandParser:
         action="append",
         default=[],
         help="COCO instance annotations (instances_val2014.json), for CHAIR, the fraction of mentioned objects that "
-        "are not in the image; repeat the option for several files",
+        "are not in the image; repeat the option to pass several files",
     )
     parser.add_argument(
         "--train-captions",
         type=Path,
-        help="Training records, for the shares of novel captions and of unseen references",
+        help="Training records, to count the captions and references that do not occur in them",
     )
     add_image_folder_option(parser, default="the current folder")
     parser.add_argument("--output", type=Path, help="Output file (JSON) for the scores")
@@ -57,7 +57,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--log",
         type=Path,
-        help="Training log (trainer_log.jsonl), for the curves in the report (default: that of "
+        help="Training log (trainer_log.jsonl), for the curves in the report (default: the log in "
         "--model-path)",
     )
     parser.add_argument(
@@ -75,7 +75,7 @@ def build_parser() -> CommandParser:
 
 
 def add_scoring_options(parser: CommandParser) -> None:
-    """Add the options of scores that `llava evaluate` and `llava benchmark` share."""
+    """Add the scoring options that `llava evaluate` and `llava benchmark` share."""
     parser.add_argument(
         "--clip",
         type=Path,
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate_files(
     paths: Sequence[Path], args: argparse.Namespace, train_captions: set[str] | None
 ) -> list[Run]:
-    """Score all files, with the images in the order of the first one."""
+    """Score all files. Later files are put into the image order of the first one, if they have the same images."""
     from llava_simplified.evaluation.chair import annotated_objects, read_instances
     from llava_simplified.evaluation.comparison import align_samples
     from llava_simplified.evaluation.evaluation_report import Run
@@ -156,10 +156,11 @@ def _evaluate_files(
     image_folder = Path(args.image_folder or ".")
     runs: list[Run] = []
     for path, name in zip(paths, name_runs(paths)):
-        read = read_predictions(path, references)
-        samples = read.samples
+        predictions = read_predictions(path, references)
+        samples = predictions.samples
         if runs:
-            # Put the images into the order of the first run, because paired resamples use positions.
+            # The paired bootstrap identifies an image by its position, so all runs must have the same order.
+            # A file with other images keeps its order; it is scored, but not compared.
             samples = align_samples(samples, runs[0].samples) or samples
         images: list[bytes] = []
         if args.clip:  # only CLIPScore needs the images
@@ -178,8 +179,8 @@ def _evaluate_files(
             seed=args.seed,
         )
         # Put the notes about the files before those about the metrics.
-        result.notes[:0] = read.notes
-        result.counts = read.counts
+        result.notes[:0] = predictions.notes
+        result.counts = predictions.counts
         runs.append(Run(name, samples, result))
         print_text(f"{name}: {format_table(result)}")
     return runs
@@ -189,7 +190,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     """Compare each run with the first one, and print the differences.
 
     Returns:
-        The comparisons by the name of the later run. A run on other images is not compared.
+        The comparisons by the name of the later run. A run on other images has no comparison.
     """
     from llava_simplified.evaluation.comparison import (
         align_samples,
@@ -202,7 +203,9 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     comparisons = {}
     for run in runs[1:]:
         if align_samples(run.samples, first.samples) is None:
-            text = f"{run.name} and {first.name} are on different images: they are not compared\n"
+            text = (
+                f"{run.name} and {first.name} contain different images, so they are not compared.\n"
+            )
         else:
             comparison = compare_runs(first.samples, first.result, run.samples, run.result)
             comparisons[run.name] = comparison
@@ -238,12 +241,12 @@ def _checkpoint_settings(folder: Path) -> dict[str, str]:
 
 
 def _training_log(args: argparse.Namespace) -> Path | None:
-    """Return the log for the curves in the report: `--log`, or that of the checkpoint, or None."""
+    """Return the log for the curves in the report: `--log`, or the log of the checkpoint, or None."""
     if args.log:
         return args.log
     if args.model_path:
         log = args.model_path / "trainer_log.jsonl"
-        if log.is_file():  # an imported checkpoint has none
+        if log.is_file():  # a checkpoint from `llava import` has no log
             return log
     return None
 
@@ -256,10 +259,10 @@ def format_table(result: Evaluation) -> str:
     from llava_simplified.evaluation.comparison import align_columns
     from llava_simplified.evaluation.metrics import METRIC_NAMES
 
-    columns = _further_columns(result)
+    columns = _extra_columns(result)
     header = ["metric", "score", "95 % interval"]
     if len(result.trials) > 1:
-        # With several trials, each has a column of its own.
+        # Each trial has its own column, after the interval of the mean.
         header[1] = "mean"
     for title, _ in columns:
         header.append(title)
@@ -274,7 +277,8 @@ def format_table(result: Evaluation) -> str:
             interval = f"{low:.4f} to {high:.4f}"
         cells = [name, f"{value:.4f}", interval]
         for _, scores in columns:
-            # Leave the cell empty for CLIPScore and the Java metrics, which exist for the trials only.
+            # Leave the cell empty for CLIPScore, CHAIR and the Java metrics, which are not computed for shuffled
+            # captions and for unseen images.
             cell = ""
             if name in scores:
                 cell = f"{scores[name].value:.4f}"
@@ -291,7 +295,7 @@ def format_table(result: Evaluation) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _further_columns(result: Evaluation) -> list[tuple[str, Scores]]:
+def _extra_columns(result: Evaluation) -> list[tuple[str, Scores]]:
     """Return the columns after the mean and its interval, with their titles."""
     columns: list[tuple[str, Scores]] = []
     for number, scores in enumerate(result.trials, 1):
@@ -306,18 +310,18 @@ def _further_columns(result: Evaluation) -> list[tuple[str, Scores]]:
 
 
 def _format_text_statistics(result: Evaluation) -> list[str]:
-    """Return length, variety and repetition as lines of text, each beside those of the references."""
+    """Return length, variety and repetition as lines of text, each with the value of the references."""
     rows = []
     for name, value in result.text.items():
-        of_references = result.reference_text[name]
-        rows.append(f"{name}: {value:.4g} (references: {of_references:.4g})")
+        reference_value = result.reference_text[name]
+        rows.append(f"{name}: {value:.4g} (references: {reference_value:.4g})")
     return rows
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
-    """Return the scores of the whole set as JSON values.
+    """Return the corpus scores as JSON values, without the scores of single images.
 
-    A score is the list [value, low, high]; undefined numbers are null.
+    A score is a list [value, low, high]. Numbers that were not computed are null.
     """
     return {
         "images": result.num_images,
@@ -361,5 +365,5 @@ def comparison_to_json(first: Run, comparison: Comparison) -> dict[str, object]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace halves of surrogate pairs. Names of files can contain them, but UTF-8 cannot encode them."""
+    """Replace lone surrogates by "?". File names can contain them, but UTF-8 cannot encode them."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -56,13 +56,13 @@ UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
 # Metrics that are shown in percent.
 PERCENT_METRICS = ("exact match", "CHAIRs", "CHAIRi")
 
-# Colors of the report's style sheet.
+# Numbers of the colors in the report's style sheet (classes c0 to c5).
 _BLUE, _ORANGE, _GRAY = 0, 1, 5
 
 
 @dataclass(frozen=True)
 class Run:
-    """The captions of one model or checkpoint."""
+    """The captions of one model or checkpoint, and their scores."""
 
     name: str
     samples: Sequence[Sample]
@@ -71,15 +71,15 @@ class Run:
 
 @dataclass(frozen=True)
 class RunPanel:
-    """Contents of the panels of a run.
+    """Contents of the panels of a run: memorization, and words with an unusual frequency.
 
     Attributes:
         number: Number of the run, which determines its color.
         name: Name of the run.
-        result: Its scores.
-        unseen_scores: Its scores on images with unseen references, as text.
-        overused: Words that it generates too often.
-        underused: Words that it generates too rarely.
+        result: Scores of the run.
+        unseen_scores: Scores on images whose references are not in the training data, as text.
+        overused: Words that the model generates too often.
+        underused: Words that the model generates too rarely.
     """
 
     number: int
@@ -112,9 +112,9 @@ def write_report(
         image_folder: Image folder.
         settings: Settings for the table at the end.
         log: `trainer_log.jsonl`, for the training curves.
-        train_captions: Normalized training captions, for marking images with unseen references.
-        comparisons: Comparisons of later runs with the first of `runs`, by the names of the later ones.
-        groups: Scores of parts of the images, such as the domains of nocaps, by run and part.
+        train_captions: Normalized training captions. They mark images whose references are not among them.
+        comparisons: Comparisons with the first of `runs`, by the name of the run that is compared with it.
+        groups: Scores of subsets of the images, such as the domains of nocaps, by run and subset.
 
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
@@ -209,7 +209,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
 
 def _image_key(sample: Sample) -> tuple[str, str]:
-    """Return what identifies an image in all runs."""
+    """Return the key that identifies an image in all runs."""
     return sample.index, sample.image
 
 
@@ -230,7 +230,7 @@ def _format_interval(name: str, score: Score) -> str:
 
 
 class RunTile(NamedTuple):
-    """One metric in large type, with a (run, score, interval) for each run that has it."""
+    """One metric in large type, with (number of the run, score, interval) for each run that has the metric."""
 
     label: str
     values_by_run: list[tuple[int, str, str]]
@@ -348,7 +348,7 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
 
 
 class GroupRow(NamedTuple):
-    """The scores of one run on a part of the images, with their intervals, by metric."""
+    """The scores of one run on a subset of the images: (score, interval) as texts, by metric."""
 
     group: str
     run: str
@@ -357,7 +357,7 @@ class GroupRow(NamedTuple):
 
 
 def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow]:
-    """Return the rows of all parts, with the runs of a part below each other."""
+    """Return the rows of all subsets, with the runs of a subset below each other."""
     rows = []
     for run, results in groups.items():
         for group, result in results.items():
@@ -365,17 +365,17 @@ def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow
             for name, score in result.mean.items():
                 scores[name] = format_score(name, score.value), _format_interval(name, score)
             rows.append(GroupRow(group, run, result.num_images, scores))
-    # `sorted` is stable, so the runs of a part keep their order.
+    # `sorted` is stable, so the runs of a subset keep their order.
     order = list(dict.fromkeys(row.group for row in rows))
     return sorted(rows, key=lambda row: order.index(row.group))
 
 
 def _text_rows(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return length, variety and repetition by name: a value of each run, and that of the references last."""
+    """Return the text statistics by name: one value for each run, and then the value of the references."""
     rows = {}
-    for name, of_references in runs[0].result.reference_text.items():
+    for name, reference_value in runs[0].result.reference_text.items():
         values = [run.result.text[name] for run in runs]
-        rows[name] = [f"{value:.3g}" for value in (*values, of_references)]
+        rows[name] = [f"{value:.3g}" for value in (*values, reference_value)]
     return rows
 
 
@@ -449,8 +449,8 @@ def _comparison_panels(
                 num_equal=difference.num_equal,
             )
             rows.append(row)
-        # `changed` is sorted from the greatest gain to the greatest loss. Some images have neither: their captions
-        # changed, but not the score.
+        # `changed` is sorted from the greatest gain to the greatest loss. Images whose captions changed without
+        # changing the score belong to neither list.
         changed = comparison.changed
         gains = [image for image in changed if image.differences[RANK_METRICS[0]] > 0]
         losses = [image for image in changed[::-1] if image.differences[RANK_METRICS[0]] < 0]
@@ -471,7 +471,7 @@ def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> 
     before = first.samples[image.position]
     after = second.samples[image.position]
     return ChangedRow(
-        image=before.image or f"index {before.index}",  # a record of text alone
+        image=before.image or f"index {before.index}",  # a text-only record has no image
         references=before.references,
         # Remove duplicates, since trials often repeat a caption.
         before=tuple(dict.fromkeys(before.captions)),
@@ -482,7 +482,10 @@ def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> 
 
 
 def _thumbnail(image: str, folder: Path) -> Thumbnail | None:
-    """Return the thumbnail of an image; None if there is none. The notes about the cards give the reason."""
+    """Return the thumbnail of an image; None if there is no image or it cannot be read.
+
+    The reason is not reported here, because `_add_thumbnails` writes it into the notes of the report.
+    """
     if not image:
         return None
     try:
@@ -512,9 +515,9 @@ class CardRun:
 
     Attributes:
         verdict: "right", "close" or "wrong".
-        word_f1: Mean over the trials.
-        cider_d: The same.
-        captions: Its distinct captions.
+        word_f1: Word F1, the mean over the trials.
+        cider_d: CIDEr-D, the mean over the trials.
+        captions: The distinct captions of the run.
     """
 
     verdict: str
@@ -528,7 +531,7 @@ class MarkedCaption:
     """A caption, split into words and spaces.
 
     Attributes:
-        pieces: Pairs of a piece, and whether it is a word of a reference.
+        pieces: Pairs (piece, whether the piece is a word of a reference).
         count: Number of trials in which the caption was generated.
         is_exact: Whether the caption equals a reference.
     """
@@ -544,10 +547,10 @@ class Card:
 
     Attributes:
         sample: The image with its references.
-        position: Position in the prediction file.
+        position: Position of the image in the prediction file.
         is_unseen: Whether no reference is in the training data.
         runs: What each run generated.
-        thumbnail: None if the image cannot be read.
+        thumbnail: Small copy of the image; None if the image cannot be read.
     """
 
     sample: Sample
@@ -652,7 +655,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
         ValueError: No image can be read.
     """
     errors = []
-    with_image = [card for card in cards if card.sample.image]  # not records of text alone
+    with_image = [card for card in cards if card.sample.image]  # text-only records have no image
     for card in with_image:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
@@ -665,9 +668,9 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     if len(errors) == len(with_image):  # probably a wrong folder
         raise ValueError(
             f"None of the {len(errors)} images can be read; check --image-folder. "
-            f"The first: {errors[0]}"
+            f"The first error: {errors[0]}"
         )
-    return [f"images that cannot be shown: {len(errors)}; the first: {errors[0]}"]
+    return [f"images that cannot be shown: {len(errors)}; the first error: {errors[0]}"]
 
 
 # ---- charts ----
@@ -681,7 +684,8 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
         cider_points = curves.pop("CIDEr-D")
         reward_points = curves.pop("reward")
         if reward_points:
-            del curves["training"]  # with rewards, the loss is not that of tokens
+            # In reinforcement learning, the loss is not a cross-entropy, which the unit of the chart below claims.
+            del curves["training"]
             reward = {"reward": reward_points}
             charts.append(line_chart("Reward during training", "of sampled captions", reward))
         losses = {name: points for name, points in curves.items() if points}
@@ -700,9 +704,9 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
 
 
 def _word_bars(samples: Sequence[Sample], colors: tuple[int, int]) -> tuple[list[Bar], list[Bar]]:
-    """Return bars for the words that are generated too often, and for those generated too rarely."""
+    """Return bars for the words that are generated too often, and for those that are generated too rarely."""
     overused, underused = compare_word_usage(samples)
-    # Use the same scale for both lists.
+    # The longest bar of both lists fills the width, so that the lists can be compared.
     largest = 1e-9
     for usage in [*overused, *underused]:
         largest = max(largest, abs(usage.log_likelihood))

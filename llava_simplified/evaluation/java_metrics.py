@@ -58,7 +58,7 @@ def add_java_metrics(
 def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
     """Return the scorers that can run here, and notes about the others."""
     if not shutil.which("java"):
-        return {}, ["METEOR and SPICE were skipped: there is no java on the PATH"]
+        return {}, ["METEOR and SPICE were skipped: the program `java` is not on the PATH"]
     if not importlib.util.find_spec("pycocoevalcap"):
         return {}, [
             "METEOR and SPICE were skipped: pycocoevalcap is not installed "
@@ -69,7 +69,7 @@ def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
 
     scorers: dict[str, _Scorer] = {"METEOR": Meteor()}
     notes: list[str] = []
-    # Look for the models first: otherwise Spice() downloads them over plain HTTP without asking.
+    # Look for SPICE's models before creating Spice(), which would download them over plain HTTP without asking.
     models = Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
     if models.is_file():
         scorers["SPICE"] = spice.Spice()
@@ -88,22 +88,26 @@ def _compute(
     corpus: list[float] = []
     per_image: list[list[float]] = []
 
-    # The scorers expect dictionaries of lists, so wrap each caption in a list.
     def score(trial: Sequence[str]) -> None:
-        as_dict = {image: [caption] for image, caption in enumerate(trial)}
-        value, single = scorer.compute_score(dict(enumerate(references)), as_dict)
-        corpus.append(value)
-        per_image.append([_image_score(name, image_score) for image_score in single])
+        """Append the scores of one caption per image to both lists."""
+        # The scorers expect dictionaries of lists, so wrap each caption in a list.
+        captions_of_image = {image: [caption] for image, caption in enumerate(trial)}
+        corpus_score, image_scores = scorer.compute_score(
+            dict(enumerate(references)), captions_of_image
+        )
+        corpus.append(corpus_score)
+        per_image.append([_image_score(name, image_score) for image_score in image_scores])
 
     for trial in captions:
         score(trial)
-    # Score the best captions together, because METEOR's corpus score is not a mean over images.
+    # The best captions are scored again, together, because METEOR's corpus score is not a mean over images.
     best_trial = np.array(per_image).argmax(axis=0)
     score([captions[trial][image] for image, trial in enumerate(best_trial)])
     return _JavaScores(np.array(corpus), np.array(per_image))
 
 
 def _image_score(name: str, score: object) -> float:
+    """Return the score of one image as a number: METEOR returns numbers, and SPICE returns dictionaries."""
     # SPICE returns dictionaries: {"All": {"pr": ..., "re": ..., "f": ...}, ...}
     if name == "SPICE":
         return cast(dict[str, dict[str, float]], score)["All"]["f"]

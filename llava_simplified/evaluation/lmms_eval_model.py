@@ -1,16 +1,17 @@
-"""The model `llava_simplified` of lmms-eval: a checkpoint that answers the requests of its tasks.
+"""The model `llava_simplified` of lmms-eval, which evaluates a checkpoint on lmms-eval's tasks.
 
     lmms-eval --model llava_simplified --model_args pretrained=output/cc3m --tasks coco2017_cap_val --batch_size 16
 
-lmms-eval (0.7) builds the prompts, loads the data and computes the scores. It sends requests of three kinds, each
-a tuple:
+lmms-eval (0.7) builds the prompts, loads the data and computes the scores. It passes three kinds of requests to the
+model, each a tuple:
 
     generate_until              (text, options, images, document, task, split)
     generate_until_multi_round  (text, options, images, next text, document, task, split)
     loglikelihood               (text, answer, images, document, task, split)
 
-`images` is a function of the document, and `document` is its number in `task_dict[task][split]`. The text is
-rendered by the checkpoint's own prompt template, exactly as `Llava.caption` renders an instruction.
+`document` is the number of a document in `task_dict[task][split]`, and `images` is a function that returns the images of
+a document. The text is rendered with the checkpoint's own prompt template, exactly as `Llava.caption` renders an
+instruction.
 
 Only lmms-eval imports this module. The package itself does not depend on lmms-eval.
 """
@@ -40,7 +41,7 @@ from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, cou
 
 logger = logging.getLogger(__name__)
 
-# For requests without a limit. The models of lmms-eval itself have the same default.
+# Limit for requests that set none. The models of lmms-eval itself have the same default.
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 # Options of lmms-eval's tasks that have the same name and meaning in `GenerationOptions`.
@@ -59,14 +60,14 @@ _KNOWN_OPTIONS = {*_SAME_OPTIONS, *_CONVERTED_OPTIONS}
 
 
 class PromptSource(NamedTuple):
-    """What a prompt is made of. Requests with equal sources have the same prompt and images.
+    """The fields of a request that determine its prompt. Requests with equal sources have the same prompt and images.
 
     Attributes:
         context: The text of the user's turn.
-        doc_to_visual: Returns the images of a document; None in a request without a document.
-        doc_id: Number of the document.
-        task: Name of its task.
-        split: Name of its split.
+        doc_to_visual: Function that returns the images of a document; None in a request without a document.
+        doc_id: Number of the document in its split.
+        task: Name of the document's task.
+        split: Name of the document's split.
     """
 
     context: str
@@ -77,18 +78,18 @@ class PromptSource(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How messages name the request."""
+        """The request's name in error messages and warnings."""
         if not self.task:
             return "request without image"
         return f"task {self.task}, document {self.doc_id}"
 
 
 class GenerationJob(NamedTuple):
-    """A prompt, and how to continue it.
+    """A prompt, with the options for generating answers to it.
 
     Attributes:
         source: The prompt.
-        options: Their `num_return_sequences` is the number of requests for the same prompt and options.
+        options: Generation options. `num_return_sequences` is the number of equal requests that the job answers.
         until: Texts at which the answer ends.
     """
 
@@ -101,14 +102,15 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     """A checkpoint of LLaVA Simplified as a model of lmms-eval.
 
     Args:
-        pretrained: The checkpoint, a folder.
-        batch_size: Number of images to process at a time; lmms-eval's option `--batch_size`.
-        device: Where to put the model; by default the accelerator of this process if there is one.
+        pretrained: Folder of the checkpoint.
+        batch_size: Number of prompts to process at a time; lmms-eval's option `--batch_size`.
+        device: Device of the model; by default the accelerator of this process if there is one.
         max_batch_size: Ignored; lmms-eval passes it to every model.
         **options: Other options of `llava_simplified.model.checkpoint.load_checkpoint`: dtype, bits, model_base, ...
     """
 
-    # Requests as in the module's docstring. lmms-eval's other kind ("chat") has no log-likelihoods.
+    # lmms-eval then sends the requests in the module's docstring. Its other kind of model ("chat") gets chat messages,
+    # and cannot compute log-likelihoods.
     is_simple = True
 
     def __init__(
@@ -121,11 +123,11 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"--batch_size {batch_size}: expected a number of at least 1")
+            raise ValueError(f"--batch_size {batch_size}: expected an integer of at least 1")
         self._batch_size = int(batch_size)
         # If several processes were started, each one gets its own accelerator.
         device = device or _device_of_process()
-        # lmms-eval passes a folder named 7 as a number.
+        # lmms-eval converts the values of --model_args: a folder named "7" arrives as a number.
         self.model = Llava.from_pretrained(str(pretrained), device=device, **options)
         # A copy, because lmms-eval reads `device` even after it has deleted the model.
         self._device = self.model.device
@@ -138,15 +140,16 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
 
     @property
     def batch_size(self) -> int:
-        """Number of images to process at a time."""
+        """Number of prompts to process at a time."""
         return self._batch_size
 
     # ---- requests ----
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer each request with a text.
+        """Generate an answer to each request.
 
-        Equal requests are the repetitions of `--repeats`: they become several sequences of one prompt.
+        With lmms-eval's option `--repeats`, requests occur several times. Equal requests are answered by several
+        sequences of one prompt.
 
         Args:
             requests: Instances of lmms-eval, see the module's docstring.
@@ -155,8 +158,8 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             ValueError: An image cannot be read, or a prompt exceeds the model's context. The message names the
                 document.
         """
-        # All requests share a seed. Thus equal requests have equal options, and become one job; and answers
-        # do not depend on the batch size.
+        # All requests share a seed, for two reasons: equal requests must have equal options, to become one job, and
+        # the answers must not depend on the batch size.
         seed = _draw_seed()
         repetitions: dict[GenerationJob, list[int]] = {}
         for index, request in enumerate(requests):
@@ -170,10 +173,10 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         for batch in self._batches(jobs, "Generate"):
             repeated: list[GenerationJob] = []
             for job in batch:
-                repeated.append(_repeat(job, len(repetitions[job])))
+                repeated.append(_repeat(job, times=len(repetitions[job])))
             for job, texts in zip(batch, self._generate_batch(repeated)):
                 indices = repetitions[job]
-                # Greedy search generates one answer; all repetitions get it.
+                # Greedy search generates only one answer, so copy it to all repetitions.
                 if len(texts) == 1:
                     texts *= len(indices)
                 for index, text in zip(indices, texts):
@@ -181,7 +184,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer requests of several rounds: the text of each round depends on the answers so far.
+        """Generate answers to requests of several rounds. The text of a round depends on the earlier answers.
 
         The task's function `doc_to_text` receives the answers, and returns the images and the text of the next
         round, whether this was the last round, and the answers to keep (it may edit them).
@@ -201,8 +204,8 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             round_info = None
             for round_idx in count(1):
                 source = PromptSource(context, doc_to_visual, doc_id, task, split)
-                answers_of_jobs = self._generate_batch([GenerationJob(source, options, until)])
-                answer = answers_of_jobs[0][0]
+                # One job, which generates one answer.
+                [[answer]] = self._generate_batch([GenerationJob(source, options, until)])
                 visuals, context, is_finished, answers, round_info = doc_to_text(
                     document,
                     previous_output=[*answers, answer],
@@ -225,20 +228,21 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         lmms-eval has two kinds of tasks that send such requests, and they expect opposite signs:
 
             kind of task      the answer is                  value                     lmms-eval computes
-            multiple choice   a text                         negative log-likelihood   the lowest one (a loss)
+            multiple choice   a text                         negative log-likelihood   the choice with the lowest value
             loglikelihood     a function of the document     log-likelihood            the perplexity
 
         Args:
             requests: Instances of lmms-eval, see the module's docstring.
 
         Raises:
-            ValueError: As by `generate_until`; or an answer is empty.
+            ValueError: See `generate_until`; or an answer is empty.
         """
         # For each prompt: the numbers of the requests that share it, and their answers.
         answers: dict[PromptSource, list[tuple[int, str]]] = {}
         signs: list[float] = []
         for index, request in enumerate(requests):
-            # Images and document are missing if a choice is scored without its question, to normalize scores.
+            # To normalize scores, lmms-eval also requests choices without their question. Then `rest` is empty: there
+            # are neither images nor a document.
             context, continuation, *rest = request.args
             source = PromptSource(context, *rest)
             is_choice = isinstance(continuation, str)
@@ -247,7 +251,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 continuation = continuation(self._document(source))
             answers.setdefault(source, []).append((index, str(continuation)))
 
-        # Every entry is replaced: each request is in one of the lists.
+        # The initial values are all overwritten, because each request is in one of the lists of `answers`.
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for batch in self._batches(list(answers), "Score"):
             questions = [self._prepare_question(source, answers[source]) for source in batch]
@@ -260,6 +264,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     # ---- prompts ----
 
     def _document(self, source: PromptSource) -> Any:
+        """Return the document of a request, in the form that the task's functions expect."""
         return self.task_dict[source.task][source.split][source.doc_id]
 
     def _load(self, source: PromptSource) -> tuple[Sequence[Message], torch.Tensor | None]:
@@ -268,7 +273,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             images = self._load_images(source)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
-        turn = Message("user", self._place_images(source, len(images)))
+        turn = Message("user", self._match_placeholders(source, len(images)))
         turns = insert_image_placeholders([turn], len(images), source.name)
         return turns, torch.stack(images) if images else None
 
@@ -281,42 +286,54 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             return []
         if not isinstance(visuals, (list, tuple)):
             visuals = [visuals]
-        # Transform each image before the next one is loaded, to save memory. `load_pixels` raises ValueError for
-        # videos and sounds.
+        # To save memory, transform each image before loading the next one. Videos and sounds are not supported:
+        # `load_pixels` raises ValueError for them.
         transform = self.model.vision_tower.transform
         return [transform(load_pixels(visual)) for visual in visuals]
 
-    def _place_images(self, source: PromptSource, count: int) -> str:
-        """Return the text; without its placeholders, if their number differs from that of the images."""
+    def _match_placeholders(self, source: PromptSource, num_images: int) -> str:
+        """Return the text of a request, with one placeholder for each image or with none.
+
+        Without placeholders, `insert_image_placeholders` puts all images before the text.
+        """
         placeholders = count_images([Message("user", source.context)])
-        if placeholders in (0, count):
+        if placeholders in (0, num_images):
             return source.context
         # Some tasks mention an image twice, so it is unknown which placeholder belongs to which image.
         self._warn_once(
             f"task {source.task}: placeholders",
-            f"{source.name}: the text has {placeholders} {IMAGE_PLACEHOLDER}, but there are {count} image(s). In "
-            "such texts of this task, the placeholders are removed, and all images come first.",
+            f"{source.name}: the text has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} image(s). The "
+            "placeholders are removed, and all images come first, here and in similar texts of this task.",
         )
         return source.context.replace(IMAGE_PLACEHOLDER, "")
 
     def _prepare_question(
         self, source: PromptSource, answers: Sequence[tuple[int, str]]
     ) -> Question:
-        """Return a prompt and the answers to score, tokenized."""
+        """Return a tokenized prompt, with the tokenized answers to score.
+
+        Args:
+            source: The prompt.
+            answers: Pairs (number of the request, text of the answer).
+        """
         turns, pixel_values = self._load(source)
         # lmms-eval puts a space before each answer. Strip it, because the prompt template adds its own.
         texts = [text.strip() for _, text in answers]
         prefix, ids = self.model.prompt.render_branches(turns, texts, source.name)
         without_end_token = [answer[:-1] for answer in ids]
-        self._check_context(source, prefix.input_ids, max(map(len, without_end_token)))
+        # Raise an error for the longest answer here, where the message can name the document.
+        longest = max(map(len, without_end_token))
+        self._remaining_context(source, prefix.input_ids, answer_tokens=longest)
         return Question(prefix.input_ids, without_end_token, pixel_values)
 
-    def _check_context(self, source: PromptSource, prompt: list[int], answer_tokens: int) -> int:
+    def _remaining_context(
+        self, source: PromptSource, prompt: list[int], answer_tokens: int
+    ) -> int:
         """Return how many tokens fit into the context after a prompt.
 
         Args:
-            source: The request, for the message.
-            prompt: Token ids of the prompt. Each image is one id, which stands for many tokens.
+            source: The request, for the error message.
+            prompt: Token ids of the prompt. An image is one id here, which stands for `vision_tower.num_tokens` tokens.
             answer_tokens: Minimum number of tokens after the prompt.
 
         Raises:
@@ -325,12 +342,12 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         tokens_per_image = self.model.vision_tower.num_tokens
         prompt_tokens = len(prompt) + prompt.count(IMAGE_INDEX) * (tokens_per_image - 1)
         context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is None:  # a model without positions, such as Mamba
+        if context is None:  # a model without position embeddings, such as Mamba, has no limit
             return sys.maxsize
         if prompt_tokens + answer_tokens > context:
             raise ValueError(
-                f"{source.name}: the prompt has {prompt_tokens} tokens and the answer needs {answer_tokens}, but the "
-                f"model's context is {context}; lower --num_fewshot, or leave the task out"
+                f"{source.name}: the prompt has {prompt_tokens} tokens and the answer at least {answer_tokens}, but the "
+                f"model's context has only {context} tokens. Lower --num_fewshot, or leave the task out."
             )
         return int(context) - prompt_tokens
 
@@ -339,14 +356,15 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     def _generate_batch(self, jobs: Sequence[GenerationJob]) -> list[list[str]]:
         """Return `num_return_sequences` texts for each job."""
         results: list[list[str]] = [[] for _ in jobs]
-        # `generate` has one set of options for a batch. So group the jobs by their options; usually all are equal.
+        # `generate` accepts one set of options for a batch, so group the jobs by their options. Usually, all jobs have
+        # the same options and form one group.
         groups: dict[GenerationOptions, list[int]] = {}
         prompts: list[list[int]] = []
         pixels: list[torch.Tensor | None] = []
         for number, job in enumerate(jobs):
             turns, pixel_values = self._load(job.source)
             prompt = self.model.prompt.render(turns, None, job.source.name).input_ids
-            max_new_tokens = self._check_context(job.source, prompt, 1)
+            max_new_tokens = self._remaining_context(job.source, prompt, answer_tokens=1)
             prompts.append(prompt)
             pixels.append(pixel_values)
             options = _limit_tokens(job.options, max_new_tokens)
@@ -360,7 +378,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 pixel_values = pixels[number]
                 if pixel_values is not None:
                     images.append(pixel_values)
-            # The images of all prompts, in the order of their placeholders.
+            # `generate` expects the images of all prompts in one tensor, in the order of their placeholders.
             all_pixels = torch.cat(images) if images else None
             texts = generate(self.model, prompts_of_group, all_pixels, options)
             for number, answers in zip(numbers, texts):
@@ -372,14 +390,14 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
     ) -> tuple[GenerationOptions, tuple[str, ...]]:
         """Convert the options of a task, and return them with the texts that end an answer.
 
-        Answers are sampled if `do_sample` is true, or if it is missing and the temperature is above 0, as by the
-        models of lmms-eval.
+        As in lmms-eval's own models, answers are sampled if `do_sample` is true, or if it is missing and the
+        temperature is above 0.
         """
         given = {name: value for name, value in gen_kwargs.items() if value is not None}
         for name in sorted(given.keys() - _KNOWN_OPTIONS):
             self._warn_once(
                 f"option {name}",
-                f"the generation option {name}={given[name]!r} of the task is not supported, and is ignored",
+                f"the task sets the generation option {name}={given[name]!r}, which is not supported and is ignored",
             )
         fields = {name: given[name] for name in _SAME_OPTIONS if name in given}
         limit = given.get("max_new_tokens", given.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
@@ -388,7 +406,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         if samples:
             fields["seed"] = seed
             fields["temperature"] = given.get("temperature", 1.0)
-            # 0 means "not set" in some tasks.
+            # Some tasks write 0 for a top_p that is not set.
             fields["top_p"] = given.get("top_p") or 1.0
             fields["top_k"] = int(given.get("top_k", 0))
         until = given.get("until", ())
@@ -409,13 +427,14 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 bar.update(len(batch))
 
     def _warn_once(self, subject: str, message: str) -> None:
+        """Log a warning, unless there was one about the same subject."""
         if subject not in self._warned:
             self._warned.add(subject)
             logger.warning("%s", message)
 
 
 def _device_of_process() -> str | None:
-    """Return the accelerator of this process, one of several that torchrun or accelerate started; else None."""
+    """Return the accelerator of this process if torchrun or accelerate started several processes; else None."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -425,12 +444,12 @@ def _device_of_process() -> str | None:
 
 
 def _draw_seed() -> int:
-    """Return a seed from torch's random numbers, which lmms-eval seeds with its option --seed."""
+    """Return a seed from torch's random number generator, which lmms-eval seeds with its option --seed."""
     return int(torch.randint(2**31, ()))
 
 
 def _repeat(job: GenerationJob, times: int) -> GenerationJob:
-    """Return a job that samples several sequences; greedy search has only one result."""
+    """Return a job that samples `times` sequences, or the same job if it is greedy, with only one result."""
     if not job.options.temperature:
         return job
     options = replace(job.options, num_return_sequences=times)
@@ -438,11 +457,11 @@ def _repeat(job: GenerationJob, times: int) -> GenerationJob:
 
 
 def _limit_tokens(options: GenerationOptions, limit: int) -> GenerationOptions:
-    """Lower the number of new tokens to the number that still fits into the context."""
+    """Return the options with at most `limit` new tokens, the number that still fits into the context."""
     if options.max_new_tokens <= limit:
         return options
-    fewest = min(options.min_new_tokens, limit)
-    return replace(options, max_new_tokens=limit, min_new_tokens=fewest)
+    min_new_tokens = min(options.min_new_tokens, limit)
+    return replace(options, max_new_tokens=limit, min_new_tokens=min_new_tokens)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -60,8 +60,8 @@ class Sample:
 
     Attributes:
         index: Index of the record, as text.
-        image: Path of the image in the image folder, or `shard.tar#key`; empty for a record of text alone.
-        instruction: Instruction of the model.
+        image: Path of the image in the image folder, or `shard.tar#key`; empty for a text-only record.
+        instruction: Instruction that was given to the model.
         references: Reference captions.
         captions: Generated captions, one for each trial (returned sequence).
     """
@@ -82,13 +82,13 @@ class Evaluation:
         trials: Scores of each trial.
         mean: Mean of the trials' scores.
         best: Scores of the best caption of each image, which is selected for each metric separately.
-        shuffled: The mean if each image gets the captions of a different image: scores that are possible by guessing.
-        unseen: The mean over the images without any reference that is a training caption.
+        shuffled: `mean` if each image gets the captions of a different image. Guessing reaches these scores too.
+        unseen: `mean` on the images whose references are all missing from the training data.
         shares: Fraction of distinct captions; with training captions also of novel captions and unseen references.
         per_image: Scores of single captions by metric, arrays (trials, images).
         notes: Warnings, and reasons for skipped metrics.
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
-        counts: How predictions and references were matched, and what was left out.
+        counts: Numbers of predictions and references that were matched or left out, by a description.
         text: Length, variety and repetition of the captions; see `text_statistics`.
         reference_text: The same statistics of the first reference of each image, for comparison.
     """
@@ -123,9 +123,9 @@ def evaluate(
 
     Args:
         samples: Images with references and captions; all have the same number of captions.
-        train_captions: All captions of the training data, for the shares of novel captions and unseen references.
+        train_captions: All captions of the training data, to count novel captions and unseen references.
         clip: Folder of a CLIP model, for CLIPScore and RefCLIPScore.
-        images: Encoded image files in the order of the samples; required for CLIPScore only.
+        images: Encoded image files in the order of the samples; only CLIPScore requires them.
         annotated: COCO categories that are annotated in each image, in the order of the samples, for CHAIR.
         java: Compute METEOR and SPICE too, if Java and pycocoevalcap are installed.
         resamples: Number of bootstrap resamples over images; 0 computes no intervals.
@@ -145,7 +145,7 @@ def evaluate(
             trial.append(caption)
         references.append(list(sample.references))
 
-    # Compute CLIPScore here only, and not for the shuffled captions below.
+    # CLIPScore (which is slow) and CHAIR are computed for these captions only, and not for the shuffled ones below.
     extra_metrics = []
     if clip is not None:
         clip_score, ref_clip_score = clip_scores(clip, images, captions, references)
@@ -171,12 +171,14 @@ def evaluate(
         notes=notes,
         resampled=table.resampled,
         text=describe_texts(_tokenize_all(captions)),
-        # Each image has one caption per trial. For a fair comparison, use one reference of each.
+        # A trial has one caption per image, so use one reference per image too: statistics such as distinct-n depend
+        # on the number of texts.
         reference_text=describe_texts(_tokenize_all([[group[0] for group in references]])),
     )
 
     if num_images > 1:  # a single image cannot be shuffled
-        # Score captions of other images. The difference to the real scores shows how much the model uses the image.
+        # Score each image with the captions of another one. The more the model uses the image, the lower these scores
+        # are in comparison.
         shuffled = _shuffle_captions(captions, seed)
         result.shuffled = _score_captions(shuffled, references, resamples, seed).mean
     result.shares["distinct captions"] = _distinct_share(captions)
@@ -186,7 +188,7 @@ def evaluate(
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
-    """Raise ValueError unless all samples have references and equally many captions."""
+    """Raise ValueError unless all samples have references and the same number of captions."""
     if not samples:
         raise ValueError("There are no predictions to evaluate.")
     first = samples[0]
@@ -256,7 +258,10 @@ def exact_match(caption: str, references: Sequence[str]) -> bool:
 
 
 def word_f1(caption: str, references: Sequence[str]) -> float:
-    """Return the best F1 score over the references, between the bags of lower-cased words."""
+    """Return the largest F1 score of the caption's words with the words of a reference.
+
+    Both are compared as bags of lower-cased words: the order is ignored, and the number of occurrences counts.
+    """
     words = Counter(caption.lower().split())  # how often each word occurs
     best = 0.0
     for reference in references:

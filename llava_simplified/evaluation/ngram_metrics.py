@@ -69,7 +69,7 @@ class NGramTable:
         gram: Id of the n-gram. Ids are unique over all orders: a bigram never has the id of a unigram.
         order: n - 1.
         count: Number of occurrences of the n-gram in the text.
-        num_grams: Number of ids.
+        num_grams: Number of n-gram ids.
     """
 
     text: np.ndarray
@@ -111,8 +111,8 @@ def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
 
     start = np.arange(len(word))  # position of the first word of each n-gram
     gram = word
-    num_grams = len(vocabulary)  # of this order
-    total_grams = 0  # of all orders before it
+    num_grams = len(vocabulary)  # number of distinct n-grams of the current order
+    total_grams = 0  # number of distinct n-grams of all lower orders
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     for order in range(MAX_ORDER):
         if order > 0:
@@ -123,6 +123,7 @@ def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
             pairs = gram[fits] * len(vocabulary) + word[start + order]
             distinct, gram = np.unique(pairs, return_inverse=True)
             num_grams = len(distinct)
+        # As above, write the pair (text, n-gram) as one number, count equal numbers, and split it again.
         divisor = max(num_grams, 1)  # texts without any word have no n-grams
         occurrences = text_of_word[start] * divisor + gram
         distinct_occurrences, count = np.unique(occurrences, return_counts=True)
@@ -145,7 +146,8 @@ def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
     if not len(keys):
         return np.zeros(len(wanted))
     index = np.searchsorted(keys, wanted)
-    index = np.minimum(index, len(keys) - 1)  # keys after the last one; the comparison below fails
+    # For a wanted key above all keys, searchsorted returns len(keys). The comparison below then finds no match.
+    index = np.minimum(index, len(keys) - 1)
     return np.where(keys[index] == wanted, values[index], 0)
 
 
@@ -229,7 +231,7 @@ def _bleu_statistics(corpus: _Corpus) -> np.ndarray:
 
 
 def _closest_reference_lengths(corpus: _Corpus) -> np.ndarray:
-    """Return for each caption the reference length closest to its own; of two, the shorter one."""
+    """Return for each caption the closest length of a reference; of two equally close lengths, the shorter one."""
     lengths_of_image: list[list[int]] = [[] for _ in range(corpus.num_images)]
     for image, length in zip(corpus.reference_image.tolist(), corpus.reference_lengths.tolist()):
         lengths_of_image[image].append(length)
@@ -320,8 +322,9 @@ def _cider_scores(corpus: _Corpus) -> tuple[np.ndarray, np.ndarray]:
     for first in range(0, corpus.num_captions, corpus.num_images):
         # In each trial, a reference is compared with the caption of its image.
         caption = first + corpus.reference_image  # (references,)
+        # For each n-gram of a reference, look up how often the caption contains it.
         wanted = caption[references.text] * num_grams + references.gram
-        count = _lookup(sorted_keys, sorted_counts, wanted)  # of the reference's n-grams
+        count = _lookup(sorted_keys, sorted_counts, wanted)
         norms = caption_norms[caption] * reference_norms  # (references, 4)
         squared_idf = idf[references.gram] ** 2
         difference = caption_bigrams[caption] - reference_bigrams
@@ -340,12 +343,12 @@ def _cider_scores(corpus: _Corpus) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean_cosine(references: NGramTable, products: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Return the cosine of each reference and its caption, averaged over the orders.
+    """Return the cosine between each reference and the caption of its image, averaged over the four orders.
 
     Args:
         references: The n-grams of the references.
-        products: The product of both weights, for each row of `references`.
-        norms: The product of both norms, an array (references, 4).
+        products: Weight in the caption times weight in the reference, for each row of `references`.
+        norms: Norm of the caption times norm of the reference, an array (references, 4).
     """
     dot = references.sum_by_order(products, len(norms))
     cosine = np.divide(dot, norms, out=np.zeros_like(norms), where=norms > 0)

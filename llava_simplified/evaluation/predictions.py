@@ -5,7 +5,7 @@ A row is what `llava predict` and `llava caption` write, or a COCO result:
     {"index": 0, "image": "0.jpg", "instruction": "Describe it.", "gt_caption": "a cat", "pred_output": "a dog"}
     {"image_id": 42, "caption": "a dog"}
 
-Every row ends as a caption that is scored, or in one of the counts of `Predictions`.
+Every row is either scored, or counted in `Predictions.counts`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_simplified.evaluation.metrics import Sample, normalize_caption
 from llava_simplified.evaluation.references import (
     ReferenceMatch,
     References,
-    replace_half_surrogates,
+    replace_lone_surrogates,
 )
 
 
@@ -32,8 +32,8 @@ class Predictions:
 
     Attributes:
         samples: Images with captions and references, in the order of their first rows.
-        counts: What was found, by a short text: how references were matched, and what is not scored.
-        notes: Sentences about what a reader of the scores must know, each naming an example.
+        counts: Numbers of images by a description: how their references were found, or why they are not scored.
+        notes: Sentences for the reader of the scores, each with an example.
     """
 
     samples: list[Sample]
@@ -58,9 +58,9 @@ def read_predictions(path: Path, references: References | None = None) -> Predic
 
     Args:
         path: A `.json`, `.jsonl` or `.parquet` file of rows. Rows with the same `index` and `image` are trials of one
-            image. `image` is null for a record of text alone.
-        references: Reference captions (see `read_references`). They replace `gt_caption` (a
-            string or a list of strings) in the rows. Images without references are counted, not scored.
+            image. `image` is null for a text-only record.
+        references: Reference captions (see `read_references`). They replace `gt_caption` (a string or a list of
+            strings) in the rows. Images without references are counted, but not scored.
 
     Raises:
         ValueError: A row is not a valid prediction, a name matches several images, or no image has references. The message
@@ -79,15 +79,15 @@ class _Reader:
     def __init__(self, path: Path, references: References | None) -> None:
         self.path = path
         self.references = references
-        # By index and image name of the rows.
+        # (index, image name) -> the captions so far.
         self.samples: dict[tuple[str, str], Sample] = {}
-        # By image name and image id: results of `References.find`.
+        # (image name, image id) -> result of `References.find`.
         self.matches: dict[tuple[str, str | None], ReferenceMatch] = {}
-        # The image that has used each set of references, see `_check_first_use`.
+        # Key of references -> the image that they were used for, see `_check_first_use`.
         self.image_of_reference: dict[str, str] = {}
-        # Place of the first row of each image without references.
+        # (index, image name) of an image without references -> place of its first row, for messages.
         self.without_references: dict[tuple[str, str], str] = {}
-        self.num_half_surrogates = 0
+        self.num_lone_surrogates = 0
 
     def add(self, value: object, where: str) -> None:
         """Add a row. Several rows of an image become one sample with several captions."""
@@ -130,18 +130,18 @@ class _Reader:
         image = ""
         if "image" not in row or row["image"] is not None:
             image = _read_string(row, "image", where)
-        # If there is no index, the image is the key.
+        # A row without an index is identified by its image.
         index = row.get("index")
         if index is None:
             index = image
         if index == "":
             raise ValueError(
-                f"{where}: without an 'image', a prediction needs an 'index' that identifies it."
+                f"{where}: the row has neither an 'image' nor an 'index'; add an 'index' that identifies it."
             )
         return _Row(
             index=str(index),
             image=image,
-            instruction=self._replace_half_surrogates(str(row.get("instruction") or "")),
+            instruction=self._replace_lone_surrogates(str(row.get("instruction") or "")),
             caption=caption,
             own_references=() if self.references else self._own_references(row, where),
         )
@@ -157,19 +157,19 @@ class _Reader:
         image_id = row["image_id"]
         if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
             raise ValueError(
-                f"{where}: 'image_id' must be a number or a text, but it is {image_id!r}."
+                f"{where}: 'image_id' must be an integer or a string, but it is {image_id!r}."
             )
         caption = self._read_text(row, "caption", where)
-        # The report needs the image's name to show the image.
+        # The report shows the image only if its file name is known.
         name = self.references.name_of(str(image_id))
         return _Row(str(image_id), name or str(image_id), "", caption, (), str(image_id))
 
     def _read_text(self, row: Mapping[str, object], key: str, where: str) -> str:
-        return self._replace_half_surrogates(_read_string(row, key, where))
+        return self._replace_lone_surrogates(_read_string(row, key, where))
 
-    def _replace_half_surrogates(self, text: str) -> str:
-        replaced = replace_half_surrogates(text)
-        self.num_half_surrogates += replaced != text
+    def _replace_lone_surrogates(self, text: str) -> str:
+        replaced = replace_lone_surrogates(text)
+        self.num_lone_surrogates += replaced != text
         return replaced
 
     def _own_references(self, row: Mapping[str, object], where: str) -> tuple[str, ...]:
@@ -185,13 +185,13 @@ class _Reader:
                 f"{where}: 'gt_caption' must be a caption or a list of captions, but it is "
                 f"{value!r}. To use a file of reference captions instead, pass --references."
             )
-        return tuple(map(self._replace_half_surrogates, captions))
+        return tuple(map(self._replace_lone_surrogates, captions))
 
     def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
-        """Return the references of a row: its own ones, or those that match in the file of references."""
+        """Return the references of a row: its `gt_caption`, or the matching captions of the file of references."""
         if self.references is None:
             return row.own_references
-        # Look up each image once. With several trials, it has several rows.
+        # Look up each image only once, although it has a row for each trial.
         key = (row.image, row.image_id)
         match = self.matches.get(key)
         if match is None:
@@ -205,36 +205,37 @@ class _Reader:
 
     def _check_first_use(self, match: ReferenceMatch, image: str, where: str) -> None:
         """Raise ValueError if another image matched the same references, because one of the matches is wrong."""
-        # Images without references are reported elsewhere.
+        # `finish` reports images without references.
         if not match.captions:
             return
         first = self.image_of_reference.setdefault(match.key, image)
         if name_parts(first) != name_parts(image):
             raise ValueError(
                 f"{where}: --references: {first!r} and {image!r} are different images, but both "
-                f"match the references of {match.key!r}. Use names that contain the folder on both "
-                "sides."
+                f"match the references of {match.key!r}. Use names that contain the folder, in the "
+                "predictions and in the references."
             )
 
     def finish(self) -> Predictions:
-        """Check what was collected, and describe it.
+        """Return the samples, with counts and notes on everything that was not scored.
 
         Raises:
             ValueError: No image has references.
         """
-        # If some images have no references, count them. If none has any, the file of references is the wrong one.
+        # Images without references are only counted, unless there are no others. Then the file of references is
+        # probably the wrong one.
         if self.without_references and not self.samples:
             where = next(iter(self.without_references.values()))
             _, image = next(iter(self.without_references))
             if self.references is None:
                 raise ValueError(
                     f"{where}: 'gt_caption' must be a caption or a list of captions, but no row of "
-                    f"the file has any. Pass a file of reference captions with --references."
+                    f"the file has one. Pass a file of reference captions with --references."
                 )
             raise ValueError(
-                f"{where}: --references contains no caption of {image!r}, neither by name nor by "
-                "image id, nor of any other image of the file. Names must end with the same "
-                "folders."
+                f"{where}: --references has no caption of {image!r} or of any other image of the "
+                "predictions, neither by name nor by image id. Pass the file that belongs to these "
+                "images; the folders at the end of the names must be the same in both files."
             )
         result = Predictions(list(self.samples.values()))
         if self.references is not None:
@@ -257,13 +258,13 @@ class _Reader:
                 by_suffix.append(name)
         for rule, count in num_matched.items():
             result.counts[f"references matched by {_RULE_NAMES[rule]}"] = count
-        # Tell the user about matches by the end of the path, because they could be wrong.
+        # Matches by the end of the path could be wrong, so name an example that the user can check.
         if by_suffix:
             result.notes.append(
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
                 f"for example those of {by_suffix[0]!r}"
             )
-        # References without a prediction are not an error: a job with --limit captions only some images.
+        # References without a prediction are not an error: `llava caption --limit` captions only some images.
         unused = references.unused(used)
         result.counts["references without a prediction"] = len(unused)
         if unused:
@@ -288,14 +289,14 @@ class _Reader:
                 f"not scored, because they have no reference: {missing} of "
                 f"{missing + len(self.samples)} images, for example {image or f'index {index}'!r}"
             )
-        result.counts["texts with half a surrogate pair"] = self.num_half_surrogates
-        if self.num_half_surrogates:
+        result.counts["texts with half a surrogate pair"] = self.num_lone_surrogates
+        if self.num_lone_surrogates:
             result.notes.append(
-                f"half surrogate pairs were replaced in {self.num_half_surrogates} texts"
+                f"lone surrogates (half a UTF-16 pair) were replaced in {self.num_lone_surrogates} texts"
             )
 
 
-# What `counts` calls each rule of `ReferenceMatch`.
+# Name of each rule of `ReferenceMatch` in `counts`.
 _RULE_NAMES = {
     "exact": "the whole name",
     "suffix": "the end of the path",
@@ -322,7 +323,7 @@ def read_sample_images(samples: Sequence[Sample], folder: Path) -> list[bytes]:
     for sample in samples:
         if not sample.image:
             raise ValueError(
-                f"--clip: index {sample.index} has no image, so it has no CLIPScore. Leave "
+                f"--clip: index {sample.index} has no image, which CLIPScore requires. Leave "
                 "out --clip, or evaluate records without images separately."
             )
     return [read_image_bytes(sample.image, folder) for sample in samples]
@@ -337,5 +338,5 @@ def read_train_captions(path: Path) -> set[str]:
     captions: set[str] = set()
     for record in open_records(path):
         for response in record.responses:
-            captions.add(normalize_caption(replace_half_surrogates(response)))
+            captions.add(normalize_caption(replace_lone_surrogates(response)))
     return captions

@@ -1,9 +1,9 @@
-"""The characters of the rules of Stanford's PTBTokenizer 3.4.1.
+"""Character classes of the rules of Stanford's PTBTokenizer 3.4.1.
 
-The scanner was generated with the Unicode tables of its time. Python's own tables are newer, and change with each
-version of Python: they contain letters that the original drops. So the classes are stored here as they are in the
-original (the table `ZZ_CMAP` of `PTBLexer.class`), as hexadecimal ranges. The scanner works on UTF-16, and none of its
-classes contains a character above U+FFFF.
+The original scanner was generated with the Unicode tables of its time. Python's tables are newer, and change with each
+version of Python: they contain letters that the original drops. So the classes of the original (the table `ZZ_CMAP` of
+`PTBLexer.class`) are stored here, as hexadecimal ranges. The original scans UTF-16, and none of its classes contains a
+character above U+FFFF.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ WORD_MARKS = _character_class("""
     0A3C 0A3E-0A4F 0A81-0A83 0ABC 0ABE-0ACF 0B82 0BBE-0BC2 0BC6-0BC8 0BCA-0BCD 0C01-0C03
     0C3E-0C56 0D3E-0D44 0D46-0D48 0E31 0E34-0E3A 0E47-0E4E 0EB1 0EB4-0EBC 0EC8-0ECD
 """)
-"""What is part of a word but no letter: accents, vowel signs, the soft hyphen, and a few characters by accident."""
+"""Characters that are parts of words but not letters: accents, vowel signs, the soft hyphen, and a few more that the
+original includes by accident."""
 
 DIGITS = _character_class("""
     0030-0039 0660-0669 06F0-06F9 07C0-07C9 0966-096F 09E6-09EF 0A66-0A6F 0AE6-0AEF 0B66-0B6F
@@ -86,4 +87,4 @@ SIGNS = _character_class("""
     213A-213B 2140-2144 214A-214D 214F 2190-2BFF 3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40
     FF5B-FF65
 """)
-"""Signs and symbols that are tokens on their own. Those that other rules use too are not among them."""
+"""Signs and symbols that are tokens on their own. Signs that occur in other rules of `ptb_rules` are left out."""

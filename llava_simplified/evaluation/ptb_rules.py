@@ -97,9 +97,9 @@ def _word_rules() -> list[str]:
         # 'n' of "rock 'n' roll", l' d' j', dunkin' somethin' ol', 'em 'cause 'til 'till, '90s
         rf"{apostrophe}[nN]{apostrophe}?|[lLdDjJ]{apostrophe}|(?i:Dunkin|somethin|ol){apostrophe}"
         rf"|{apostrophe}(?i:em|cause|till?)|{apostrophe}[2-9]0[sS]",
-        # A letter in front: O'Reilly, d'Artagnan, ...
+        # A single letter before the apostrophe: O'Reilly, D'Artagnan.
         rf"[A-HJ-XZn]{any_apostrophe}[{LETTERS}]{{2,}}",
-        # ... or a vowel before and a vowel or capital after it.
+        # A vowel before the apostrophe, and a vowel or a capital letter after it.
         rf"[{LETTERS}]+[aeiouyAEIOUY]{any_apostrophe}[aeiouA-Z][{LETTERS}]*",
         rf"[oO]{any_apostrophe}[oO]",
         r"(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)",
@@ -109,14 +109,14 @@ def _word_rules() -> list[str]:
     joined = rf"{initial}[{LETTERS}{DIGITS}]+(?:{hyphens}{initial}[{LETTERS}{DIGITS}]+)*"
     return [
         "(?P<two>(?i:cannot|'twas|'tis|gonna|gotta|lemme|gimme|wanna))",
-        # "cat's": the word ends before the ending; "don't": before the n of the negation.
+        # In "cat's", the word ends before 's. In "don't", it ends before n't.
         rf"({word}){ending}",
         rf"([A-Za-z\xad]*[A-MO-Za-mo-z]\xad*){negation}",
         rf"({word})",
         *(rf"({elision})" for elision in elisions),
         # "y'all" is "y' all".
         rf"([yY]{apostrophe})[{LETTERS}]",
-        # The endings themselves, which remain after their word.
+        # The endings themselves: the scanner continues with them after their word.
         rf"(?P<quote>{ending})[^A-Za-z]",
         r"(')[A-Za-z][^ \t\n\r\xa0]",
         rf"(?P<quote>{ending})",
@@ -126,7 +126,7 @@ def _word_rules() -> list[str]:
         # A full stop before another mark belongs to the word: "foo.;".
         rf"({word}\.)[,;:、]",
         rf"((?i:Cap{apostrophe}n|c{apostrophe}est))",
-        # Tags and user names of social networks.
+        # Hashtags and user names of social networks.
         rf"(?P<verbatim>#{letter}+)",
         r"(@[a-zA-Z_][a-zA-Z_0-9]*)",
         # Compounds with hyphens or underscores.
@@ -167,7 +167,7 @@ def _name_rules() -> list[str]:
         # E-mail addresses, with or without angle brackets.
         r"(?P<verbatim>(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r\"<>|(){}\xa0]*@(?:[^ \t\n\f\r\"<>|(){}.\xa0]+\.)*"
         r"[^ \t\n\f\r\"<>|(){}.\xa0]+(?:>|(?i:&gt;))?)",
-        # Programming languages; tokens that are Penn Treebank brackets already; S&P-500.
+        # Programming languages; brackets that are already in the form of the Penn Treebank; S&P-500.
         r"((?i:c\+\+|[cf]\#))",
         r"(-(?i:RRB|LRB|RCB|LCB|RSB|LSB)-|(?i:C\.D\.s|pro-|anti-|S(?:&amp;|&)P-500|S(?:&amp;|&)Ls))",
         # and/or, 24/7

@@ -5,18 +5,19 @@ returns the same tokens. Example:
 
     "A man's hand, holding two cats' toys."  ->  "a man 's hand holding two cats toys"
 
-It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match is used
-(including lookahead; of equally long matches, the first one).
+It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match is used. The
+lookahead of a rule counts as part of its match. Of equally long matches, the first one is used.
 
-It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. The
-intended differences are:
+It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. It
+differs intentionally in these cases:
 
 - Each caption is tokenized separately. The original reads all captions as one stream, where the first word of the next
   caption can affect whether a single letter at the end of this one keeps its full stop.
 - All line breaks (also U+000B, U+000C, U+0085, U+2028 and U+2029) are treated as spaces; the original's caller does this
   only for "\n". In the original, the others start a new caption, so every later caption is scored against the
   references of a different image.
-- Half a surrogate pair, which cannot be passed to the original, is dropped, as is every character without a rule.
+- A lone surrogate (half a UTF-16 pair), which cannot be passed to the original, is dropped, as is every character
+  without a rule.
 - Python converts the tokens to lower case. The tables of Python and Java differ in letters that are newer than one of
   them. These can occur only in web addresses, because no other rule accepts them.
 """
@@ -86,7 +87,7 @@ _APOSTROPHE_ENTITY = re.compile("&apos;")
 _LINE_BREAK = re.compile(f"[{LINE_BREAKS}]")
 _ABOVE_BMP = re.compile("[\U00010000-\U0010ffff]")
 
-# Fast path for a word before a space or a comma, which is most of a caption: no rule has a longer match there.
+# Fast path for a word before a space or a comma, the most frequent case in captions: no rule has a longer match there.
 _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")
 
 # A chunk between two spaces that can be tokenized separately, because no rule matches it together with the following
@@ -113,7 +114,9 @@ def tokenize(caption: str) -> str:
 
 
 def _tokenize_line(text: str) -> str:
-    # Tokenize every chunk separately if possible, as in nearly all captions. Most chunks are then in the cache.
+    """Tokenize a text without line breaks and without characters above U+FFFF."""
+    # If possible, which is the case in nearly all captions, tokenize every chunk separately: most chunks are then
+    # found in the cache of `_scan_chunk`.
     chunks = text.split(" ")
     if all(_INDEPENDENT_CHUNK.fullmatch(chunk) for chunk in chunks):
         tokens = [_scan_chunk(chunk + "\n") for chunk in chunks]

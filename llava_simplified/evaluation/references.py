@@ -1,4 +1,4 @@
-"""Reference captions from a file, and which of them belong to an image."""
+"""Read reference captions from a file, and find those of an image."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from llava_simplified.prepare.sources import read_source
 # COCO's names contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg.
 _COCO_NAME = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
 _COCO_DIGITS = 12
-_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def replace_half_surrogates(text: str) -> str:
-    """Replace half surrogate pairs: JSON can contain them, but they can be neither printed nor written as UTF-8."""
-    return _HALF_SURROGATE.sub("\ufffd", text)
+def replace_lone_surrogates(text: str) -> str:
+    """Replace lone surrogates by U+FFFD.
+
+    A lone surrogate is half a UTF-16 pair. JSON can contain it, but it can be neither printed nor written as UTF-8.
+    """
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 class ReferenceMatch(NamedTuple):
-    """The references of an image, the rule that found them, and the name or id that they have in the file."""
+    """The references of an image, the rule that found them, and the image's id (or else its name) in the file."""
 
     captions: tuple[str, ...]
     rule: Literal["exact", "suffix", "image id", "none"]
@@ -39,10 +42,10 @@ class References:
     """Reference captions by image.
 
     Args:
-        by_name: Captions by image name. They are found by the rule of `data/names.py`.
+        by_name: Captions by image name. Names are matched by the rules of `data/names.py`.
         by_id: Captions by image id, as text.
-        names: The image names by id.
-        counts: Problems of the file, by description.
+        names: Image names by id.
+        counts: Numbers of entries of the file that cannot be used, by the reason.
     """
 
     def __init__(
@@ -64,11 +67,11 @@ class References:
         return self._names.get(image_id)
 
     def find(self, image: str, image_id: str | None = None) -> ReferenceMatch:
-        """Return the references of an image; without captions if there are none.
+        """Return the references of an image. If there are none, the match has the rule "none" and no captions.
 
         Args:
-            image: Its name.
-            image_id: Its id, if it is known, as in a file of COCO results. Then the name does not count.
+            image: Name of the image.
+            image_id: Id of the image if it is known, as in a file of COCO results. The name is then ignored.
 
         Raises:
             AmbiguousNameError: The name matches several images.
@@ -79,7 +82,7 @@ class References:
             return ReferenceMatch(tuple(self.by_id[image_id]), "image id", image_id)
         match = self._index.find(image)
         if match is not None:
-            # References that have an id are known by it, so that both ways to them count as one.
+            # Use the id as the key if there is one, so that a match by name and a match by id have the same key.
             key = self._ids.get(match.name, match.name)
             return ReferenceMatch(tuple(self.by_name[match.name]), match.rule, key)
         image_id = self._id_in_name(image)
@@ -88,12 +91,17 @@ class References:
         return ReferenceMatch(tuple(self.by_id[image_id]), "image id", image_id)
 
     def _id_in_name(self, image: str) -> str | None:
-        """Return the id of an image whose name is its id, or contains it as COCO's names do."""
+        """Return the image id in a file name: the name without its suffix, or the number in a COCO name.
+
+        Returns:
+            The id, or None if no id of the file matches.
+        """
         parts = name_parts(image)
-        if not parts or "#" in parts[-1]:  # a number in `shard.tar#key` is that of the shard
+        # Do not search `shard.tar#key` for an id: a number in it can be the number of the shard.
+        if not parts or "#" in parts[-1]:
             return None
         stem = PurePosixPath(parts[-1]).stem
-        candidates = [stem]  # an id can be any text
+        candidates = [stem]  # an id can be any string
         numbered = _COCO_NAME.fullmatch(stem)
         if numbered is not None:
             candidates.append(numbered[1])
@@ -101,12 +109,13 @@ class References:
             if image_id not in self.by_id:
                 continue
             name = self._names.get(image_id)
-            if name is None:  # the file gives no names: the id is all there is
+            if name is None:  # the file has no names that could contradict the id
                 return image_id
-            # `cats/1.jpg` is not the image with id 1 if that one is called `dogs/1.jpg` or `dogs/7.jpg`. COCO numbers
-            # its images in 12 digits, and its names differ between the years.
+            # The same number alone is not enough: `cats/1.jpg` is not the image with id 1 if the file calls that
+            # image `dogs/7.jpg`. Only in COCO's names, with 12 digits, is the number always the id. COCO's releases
+            # of 2014 and 2017 name the same image differently, so these names need not be equal.
             is_coco_name = stem.startswith("COCO_") or len(stem) == _COCO_DIGITS
-            # With the same base name, the rule for names has already refused it: the folders differ.
+            # If the base names are equal, the match by name has failed because the folders differ: another image.
             if numbered is not None and is_coco_name and PurePosixPath(name).stem != stem:
                 return image_id
         return None
@@ -117,7 +126,7 @@ class References:
         Args:
             used: Keys of matches.
         """
-        # In the order of the file; references that have a name and an id count once.
+        # A dict is used as an ordered set. References with a name and an id are added once, by their id.
         unused = dict.fromkeys(self.by_id)
         for name in self.by_name:
             unused[self._ids.get(name, name)] = None
@@ -130,16 +139,18 @@ def read_references(path: Path) -> References:
     """Read a COCO caption file, records, or any other source of captions.
 
     Args:
-        path: `{"images": [...], "annotations": [...]}`; records in any form that `llava train` reads: their
-            responses are the references of their images; or what `llava convert` reads, such as rows of
-            `{"image": ..., "caption": ...}`.
+        path: One of three kinds of files:
+            - a COCO caption file, `{"images": [...], "annotations": [...]}`;
+            - records in any form that `llava train` reads, whose responses are the references;
+            - any source that `llava convert` reads, such as rows of `{"image": ..., "caption": ...}`.
 
     Raises:
-        ValueError: The file has neither form, or gives one id or one name to two images.
+        ValueError: The file is of none of these kinds, or gives one id or one name to two images.
     """
     content: object = None
     try:
-        # Caption files have a few hundred megabytes at most. Records in other formats are read row by row.
+        # COCO caption files have a few hundred megabytes at most, so read them at once. Other formats are read row
+        # by row below.
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -165,14 +176,14 @@ def _read_coco(content: Mapping[str, object], path: Path) -> References:
     names: dict[str, str] = {}
     num_without_text = 0
     try:
-        for annotation in _list(content["annotations"]):
+        for annotation in _check_list(content["annotations"]):
             caption = annotation["caption"]
             captions = by_id.setdefault(str(annotation["image_id"]), [])
             if isinstance(caption, str) and caption.strip():
-                captions.append(replace_half_surrogates(caption))
+                captions.append(replace_lone_surrogates(caption))
             else:  # null or empty
                 num_without_text += 1
-        for image in _list(content.get("images", [])):
+        for image in _check_list(content.get("images", [])):
             _add_name(names, str(image["id"]), image["file_name"])
         _check_names(names)
     except (KeyError, TypeError, AttributeError) as error:
@@ -198,13 +209,15 @@ def _read_coco(content: Mapping[str, object], path: Path) -> References:
     return References(by_name, with_captions, names, counts)
 
 
-def _list(value: object) -> list[dict[str, object]]:
+def _check_list(value: object) -> list[dict[str, object]]:
+    """Return the value if it is a list; otherwise raise TypeError."""
     if not isinstance(value, list):
         raise TypeError(f"expected a list, got {type(value).__name__}")
     return value
 
 
 def _add_name(names: dict[str, str], image_id: str, name: object) -> None:
+    """Add the file name of an image; raise ValueError if its id already belongs to another name."""
     if not isinstance(name, str):
         raise TypeError(f"'file_name' of image {image_id} must be a string, not {name!r}")
     known = names.setdefault(image_id, name)
@@ -213,6 +226,7 @@ def _add_name(names: dict[str, str], image_id: str, name: object) -> None:
 
 
 def _check_names(names: Mapping[str, str]) -> None:
+    """Raise ValueError if two ids have the same file name."""
     ids: dict[str, str] = {}
     for image_id, name in names.items():
         known = ids.setdefault(name, image_id)
@@ -226,14 +240,14 @@ def _read_records(path: Path) -> References:
     num_without_image = 0
     num_without_caption = 0
     for record in open_records(path):
-        captions = [replace_half_surrogates(text) for text in record.responses if text.strip()]
-        # A conversation about several images says nothing about each of them.
+        captions = [replace_lone_surrogates(text) for text in record.responses if text.strip()]
+        # A response about several images is not a caption of any single one.
         if len(record.images) != 1:
             num_without_image += 1
         elif not captions:
             num_without_caption += 1
         else:
-            # Several rows of one image: all of their captions are references.
+            # If an image has several rows, the captions of all of them are its references.
             known = by_name.setdefault(record.images[0], [])
             known += [text for text in captions if text not in known]
     counts = {
@@ -244,13 +258,13 @@ def _read_records(path: Path) -> References:
 
 
 def _read_captions(path: Path) -> References | None:
-    """Read any source of captions, as `llava convert` does; return None if the file is none."""
+    """Read a source of captions as `llava convert` does; return None if the file is not such a source."""
     by_name: dict[str, list[str]] = {}
     issues = ParseIssues()
     try:
         for row in read_source(str(path), issues, Columns()):
             known = by_name.setdefault(row.image or row.url, [])
-            for text in map(replace_half_surrogates, row.captions):
+            for text in map(replace_lone_surrogates, row.captions):
                 if text not in known:
                     known.append(text)
     except (OSError, ValueError):

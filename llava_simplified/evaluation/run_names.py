@@ -1,4 +1,7 @@
-"""Names of runs, from the names of their prediction files. Imports nothing heavy."""
+"""Names of runs, from the names of their prediction files.
+
+`llava evaluate --help` imports this module, so it must not import large packages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-# Other numbers are parts of names: clip-vit-base-patch16, effnet-b0, run-2.
+# Only "step-N" and "checkpoint-N" are steps. Other numbers are parts of names: clip-vit-base-patch16, effnet-b0, run-2.
 _STEP = re.compile(r"(?:(.*)[^A-Za-z])?(?:step|checkpoint)-(\d+)")
 
 
@@ -17,14 +20,14 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
     for names in (stems, folders):
         if len(set(names)) == len(names):
             return names
-    # Neither distinguishes the files.
+    # Neither stems nor folders distinguish the files, so use the full paths.
     return list(map(str, paths))
 
 
 def training_steps(names: Sequence[str]) -> list[int] | None:
-    """Return the training steps of a series of checkpoints of one run; None if they are not.
+    """Return the training steps if the names belong to checkpoints of one training run; otherwise None.
 
-    The names of a series end with `step-N` or `checkpoint-N`, and are equal before it.
+    The names of such checkpoints end with `step-N` or `checkpoint-N`, and are equal before it.
     """
     steps = []
     prefixes = set()
@@ -34,14 +37,14 @@ def training_steps(names: Sequence[str]) -> list[int] | None:
             return None
         prefixes.add(match[1])
         steps.append(int(match[2]))
-    # The checkpoints of two runs are not a series, even if their steps differ.
+    # Checkpoints of two training runs must not be shown as one series, even if their steps differ.
     return steps if len(prefixes) == 1 else None
 
 
 def sort_by_step(paths: Sequence[Path]) -> list[Path]:
-    """Sort the files of a series of checkpoints by their steps; other files keep their order.
+    """Sort the files of checkpoints of one training run by step; other files keep their order.
 
-    A shell expands `step-*.jsonl` to step-1000 before step-500.
+    This corrects the order in which a shell expands `step-*.jsonl`: step-1000 before step-500.
     """
     steps = training_steps(name_runs(paths))
     if steps is None:

@@ -28,7 +28,7 @@ def describe_texts(trials: Sequence[Sequence[str]]) -> dict[str, float]:
         captions = [text.split() for text in trial]
         for name, value in _describe_trial(captions).items():
             values.setdefault(name, []).append(value)
-    return {name: float(np.mean(of_trials)) for name, of_trials in values.items()}
+    return {name: float(np.mean(trial_values)) for name, trial_values in values.items()}
 
 
 def _describe_trial(captions: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -65,5 +65,5 @@ def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
 def _distinct(ngrams: Sequence[tuple[str, ...]]) -> float:
     """Return the number of different n-grams divided by the number of n-grams."""
     if not ngrams:
-        return 1.0  # nothing is repeated
+        return 1.0  # a text without n-grams repeats none
     return len(set(ngrams)) / len(ngrams)

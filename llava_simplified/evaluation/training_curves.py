@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-# Name of the curve in the report, and its key in the rows of the log.
+# Name of each curve in the report -> key of its values in the rows of the log.
 CURVES = {
     "training": "loss",
     "validation": "eval_loss",
@@ -37,7 +37,7 @@ def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
         try:
             row = json.loads(line)
             for name, key in CURVES.items():
-                # Skip NaN, which a diverged run logs, and which cannot be drawn.
+                # Skip NaN and infinity, which a diverged run logs and which cannot be drawn.
                 if key in row and math.isfinite(row[key]):
                     curves[name][row["step"]] = row[key]
         except (ValueError, TypeError, KeyError) as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from llava_simplified.evaluation.metrics import Sample
 
-MIN_LOG_LIKELIHOOD = 1.0  # minimum absolute value of a word in the result
+MIN_LOG_LIKELIHOOD = 1.0  # words with a smaller log-likelihood ratio are left out
 MAX_WORDS = 12
 
 _WORD = re.compile(r"\w[\w'’-]*")
@@ -57,8 +57,8 @@ def compare_word_usage(
     for word in {*generated, *references}:
         ours = generated[word]
         theirs = references[word]
-        # Fraction of the word if both texts used it equally often. The ratio is the log-likelihood of the counts with
-        # their own fractions, minus that with the common fraction.
+        # Share of the word if captions and references used it equally often. The ratio compares the log-likelihood of
+        # the two counts with their own shares to the log-likelihood with this common share.
         expected_share = (ours + theirs) / (num_generated + num_references)
         ratio = 0.0
         for count, total in ((ours, num_generated), (theirs, num_references)):
@@ -75,6 +75,7 @@ def compare_word_usage(
 
 
 def _weighted_words(texts: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Yield (word, weight) for each word of an image's texts. The weights of each text are 1 / number of texts."""
     for text in texts:
         for word in words_of(text):
             yield word, 1 / len(texts)

@@ -65,10 +65,10 @@ logger = logging.getLogger(__name__)
 
 # Additional seconds after the deadline for a slow client to read its response.
 _READ_GRACE = 5.0
-# A body may take this many seconds, and longer only if it arrives at this rate. Each slow body occupies a place in
-# the queue, so a few clients that send a byte a second would lock out all others.
+# A body must arrive within this many seconds, plus one second for every `_BODY_RATE` bytes of it. Each body occupies a
+# place in the queue until it has arrived, so a few clients that send one byte a second would lock out all others.
 BODY_SECONDS = 10.0
-_BODY_RATE = 50_000  # bytes per second
+_BODY_RATE = 50_000
 # Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
@@ -86,10 +86,9 @@ class Limits:
     Attributes:
         max_body: Maximum size of the body in bytes.
         max_images: Maximum number of images in the conversation.
-        max_tokens: Maximum number of tokens of an answer; also the default of requests.
-        fetch: Options for fetching http(s) images; None rejects them.
-        strict_model: Refuse requests for a model of another name. By default, the one model that is served
-            answers whatever name is given.
+        max_tokens: Maximum number of tokens of an answer; also used for requests that set no maximum.
+        fetch: Options for fetching the images of http(s) URLs; None rejects such URLs.
+        strict_model: Reject requests that name another model. By default, the name in a request is ignored.
     """
 
     max_body: int = 20_000_000
@@ -123,9 +122,9 @@ class ModelEndpoint:
 
     Args:
         engine: The engine, which owns the model.
-        name: Name of the model, which requests must contain.
+        name: Name of the model in responses; see also `Limits.strict_model`.
         limits: Limits of one request.
-        fetcher: Fetches the images of http(s) URLs; None if this is not allowed.
+        fetcher: Fetcher for the images of http(s) URLs; None if these are not allowed.
         registry: Registry for the metrics.
     """
 
@@ -159,10 +158,10 @@ class ModelEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
-        status = _CLIENT_CLOSED_REQUEST  # unless an answer or an error replaces it
+        status = _CLIENT_CLOSED_REQUEST  # replaced below if there is an answer or an error
         has_started = False
 
-        async def send_and_note(message: MutableMapping[str, Any]) -> None:
+        async def send_response(message: MutableMapping[str, Any]) -> None:
             nonlocal has_started
             has_started = True
             await send(message)
@@ -171,7 +170,7 @@ class ModelEndpoint:
             with self.engine.open_request() as request:
                 async with request.deadline():
                     body = await self._read_body(Request(scope, receive))
-                response = self._respond(body, request, send_and_note)
+                response = self._respond(body, request, send_response)
                 await _run_while_connected(receive, response, request.seconds_left + _READ_GRACE)
             status = 200
         except ClientDisconnect:
@@ -182,22 +181,23 @@ class ModelEndpoint:
                 raise  # `handle_exception` sends the response
             if status == 500:
                 logger.exception("A stream ended with an error.")
-            # Send the error as the last event of the stream, whose status line was sent before.
+            # The status line of the stream has already been sent, so send the error as the last event.
             await send(_event(error_body, more_body=False))
         finally:
             seconds = time.perf_counter() - start
             self._requests.labels(status).inc()
             self._seconds.observe(seconds)
-            # Do not log anything of the request's content.
+            # For privacy, log nothing of the request's content.
             logger.info("%d in %.2f s", status, seconds)
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the body of a request; raise HTTPException if it is too large or not JSON."""
-        # Require JSON: other types can be sent by any web page without a preflight request.
+        # Require JSON: browsers let any web page send other content types without a preflight request (CORS).
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
             raise HTTPException(415, "The Content-Type must be application/json.")
         max_body = self.limits.max_body
+        # Close the connection after this error. Otherwise, the rest of the body would have to be received.
         too_large = HTTPException(
             413, f"The body exceeds {max_body} bytes.", {"connection": "close"}
         )
@@ -218,7 +218,7 @@ class ModelEndpoint:
             return bytes(body)
         except asyncio.TimeoutError:
             raise HTTPException(
-                408, "The body arrives too slowly.", {"connection": "close"}
+                408, "The body of the request arrives too slowly.", {"connection": "close"}
             ) from None
 
     async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
@@ -241,29 +241,29 @@ class ModelEndpoint:
         if len(urls) > self.limits.max_images:
             raise RequestError(
                 f"The conversation has {len(urls)} images; the maximum is {self.limits.max_images}.",
-                "messages",
-                "too_many_images",
+                param="messages",
+                code="too_many_images",
             )
         return await asyncio.gather(*(self._load_image(url) for url in urls))
 
     async def _load_image(self, url: str | bytes) -> bytes:
         """Return the bytes of an image: the content of a data URL, or a fetched file."""
-        if isinstance(url, bytes):  # the content of a data URL
+        if isinstance(url, bytes):  # `schemas.ImageURL` has decoded a data URL
             return url
         if self.fetcher is None:
             raise RequestError(
                 "Expected images as data URLs (data:image/...;base64,...). To allow http(s) URLs, start the "
                 "server with --allow-image-urls.",
-                "messages",
-                "image_url_not_allowed",
+                param="messages",
+                code="image_url_not_allowed",
             )
-        # Use the fetcher, which limits sizes and times, and connects to public addresses only.
+        # The fetcher limits sizes and times, and connects to public addresses only.
         fetched = await self.fetcher.fetch(url)
         if fetched.image is None:
             raise RequestError(
                 f"An image could not be fetched: {fetched.kind}: {fetched.detail}",
-                "messages",
-                fetched.kind,
+                param="messages",
+                code=fetched.kind,
             )
         return fetched.image.data
 
@@ -272,8 +272,8 @@ def _model_not_found(requested: str | None, name: str) -> RequestError:
     """Return the error for a request for another model."""
     return RequestError(
         f"The model {requested!r} does not exist; this server has {name!r}.",
-        "model",
-        "model_not_found",
+        param="model",
+        code="model_not_found",
         status=404,
     )
 
@@ -301,7 +301,7 @@ class ChatCompletions(ModelEndpoint):
         )
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
-        """Answer a request."""
+        """Send the generated answers, as one JSON object or as a stream."""
         chat = await self._parse(ChatRequest, body)
         options = chat.to_generation_options(self.limits.max_tokens)
         messages = chat.to_messages(self.engine.model.instruction)
@@ -322,7 +322,7 @@ class ChatCompletions(ModelEndpoint):
             token_counts: Number of tokens of each sequence; updated with each delta.
         """
         async for delta in request:
-            if not any(token_counts):
+            if not any(token_counts):  # this is the first delta
                 self._first_token_seconds.observe(request.seconds_elapsed)
             token_counts[delta.index] = delta.num_tokens
             yield delta
@@ -371,7 +371,7 @@ class ChatCompletions(ModelEndpoint):
             }
             await send(_event({**header, **extra, "choices": [choice]}))
 
-        # The first chunk of each choice has the warnings; no later one has them.
+        # Only the first chunk of each choice contains the warnings: `send_chunk` adds `extra`, which is empty later.
         extra = _warnings(chat, request)
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
         # As in OpenAI's API, the first chunk of each choice has the role, the last one the finish reason.
@@ -399,26 +399,26 @@ class ChatCompletions(ModelEndpoint):
 
 
 class Attention(ModelEndpoint):
-    """POST /v1/attention, an extension of OpenAI's API: attention map of each word of an answer."""
+    """POST /v1/attention, an extension of OpenAI's API: the attention map of each word of an answer."""
 
     metrics_prefix = "llava_attention"
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
-        """Answer a request."""
+        """Send the words of an answer, each with its attention map."""
         attention = await self._parse(AttentionRequest, body)
         messages = attention.to_messages(self.engine.model.instruction)
         images = await self._load_images(attention.messages)
         if len(images) != 1:
             raise RequestError(
                 f"Attention maps require exactly one image, got {len(images)}.",
-                "messages",
+                param="messages",
             )
         loop = asyncio.get_running_loop()
         readers = self.engine.reader_threads
         async with request.deadline():
             answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
             height, width = await loop.run_in_executor(readers, _shown_size, images[0])
-        # Declare the answer as new tokens, so that the context limit applies to it.
+        # The answer is appended to the prompt, so both together must fit into the context.
         await request.prepare(messages, images, answer_tokens=len(answer_ids))
         async with request.deadline():
             words, grids = await self.engine.run_on_model(
@@ -433,15 +433,15 @@ class Attention(ModelEndpoint):
         await _send_json(content, send)
 
     def _encode_answer(self, answer: str) -> list[int]:
-        """Return the token ids of an answer, within the limit of tokens."""
+        """Return the token ids of an answer; raise RequestError if it has no tokens or too many."""
         try:
             answer_ids = encode_answer(self.engine.model, answer)
         except ValueError as error:
-            raise RequestError(f"answer: {error}", "answer") from None
+            raise RequestError(f"answer: {error}", param="answer") from None
         max_tokens = self.limits.max_tokens
         if not 0 < len(answer_ids) <= max_tokens:
             raise RequestError(
-                f"answer: expected 1 to {max_tokens} tokens, got {len(answer_ids)}.", "answer"
+                f"answer: expected 1 to {max_tokens} tokens, got {len(answer_ids)}.", param="answer"
             )
         return answer_ids
 
@@ -449,7 +449,7 @@ class Attention(ModelEndpoint):
 def _shown_size(image: bytes) -> tuple[int, int]:
     """Return (height, width) of an image file, with its orientation applied.
 
-    The pixels are dropped at once: those of all requests in flight together would take gigabytes.
+    The decoded pixels are not kept: for all requests in flight together, they would need gigabytes of memory.
     """
     width, height = read_image_size(image)
     with DECODING.admit(width * height):
@@ -465,13 +465,12 @@ def _word_attention(
     Weights are rounded to 4 digits, which halves the size of the response.
     """
     assert request.pixel_values is not None
-    # This fails if the answer has no words, for example only incomplete characters.
     try:
         words, grids = word_attention(model, request.prompt, request.pixel_values, answer_ids)
-    except ValueError as error:
-        raise RequestError(f"answer: {error}", "answer") from None
+    except ValueError as error:  # there are no words, for example only incomplete characters
+        raise RequestError(f"answer: {error}", param="answer") from None
     rounded: list[list[list[float]]] = []
-    # Convert (words, 1 image, rows, columns). Replace NaN, which JSON does not support.
+    # (words, 1 image, rows, columns) -> one grid for each word. Replace NaN, which JSON does not support.
     for grid in grids[:, 0].nan_to_num().tolist():
         rounded.append([[float(f"{weight:.4g}") for weight in row] for row in grid])
     return words, rounded
@@ -481,16 +480,16 @@ def _word_attention(
 
 
 def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]:
-    """Return the field `warnings` of a response, an extension of OpenAI's API, or no field.
+    """Return the field `warnings` of a response, or no field if there are no warnings.
 
-    It says that an answer may have fewer tokens than the client has asked for.
+    The field is an extension of OpenAI's API. It warns that the answer is limited to fewer tokens than requested.
     """
     requested = chat.requested_tokens
     granted = request.options.max_new_tokens
     if requested is None or requested <= granted:
         return {}
     name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
-    # An integer in JSON may have any number of digits.
+    # An integer in JSON may have any number of digits, so do not print a huge one.
     shown = str(requested) if requested < 10**12 else "more than 10^12"
     return {
         "warnings": [f"{name}: {shown} tokens were requested; the answer has at most {granted}."]
@@ -509,6 +508,7 @@ def _usage(request: RequestHandle, token_counts: list[int]) -> dict[str, int]:
 
 
 async def _send_json(content: object, send: Send) -> None:
+    """Send a JSON response with status 200."""
     response = JSONResponse(content)
     await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body})
@@ -532,8 +532,8 @@ async def _run_while_connected(
     Args:
         receive: ASGI function that returns the disconnect message.
         response: Coroutine that sends the response.
-        seconds: Time limit. A client that has not read its response by then is treated as disconnected,
-            since otherwise it could stay in the queue forever.
+        seconds: Time limit. A client that has not read its response by then is treated as disconnected.
+            Otherwise, its request could be in flight forever.
 
     Raises:
         ClientDisconnect: The client has disconnected.
@@ -573,13 +573,13 @@ def create_app(
 
     Args:
         engine: The engine, which owns the model.
-        name: Name of the model, which requests must contain.
+        name: Name of the model in responses; see also `Limits.strict_model`.
         key: API key; empty if none is required. `security.PUBLIC_PATHS` never require it.
         limits: Limits of one request.
         page: Routes of the web page, from `page.page_routes`.
         allowed_hosts: Additional values of the Host header, see `security.HostCheck`.
     """
-    # Create a registry, because the global one is shared by all applications of a process.
+    # Do not use the global registry of prometheus_client, which all applications of a process share.
     registry = CollectorRegistry()
     _add_engine_metrics(engine, registry)
     fetcher = _create_fetcher(limits)
@@ -617,7 +617,7 @@ def create_app(
     middleware = [Middleware(SecurityHeaders), Middleware(HostCheck, allowed_hosts)]
     if key:
         middleware.append(Middleware(KeyCheck, key))
-    # Register a handler for each class. The first six are client errors; for any other exception,
+    # The same handler is registered for each class. The first six are expected errors. For any other exception,
     # Starlette sends the response and raises the exception again, so that uvicorn logs it.
     handled = (
         HTTPException,
@@ -662,7 +662,7 @@ def _create_fetcher(limits: Limits) -> Fetcher | None:
     """Return the fetcher of image URLs; None if they are not allowed."""
     if limits.fetch is None:
         return None
-    # Import it here, because it requires aiohttp, which the extra `serve` does not install.
+    # Import the fetcher only here, because it requires aiohttp, which the extra `serve` does not install.
     from llava_simplified.prepare.fetch import Fetcher
 
     return Fetcher(limits.fetch)

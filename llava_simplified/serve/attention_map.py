@@ -55,7 +55,7 @@ def token_attention(
     Returns:
         float32 (answer tokens, images, rows, columns)
     """
-    # Omit the last token, which predicts nothing in the answer.
+    # Omit the last token: it predicts the end of the answer, and not a token of it.
     ids = expand_image_placeholders([*prompt, *answer_ids[:-1]], model.vision_tower.num_tokens)
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
     length = embeds.shape[1]
@@ -63,7 +63,7 @@ def token_attention(
 
     language_model: Any = model.language_model
     cache: Any = {cache_kwarg_name(language_model): DynamicCache(config=model.config)}
-    # Restrict the lm_head to one position (the minimum), because no logits are needed.
+    # No logits are needed, so restrict the lm_head to one position, the minimum.
     with lm_head_at_positions(language_model, torch.tensor([0], device=model.device)):
         language_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
         with _eager_attention(model.config):
@@ -76,14 +76,14 @@ def token_attention(
         if weights is None:  # a layer without attention, such as a convolution
             continue
         mean = weights[0].float().mean(0)  # (heads, queries, keys) -> (queries, keys)
-        # Pad on the left: a sliding-window layer keeps the last keys only.
+        # A sliding-window layer keeps only the last keys. Pad the left side, so that all layers have `length` keys.
         layers.append(pad(mean, (length - mean.shape[-1], 0)))
     attention = torch.stack(layers).mean(0)
 
     is_image = torch.from_numpy(ids == IMAGE_INDEX).to(attention.device)
     patches = attention[:, is_image].unflatten(1, (len(image_features), -1))
     height, width = model.vision_tower.grid
-    # Remove CLS tokens, if the tower has any, which precede the patches.
+    # Some towers have CLS tokens before the patches. Remove them.
     return patches[..., -height * width :].unflatten(2, (height, width))
 
 

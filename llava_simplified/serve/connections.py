@@ -1,4 +1,4 @@
-"""The HTTP protocol of the server: h11's, with a limit on the time that a request may take to arrive."""
+"""The HTTP protocol of the server: uvicorn's h11 protocol, with a time limit for the headers of a request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class TimedH11Protocol(H11Protocol):
         self._cancel_timer()
 
     def _update_timer(self) -> None:
-        """Start the timer if the connection waits for a request, unless it runs; else stop it."""
+        """Start the timer if the connection is waiting for a request, and stop it otherwise.
+
+        A running timer is not restarted, because the limit applies to the complete request head.
+        """
         is_waiting = self.cycle is None or self.cycle.response_complete
         if not is_waiting or self.transport.is_closing():
             self._cancel_timer()
@@ -52,6 +55,6 @@ class TimedH11Protocol(H11Protocol):
 
     def _close(self) -> None:
         """Close a connection on which no request has arrived in time."""
-        # This still sends data that was written before. If the client does not read it, abort after a while.
+        # `close` still sends the data that was written before. If the client does not read it, abort the connection.
         self.transport.close()
         self._timer = self.loop.call_later(self.HEAD_SECONDS, self.transport.abort)

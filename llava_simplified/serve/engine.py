@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Number of threads that decode images. They share one budget of pixels, see `data.pixel_budget`: one of them may
-# decode a large image and another wait for its turn, while the others read ordinary ones.
+# Number of threads that decode images. They share one budget of pixels (see `data.pixel_budget`). While one thread
+# decodes a very large image and another one waits for its turn, the others still decode ordinary images.
 _READER_THREADS = 4
-# Upper limit for any tokenizer; in natural languages, a token has 1 to 5 characters.
+# An upper bound that holds for any tokenizer: in natural languages, a token has 1 to 5 characters on average.
 _MAX_CHARACTERS_PER_TOKEN = 32
 
 
@@ -56,7 +56,7 @@ class QueueFullError(Exception):
     """Too many requests are in flight.
 
     Attributes:
-        retry_after: Suggested seconds until a retry: the recent duration of a request.
+        retry_after: Suggested seconds until a retry, the average duration of recent requests.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -110,7 +110,7 @@ class RunningSequence:
 
 
 class RequestHandle:
-    """One request, in flight from `with` until the end of the block.
+    """One request. It is in flight while its `with` block runs.
 
     Attributes:
         options: Generation options.
@@ -124,8 +124,8 @@ class RequestHandle:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._start_time = time.monotonic()
-        # Do not bound the queue: an answer has at most `max_new_tokens` deltas, and the model must not
-        # wait for a client.
+        # The queue needs no bound, because an answer has at most `max_new_tokens` deltas. With a bound, the engine
+        # would have to wait for slow clients.
         self._deltas = asyncio.Queue[Delta | Exception]()
         self._sent: dict[int, str] = {}  # sequence index -> text sent so far
         self._stop_strings: Sequence[str] = ()
@@ -174,8 +174,8 @@ class RequestHandle:
         Args:
             messages: A question or a conversation, as for `Llava.stream`.
             images: One per `<image>` in the messages.
-            options: Options with one beam, and at most `batch_size` sequences. If the context has no room for
-                `max_new_tokens`, the answer gets what is left; `options` of this object then says how much.
+            options: Options with one beam, and at most `batch_size` sequences. If `max_new_tokens` do not fit into
+                the context, the number is lowered; `self.options` contains the lowered number.
             stop: Stop strings, which end an answer and are not part of it.
 
         Raises:
@@ -186,8 +186,8 @@ class RequestHandle:
         self._stop_strings = stop
         options = options or self.options
         await self.prepare(messages, images, options, answer_tokens=1)
-        room = self._engine.max_context - self.prompt_tokens
-        self.options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
+        remaining = self._engine.max_context - self.prompt_tokens
+        self.options = replace(options, max_new_tokens=min(options.max_new_tokens, remaining))
         self._engine.enqueue(self)
 
     async def prepare(
@@ -199,23 +199,24 @@ class RequestHandle:
     ) -> None:
         """Set `prompt`, `pixel_values` and `options`, without joining the queue.
 
-        The other arguments, and the exceptions, are those of `submit`.
-
         Args:
-            messages: The messages.
-            images: Their images.
-            options: Generation options.
+            messages: See `submit`.
+            images: See `submit`.
+            options: See `submit`.
             answer_tokens: Number of tokens that must fit into the context after the prompt.
+
+        Raises:
+            ImageError, RequestError, TimeoutError: See `submit`.
         """
         engine = self._engine
         self.options = options or self.options
         if self.options.num_beams > 1:
-            raise RequestError("Beam search is not supported by the server.", "num_beams")
+            raise RequestError("Beam search is not supported by the server.", param="num_beams")
         if self.options.num_return_sequences > engine.batch_size:
             raise RequestError(
                 f"n: {self.options.num_return_sequences} answers were requested, but the server "
                 f"generates at most {engine.batch_size} at a time.",
-                "n",
+                param="n",
             )
         loop = asyncio.get_running_loop()
         reading = loop.run_in_executor(
@@ -234,7 +235,7 @@ class RequestHandle:
         model = self._engine.model
         max_context = self._engine.max_context
         tokens_per_image = model.vision_tower.num_tokens
-        # Check the length before tokenizing the messages and decoding the images, which is expensive.
+        # Tokenizing messages and decoding images is expensive, so reject requests that are much too long before.
         contents = [messages] if isinstance(messages, str) else [m.content for m in messages]
         num_characters = sum(map(len, contents))
         max_characters = _MAX_CHARACTERS_PER_TOKEN * max_context
@@ -242,32 +243,32 @@ class RequestHandle:
             raise RequestError(
                 f"The messages have {num_characters} characters. The maximum is {max_characters}, for a "
                 f"context of {max_context} tokens.",
-                "messages",
-                "context_length_exceeded",
+                param="messages",
+                code="context_length_exceeded",
             )
         if len(images) * tokens_per_image >= max_context:
             raise RequestError(
-                f"{len(images)} images of {tokens_per_image} tokens exceed the context of "
-                f"{max_context} tokens.",
-                "messages",
-                "context_length_exceeded",
+                f"{len(images)} images of {tokens_per_image} tokens each exceed the context of "
+                f"{max_context} tokens. Send fewer images.",
+                param="messages",
+                code="context_length_exceeded",
             )
         try:
             self.prompt, self.pixel_values = model.prepare_inputs(messages, images)
         except ImageError:
             raise
         except ValueError as error:
-            raise RequestError(str(error), "messages") from None
+            raise RequestError(str(error), param="messages") from None
         # An image is one placeholder in `prompt`, but has `tokens_per_image` tokens in the context.
         self.prompt_tokens = len(self.prompt) + len(images) * (tokens_per_image - 1)
         if not self.prompt:
-            raise RequestError("The prompt is empty.", "messages")
+            raise RequestError("The prompt is empty.", param="messages")
         if self.prompt_tokens + answer_tokens > max_context:
             raise RequestError(
-                f"The prompt has {self.prompt_tokens} tokens (images included) and the answer needs at "
-                f"least {answer_tokens}, but the context has {max_context}. Shorten the conversation.",
-                "messages",
-                "context_length_exceeded",
+                f"The prompt has {self.prompt_tokens} tokens (images included) and the answer at least "
+                f"{answer_tokens}, but the context has only {max_context} tokens. Shorten the conversation.",
+                param="messages",
+                code="context_length_exceeded",
             )
         (self.prompt_hash,) = prompt_hashes([self.prompt], self.pixel_values)
 
@@ -313,8 +314,8 @@ class RequestHandle:
             text = text[:stop_position]
             finish_reason = "stop"
         elif is_active:
-            text = _without_unfinished_end(text, self._stop_strings)
-        # Hold back whitespace at the end: it is not part of the answer if the sequence ends here.
+            text = _remove_partial_stop_string(text, self._stop_strings)
+        # Hold back whitespace at the end until more text follows: it is not part of an answer that ends here.
         text = text.rstrip()
         sent = self._sent.get(index, "")
         self._sent[index] = text
@@ -328,8 +329,11 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
     return min(found, default=None)
 
 
-def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
-    """Remove a possible beginning of a stop string at the end: text that was sent cannot be revoked."""
+def _remove_partial_stop_string(text: str, stop: Sequence[str]) -> str:
+    """Remove the end of a text if a stop string could begin there.
+
+    It is sent later if the next tokens do not complete the stop string. Text that was sent cannot be revoked.
+    """
     longest = 0
     for stop_string in stop:
         for length in range(1, len(stop_string)):
@@ -352,9 +356,10 @@ def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
 #     `async for delta in request` <------------    4. read the new text; evict finished sequences
 #
 # Admission. The queue is first in, first out. A request with `num_return_sequences` = n is admitted when n
-# sequences of the batch are free. Later requests wait until then, so that it cannot starve. All requests
-# that are admitted in one step are prefilled together, in one forward pass. Running sequences wait for this
-# pass and then continue: a long prompt delays their next token, but has no other effect.
+# sequences of the batch are free. Later requests wait until then, because small requests could otherwise
+# overtake a large one forever. All requests that are admitted in one step are prefilled together, in one forward
+# pass. Running sequences wait for this pass and then continue: a long prompt delays their next token, but has no
+# other effect.
 #
 # Independence. Every sequence has its own rows in the KV cache and in the attention mask, its own position
 # ids and generation options, and a random generator seeded from its seed and its prompt. Padding is masked.
@@ -365,8 +370,8 @@ def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
 # and the next requests start a new batch.
 #
 # Deadlines and back-pressure. A request has `timeout` seconds from its arrival, including the wait. At most
-# `batch_size + max_queue` requests are in flight; further ones are rejected with QueueFullError. Leaving the
-# `with` block in any way closes the request, and the next step evicts its sequences.
+# `batch_size + max_queue` requests are in flight; more are rejected with QueueFullError. Leaving the `with` block
+# in any way closes the request, and the next step evicts its sequences.
 
 
 class Engine:
@@ -384,9 +389,9 @@ class Engine:
 
     Attributes:
         requests_in_flight: The open requests, which are being read, waiting or running.
-        sequences_running: Id of a sequence in the batch -> the sequence. Those of closed requests remain
+        sequences_running: Id of a sequence in the batch -> the sequence. Sequences of closed requests remain
             until the next step evicts them.
-        reader_threads: Executor for work on the CPU that needs no language model.
+        reader_threads: Executor for CPU work that does not use the language model.
     """
 
     def __init__(
@@ -418,7 +423,7 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # A running step cannot be cancelled; the shutdown of its thread waits for it.
+        # Cancelling the loop does not interrupt a running step. The shutdown of the model thread waits for it.
         self._loop_task.cancel()
         await asyncio.gather(self._loop_task, return_exceptions=True)
         for threads in (self._model_thread, self.reader_threads):
@@ -471,8 +476,8 @@ class Engine:
             await self._has_work.wait()
             admitted = self._next_requests()
             if not admitted and not self.sequences_running:
-                # Do not await anything between the check above and this line: a new request could be
-                # missed.
+                # Nothing may be awaited between the check above and this line. Otherwise, a request that arrives
+                # in between would set the event before it is cleared, and wait forever.
                 self._has_work.clear()
                 continue
             try:
@@ -486,7 +491,7 @@ class Engine:
 
     def _next_requests(self) -> list[RequestHandle]:
         """Remove the requests that the next step admits from the queue, and return them, oldest first."""
-        # Do not count the sequences of closed requests, which the step evicts before it admits new ones.
+        # Sequences of closed requests count as free, because the step evicts them before it admits new requests.
         sequences = self.sequences_running.values()
         occupied = [sequence for sequence in sequences if not sequence.request.is_closed]
         free = self.batch_size - len(occupied)
@@ -533,7 +538,7 @@ class Engine:
         self._batch.step()
         results: list[tuple[RequestHandle, Delta | Exception]] = []
         for sequence_id, sequence in list(self.sequences_running.items()):
-            # Skip a sequence that was evicted together with a failed sequence of the same request.
+            # This sequence may have been evicted in an earlier iteration, with a failed sequence of its request.
             if sequence_id not in self.sequences_running:
                 continue
             try:
@@ -545,7 +550,7 @@ class Engine:
                 continue
             if delta.finish_reason:
                 self._evict(sequence_id)
-            # The text is empty for an incomplete character or a possible beginning of a stop string.
+            # The text is empty while a character is incomplete, or while a stop string could begin at the end.
             if delta.text or delta.finish_reason:
                 results.append((sequence.request, delta))
         return results
@@ -574,7 +579,7 @@ class Engine:
             ids = list(self._batch.active)
         else:
             ids = self._batch.join(prompts, features, options, hashes)
-        # The sequence ids are in the order of the requests; those of one request are consecutive.
+        # The sequence ids are in the order of the requests, and the ids of one request are consecutive.
         sequences = [
             RunningSequence(request, index)
             for request in requests
@@ -585,7 +590,8 @@ class Engine:
     def _evict(self, sequence_id: int) -> None:
         """Remove a finished or running sequence from the batch."""
         assert self._batch is not None
-        # Delete the tokens too, which the batch would keep forever.
+        # `cancel` keeps the tokens and the error of a sequence for the caller. Delete them, or they would stay in
+        # memory as long as the batch exists.
         self._batch.cancel(sequence_id)
         del self._batch.generated_ids[sequence_id], self.sequences_running[sequence_id]
         self._batch.errors.pop(sequence_id, None)

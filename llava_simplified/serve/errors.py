@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from llava_simplified.data.images import ImageError
 from llava_simplified.serve.engine import QueueFullError, RequestError
 
-# Names of unknown fields and models are part of messages. They may be as long as a body.
+# Messages repeat the names of unknown fields and models, which can be as long as the body of the request.
 _MAX_MESSAGE = 1000
 
 # Values of the field `code` for errors that are identified by their HTTP status.
@@ -49,9 +49,9 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         message = error.detail
         headers = dict(error.headers or {})
         code = _CODES.get(status)
-    # Set Retry-After: OpenAI's clients wait this long and try again.
     elif isinstance(error, QueueFullError):
         status, kind, code = 429, "rate_limit_error", "queue_full"
+        # OpenAI's clients wait this long, and then try again.
         headers = {"retry-after": str(error.retry_after)}
     elif isinstance(error, asyncio.TimeoutError):
         status, kind, code = 504, "timeout_error", "timeout"
@@ -64,7 +64,7 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         param, code = "messages", error.kind  # for example "truncated"
     else:  # a server error, whose message may contain paths or prompts
         status, kind, code = 500, "server_error", "server_error"
-        message = "The server failed to process the request. Its log has the details."
+        message = "The server failed to process the request. The server's log has the details."
     param = param and _shorten(param)
     body = {"error": {"message": _shorten(message), "type": kind, "param": param, "code": code}}
     return status, body, headers
@@ -82,8 +82,8 @@ def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:
     path = ""
     previous: str | int = ""
     for part in first["loc"]:
-        # Skip the members of unions, which pydantic also lists: the tag of a content part, which follows
-        # its index, and the types of `ImageURL.url`.
+        # Skip parts that are not fields: for a union, pydantic also lists the member that was tried. These are the
+        # tag of a content part (after its index), and the types of `ImageURL.url` (after `url`).
         is_tag = isinstance(previous, int) and part in ("text", "image_url")
         is_type = previous == "url"
         if isinstance(part, int):

@@ -7,7 +7,7 @@
 //
 // This file has the state of the page and connects its parts:
 //
-//     page_client.js      requests, the API key, errors in words
+//     page_client.js      requests, the API key, error messages
 //     page_image.js       files and the camera
 //     page_attention.js   words and their attention maps
 
@@ -20,7 +20,7 @@ import { loadFile, setUpCamera } from "./page_image.js";
 // ---- state ----
 
 let settings = null; // page.json: the model's name, its instruction, the limits
-let image = null; // {dataUrl} of the image that is asked about; dataUrl is null until the file is read
+let image = null; // {dataUrl} of the current image; dataUrl is null until the file is read
 let exchanges = []; // the conversation: [{question, messages, answers, elements}]
 let answering = null; // AbortController of the answers being generated
 let attentionRequests = new AbortController(); // aborted when the conversation is cleared
@@ -96,7 +96,7 @@ function hidePreview() {
   byId("remove").hidden = true;
 }
 
-// Caption another image. If the user chooses yet another one while the file is read, this one is dropped.
+// Caption another image. If the user chooses one more while the file is being read, this one is dropped.
 async function setImage(file) {
   const chosen = { dataUrl: null };
   image = chosen;
@@ -126,7 +126,7 @@ function takeFile(files) {
 
 // ---- the examples ----
 
-// Images are fetched and not linked, because they may require the API key.
+// The images are fetched instead of linked, because requests for them need the API key.
 async function loadExamples() {
   byId("example-list").replaceChildren();
   for (let number = 0; number < settings.examples; number++) {
@@ -150,8 +150,8 @@ function addExample(number, blob) {
 
 // ---- the conversation ----
 
-// Return the messages that ask a question after the earlier exchanges. It continues from the first
-// answer of each; exchanges without an answer are left out. The image is part of the first question.
+// Return the messages of a conversation: the earlier exchanges and a new question. Of several answers to a question,
+// the first one is used. Exchanges without an answer are left out. The image is part of the first question.
 function messagesFor(earlier, question) {
   const messages = [];
   for (const exchange of earlier) {
@@ -202,7 +202,7 @@ function removeExchange(exchange) {
   for (const element of exchange.elements) element.remove();
 }
 
-// Ask a question about the image. Without one, start again with the instruction of the training.
+// Ask a question about the image. An empty question starts again, with the instruction that the model was trained with.
 async function ask(question) {
   if (!image?.dataUrl) {
     showProblem("Choose an image first.");
@@ -243,7 +243,7 @@ async function streamAnswers(exchange, options, signal) {
   }
 }
 
-// Abort the answers being generated. What has arrived remains.
+// Abort the answers that are being generated. The text that has arrived stays on the page.
 function stop() {
   if (!answering) return;
   answering.abort();
@@ -295,7 +295,7 @@ function renderWords(answer) {
       return;
     }
     const element = create("span", "word", word);
-    element.tabIndex = index ? -1 : 0; // one stop of the tab key; the arrow keys move on from there
+    element.tabIndex = index ? -1 : 0; // the tab key stops at the first word only; arrow keys move to the others
     answer.words.push(element);
     answer.element.append(space, element);
   });
@@ -388,18 +388,18 @@ async function loadAttention(answer) {
   try {
     const body = { model: settings.model, messages: answer.messages, answer: answer.text };
     const maps = await (await post("v1/attention", body, signal)).json();
-    if (maps.words.length !== answer.words.length) throw new PageError("Its words could not be matched.");
+    if (maps.words.length !== answer.words.length) throw new PageError("Its words differ from those of the answer.");
     answer.attention = prepareAttention(maps);
   } catch (error) {
     if (signal.aborted) return;
-    answer.attention = null; // pointing at a word again repeats the request
+    answer.attention = null; // so that pointing at a word again repeats the request
     showNote(`No attention map is available. ${explain(error)}`);
     return;
   }
   if (pointedWord && answerOf.get(pointedWord.closest(".answer")) === answer) showAttention();
 }
 
-// The line below the conversation: a hint, or what the attention map shows.
+// Show a line below the conversation: what the attention map shows, or else a hint.
 function showNote(text = "") {
   const answers = exchanges.flatMap((exchange) => exchange.answers);
   const hasAnswer = answers.some((answer) => answer.text);
@@ -410,7 +410,7 @@ function showNote(text = "") {
   byId("compare-label").hidden = !hasAnswer || Boolean(answering);
 }
 
-// The word that an event is about, if its answer is complete.
+// Return the word that an event refers to, if its answer is complete.
 const wordAt = (event) => event.target.closest(".answer:not(.writing) .word");
 
 // ---- settings ----
@@ -434,7 +434,8 @@ function setTemperature(value) {
   byId("temperature-value").value = byId("temperature").value;
 }
 
-// Greedy decoding has one answer only: several need a temperature, and a temperature of 0 permits one.
+// Greedy decoding (temperature 0) generates only one answer. So asking for several answers raises the temperature, and
+// a temperature of 0 reduces the number of answers to 1.
 function answersChanged() {
   const isGreedy = Number(byId("temperature").value) === 0;
   if (readNumber("answers") > 1 && isGreedy) setTemperature(settings.sampling_temperature);

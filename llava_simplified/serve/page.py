@@ -1,4 +1,4 @@
-"""The web page: a fixed list of routes, whose responses are prepared when the server starts.
+"""The routes of the web page, whose responses are prepared when the server starts.
 
 The page is a client of the server's own API: `page.js` calls `/v1/chat/completions` and `/v1/attention`,
 so the API's limits apply. For security, the routes here accept no file name, URL or body from a request,
@@ -50,7 +50,7 @@ PAGE_HEADERS = {
         ]
     ),
     "permissions-policy": "camera=(self), microphone=(), geolocation=()",
-    "cache-control": "no-cache",  # revalidate, because a new version of the server has a new page
+    "cache-control": "no-cache",  # a new version of the server may have a new page
 }
 
 
@@ -61,12 +61,15 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
         ValueError: The folder cannot be read, or contains no images.
     """
     try:
-        os.scandir(folder).close()  # raises if the folder is unreadable; `rglob` would find nothing
+        # Raise an error for a folder that cannot be read. `rglob` below would silently find nothing.
+        os.scandir(folder).close()
     except OSError as error:
         raise ValueError(f"--examples {folder}: {error.strerror}") from None
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ValueError(f"--examples {folder}: no images found; expected files such as cat.jpg")
+        raise ValueError(
+            f"--examples {folder}: no images found; pass a folder that contains files such as cat.jpg"
+        )
     if len(found) <= count:
         return found
     return [found[index * len(found) // count] for index in range(count)]
@@ -93,7 +96,9 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         image.save(file, "JPEG", quality=_JPEG_QUALITY)
         examples.append(file.getvalue())
     if paths and not examples:
-        raise ValueError(f"--examples: none of the {len(paths)} images can be read")
+        raise ValueError(
+            f"--examples: none of the {len(paths)} images can be read; the warnings above give the reasons"
+        )
     return examples
 
 

@@ -1,9 +1,9 @@
-// Attention maps: the words that they belong to, and how they are drawn over the image.
+// Split answers into words, and draw the attention map of a word over the image.
 
 // ---- words ----
 
-// A word with the white space before it; a Chinese or Japanese character is a word. This is the rule of
-// serve/attention_map.py, whose maps belong to these words. JavaScript's \s differs from Python's.
+// A word with the white space before it; each Chinese or Japanese character is a word. The server computes one map for
+// each word, so this must be the rule of serve/attention_map.py. JavaScript's \s differs from Python's.
 const SPACE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
 const CJK = "\\u3040-\\u30ff\\u3400-\\u9fff";
 const WORD = new RegExp(`([${SPACE}]*)([${CJK}]|[^${SPACE}${CJK}]+)`, "g");
@@ -18,8 +18,8 @@ export function splitWords(text) {
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
 // Prepare the server's response for drawing.
-// totals: the part of each word's attention that is on the image.
-// shares: how that part is distributed over the patches, row by row.
+// totals: the fraction of each word's attention that is on the image.
+// shares: how this fraction is distributed over the patches, row by row; the sum is 1.
 export function prepareAttention({ region, words }) {
   const grids = words.map((word) => word.grid);
   const weights = grids.map((grid) => grid.flat());
@@ -28,8 +28,8 @@ export function prepareAttention({ region, words }) {
   return { region, rows: grids[0].length, columns: grids[0][0].length, totals, shares };
 }
 
-// Some patches attract attention whatever the word is ("attention sinks"). Compared with the other words
-// of the answer, what is particular to one word becomes visible.
+// Subtract the average over all words of the answer. This removes patches that attract attention whatever the word is
+// ("attention sinks"), and leaves the patches that are specific to one word.
 export function aboveAverage({ shares }, index) {
   return shares[index].map((share, patch) => {
     const average = sum(shares.map((other) => other[patch])) / shares.length;
@@ -56,7 +56,7 @@ function drawPatches(rows, columns, shares) {
 
 // Give the veil the size and position of the image, which is as large as its box permits and centered.
 function coverImage(veil, preview) {
-  // Unlike clientWidth, this is not rounded: the edge of the image would remain uncovered.
+  // clientWidth is rounded, which would leave the edge of the image uncovered. This is not rounded.
   const { width: boxWidth, height: boxHeight } = preview.getBoundingClientRect();
   const scale = Math.min(boxWidth / preview.naturalWidth, boxHeight / preview.naturalHeight);
   const width = preview.naturalWidth * scale;

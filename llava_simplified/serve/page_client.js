@@ -1,4 +1,4 @@
-// Requests to the server's API, and its errors in words.
+// Send requests to the server's API, and explain its errors to the user.
 
 let apiKey = "";
 
@@ -12,14 +12,14 @@ export class ApiError extends Error {
   }
 }
 
-// A problem that was found before anything was sent; the message is shown as it is.
+// A problem that the page itself has found. Its message is shown to the user unchanged.
 export class PageError extends Error {}
 
 // ---- requests ----
 
 function authorization() {
   if (!apiKey) return {};
-  // Header values are Latin-1 in fetch; the server expects the bytes of UTF-8.
+  // The server expects the key as UTF-8, but `fetch` encodes headers as Latin-1. So pass each byte as a character.
   const bytes = new TextEncoder().encode(apiKey);
   return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };
 }
@@ -66,8 +66,7 @@ export function setKey(key) {
   apiKey = key;
 }
 
-// Keep the key until the tab is closed. Browsers may forbid storage; it is then lost when the page is
-// reloaded.
+// Keep the key until the tab is closed. Browsers may forbid storage; the key is then lost when the page is reloaded.
 export function storeKey(key) {
   setKey(key);
   try {
@@ -83,7 +82,7 @@ export function storedKey() {
   }
 }
 
-// ---- errors in words ----
+// ---- messages for the user ----
 
 const IMAGE_PROBLEMS = {
   not_image: "This file is not an image that the server can read. "
@@ -95,7 +94,7 @@ const IMAGE_PROBLEMS = {
   html: "This file is a web page, not an image. Download the image itself and try again.",
 };
 
-// Return what an exception means to the user, and what to do.
+// Return a message that tells the user what an exception means, and what to do.
 export function explain(error) {
   if (error instanceof PageError) return error.message;
   if (!(error instanceof ApiError)) {

@@ -1,4 +1,4 @@
-// Where images come from: files and the camera.
+// Get images from files and from the camera.
 
 import { PageError } from "./page_client.js";
 
@@ -6,7 +6,7 @@ const byId = (id) => document.getElementById(id);
 
 // ---- files ----
 
-// Return why a file cannot be used, judged by its first bytes, or "". Other files are sent to the server,
+// Return the reason why a file of this type cannot be used, or "". Formats that are unknown here are sent to the server,
 // which reads more formats than browsers do.
 async function unsupportedType(file) {
   const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 4).arrayBuffer()));
@@ -27,7 +27,7 @@ function readDataUrl(file) {
 
 function checkSize(file, maxBody) {
   if (file.size === 0) throw new PageError("This file is empty.");
-  // The body of a request contains the file as base64, which writes three bytes as four characters, and
+  // The body of a request contains the file as base64, which writes three bytes as four characters. Reserve 10 kB for
   // the conversation.
   const largest = (maxBody - 10_000) * 0.75;
   if (file.size <= largest) return;
@@ -65,7 +65,7 @@ async function openCamera(showProblem) {
 
 function takePhoto(usePhoto) {
   const video = byId("video");
-  if (!video.videoWidth) return; // it has not started yet
+  if (!video.videoWidth) return; // the camera has not started yet
   const canvas = document.createElement("canvas");
   canvas.width = video.videoWidth;
   canvas.height = video.videoHeight;
@@ -75,7 +75,7 @@ function takePhoto(usePhoto) {
   byId("camera-dialog").close();
 }
 
-// The camera's light goes out when all tracks have stopped.
+// Stop all tracks, which turns the camera and its light off.
 function releaseCamera() {
   const video = byId("video");
   for (const track of video.srcObject?.getTracks() ?? []) track.stop();

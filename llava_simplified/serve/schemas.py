@@ -1,9 +1,9 @@
 """Schemas of request bodies, with strict validation.
 
-One rule applies to all fields. A value that requests what the server does anyway, or nothing, is accepted: null
-for any field, an empty value of an unknown one, `"tool_choice": "auto"` without tools. A value that is unknown, out of
-range or not supported raises an error that names the field. If it was ignored instead, the client would get a
-result that differs from what it requested.
+One rule applies to all fields. A value is accepted if it requests nothing, or what the server does anyway: null for any
+field, an empty value for an unknown field, `"tool_choice": "auto"` without tools. A value that is unknown, out of range
+or not supported raises an error that names the field. If it was ignored instead, the client would get a result that
+differs from what it requested.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, Gener
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import RequestError
 
-# Lower temperatures are replaced by greedy decoding, which is the limit of sampling: logits divided by them
-# would overflow float32.
+# Lower temperatures are replaced by greedy decoding, which sampling approaches as the temperature goes to 0. Dividing
+# logits by a very low temperature would overflow float32.
 _MIN_TEMPERATURE = 1e-3
-
 
 # The URL-safe alphabet of base64 -> the standard one.
 _STANDARD_BASE64 = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n\f\v"
-# What base64 has that is escaped in a URL. Decoding any escape would make an object of each.
+# Escape sequences in URLs of the characters that occur in base64. urllib's `unquote` is not used, because it creates an
+# object for every escape sequence, of which a body can contain millions.
 _URL_ESCAPES = {
     b"%2B": b"+",
     b"%2F": b"/",
@@ -46,30 +46,34 @@ _URL_ESCAPES = {
 class StrictModel(BaseModel):
     """A model without type coercion, unknown fields, NaN and infinity.
 
-    A null is a missing field, and so is an unknown field that asks for nothing.
+    A field with the value null is treated as missing, and so is an unknown field that requests nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    # Clients that write all fields of a message or a request send null for those that are not set, or an empty list
-    # such as LiteLLM's `thinking_blocks`.
+    # Some clients send all fields of a message or a request. Fields that are not set then have the value null, or an
+    # empty list such as LiteLLM's `thinking_blocks`.
     @model_validator(mode="before")
     @classmethod
     def drop_empty_fields(cls, fields: object) -> object:
+        """Remove the fields that are null, and the unknown fields that request nothing."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
         return {
             name: value
             for name, value in fields.items()
-            if not (value is None if name in known else asks_for_nothing(value))
+            if not (value is None if name in known else requests_nothing(value))
         }
 
 
-def asks_for_nothing(value: object) -> bool:
-    """Return whether a value is null, false or empty. An empty object is not: `"web_search_options": {}` turns it on."""
+def requests_nothing(value: object) -> bool:
+    """Return whether a value is null, false or empty.
+
+    An empty object does request something: `"web_search_options": {}` turns web search on.
+    """
     if isinstance(value, list):
-        return all(map(asks_for_nothing, value))
+        return all(map(requests_nothing, value))
     return value is None or value is False or value == ""
 
 
@@ -86,7 +90,7 @@ class TextPart(StrictModel):
 
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None  # a hint for other servers
+    cache_control: dict[str, Any] | None = None  # accepted but ignored
 
 
 class ImageURL(StrictModel):
@@ -101,7 +105,7 @@ class ImageURL(StrictModel):
         """Return the content of a data URL or of plain base64; another URL is returned unchanged."""
         url = url.strip()
         scheme, colon, rest = url.partition(":")
-        # No character of base64 is a colon. Some servers accept the content of a data URL alone.
+        # Some servers accept base64 alone, without the rest of a data URL. It contains no colon, and every URL does.
         if not colon:
             return _decode_base64(url)
         if scheme.lower() != "data":
@@ -130,9 +134,9 @@ def _decode_base64(text: str) -> bytes:
 
 def _decode_lenient_base64(text: str) -> bytes:
     """Decode base64 with the usual deviations: white space, URL-safe characters, missing padding."""
-    # In a URL, `+` and `=` may be escaped.
     try:
         data = text.encode("ascii")
+        # In a data URL, `+`, `/` and `=` may be escaped.
         if b"%" in data:
             for escape, character in _URL_ESCAPES.items():
                 data = data.replace(escape, character)
@@ -150,11 +154,12 @@ class ImagePart(StrictModel):
 
     type: Literal["image_url"]
     image_url: ImageURL
-    cache_control: dict[str, Any] | None = None  # a hint for other servers
+    cache_control: dict[str, Any] | None = None  # accepted but ignored
 
     @field_validator("image_url", mode="before")
     @classmethod
     def wrap_string(cls, image_url: object) -> object:
+        """Accept a plain string instead of an object with the field `url`."""
         if isinstance(image_url, str):
             return {"url": image_url}
         return image_url
@@ -166,24 +171,25 @@ class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
-    # Fields of a message that OpenAI's client sends back, as it received it. The server's own messages
-    # contain none of what they stand for.
+    # In the next request, OpenAI's client sends an answer back with all fields of its message. In the answers of this
+    # server, these fields are empty.
     refusal: Literal[""] | None = None
     annotations: EmptyList | None = None
     tool_calls: EmptyList | None = None
-    # LiteLLM puts the fields of a message that it does not know into this one: {"refusal": null}.
+    # LiteLLM moves fields that it does not know into this one: {"refusal": null}.
     provider_specific_fields: dict[str, Literal[""] | EmptyList | EmptyObject | None] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def wrap_string(cls, content: object) -> object:
+        """Accept a plain string instead of a list of parts."""
         if isinstance(content, str):
             return [{"type": "text", "text": content}]
         return content
 
     @property
     def images(self) -> list[str | bytes]:
-        """The images of the message: content of data URLs, or other URLs."""
+        """The images of the message: decoded data URLs (bytes), or other URLs (str)."""
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
     def to_message(self, instruction: str) -> Message:
@@ -205,7 +211,7 @@ class ChatMessage(StrictModel):
             raise ValueError(f"only user messages can contain images, got a {role} message")
         if count and not text.strip():
             text = instruction
-        (message,) = insert_image_placeholders([Message(role, text)], count, "the message")
+        (message,) = insert_image_placeholders([Message(role, text)], count, where="the message")
         return message
 
 
@@ -215,7 +221,7 @@ class ChatMessage(StrictModel):
 class Conversation(StrictModel):
     """The fields that chat completions and attention maps share."""
 
-    # One model is served, so that clients need not know its name; see `ModelEndpoint.strict_model`.
+    # Optional and ignored by default, because the server has only one model; see `api.Limits.strict_model`.
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1, max_length=100)
 
@@ -231,7 +237,7 @@ class Conversation(StrictModel):
                 converted.append(message.to_message(instruction))
             except ValueError as error:
                 param = f"messages[{index}].content"
-                raise RequestError(f"{param}: {error}", param) from None
+                raise RequestError(f"{param}: {error}", param=param) from None
         return converted
 
 
@@ -260,7 +266,7 @@ class ChatRequest(Conversation):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     # Extensions of OpenAI's API, as in vLLM.
-    top_k: int | None = Field(None, ge=-1, lt=2**31)  # in vLLM, -1 is all tokens, as 0
+    top_k: int | None = Field(None, ge=-1, lt=2**31)  # -1 (vLLM) and 0 both mean all tokens
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     n: int | None = Field(None, ge=1)
     # Accept signed 64-bit seeds; larger ones would overflow in the generator.
@@ -268,14 +274,14 @@ class ChatRequest(Conversation):
     stop: list[StopText] | None = Field(None, max_length=4)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Accepted and ignored: they do not affect the answer.
+    # Accepted and ignored, because these fields do not affect the answer.
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     parallel_tool_calls: bool | None = None  # there are no tools that could be called in parallel
-    # Accepted only with the values that correspond to the server's behavior; clients often send these.
+    # Fields that clients often send. They are accepted only with the values that describe this server's behavior.
     store: Literal[False] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=0)
@@ -291,7 +297,7 @@ class ChatRequest(Conversation):
     tool_choice: Literal["none", "auto"] | None = None
     functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
-    # The defaults of other servers, which their clients send.
+    # Options of other servers, whose clients send them with these default values.
     min_p: float | None = Field(None, ge=0, le=0)
     typical_p: float | None = Field(None, ge=1, le=1)
     length_penalty: float | None = Field(None, ge=1, le=1)
@@ -306,13 +312,14 @@ class ChatRequest(Conversation):
     @field_validator("stop", mode="before")
     @classmethod
     def wrap_string(cls, stop: object) -> object:
+        """Accept a plain string instead of a list."""
         if isinstance(stop, str):
             return [stop] if stop else []
         return stop
 
     @property
     def requested_tokens(self) -> int | None:
-        """The maximum number of tokens that the client asks for, None if it names none."""
+        """The maximum number of new tokens in the request; None if it sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def to_generation_options(self, max_tokens_limit: int) -> GenerationOptions:
@@ -321,19 +328,20 @@ class ChatRequest(Conversation):
         Without a temperature, a single answer is greedy and several are sampled, as in `Llava.caption`.
 
         Args:
-            max_tokens_limit: Maximum and default number of tokens of an answer. A request for
-                more gets this many, as it gets no more than the context has room for.
+            max_tokens_limit: Maximum number of tokens of an answer, also used for requests that set none. If
+                a request sets a higher number, it is lowered, and the response contains a warning.
 
         Raises:
             RequestError: The request asks for several greedy answers.
         """
         max_new_tokens = min(self.requested_tokens or max_tokens_limit, max_tokens_limit)
-        # `or` is safe for replacing None, since 0 is either not valid or the default itself.
+        # `or` is safe for replacing None here: for these fields, 0 is either not valid or the default itself.
         num_return_sequences = self.n or 1
         temperature = self._effective_temperature(num_return_sequences)
         if num_return_sequences > 1 and temperature == 0:
             raise RequestError(
-                "n: several answers of greedy decoding are identical; set temperature > 0.", "n"
+                "n: several answers of greedy decoding are identical; set temperature > 0.",
+                param="n",
             )
         return GenerationOptions(
             max_new_tokens=max_new_tokens,
@@ -346,8 +354,9 @@ class ChatRequest(Conversation):
         )
 
     def _effective_temperature(self, num_return_sequences: int) -> float:
-        # Sample by default if there are several answers, since greedy ones would be identical.
+        """Return the temperature, where 0 stands for greedy decoding."""
         if self.temperature is None:
+            # Sample by default if there are several answers, since greedy ones would be identical.
             return DEFAULT_TEMPERATURE if num_return_sequences > 1 else 0.0
         if self.temperature < _MIN_TEMPERATURE:
             return 0.0

@@ -69,7 +69,7 @@ def check_host_names(names: Iterable[str]) -> None:
         try:
             _, port = split_authority(name)
         except ValueError:
-            port = 0  # rejected below
+            port = 0  # any number, so that the name is rejected below
         if port is not None:
             raise ValueError(
                 f"--allowed-hosts {name}: expected a host name such as llava.example.org, "
@@ -132,7 +132,7 @@ class HostCheck:
     def _check(self, scope: Scope) -> None:
         """Raise HTTPException if the request must be rejected."""
         headers = Request(scope).headers
-        # Reject several Host headers, because proxies and servers may use different ones.
+        # Reject several Host headers: a proxy may have checked a different one than this server would use.
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise HTTPException(400, f"Expected one Host header, got {len(hosts)}.")
@@ -143,8 +143,8 @@ class HostCheck:
         if not self._is_allowed(host):
             raise HTTPException(
                 421,
-                f"This server does not answer requests for the host {host!r}. To allow them, start it "
-                f"with --allowed-hosts {host}.",
+                f"Requests for the host {host!r} are not allowed. To allow them, start the server with "
+                f"--allowed-hosts {host}.",
             )
         # Accept requests without Origin, which come from clients other than browsers. Accept any origin for
         # /health, which monitoring pages may request.
@@ -157,7 +157,7 @@ class HostCheck:
                 )
 
     def _is_allowed(self, host: str) -> bool:
-        """Return whether the server answers requests for this host."""
+        """Return whether requests for this host are allowed."""
         if host == "localhost" or host.endswith(".localhost") or host in self._allowed:
             return True
         try:
@@ -200,7 +200,9 @@ class KeyCheck:
         needs_key = scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS
         if needs_key and not self._has_key(scope):
             headers = {"www-authenticate": "Bearer"}
-            message = "This server requires its API key in the header Authorization: Bearer KEY."
+            message = (
+                "The API key is missing or wrong. Send it in the header Authorization: Bearer KEY."
+            )
             app = error_response(HTTPException(401, message, headers))
         await app(scope, receive, send)
 
@@ -208,8 +210,8 @@ class KeyCheck:
         """Return whether a request contains the API key."""
         header = Request(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
-        # Compare in constant time, so that the duration reveals nothing about the key. Encode as Latin-1,
-        # with which the header was decoded, to get the original bytes.
-        # Not white space of Unicode: a byte of a UTF-8 character may be one in Latin-1.
+        # Compare in constant time, so that the duration reveals nothing about the key. Starlette decodes headers as
+        # Latin-1, so encode as Latin-1 to get the original bytes. Strip only ASCII white space: decoded as Latin-1,
+        # a byte of a UTF-8 character may look like white space.
         is_equal = hmac.compare_digest(key.strip(" \t").encode("latin-1"), self._key)
         return scheme.lower() == "bearer" and is_equal

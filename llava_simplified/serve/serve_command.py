@@ -37,7 +37,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--strict-model",
         action="store_true",
-        help="Refuse requests for a model of another name (default: the model answers them all)",
+        help="Reject requests that name another model (default: the name in a request is ignored)",
     )
     _add_network_options(parser)
     _add_page_options(parser)
@@ -80,6 +80,7 @@ def _add_network_options(parser: CommandParser) -> None:
 
 
 def _add_page_options(parser: CommandParser) -> None:
+    """Add the options of the web page."""
     group = parser.add_argument_group("web page").add_mutually_exclusive_group()
     group.add_argument("--no-page", action="store_true", help="Serve the API only")
     group.add_argument(
@@ -107,7 +108,7 @@ def _add_limit_options(parser: CommandParser) -> None:
         type=float,
         default=120.0,
         metavar="SECONDS",
-        help="Maximum duration of a request in seconds, including the wait (default: %(default)s)",
+        help="Maximum duration of a request in seconds, including the time in the queue (default: %(default)s)",
     )
     group.add_argument(
         "--context",
@@ -120,7 +121,7 @@ def _add_limit_options(parser: CommandParser) -> None:
         "--max-tokens",
         type=int,
         default=512,
-        help="Maximum number of new tokens per answer; requests for more get this many (default: %(default)s)",
+        help="Maximum number of new tokens per answer; a higher number in a request is lowered (default: %(default)s)",
     )
     group.add_argument(
         "--max-images",
@@ -194,11 +195,15 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     from llava_simplified.serve.engine import Engine
     from llava_simplified.serve.page import page_routes
 
-    # Exit at SIGTERM before uvicorn installs its own handler, and after it has finished all requests.
+    # While uvicorn runs, it handles SIGTERM itself: it finishes the requests, and then raises the signal again for this
+    # handler. Before that, while the model is loaded, this handler exits at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _log_with_time()
     if not args.api_key and not _is_loopback(args.host):
-        logger.warning("%s is reachable from other machines, and there is no --api-key", args.host)
+        logger.warning(
+            "%s is reachable from other machines, and every client may use the model. Pass --api-key to prevent this.",
+            args.host,
+        )
     model = Llava.from_pretrained(
         args.model_path,
         model_base=args.model_base,
@@ -207,16 +212,34 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
     )
-    engine = Engine(model, args.batch_size, args.queue, args.timeout, args.context)
+    engine = Engine(
+        model,
+        batch_size=args.batch_size,
+        max_queue=args.queue,
+        timeout=args.timeout,
+        max_context=args.context,
+    )
     name = args.name or Path(args.model_path).resolve().name
     limits = _limits(args)
     page = []
     if not args.no_page:
         page = page_routes(
-            name, model.instruction, limits, args.batch_size, bool(args.api_key), examples
+            name,
+            model.instruction,
+            limits,
+            batch_size=args.batch_size,
+            key_required=bool(args.api_key),
+            examples=examples,
         )
-    # Allow --host too, which may be a name such as llava.example.org.
-    app = create_app(engine, name, args.api_key, limits, page, [*args.allowed_hosts, args.host])
+    app = create_app(
+        engine,
+        name,
+        key=args.api_key,
+        limits=limits,
+        page=page,
+        # Clients may use the value of --host too, which can be a name such as llava.example.org.
+        allowed_hosts=[*args.allowed_hosts, args.host],
+    )
     config = uvicorn.Config(
         app,
         args.host,
@@ -233,7 +256,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     logger.info("Serving %s on http://%s:%d", name, authority, args.port)
     server = uvicorn.Server(config)
     if sys.platform == "win32" and args.allow_image_urls:
-        # aiodns, which resolves the hosts of images, does not accept the loop that uvicorn uses there.
+        # aiodns, which resolves the hosts of images, does not support the event loop that uvicorn uses on Windows.
         with event_loop() as loop:
             loop.run_until_complete(server.serve())
     else:
@@ -255,11 +278,13 @@ def _check_address(host: str, port: int) -> None:
             "such as 127.0.0.1 or 0.0.0.0"
         ) from None
     try:
-        # Bind the port only to check it. uvicorn binds it again later, and reports if it is taken by then.
+        # Bind the port only to check it. uvicorn binds it again later, and reports an error if it is then in use.
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise ValueError(f"--host {host} --port {port}: {reason}") from None
+        raise ValueError(
+            f"--host {host} --port {port}: {reason}; pass another port or an address of this machine"
+        ) from None
 
 
 def _limits(args: argparse.Namespace) -> Limits:
@@ -267,13 +292,18 @@ def _limits(args: argparse.Namespace) -> Limits:
     from llava_simplified.serve.api import Limits
 
     max_body = args.max_body * 10**6
-    limits = Limits(max_body, args.max_images, args.max_tokens, strict_model=args.strict_model)
+    limits = Limits(
+        max_body=max_body,
+        max_images=args.max_images,
+        max_tokens=args.max_tokens,
+        strict_model=args.strict_model,
+    )
     if not args.allow_image_urls:
         return limits
 
     from llava_simplified.prepare.fetch_options import FetchOptions
 
-    # Do not retry, because the client is waiting, and can repeat its request.
+    # Do not retry a failed fetch: the client is waiting, and can repeat its request.
     return replace(limits, fetch=FetchOptions(retries=0, max_bytes=max_body))
 
 

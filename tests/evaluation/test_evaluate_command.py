@@ -298,7 +298,7 @@ def test_evaluate_scores_records_of_text_alone(tmp_path: Path, data_folder: Path
     scores = tmp_path / "scores.json"
     assert main([str(path), *options, "--report", str(report), "--output", str(scores)]) == 0
     assert json.loads(scores.read_text())["p"]["counts"]["predictions without a reference"] == 1
-    assert "text alone" in report.read_text()
+    assert "text only" in report.read_text()
     with pytest.raises(ValueError, match="--clip: index 0 has no image"):
         main([str(path), "--clip", str(tmp_path), *options])
 

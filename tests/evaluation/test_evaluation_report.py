@@ -120,7 +120,7 @@ def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -
         "Memorized or generalized?": (first.name, second.name),
         "Words generated too often": (second.name,),
         f"{second.name} compared with {first.name}": ("-50.0 %", "greatest losses", "-1.00"),
-        "Images and captions": (f"filters are those of {first.name}",),
+        "Images and captions": (f"filters use the scores of {first.name}",),
         "All scores": (first.name, second.name),
     }
     for heading, expected in sections.items():
@@ -135,7 +135,7 @@ def test_report_of_checkpoints_shows_the_newest_first(image_folder: Path) -> Non
     text = " ".join(Page(html).text.split())
     assert "by checkpoint" in text
     assert text.index("step-1000") < text.index("step-400") < text.index("step-100 ")
-    assert "panels below are those of step-1000" in text, "five runs have no panels of their own"
+    assert "panels below show step-1000" in text, "five runs have no panels of their own"
 
 
 @pytest.mark.medium
@@ -179,7 +179,7 @@ def test_report_notes_images_that_cannot_be_read(image_folder: Path) -> None:
     run = make_run("a", ("a", "b"), ("c", "d"))
     (image_folder / "1.png").write_bytes(b"no image")
     page = Page(write_page(image_folder, run))
-    assert "images that cannot be shown: 1; the first: 1.png: " in page.text
+    assert "images that cannot be shown: 1; the first error: 1.png: " in page.text
     assert "image not available" in page.text
     (image_folder / "0.png").unlink()
     with pytest.raises(ValueError, match=r"None of the 2 images can be read.*--image-folder"):

@@ -319,13 +319,13 @@ def test_clip_scores_rejects_folders_without_a_whole_clip_model(tmp_path: Path) 
 
     captions = [["a"] * 3]
     references = [["a"]] * 3
-    with pytest.raises(ValueError, match="not the folder of a complete CLIP model"):
+    with pytest.raises(ValueError, match="does not contain a complete CLIP model"):
         clip_scores(tmp_path / "none", [b""] * 3, captions, references)
     tower = save_vision_model("clip", tmp_path / "tower")
-    with pytest.raises(ValueError, match=r"not the folder of a complete CLIP model.*vision tower"):
+    with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
     # With a tokenizer, this folder could be loaded, but its text model would be random.
     _, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
     tokenizer.save_pretrained(tower)
-    with pytest.raises(ValueError, match=r"not the folder of a complete CLIP model.*vision tower"):
+    with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
