@@ -54,15 +54,19 @@ def find_parser(target: str) -> argparse.ArgumentParser:
 
 def option_rows(actions: list[argparse.Action]) -> Iterator[str]:
     """Yield the lines of a Markdown table with one row per option."""
-    yield "| option | default | |"
+    yield "| Option | Default | Meaning |"
     yield "|---|---|---|"
-    for action in actions:
+    # Every command has the options of logging first. They matter least, so list them last.
+    for action in sorted(actions, key=lambda action: action.dest in ("verbose", "quiet")):
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         default = describe_default(action)
         if action.required and action.option_strings:
             default = "required"
-        help_text = (action.help or "").replace("%(default)s", str(action.default))
+        help_text = action.help or ""
+        if default:  # it has a column of its own
+            help_text = help_text.replace(" (default: %(default)s)", "")
+        help_text = help_text.replace("%(default)s", str(action.default))
         help_text = " ".join(help_text.replace("%%", "%").split())
         # A bar would end the table cell.
         cells = (

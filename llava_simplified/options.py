@@ -93,7 +93,7 @@ class CommandParser(argparse.ArgumentParser):
             self.error(describe_unknown(unknown, self._option_string_actions))
 
 
-def quote_words(argv: Iterable[str]) -> str:
+def quote_arguments(argv: Iterable[str]) -> str:
     """Return command-line arguments as one line that can be pasted into a shell of this machine."""
     if sys.platform == "win32":
         # Use double quotes: for cmd.exe, a single quote is an ordinary character.

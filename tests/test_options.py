@@ -29,6 +29,8 @@ TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 DIFFERENT_BY_COMMAND = {
     "--concurrency": "requests for images, or for captions",
     "--retries": "of an image, or of a caption",
+    "--data-path": "records to caption, or records that have been captioned",
+    "--reward": "the demo's training on rewards, or the rewards that choose pairs",
     "--output": "every command has its own kind of output",
     "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
     "--trials": "predictions have three captions per image, as in LLaVA",

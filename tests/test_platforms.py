@@ -334,7 +334,7 @@ def test_print_text_is_unchanged_where_it_can_be_encoded() -> None:
 def test_commands_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["llava", "train", r"C:\My models\a"]
     monkeypatch.setattr(options, "sys", WINDOWS_SYS)
-    assert options.quote_words(command) == r'llava train "C:\My models\a"'
+    assert options.quote_arguments(command) == r'llava train "C:\My models\a"'
     monkeypatch.setattr(extras, "sys", WINDOWS_SYS)
     assert extras.install_command("serve").endswith('[serve]"')
 

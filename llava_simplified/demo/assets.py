@@ -30,7 +30,7 @@ from pathlib import Path
 from llava_simplified.demo.demo_images import build_images
 from llava_simplified.demo.demo_models import build_language_model, build_vision_tower
 from llava_simplified.jobs import atomic_directory
-from llava_simplified.options import quote_words
+from llava_simplified.options import quote_arguments
 from llava_simplified.small_models import DEFAULT_CACHE, LAYOUT, small_models
 
 
@@ -280,7 +280,7 @@ def _run_client(package: Package, folder: Path, npm: Sequence[str]) -> Path:
     files = sorted(folder.glob(f"*{package.suffix}"))
     if len(files) != 1:
         raise ValueError(
-            f"{problem}: `{quote_words(command)}` wrote {len(files)} files instead of one."
+            f"{problem}: `{quote_arguments(command)}` wrote {len(files)} files instead of one."
         )
     return files[0]
 
@@ -296,7 +296,7 @@ def _run(command: Sequence[str], folder: Path, problem: str) -> None:
         # The clients write errors to stderr or to stdout. The end of a long output names the reason.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
-            f"{problem}: `{quote_words(command)}` ended with exit status {run.returncode}. "
+            f"{problem}: `{quote_arguments(command)}` ended with exit status {run.returncode}. "
             f"Its output: {output[-800:]}"
         )
 

@@ -35,7 +35,7 @@ from llava_simplified.demo.reward_demo import (
 )
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import CommandParser, add_limit_option, print_text, quote_words
+from llava_simplified.options import CommandParser, add_limit_option, print_text, quote_arguments
 
 
 def build_parser() -> CommandParser:
@@ -224,7 +224,7 @@ def summarize(output: Path, seconds: float) -> str:
     mean = first_scores["mean"]
     shuffled = first_scores["shuffled"]
     llava = llava_program()
-    model = quote_words([str(output / "model")])
+    model = quote_arguments([str(output / "model")])
     lines = [
         "",
         f"word F1 {mean['word F1'][0]:.3f} (images shuffled: {shuffled['word F1'][0]:.3f}), "

@@ -11,7 +11,7 @@ import yaml
 
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.doctor_command import has_fast_bfloat16
-from llava_simplified.options import quote_words
+from llava_simplified.options import quote_arguments
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
@@ -125,4 +125,4 @@ def llava_program() -> str:
     # If the virtual environment is not activated, the shell does not find the program by its name.
     if shutil.which(llava) is None:
         llava = str(Path(sys.executable).with_name(llava))
-    return quote_words([llava])
+    return quote_arguments([llava])

@@ -26,7 +26,7 @@ from llava_simplified.demo.progress import (
 )
 from llava_simplified.demo.terminal import Terminal
 from llava_simplified.jobs import atomic_file, format_duration
-from llava_simplified.options import quote_words
+from llava_simplified.options import quote_arguments
 
 NUM_STEPS = 6
 EXPECTED_SECONDS = 480  # expected duration of all steps after the download
@@ -367,7 +367,7 @@ def _shell_command(argv: Sequence[str]) -> str:
     home = f"{Path.home()}{os.sep}"
     quoted_arguments = []
     for argument in argv:
-        quoted = quote_words([argument])
+        quoted = quote_arguments([argument])
         # Abbreviate only paths that need no quotes, because a shell does not expand a quoted `~`.
         if quoted == argument and argument.startswith(home):
             quoted = f"~/{argument.removeprefix(home)}"

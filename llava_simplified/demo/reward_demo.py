@@ -25,7 +25,7 @@ from llava_simplified.demo.demo_options import (
 from llava_simplified.demo.demo_steps import Step, caption_step
 from llava_simplified.demo.progress import training_progress
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import quote_words
+from llava_simplified.options import quote_arguments
 
 RECIPE = "demo_reward"
 FOLDER = "reward"  # a subfolder of the output folder of the demo
@@ -51,7 +51,7 @@ def check_finished(output: Path) -> None:
     if not is_finished or predictions.stat().st_mtime < model_config.stat().st_mtime:
         raise ValueError(
             f"--reward continues to train the model of a finished demo, but the demo in {output} is not finished. "
-            f"Run `make demo` (llava demo --output {quote_words([str(output)])}) first."
+            f"Run `make demo` (llava demo --output {quote_arguments([str(output)])}) first."
         )
 
 
@@ -136,7 +136,7 @@ def summarize_rewards(output: Path, seconds: float) -> str:
         f"This took {format_duration(seconds)}.",
         "",
         "Caption an image of your own:",
-        f"  {llava_program()} caption YOUR_IMAGE.png --model-path {quote_words([str(folder / 'model')])}",
+        f"  {llava_program()} caption YOUR_IMAGE.png --model-path {quote_arguments([str(folder / 'model')])}",
     ]
     return "\n".join(lines)
 

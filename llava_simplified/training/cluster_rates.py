@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_simplified.options import quote_words
+from llava_simplified.options import quote_arguments
 from llava_simplified.prepare.request_url import host_of
 from llava_simplified.training.cluster_plan import Rates
 
@@ -177,7 +177,7 @@ def _run(*arguments: str) -> Cost:
     Raises:
         ValueError: The command failed; the message contains the command and the last lines of its output.
     """
-    logger.info("llava %s", quote_words(arguments))
+    logger.info("llava %s", quote_arguments(arguments))
     command = [sys.executable, "-m", "llava_simplified.cli", *arguments]
     # `children_user` and `children_system` include the worker processes of the command.
     before = os.times()
@@ -187,7 +187,7 @@ def _run(*arguments: str) -> Cost:
     after = os.times()
     if done.returncode:
         last_lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-        raise ValueError(f"llava {quote_words(arguments)} failed:\n{last_lines}")
+        raise ValueError(f"llava {quote_arguments(arguments)} failed:\n{last_lines}")
     user = after.children_user - before.children_user
     system = after.children_system - before.children_system
     return Cost(seconds, user + system)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.extras import MissingExtraError
-from llava_simplified.options import CommandParser, program_name, quote_words
+from llava_simplified.options import CommandParser, program_name, quote_arguments
 from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def describe_interruption(argv: Sequence[str], output_dir: Path) -> str:
     launcher = " (with the same launcher)" if "LOCAL_RANK" in os.environ else ""
     return (
         f"Interrupted. The last checkpoint is {last}. Continue{launcher}:\n"
-        f"  {program_name('llava train')} {quote_words(resume_argv)}"
+        f"  {program_name('llava train')} {quote_arguments(resume_argv)}"
     )
 
 
