@@ -221,7 +221,7 @@ def print_table(results: dict[str, list[dict[str, float]]], args: argparse.Names
 
 
 def write_stock_model(folder: Path) -> None:
-    """Export the checkpoint that both sides start from, for TRL."""
+    """Export the checkpoint from which both sides start, in the format that TRL loads."""
     from llava_simplified.export.stock import export_stock
 
     export_stock(folder / "projector", folder / "stock")

@@ -161,6 +161,7 @@ def measure_stock(
     limits = torch.tensor(lengths, device=model.device) + len(ids)
 
     def run_batch() -> int:
+        # Our side normalizes images on the device, so do the same here.
         normalized = model.vision_tower.transform.normalize(pixels.to(model.device))
         with torch.inference_mode():
             output = stock.generate(

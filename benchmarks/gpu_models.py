@@ -197,7 +197,9 @@ def image_transform(workload: Workload) -> ImageTransform:
     """Return CLIP's transform for the size of the tower."""
     side = workload.vision["image_size"]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return ImageTransform(side, (side, side), "bicubic", mean, std)
+    return ImageTransform(
+        resize=side, crop=(side, side), interpolation="bicubic", mean=mean, std=std
+    )
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -277,7 +277,8 @@ def _read_entries(path: Path, source: _Source, split: str) -> list[_Entry]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} does not have the form of the published file ({type(error).__name__}: {error})."
+            f"{path} does not have the form of the published file ({type(error).__name__}: {error}). Download the "
+            "file again."
         ) from None
     if not entries:
         raise ValueError(f"{path} has no images of the split {split!r}.")

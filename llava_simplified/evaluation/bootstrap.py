@@ -160,7 +160,7 @@ def _resample(
     scores = [np.empty((resamples, len(column.statistics))) for column in columns]
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        # How many times each resample draws each image.
+        # (size, images): how many times each resample draws each image.
         draws = generator.multinomial(num_images, probabilities, size=size).astype(float)
         for column, target in zip(columns, scores):
             # (size, images) @ (images, k) for each trial -> (size, trials + 1, k)

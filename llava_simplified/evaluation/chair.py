@@ -32,7 +32,7 @@ _VOCABULARY = "coco_objects.yaml"
 # A hyphenated word is one token: "man-made" does not mention a man. Punctuation marks are tokens: "hot, dog"
 # does not mention a hot dog.
 _TOKEN = re.compile(r"\w+(?:[-/]\w+)*|[^\w\s]")
-_MAX_SHOWN = 3  # images that an error message names
+_MAX_SHOWN = 3  # maximum number of images that an error message names
 
 
 class Vocabulary(NamedTuple):

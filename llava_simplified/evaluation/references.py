@@ -222,7 +222,9 @@ def _add_name(names: dict[str, str], image_id: str, name: object) -> None:
         raise TypeError(f"'file_name' of image {image_id} must be a string, not {name!r}")
     known = names.setdefault(image_id, name)
     if known != name:
-        raise ValueError(f"the image id {image_id} belongs to two images, {known!r} and {name!r}.")
+        raise ValueError(
+            f"the image id {image_id} belongs to two images, {known!r} and {name!r}; each image needs its own id."
+        )
 
 
 def _check_names(names: Mapping[str, str]) -> None:
@@ -231,7 +233,9 @@ def _check_names(names: Mapping[str, str]) -> None:
     for image_id, name in names.items():
         known = ids.setdefault(name, image_id)
         if known != image_id:
-            raise ValueError(f"{name!r} is listed with two image ids, {known} and {image_id}.")
+            raise ValueError(
+                f"{name!r} is listed with two image ids, {known} and {image_id}; each image must have one id."
+            )
 
 
 def _read_records(path: Path) -> References:

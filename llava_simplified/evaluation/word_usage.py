@@ -75,7 +75,7 @@ def compare_word_usage(
 
 
 def _weighted_words(texts: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Yield (word, weight) for each word of an image's texts. The weights of each text are 1 / number of texts."""
+    """Yield (word, weight) for each word of an image's texts. The weight is 1 / number of texts of the image."""
     for text in texts:
         for word in words_of(text):
             yield word, 1 / len(texts)

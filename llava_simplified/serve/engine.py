@@ -242,7 +242,7 @@ class RequestHandle:
         if num_characters > max_characters:
             raise RequestError(
                 f"The messages have {num_characters} characters. The maximum is {max_characters}, for a "
-                f"context of {max_context} tokens.",
+                f"context of {max_context} tokens. Shorten the conversation.",
                 param="messages",
                 code="context_length_exceeded",
             )

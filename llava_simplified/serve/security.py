@@ -56,7 +56,7 @@ def split_authority(text: str) -> tuple[str, int | None]:
         raise ValueError(f"{text!r} is not a host name")
     port = int(match[2]) if match[2] else None
     if port is not None and port > 65535:
-        raise ValueError(f"{text!r}: the port is out of range")
+        raise ValueError(f"{text!r}: the port must be at most 65535")
     host = match[1].lower().removesuffix(".")  # "localhost." is the same name, fully qualified
     if not host:
         raise ValueError(f"{text!r} is not a host name")
