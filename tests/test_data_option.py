@@ -135,7 +135,7 @@ def test_prepare_data_copies_remote_files_with_their_images() -> None:
         files.pipe("/hub/train-0.parquet", parquet_bytes("another cat"))
         changed = prepare_data(source)
         assert read_lines(changed.records)[0]["response"] == "another cat"
-        with pytest.raises(ValueError, match=r"hub: a folder.*\*\.parquet"):
+        with pytest.raises(ValueError, match=r"folder.*hub/\*\.parquet"):
             prepare_data("memory://hub")
         with pytest.raises(ValueError, match="no file matches"):
             prepare_data("memory://hub/test-*.parquet")
