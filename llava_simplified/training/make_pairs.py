@@ -27,7 +27,7 @@ SUFFIXES = (".json", ".jsonl")
 _REWARD_BATCH = 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class _SampledRecord:
     """A record, as rewards read it (see `rewards.RewardedRecord`)."""
 
