@@ -132,7 +132,7 @@ def check_int8_support(device: torch.device) -> None:
     """Raise ValueError if this machine has no integer product, or the model is not on its CPU."""
     if device.type != "cpu":
         raise ValueError(
-            f"--quantize int8 computes on the CPU, and this machine has a {device.type} device. Use --bits 8, or "
+            f"--quantize int8 computes on the CPU, but the model is on the device {device.type}. Use --bits 8, or "
             "hide the device (CUDA_VISIBLE_DEVICES=)."
         )
     if "fbgemm" not in supported_engines():

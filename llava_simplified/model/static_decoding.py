@@ -565,7 +565,9 @@ def _check_layers(cache: DynamicCache) -> None:
     for layer in cache.layers:
         # Refuse subclasses too, which may contain more than keys and values.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise StaticDecodingError(f"its KV cache has a {type(layer).__name__}")
+            raise StaticDecodingError(
+                f"its KV cache has a layer of the class {type(layer).__name__}"
+            )
 
 
 def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> None:
