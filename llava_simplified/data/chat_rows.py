@@ -107,10 +107,17 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
 
 
 def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return role and content of a turn, with the keys of chats or those of LLaVA."""
-    if "role" in turn:
-        return turn["role"], turn.get("content")
-    return turn.get("from"), turn.get("value")
+    """Return role and content of a turn, with the keys of chats or those of LLaVA.
+
+    In chats, a null as the content of the assistant is an empty text, as in OpenAI's API. A key that is missing is not: the
+    text may be under another one, and would be lost.
+    """
+    if "role" not in turn:
+        return turn.get("from"), turn.get("value")
+    content = turn.get("content")
+    if content is None and "content" in turn and turn["role"] == "assistant":
+        content = ""
+    return turn["role"], content
 
 
 def join_parts(content: object, images: list[Any], where: str) -> object:
