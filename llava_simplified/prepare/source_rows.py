@@ -36,9 +36,12 @@ CAPTION_NAMES = (
     "raw",
 )
 COLUMN_OPTIONS = "--url-column, --image-column and --caption-column"
-# What a URL and the name of an image look like, for tables without a header.
-URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-IMAGE_NAME_PATTERN = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
+# What a URL and the name of an image look like, for tables without a header. The repetitions are limited, because they are
+# searched at every position of lines of any length.
+URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
+IMAGE_NAME_PATTERN = re.compile(
+    r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+){0,4}$", re.IGNORECASE
+)
 
 
 class SourceRow(NamedTuple):
