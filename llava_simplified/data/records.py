@@ -414,8 +414,11 @@ class BadRecords:
         self.total = total
         self.reasons: list[str] = []
 
-    def check(self) -> None:
-        """Log the bad records.
+    def check(self, log: bool = True) -> None:
+        """Check the number of bad records.
+
+        Args:
+            log: Log them, if they are tolerated.
 
         Raises:
             ValueError: They are too many, or all. With `max_share` 0 it is the reason of the first.
@@ -432,6 +435,8 @@ class BadRecords:
                 f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
                 f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."
             )
+        if not log:
+            return
         logger.warning(
             "%s of %s records cannot be used and are set aside: %s",
             f"{count:,}",
@@ -473,5 +478,6 @@ def open_records(
         problem = response_problem(record)
         if problem:
             raise ValueError(problem)
-    bad.check()
+    # The caller logs all of them, and not only those among the checked rows.
+    bad.check(log=False)
     return records

@@ -114,7 +114,8 @@ def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     captions: dict[str, None] = {}
     for row in rows:
         captions.update(dict.fromkeys(row.captions))
-    return rows[0]._replace(captions=tuple(captions))
+    empty_notes = sum(row.empty_notes for row in rows)
+    return rows[0]._replace(captions=tuple(captions), empty_notes=empty_notes)
 
 
 # ---- rows to records ----
@@ -160,7 +161,7 @@ def to_records(
         if not image:
             continue
         if not row.captions:
-            issues.note("image without any caption (skipped)", row.number, image)
+            issues.note_without_caption("image without any caption (skipped)", row, image)
         else:
             # `hash_fraction(image)` decides the split. Append a character, to get an independent number.
             choice = int(hash_fraction(image + "?") * len(instructions))

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any
 
 from llava_simplified.data.rows import BOM, MAX_ROW_BYTES
 from llava_simplified.extras import require_extra
@@ -158,17 +158,14 @@ def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterat
         first += block
         if len(first) >= len(BOM):
             break
+    blocks = itertools.chain([first], blocks)
     if first.startswith(_UTF16_MARKS):
         issues.note("UTF-16 (decoded)", 1, first[:80])
-        yield from _join_lines(
-            _decode_utf16(itertools.chain([first], blocks)), "\n", source, MAX_ROW_BYTES // 2
-        )
-        return
-    if first.startswith(BOM):
+        blocks = _utf16_to_utf8(blocks)
+    elif first.startswith(BOM):
         issues.note("byte order mark (removed)", 1, "UTF-8")
-        first = first[len(BOM) :]
-    blocks = itertools.chain([first], blocks)
-    for number, raw in enumerate(_join_lines(blocks, b"\n", source, MAX_ROW_BYTES), 1):
+        blocks = itertools.chain([next(blocks)[len(BOM) :]], blocks)
+    for number, raw in enumerate(_join_lines(blocks, source), 1):
         # Line by line, because lists are put together from files with different encodings.
         try:
             text = raw.decode()
@@ -178,53 +175,44 @@ def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterat
         yield text
 
 
-def _decode_utf16(blocks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the text of blocks of UTF-16.
+def _utf16_to_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Convert blocks of UTF-16 to UTF-8.
 
-    The text is decoded before it is split, because the byte of a line break may also be a part of another character.
+    This is done before the text is split, because the byte of a line break may also be a part of another character.
     """
     decoder = codecs.getincrementaldecoder("utf-16")("replace")
     for block in blocks:
-        yield decoder.decode(block)
-    yield decoder.decode(b"", final=True)
+        yield decoder.decode(block).encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
-def _join_lines(
-    blocks: Iterable[AnyStr], line_end: AnyStr, source: str, max_length: int
-) -> Iterator[AnyStr]:
+def _join_lines(blocks: Iterable[bytes], source: str) -> Iterator[bytes]:
     """Yield the lines of a text that is given in blocks, with their line ends.
 
     The iterator of a file has no limit: a megabyte of gzip can contain one line of a gigabyte.
 
-    Args:
-        blocks: The text.
-        line_end: The line feed.
-        source: The source, for error messages.
-        max_length: The longest line, in units of the text.
-
     Raises:
-        ValueError: A line is longer.
+        ValueError: A line is longer than `MAX_ROW_BYTES`.
     """
-    empty = line_end[:0]
-    begun: list[AnyStr] = []  # the pieces of a line whose end was not read yet
+    begun: list[bytes] = []  # the pieces of a line whose end was not read yet
     length = 0  # of these pieces
     number = 1
     for block in blocks:
-        first, *others = block.split(line_end)
+        first, *others = block.split(b"\n")
         begun.append(first)
         length += len(first)
-        if length > max_length:
+        if length > MAX_ROW_BYTES:
             raise ValueError(
                 f"{source}: line {number} is longer than the limit of {MAX_ROW_BYTES:,} bytes. Is this a file of text with "
                 "line breaks?"
             )
         if not others:
             continue
-        yield empty.join(begun) + line_end
         *complete, rest = others
+        yield b"".join(begun) + b"\n"
         for text in complete:
-            yield text + line_end
+            yield text + b"\n"
         number += len(others)
         begun, length = [rest], len(rest)
     if length:
-        yield empty.join(begun)
+        yield b"".join(begun)
