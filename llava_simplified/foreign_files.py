@@ -18,6 +18,7 @@ _SHORT_REPR.maxstring = _SHORT_REPR.maxother = _SHORT_REPR.maxlong = 100
 _SHORT_REPR.maxlevel = 3
 
 _MAX_JSON_BYTES = 50_000_000
+MAX_TEXT_BYTES = 1 << 24  # maximum size of a text file that people write, such as a caption
 _MAX_REASON = 2000  # maximum number of characters to quote from another library's message
 
 
@@ -45,6 +46,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, not {shorten(content)}")
     return content
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a text file of the kind that a person writes, such as a caption or a list of prompts.
+
+    Raises:
+        ValueError: The file has more than `MAX_TEXT_BYTES`; the message names it.
+        OSError: The file cannot be read.
+    """
+    # Not its size: that of a pipe or a device is unknown, and reading one may never end.
+    with path.open("rb") as stream:
+        data = stream.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{path}: larger than the limit of {MAX_TEXT_BYTES:,} bytes for a text file"
+        )
+    return data
 
 
 @contextmanager

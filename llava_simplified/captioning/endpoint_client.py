@@ -31,6 +31,7 @@ from llava_simplified.captioning.endpoint_options import EndpointOptions, reques
 from llava_simplified.foreign_files import shorten
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prepare.fetch import TIMEOUT_ERRORS, parse_retry_after
+from llava_simplified.prepare.request_url import UrlError, parse_url
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,11 @@ class EndpointClient:
 
     def __init__(self, endpoint: EndpointOptions, options: GenerationOptions) -> None:
         self.endpoint = endpoint
+        # The name of the host cannot be checked earlier: encoding it requires an extra.
+        try:
+            self._url = parse_url(endpoint.completions_url)
+        except UrlError as error:
+            raise EndpointError(f"--endpoint {endpoint.url}: {error}") from None
         self.failures: Counter[str] = Counter()
         self._num_choices = options.num_return_sequences
         self._fields = request_fields(options, endpoint)
@@ -280,10 +286,9 @@ class EndpointClient:
         Raises:
             _UnavailableError, _TransientError, RecordError, EndpointError: See the top of this module.
         """
-        url = self.endpoint.completions_url
         # Do not follow redirects: a POST could become a GET, or the key could be sent to another host.
         try:
-            async with self._session.post(url, data=data, allow_redirects=False) as response:
+            async with self._session.post(self._url, data=data, allow_redirects=False) as response:
                 answer = await _read_answer(response)
         except TIMEOUT_ERRORS as error:
             # No connection: the host name was not resolved in time, or no host answers at the address.

@@ -25,6 +25,7 @@ from llava_simplified.captioning.caption_text import (
     image_fields,
 )
 from llava_simplified.captioning.sidecars import read_tags
+from llava_simplified.foreign_files import read_small_file
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 _WEIGHTED = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\|(.*)")
@@ -70,13 +71,15 @@ def read_text_lines(path: str | Path, option: str) -> list[str]:
         option: The command-line option that names the file, for error messages.
 
     Raises:
-        ValueError: The file cannot be read, or is not UTF-8.
+        ValueError: The file cannot be read, is too large, or is not UTF-8.
     """
     try:
         # Do not use `splitlines`, which also splits at other Unicode separators: these may occur within a text.
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_small_file(Path(path)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from None
     except OSError as error:
         raise ValueError(f"{option} {path}: {error.strerror}") from None
     return [line.rstrip("\r") for line in text.split("\n")]

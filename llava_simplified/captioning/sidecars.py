@@ -36,6 +36,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 from llava_simplified.data.image_folder import split_shard_name
 from llava_simplified.data.names import windows_problem
+from llava_simplified.foreign_files import read_small_file
 from llava_simplified.jobs import atomic_file, remove_temporary_files
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
@@ -187,12 +188,12 @@ def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> s
     # Tags are always in the .txt file, even if captions are written to files with another suffix.
     path = (Path(image_folder) / file_name).with_suffix(TAGS_SUFFIX)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
+        data = _read(path)
+    except (OSError, SidecarError) as error:
         if strict:
-            raise SidecarError(f"{path}: {error.strerror}") from None
+            raise SidecarError(str(error)) from None
+        return ""
+    if data is None:
         return ""
     try:
         text, _ = decode_sidecar(data, path)
@@ -387,13 +388,25 @@ def folder_problem(folder: Path) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the contents of a sidecar file, None if there is none."""
+    """Return the contents of a sidecar file, None if there is none.
+
+    Raises:
+        SidecarError: The file cannot be read, is too large, or is a pipe or a device, which may never end.
+        OSError: An error that would also occur for other files.
+    """
     try:
-        return path.read_bytes()
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a pipe or a device"
+            raise SidecarError(f"{path}: expected a text file, but this is {kind}")
+        return read_small_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _as_sidecar_error(error, path) from None
+    except SidecarError:
+        raise
+    except ValueError as error:
+        raise SidecarError(str(error)) from None
 
 
 def _replace_file(path: Path, data: bytes, resumed: bool) -> None:

@@ -109,10 +109,17 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
 
 
 def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return role and content of a turn. Chats call these keys `role` and `content`, LLaVA `from` and `value`."""
-    if "role" in turn:
-        return turn["role"], turn.get("content")
-    return turn.get("from"), turn.get("value")
+    """Return role and content of a turn. Chats call these keys `role` and `content`, LLaVA `from` and `value`.
+
+    As in OpenAI's API, an assistant's content of null is an empty text. A missing key is not, because the text may be
+    stored under another key, and would be lost.
+    """
+    if "role" not in turn:
+        return turn.get("from"), turn.get("value")
+    content = turn.get("content")
+    if content is None and "content" in turn and turn["role"] == "assistant":
+        content = ""
+    return turn["role"], content
 
 
 def join_parts(content: object, images: list[Any], where: str) -> object:

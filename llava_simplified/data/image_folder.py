@@ -4,7 +4,7 @@ Records are copied between machines, and the image names in them stay the same: 
 on a machine whose image folder was `/home/ann/photos`. A name is resolved by the first of these rules that finds a file
 below the image folder:
 
-    exact       the name itself
+    exact       the name itself; an absolute path that exists is this file, and no other
     suffix      the longest end of the name in whole parts: photos/cats/1.jpg, cats/1.jpg, 1.jpg
     case        as above, but letters differ in case: img_1.jpg for IMG_1.JPG
     extension   as above, for a name without an extension: IMG_1 for IMG_1.JPG
@@ -12,11 +12,16 @@ below the image folder:
 A rule that finds several files is an error. Only `exact` is certain to find the image that was meant, so callers count
 how often each rule was used. If two names lead to one file, that is an error too: at least one of them means an image
 that is not there.
+
+If an absolute path exists on this machine but is outside the image folder, that is an error: nothing outside is opened,
+and a file of the same name in the folder would be another image. Only absolute paths that do not exist here are
+resolved by their ends.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -29,6 +34,12 @@ from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suf
 
 _MAX_LISTED_FILES = 200_000  # in a larger folder, the rules `case` and `extension` find nothing
 _ARCHIVE_SUFFIXES = (".tar", ".parquet", ".arrow")
+# Of Windows: `C:`, also in the form that lifts the limit of 260 characters, but no `\\server\share`.
+_LOCAL_DRIVE = re.compile(r"(?:\\\\[?.]\\)?[A-Za-z]:")
+
+
+class OutsideFolderError(ValueError):
+    """An absolute path of a file that exists, but not below the image folder."""
 
 
 class LocatedFile(NamedTuple):
@@ -63,6 +74,19 @@ def exact_path(name: str, folder: Path) -> Path | None:
     return folder / path
 
 
+def is_existing_path(name: str) -> bool:
+    """Return whether a name is the absolute path of a file on this machine; of an image in an archive, that of the archive."""
+    path = Path(split_shard_name(name)[0])
+    # A network path of Windows is not looked up: this would connect to a server that the records name.
+    is_local = not path.drive or _LOCAL_DRIVE.fullmatch(path.drive)
+    if not path.root or not is_local:
+        return False
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no permission, too long, a null character
+        return False
+
+
 def locate_file(name: str, folder: Path) -> LocatedFile | None:
     """Find the file of an image.
 
@@ -75,6 +99,7 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
 
     Raises:
         AmbiguousNameError: Several files match equally well.
+        OutsideFolderError: The name is the absolute path of a file outside the folder.
         OSError: The folder cannot be read, or the name is too long.
         ValueError: The name contains a null character.
     """
@@ -83,6 +108,8 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
     # `is_file` excludes pipes and devices: reading one would block.
     if path is not None and path.is_file():
         return LocatedFile(path, key, "exact")
+    if path is None and is_existing_path(file_name):
+        return LocatedFile(_path_through_links(Path(file_name), folder), key, "exact")
     # Try long ends of the name first, because they are less likely to match a different image.
     suffixes = list(name_suffixes(file_name))
     for parts in suffixes:
@@ -96,6 +123,25 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
             has_other_stem = path.name.casefold() != parts[-1].casefold()
             return LocatedFile(path, key, "extension" if has_other_stem else "case")
     return None
+
+
+def _path_through_links(path: Path, folder: Path) -> Path:
+    """Return the path in `folder` of an existing file whose path does not begin with the folder's.
+
+    Links may lead to the folder in several ways: `/tmp` is `/private/tmp` on macOS.
+
+    Raises:
+        OutsideFolderError: The file is not below the folder.
+    """
+    # A link below the folder is a file of the folder, so the file itself is not resolved.
+    real_path = path.parent.resolve() / path.name
+    real_folder = folder.resolve()
+    if not real_path.is_relative_to(real_folder):
+        raise OutsideFolderError(
+            f"the image {str(path)!r} exists, but is outside the image folder {str(folder)!r}; pass an image folder that "
+            "contains it, or use names relative to the image folder"
+        )
+    return folder / real_path.relative_to(real_folder)
 
 
 def _find_other_case(folder: Path, parts: tuple[str, ...]) -> Path | None:
@@ -219,6 +265,9 @@ def check_distinct(names: Iterable[str], folder: Path) -> None:
         parts = name_parts(name)
         if not parts or hash(_fold(parts[-1])) not in repeated:
             continue
-        located = locate_file(name, folder)
+        try:
+            located = locate_file(name, folder)
+        except OutsideFolderError:
+            continue  # an error of this image, when it is read
         if located is not None:
             matches.add(name, located)

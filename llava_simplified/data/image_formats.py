@@ -35,7 +35,7 @@ _SIGNATURES = {
     rb"....ftyp": "MP4 or QuickTime video",
     rb"\x1aE\xdf\xa3": "WebM or Matroska video",
     rb"RIFF....AVI ": "AVI video",
-    rb"RIFF....WAVE|ID3|OggS|fLaC": "audio",
+    rb"RIFF....WAVE|ID3|OggS|fLaC": "audio file",
     rb"%PDF": "PDF",
     rb"PK\x03\x04": "ZIP archive",
     rb"\x1f\x8b": "gzip file",
@@ -97,6 +97,14 @@ def sniff_format(data: bytes) -> str:
     if _SVG.search(text) and not is_page:
         return "SVG image"
     return "web page"
+
+
+def with_article(name: str) -> str:
+    """Return the name of a format with its article: "an SVG image", "a JPEG 2000 image"."""
+    word = name.partition(" ")[0]
+    # Abbreviations are spelled: an S-V-G. The name of a letter may begin with a vowel although the letter is none.
+    vowels = "AEFHILMNORSX" if word.isupper() else "AEIOUaeiou"
+    return f"an {name}" if word.startswith(tuple(vowels)) else f"a {name}"
 
 
 def without_metadata(data: bytes) -> bytes:

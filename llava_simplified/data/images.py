@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -39,17 +39,20 @@ from llava_simplified.data import jpeg_segments
 from llava_simplified.data.image_folder import (
     LocatedFile,
     NameMatches,
+    OutsideFolderError,
     exact_path,
     locate_file,
     split_shard_name,
 )
 from llava_simplified.data.image_formats import (
     sniff_format,
+    with_article,
     without_gif_comments,
     without_metadata,
 )
 from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.pixel_budget import DECODING
+from llava_simplified.data.png_transparency import find_transparent_color
 from llava_simplified.data.shards import read_shard_image
 from llava_simplified.data.tiff_directories import (
     MAX_DIRECTORIES,
@@ -138,7 +141,8 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
     """Read the file of a record's image.
 
     Nothing outside `folder` is opened. A name that does not exist there is resolved by the rules of `image_folder`:
-    absolute paths are often valid only on the machine that wrote the records.
+    absolute paths are often valid only on the machine that wrote the records. An absolute path that exists on this
+    machine never resolves to another file.
 
     Args:
         image: A path below `folder`, `shard.tar#key`, or `rows.parquet#row`.
@@ -146,8 +150,8 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         matches: Counts which rule found the image, and rejects two names that lead to one file.
 
     Raises:
-        ImageError: "unsafe" if the path contains `..`; "ambiguous" if several files match; "missing" if there is no
-            such image, naming the path that was tried.
+        ImageError: "unsafe" if the path contains `..`, or is that of a file outside the folder; "ambiguous" if several
+            files match; "missing" if there is no such image, naming the path that was tried.
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
@@ -163,6 +167,8 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         raise  # a ValueError, but not this image's fault
     except AmbiguousNameError as error:
         raise ImageError("ambiguous", str(error)) from error
+    except OutsideFolderError as error:
+        raise ImageError("unsafe", str(error)) from error
     # For example: the name is too long, there is no permission, the disk fails, the shard has no such key.
     except (OSError, ValueError) as error:
         raise ImageError("missing", str(error)) from error
@@ -270,7 +276,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
             with _decoder_errors(image.format):
                 image.load()
                 # Try the conversion on one pixel: whether it succeeds depends on the mode and the palette only.
-                _to_rgb(image.crop((0, 0, 1, 1)))
+                _to_pixels(image.crop((0, 0, 1, 1)))
         width, height = image.size
         if _read_orientation(image) in _TRANSPOSED_ORIENTATIONS:
             width, height = height, width
@@ -519,9 +525,11 @@ def _open_other_format(data: bytes) -> Image.Image:
         remedy = "convert it to JPEG or PNG"
         if is_heif:
             remedy = "pip install pillow-heif, or convert it to JPEG or PNG"
-        raise ImageError("unsupported", f"this is a {name}, which is not supported: {remedy}")
+        raise ImageError(
+            "unsupported", f"this is {with_article(name)}, which is not supported: {remedy}"
+        )
     if name:
-        raise ImageError("not_image", f"not an image but a {name}: {shown}")
+        raise ImageError("not_image", f"not an image but {with_article(name)}: {shown}")
     raise ImageError("not_image", f"not an image: {shown}")
 
 
@@ -587,24 +595,54 @@ def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
 
 def _to_pixels(image: Image.Image) -> np.ndarray:
     """Return a PIL image as uint8 RGB (height, width, 3), upright, with transparency on white."""
-    # Load before reading the orientation: loading a TIFF applies it, and loading a PNG finds metadata after the pixels.
-    _load(image)
-    return np.asarray(_to_rgb(_make_upright(image, _read_orientation(image))))
+    # Before the image is loaded, which closes its file.
+    color = find_transparent_color(image)
+    image = _load(image if color is None else color.unloaded(image))
+    # Read the orientation of the loaded image: loading a TIFF applies it, and loading a PNG finds metadata after the pixels.
+    orientation = _read_orientation(image)
+    rgb = _to_rgb(image) if color is None else color.put_on_white(image)
+    return np.asarray(_make_upright(rgb, orientation))
 
 
-def _load(image: Image.Image) -> None:
-    """Decode a PIL image, unless that has been done."""
+def _load(image: Image.Image) -> Image.Image:
+    """Decode a PIL image, unless that has been done, and return it, or the same image with the right pixels.
+
+    Pillow maps an uncompressed TIFF that was opened by its path into memory, with the size that it has after it was
+    rotated: the pixels of a photo in upright format are scrambled. Without a path it reads the file.
+    """
+    opened: Any = image
     filename = getattr(image, "filename", None)
     if not filename or image.format != "TIFF":
         image.load()
-        return
-    # Pillow maps an uncompressed TIFF that was opened by its path into memory, with the size that it has after it was
-    # rotated: the pixels of a photo in upright format would be scrambled. Without a path it reads the file.
-    image.filename = ""  # type: ignore[attr-defined]
-    try:
-        image.load()
-    finally:
-        image.filename = filename  # type: ignore[attr-defined]
+    elif opened.tile:
+        opened.filename = ""
+        try:
+            image.load()
+        finally:
+            opened.filename = filename
+    elif getattr(image, "map", None) is not None:
+        return _load_mapped_tiff_again(image, filename)
+    return image
+
+
+def _load_mapped_tiff_again(image: Image.Image, filename: str) -> Image.Image:
+    """Return a TIFF that the caller has loaded, and Pillow mapped into memory, as it is in the file.
+
+    An image that differs from what Pillow makes of the file was changed since, and is returned as it is.
+    """
+    # The file may have been deleted or replaced.
+    with suppress(OSError, EOFError, ValueError):
+        frames: list[Any] = []
+        for path in (filename, ""):
+            frame: Any = Image.open(filename, formats=("TIFF",))
+            frame.seek(image.tell())
+            frame.filename = path
+            frame.load()
+            frames.append(frame)
+        mapped, read = frames
+        if mapped.size == image.size and mapped.tobytes() == image.tobytes():
+            return read
+    return image
 
 
 def _read_orientation(image: Image.Image) -> int:

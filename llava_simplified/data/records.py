@@ -418,8 +418,11 @@ class BadRecords:
         self.total = total
         self.reasons: list[str] = []
 
-    def check(self) -> None:
-        """Log the bad records, or raise an error if there are too many.
+    def check(self, log: bool = True) -> None:
+        """Raise an error if there are too many bad records.
+
+        Args:
+            log: Log the bad records if they are tolerated.
 
         Raises:
             ValueError: The number of bad records exceeds `max_share`, or all records are bad.
@@ -437,6 +440,8 @@ class BadRecords:
                 f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
                 f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."
             )
+        if not log:
+            return
         logger.warning(
             "%s of %s records cannot be used and are set aside: %s",
             f"{count:,}",
@@ -478,5 +483,6 @@ def open_records(
         problem = response_problem(record)
         if problem:
             raise ValueError(problem)
-    bad.check()
+    # The caller logs all of them, and not only those among the checked rows.
+    bad.check(log=False)
     return records

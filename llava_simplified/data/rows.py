@@ -40,7 +40,9 @@ from llava_simplified.jobs import atomic_file, read_at
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 _LINE_BLOCK_BYTES = 1 << 22
-_MAX_VALUE_BYTES = 1 << 26  # a longer value is treated as broken JSON, such as a missing quote
+_MAX_INT32 = 2**31 - 1
+# A longer row is an error: it has a missing quote, or is the bomb of somebody who wants to fill the memory.
+MAX_ROW_BYTES = 1 << 24
 # Characters that can follow a JSON value. This must be a tuple: `"" in "abc"` is true for strings, and "" (the end of
 # the window) is not a delimiter.
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
@@ -128,9 +130,17 @@ class RowFile(Sequence[dict[str, Any]]):
         return {**self.__dict__, "_file": None}
 
     def raw(self, index: int) -> bytes:
-        """Return the JSON text of a row as it is in the file."""
+        """Return the JSON text of a row as it is in the file.
+
+        Raises:
+            ValueError: The row is longer than `MAX_ROW_BYTES`.
+        """
         start = int(self._starts[index])
         length = int(self._lengths[index])
+        if length > MAX_ROW_BYTES:
+            raise ValueError(
+                f"{self.where(index)}: the row has {length:,} bytes; the limit is {MAX_ROW_BYTES:,}"
+            )
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
         return read_at(self._file, length, start)
@@ -151,8 +161,9 @@ class RowFile(Sequence[dict[str, Any]]):
         return f"{self.name} row {number}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        text = self.raw(index)
         try:
-            return json.loads(self.raw(index))
+            return json.loads(text)
         # Deeply nested arrays exceed Python's recursion limit.
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(index)}: not JSON: {error}") from None
@@ -165,7 +176,8 @@ def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Find the lines of a JSONL file that are not blank.
 
     Returns:
-        Starts (int64) and lengths (int32) in bytes, without the line breaks.
+        Starts (int64) and lengths (int32) in bytes, without the line breaks. A line of more than 2 GB, which is never
+        read, has the largest length that fits.
     """
     starts: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
@@ -190,7 +202,7 @@ def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
             row_starts = edges[:-1][has_row] + 1
             row_lengths = distances[has_row] - 1  # without the line break
             starts.append(row_starts)
-            lengths.append(row_lengths.astype(np.int32))
+            lengths.append(np.minimum(row_lengths, _MAX_INT32).astype(np.int32))
             previous_break = edges[-1]
             position += len(block)
     return np.concatenate(starts), np.concatenate(lengths)
@@ -357,24 +369,32 @@ class _JsonScanner:
             ValueError: There is no valid JSON value at the current position.
         """
         while True:
+            # The window grows to twice this limit at most, whatever follows.
+            is_too_long = len(self.text) - self.position > MAX_ROW_BYTES
             try:
                 value, end = self._decode(self.text, self.position)
             # RecursionError means that arrays are nested too deeply. A plain ValueError, without the position of a
             # JSONDecodeError, is raised for numbers of more than 4,300 digits.
             except (ValueError, RecursionError) as error:
                 error_byte = self.base + getattr(error, "pos", self.position)
-                window_length = len(self.text) - self.position
                 # Try again with a larger window, since the value may only be truncated by the end of the window.
-                if window_length > _MAX_VALUE_BYTES or not self._read_more():
+                if is_too_long or not self._read_more():
                     reason = getattr(error, "msg", error)
+                    if is_too_long:
+                        reason = f"{reason}; or the value has more than {MAX_ROW_BYTES:,} bytes, the limit"
                     raise ValueError(
                         f"{self.name}: not JSON at byte {error_byte}: {reason}"
                     ) from None
                 continue
             # Make sure that a number is complete: 1.5 looks like 1 if the window ends after the 1.
             next_character = self.text[end : end + 1]
-            if next_character in _VALUE_DELIMITERS or not self._read_more():
+            if next_character in _VALUE_DELIMITERS or is_too_long or not self._read_more():
                 break
+        if end - self.position > MAX_ROW_BYTES:
+            raise ValueError(
+                f"{self.name}: the value at byte {self.file_position} has {end - self.position:,} bytes; the limit is "
+                f"{MAX_ROW_BYTES:,}"
+            )
         text = self.text[self.position : end]
         start_byte = self.file_position
         if not text.isascii():

@@ -213,8 +213,8 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise ValueError(
-                f"--format gguf: llama.cpp does not support the weight {name} in a {architecture} model. "
-                "Use --format hf."
+                f"--format gguf: llama.cpp does not support the weight {name} of the architecture "
+                f"{architecture}. Use --format hf."
             )
         # Permute for "llama" only, which pairs neighboring channels in llama.cpp; qwen2 and qwen3 pair
         # halves, as Hugging Face does.
@@ -260,7 +260,7 @@ def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
         return {}
     if architecture != "llama" or rope.attention_scaling != 1:
         raise ValueError(
-            f"--format gguf does not support the rotary scaling {parameters} of a {architecture} model. "
+            f"--format gguf does not support the rotary scaling {parameters} of the architecture {architecture}. "
             "Use --format hf."
         )
     return {"rope_freqs.weight": factors}

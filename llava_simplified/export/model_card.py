@@ -105,7 +105,7 @@ def _introduction(config: Mapping[str, Any], export_format: str) -> str:
     return "\n\n".join(
         [
             f"# LLaVA: {language_model} with {vision_tower}",
-            f"A LLaVA model: the vision encoder {vision_tower}, a {projector} projector and the "
+            f"A LLaVA model: the vision encoder {vision_tower}, the projector {projector} and the "
             f"language model {language_model}. Trained to answer `{instruction}` about an image.",
             _HOW_TO_LOAD[export_format],
             f"License of the language model: {license_text}. The vision encoder and the training "

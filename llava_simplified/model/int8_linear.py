@@ -136,7 +136,7 @@ def check_int8_support(device: torch.device) -> None:
     """Raise ValueError if PyTorch has no fast integer product on this machine, or the model is not on the CPU."""
     if device.type != "cpu":
         raise ValueError(
-            f"--quantize int8 works only on the CPU, but the model would run on the {device.type} device of this machine. "
+            f"--quantize int8 works only on the CPU, but the model would run on the device {device.type}. "
             "Use --bits 8 instead, or hide the device (CUDA_VISIBLE_DEVICES=)."
         )
     if "fbgemm" not in supported_engines():

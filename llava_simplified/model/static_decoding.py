@@ -588,7 +588,7 @@ def _check_layers(cache: DynamicCache) -> None:
         # Refuse subclasses too, because they may contain more than keys and values.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise StaticDecodingError(
-                f"static buffers do not support the {type(layer).__name__} in its KV cache"
+                f"static buffers do not support a KV cache with a layer of the class {type(layer).__name__}"
             )
 
 

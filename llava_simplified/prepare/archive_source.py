@@ -20,6 +20,7 @@ from llava_simplified.data.embedded_images import (
 from llava_simplified.data.preference_rows import PAIR_KEYS
 from llava_simplified.data.shards import IMAGE_SUFFIXES, read_range, tar_samples
 from llava_simplified.extras import require_extra
+from llava_simplified.foreign_files import MAX_TEXT_BYTES
 from llava_simplified.prepare.json_source import (
     NOT_AN_OBJECT,
     columns_of_row,
@@ -167,7 +168,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
         if not any(suffix in members for suffix in IMAGE_SUFFIXES):
             issues.note("sample without an image (skipped)", number, key)
             continue
-        texts = _read_texts(path, members)
+        texts = _read_texts(path, members, number, issues)
         if not texts:
             issues.note("sample without a caption (skipped)", number, key)
             continue
@@ -181,13 +182,18 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
         yield from row_from_mapping(row, number, named._replace(url=""), issues)
 
 
-def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, str]:
+def _read_texts(
+    path: Path, members: dict[str, tuple[int, int]], number: int, issues: ParseIssues
+) -> dict[str, str]:
     """Return the text members of a sample by suffix, in the order of `_CAPTION_SUFFIXES`."""
     texts = {}
     for suffix in _CAPTION_SUFFIXES:
         if suffix in members:
             # Read the text at its offset. The tar is never unpacked, and images are not read at all.
             offset, size = members[suffix]
+            if size > MAX_TEXT_BYTES:
+                issues.note(f"text of more than {MAX_TEXT_BYTES:,} bytes (not read)", number, size)
+                continue
             texts[suffix] = read_range(path, offset, size).decode("utf-8", "replace")
     return texts
 

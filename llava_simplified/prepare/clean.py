@@ -522,7 +522,10 @@ class _Outputs:
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
         """Return the line of the quarantine file for a rejected record, and collect examples for the report."""
         # Use the raw text and not the parsed row, because the reason may be that the row is not JSON.
-        text = self._rows.raw(index).decode("utf-8", "replace")
+        try:
+            text = self._rows.raw(index).decode("utf-8", "replace")
+        except ValueError as error:
+            text = str(error)  # a row of any size, which stays in the file
         examples = self._examples.setdefault(result.reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
             caption, thumbnail = _caption_and_thumbnail(text, self._folder)

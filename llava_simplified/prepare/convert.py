@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from llava_simplified.data.image_folder import NameMatches, locate_file
+from llava_simplified.data.image_folder import (
+    NameMatches,
+    OutsideFolderError,
+    is_existing_path,
+    locate_file,
+)
 from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
+from llava_simplified.foreign_files import read_small_file
 from llava_simplified.prepare.record_writer import (
     INSTRUCTION,
     RecordWriter,
@@ -110,7 +116,8 @@ def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     captions: dict[str, None] = {}
     for row in rows:
         captions.update(dict.fromkeys(row.captions))
-    return first._replace(captions=tuple(captions))
+    empty_notes = sum(row.empty_notes for row in rows)
+    return first._replace(captions=tuple(captions), empty_notes=empty_notes)
 
 
 # ---- rows to records ----
@@ -136,7 +143,7 @@ def to_records(
         issues: Collects the rows that cannot become a record.
         instructions: Instruction templates, one of which is selected by a hash of the image name.
         image_folder: If given, rows whose image is not in this folder are skipped.
-        keep_paths: Keep absolute paths. They are resolved when the images are read.
+        keep_paths: Keep absolute paths that do not exist. They are resolved when the images are read.
     """
     names = _ImageNames(issues, image_folder, keep_paths)
     for index, row in enumerate(rows):
@@ -156,7 +163,7 @@ def to_records(
         if not image:
             continue
         if not row.captions:
-            issues.note("image without any caption (skipped)", row.number, image)
+            issues.note_without_caption("image without any caption (skipped)", row, image)
         else:
             # `hash_fraction(image)` selects the split. Append a character to get an independent number. Otherwise the
             # instruction would depend on the split.
@@ -205,6 +212,10 @@ class _ImageNames:
         if self._image_folder is not None and "#" not in image:
             return _find_image(image, row, self._image_folder, self._matches, self._issues)
         if _ABSOLUTE_PATH.match(image) and not self._keep_paths:
+            # Its base name could be that of another file in the image folder.
+            if is_existing_path(image):
+                self._issues.note("absolute path of a file that exists (kept)", row.number, image)
+                return image
             return _base_name(image, row, self._issues, self._absolute_paths)
         return image
 
@@ -212,7 +223,7 @@ class _ImageNames:
 def _base_name(
     image: str, row: SourceRow, issues: ParseIssues, absolute_paths: dict[str, int]
 ) -> str:
-    """Return the base name of an absolute path, which is often a path of another machine.
+    """Return the base name of an absolute path that does not exist: it is a path of another machine.
 
     A second path with the same base name is a different image, so it is kept unchanged. When its image is read, the
     longest trailing part of the path that exists in the image folder is used.
@@ -255,6 +266,9 @@ def _find_image(
     except AmbiguousNameError as error:
         issues.note("image name that fits several files (skipped)", row.number, error)
         return ""
+    except OutsideFolderError:
+        issues.note(f"image outside {image_folder} (skipped)", row.number, image)
+        return ""
     # For example, the name is too long, or contains a null character.
     except (OSError, ValueError):
         located = None
@@ -295,7 +309,7 @@ def convert(
             `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
         columns: Column names that the user passed.
         sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
-        keep_paths: Keep absolute paths of images, instead of their base names.
+        keep_paths: Keep absolute paths of images, also of those that do not exist, instead of their base names.
 
     Returns:
         The number of records by file name, and the issues of the source (skipped and repaired rows).
@@ -346,7 +360,7 @@ def _read_instructions(instruction: str) -> list[str]:
     if not instruction.endswith(".txt"):
         return [instruction]
     # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
-    lines = Path(instruction).read_text("utf-8").split("\n")
+    lines = read_small_file(Path(instruction)).decode("utf-8").split("\n")
     templates = [line.strip() for line in lines if line.strip()]
     if not templates:
         raise ValueError(f"--instruction {instruction}: the file contains no template")

@@ -265,7 +265,8 @@ def _plan_chunks(
         chunk = []
         for index, row in islice(numbered, settings["shard_size"]):
             if not row.captions:
-                issues.note("no caption (fetched, but gives no record)", row.number, row.url)
+                kind = "no caption (fetched, but gives no record)"
+                issues.note_without_caption(kind, row, row.url)
             chunk.append({"index": index, "url": row.url, "captions": row.captions})
         if not chunk:
             return

@@ -214,12 +214,12 @@ class Fetcher:
         the URL waits for a free slot of a host: many hosts may redirect to the same host.
         """
         url = parse_url(text)
-        first_host = str(url.host)
+        first_host = str(url.raw_host)
         seconds_left = self.options.timeout
         for _ in range(MAX_REDIRECTS + 1):
             if self.options.robots and not await self._robots_allow(url):
-                raise FetchError("robots", f"robots.txt of {url.host} forbids it")
-            host = str(url.host)
+                raise FetchError("robots", f"robots.txt of {url.raw_host} forbids it")
+            host = str(url.raw_host)
             # Acquire a slot for every redirect, because it may lead to a different host.
             async with self._host_slots[host]:
                 if self._consecutive_timeouts[host] >= MAX_CONSECUTIVE_TIMEOUTS:
@@ -255,7 +255,7 @@ class Fetcher:
         """Send one request. Return the target of a redirect, or body and status code."""
         async with self._session.get(url, allow_redirects=False, headers=headers) as response:
             # Reset the count of timeouts after any response.
-            self._consecutive_timeouts.pop(str(url.host), None)
+            self._consecutive_timeouts.pop(str(url.raw_host), None)
             if response.status in _REDIRECT_STATUSES:
                 location = response.headers.get("Location")
                 if not location:

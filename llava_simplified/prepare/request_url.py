@@ -9,6 +9,9 @@ ASCII) are percent-encoded, as browsers and curl do:
     http://a.example/my cat.jpg             http://a.example/my%20cat.jpg
     http://bücher.example/ü.jpg             http://xn--bcher-kva.example/%C3%BC.jpg
 
+The host is compared, counted and sent in its encoded form only (`raw_host`). Not every ASCII name can be decoded: the DNS
+may contain `xn--a`, which is not the encoded form of any Unicode name.
+
 The part that decides where the request goes, between `//` and the path, is checked strictly. It must be a host and a
 port, so that two programs cannot read different hosts from the same URL.
 """
@@ -29,6 +32,9 @@ _HOST_AND_PORT = re.compile(
     r"(?::(?P<port>[0-9]{0,5}))?"
 )
 _MAX_PORT = 65_535
+# Limits of a name in the DNS (RFC 1035, section 2.3.4). Longer names cannot be looked up.
+_MAX_LABEL = 63
+_MAX_NAME = 253
 # Characters that RFC 3986 does not allow in a URL. It does not allow square brackets outside of the host or a lone
 # percent sign either, but browsers send them unchanged, so they are kept.
 _INVALID = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]+")
@@ -99,7 +105,7 @@ def resolve_redirect(url: URL, location: str) -> URL:
 
 
 def host_of(url: str) -> str:
-    """Return the host of a URL, or an empty text if there is none."""
+    """Return the host of a URL as it is sent, or an empty text if there is none."""
     # Scheme and host repeat, so most calls are answered from the cache.
     return _parse_host("/".join(url.split("/", 3)[:3]))
 
@@ -107,7 +113,7 @@ def host_of(url: str) -> str:
 @lru_cache(maxsize=4096)
 def _parse_host(origin: str) -> str:
     try:
-        return parse_url(origin).host or ""
+        return parse_url(origin).raw_host or ""
     except UrlError:
         return ""
 
@@ -142,11 +148,32 @@ def _parse_authority(scheme: str, authority: str) -> str:
     if (port or 0) > _MAX_PORT or "\\" in user:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     try:
-        # yarl encodes a name beyond ASCII (IDNA), and checks the rest.
-        url = URL.build(scheme=scheme, host=match["host"].strip("[]"), port=port)
+        # The bytes of a redirect. Those that are not UTF-8 cannot be encoded.
+        host = match["host"].strip("[]").encode("utf-8", "surrogateescape").decode()
+        # yarl encodes a name beyond ASCII (IDNA 2008 and UTS 46), and checks the rest.
+        url = URL.build(scheme=scheme, host=host, port=port)
     except ValueError as error:
         raise UrlError("bad_url", f"no valid host in {shown}: {error}") from None
+    problem = _name_problem(url.raw_host or "")
+    if problem:
+        raise UrlError("bad_url", f"no valid host in {shown}: {problem}")
     return f"{_encode_invalid(user)}{at}{url.raw_authority}"
+
+
+def _name_problem(host: str) -> str:
+    """Return why the DNS cannot contain an encoded name; empty if it can, or if the host is an IPv6 address."""
+    if ":" in host:
+        return ""
+    # Some characters stand for others: a wide percent sign for "%", three dots for "...".
+    if not _HOST_AND_PORT.fullmatch(host):
+        return f"{host[:_SHOWN_CHARACTERS]!r} is not a name"
+    name = host.removesuffix(".")
+    lengths = [len(label) for label in name.split(".")]
+    if min(lengths) == 0:
+        return "a part of the name is empty"
+    if max(lengths) > _MAX_LABEL or len(name) > _MAX_NAME:
+        return f"a part of the name has more than {_MAX_LABEL} characters, or all of it more than {_MAX_NAME}"
+    return ""
 
 
 def _encode_invalid(text: str) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -133,7 +134,12 @@ def _read_captions(
     """Return the captions in a sidecar; none if it is empty, and the reason is noted."""
     path = folder / name
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        status = path.stat()
+        # Reading a pipe or a device may never end.
+        if not stat.S_ISREG(status.st_mode):
+            issues.note("sidecar that is not a regular file (skipped)", number, name)
+            return ()
+        if status.st_size > _MAX_BYTES:
             issues.note("sidecar of more than a megabyte (skipped)", number, name)
             return ()
         text = read_text(path, issues, number).strip()

@@ -10,11 +10,12 @@ import itertools
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from llava_simplified.data.rows import BOM
+from llava_simplified.data.rows import BOM, MAX_ROW_BYTES
 from llava_simplified.extras import require_extra
 from llava_simplified.prepare.source_rows import ParseIssues
 
@@ -99,10 +100,10 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
         The line number, counted from 1, and the text without its line end.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: The file cannot be read, or a line is longer than `MAX_ROW_BYTES`.
     """
     with open_source(source) as stream:
-        for number, text in enumerate(_decode_lines(stream, issues), 1):
+        for number, text in enumerate(_decode_lines(stream, source, issues), 1):
             # Strip only the line end: other whitespace may separate fields.
             text = text.rstrip("\n")
             if text.endswith("\r"):
@@ -127,10 +128,11 @@ def read_text(path: Path, issues: ParseIssues, number: int) -> str:
 
     Raises:
         OSError: The file cannot be read.
+        ValueError: A line is longer than `MAX_ROW_BYTES`.
     """
     with path.open("rb") as stream:
         found = ParseIssues()
-        text = "".join(_decode_lines(stream, found))
+        text = "".join(_decode_lines(stream, str(path), found))
     if "\r\n" in text:
         text = text.replace("\r\n", "\n")
         found.note("CRLF line end (removed)", number, path.name)
@@ -143,42 +145,74 @@ def read_text(path: Path, issues: ParseIssues, number: int) -> str:
     return text
 
 
-def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
-    """Yield the lines of a text in any encoding, with their line ends."""
-    first = stream.readline()
+def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterator[str]:
+    """Yield the lines of a text in any encoding, with their line ends.
+
+    Raises:
+        ValueError: A line is too long.
+    """
+    blocks: Iterator[bytes] = iter(partial(stream.read, _BLOCK_BYTES), b"")
+    # A block may be shorter than asked for, even shorter than a byte order mark.
+    first = b""
+    for block in blocks:
+        first += block
+        if len(first) >= len(BOM):
+            break
+    blocks = itertools.chain([first], blocks)
     if first.startswith(_UTF16_MARKS):
         issues.note("UTF-16 (decoded)", 1, first[:80])
-        yield from _decode_utf16(first, stream)
-        return
-    if first.startswith(BOM):
+        blocks = _utf16_to_utf8(blocks)
+    elif first.startswith(BOM):
         issues.note("byte order mark (removed)", 1, "UTF-8")
-        first = first[len(BOM) :]
-    for number, raw in enumerate(itertools.chain([first], stream), 1):
+        blocks = itertools.chain([next(blocks)[len(BOM) :]], blocks)
+    for number, raw in enumerate(_join_lines(blocks, source), 1):
         # Line by line, because lists are put together from files with different encodings.
         try:
             text = raw.decode()
         except UnicodeDecodeError:
             text = raw.decode("cp1252", "replace")
             issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
-        # Of an empty file, the first line is empty.
-        if text:
-            yield text
+        yield text
 
 
-def _decode_utf16(first: bytes, stream: IO[bytes]) -> Iterator[str]:
-    """Yield the lines of a UTF-16 text.
+def _utf16_to_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Convert blocks of UTF-16 to UTF-8.
 
-    The text is decoded before it is split, because the byte of a line break may also be a part of another character.
+    This is done before the text is split, because the byte of a line break may also be a part of another character.
     """
     decoder = codecs.getincrementaldecoder("utf-16")("replace")
-    pending = decoder.decode(first)
-    at_end = False
-    while not at_end:
-        block = stream.read(_BLOCK_BYTES)
-        at_end = not block
-        pending += decoder.decode(block, final=at_end)
-        *lines, pending = pending.split("\n")
-        for line in lines:
-            yield f"{line}\n"
-    if pending:
-        yield pending
+    for block in blocks:
+        yield decoder.decode(block).encode()
+    yield decoder.decode(b"", final=True).encode()
+
+
+def _join_lines(blocks: Iterable[bytes], source: str) -> Iterator[bytes]:
+    """Yield the lines of a text that is given in blocks, with their line ends.
+
+    The iterator of a file has no limit: a megabyte of gzip can contain one line of a gigabyte.
+
+    Raises:
+        ValueError: A line is longer than `MAX_ROW_BYTES`.
+    """
+    begun: list[bytes] = []  # the pieces of a line whose end was not read yet
+    length = 0  # of these pieces
+    number = 1
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        length += len(first)
+        if length > MAX_ROW_BYTES:
+            raise ValueError(
+                f"{source}: line {number} is longer than the limit of {MAX_ROW_BYTES:,} bytes. Is this a file of text with "
+                "line breaks?"
+            )
+        if not others:
+            continue
+        *complete, rest = others
+        yield b"".join(begun) + b"\n"
+        for text in complete:
+            yield text + b"\n"
+        number += len(others)
+        begun, length = [rest], len(rest)
+    if length:
+        yield b"".join(begun)

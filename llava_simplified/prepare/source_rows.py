@@ -35,10 +35,14 @@ CAPTION_NAMES = (
     "title",
     "raw",
 )
+EMPTY_CAPTION = "empty caption (skipped)"  # an issue
 COLUMN_OPTIONS = "--url-column, --image-column and --caption-column"
-# What a URL and the name of an image look like, for tables without a header.
-URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-IMAGE_NAME_PATTERN = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
+# What a URL and the name of an image look like, for tables without a header. The repetitions are limited, because they are
+# searched at every position of lines of any length.
+URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
+IMAGE_NAME_PATTERN = re.compile(
+    r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+){0,4}$", re.IGNORECASE
+)
 
 
 class SourceRow(NamedTuple):
@@ -51,6 +55,7 @@ class SourceRow(NamedTuple):
         captions: The captions of the image; empty ones are removed by `read_source`.
         split: The split that the source itself assigns ("train", "val", ...); empty if there is none.
         record: The row itself if it is a record already (in LLaVA's or the tutorial's format).
+        empty_notes: How often `EMPTY_CAPTION` was noted for the row, or for the rows that were joined to it.
     """
 
     number: int
@@ -59,6 +64,7 @@ class SourceRow(NamedTuple):
     captions: tuple[str, ...]
     split: str = ""
     record: dict[str, Any] | None = None
+    empty_notes: int = 0
 
 
 class Columns(NamedTuple):
@@ -84,6 +90,14 @@ class ParseIssues:
         self.counts[kind] += 1
         if kind not in self.first:
             self.first[kind] = f"row {number}: {str(text)[:120]!r}"
+
+    def note_without_caption(self, kind: str, row: SourceRow, text: object) -> None:
+        """Count a row without any caption once: not for its empty captions, too."""
+        self.counts[EMPTY_CAPTION] -= row.empty_notes
+        if self.counts[EMPTY_CAPTION] <= 0:
+            del self.counts[EMPTY_CAPTION]
+            self.first.pop(EMPTY_CAPTION, None)
+        self.note(kind, row.number, text)
 
     def lines(self) -> list[str]:
         """Return one line for each kind of issue, the most frequent first."""

@@ -36,7 +36,7 @@ from llava_simplified.prepare.archive_source import read_arrow, read_parquet, re
 from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
 from llava_simplified.prepare.sidecar_source import SidecarOptions, read_sidecars, scan_names
-from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.source_rows import EMPTY_CAPTION, Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.table_source import read_table
 
 Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
@@ -112,9 +112,12 @@ def read_source(
             # or in others.
             kind = "record with an empty answer (kept)"
             if row.record is None:
-                kind = "empty caption (skipped)"
+                kind = EMPTY_CAPTION
             issues.note(kind, row.number, row.url or row.image)
-            row = row._replace(captions=tuple(caption for caption in row.captions if caption))
+            row = row._replace(
+                captions=tuple(caption for caption in row.captions if caption),
+                empty_notes=int(kind == EMPTY_CAPTION),
+            )
         yield row
 
 

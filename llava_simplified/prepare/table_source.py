@@ -37,7 +37,9 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-_SAMPLE_LINES = 100  # number of lines for detecting separator and columns
+# Number of lines for detecting separator and columns, and of the characters after which no further line is read.
+_SAMPLE_LINES = 100
+_SAMPLE_CHARACTERS = 1 << 20
 # A longer quoted field is treated as an unclosed quote. The csv module has the same limit.
 _MAX_QUOTED_CHARACTERS = 131_072
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
@@ -48,8 +50,8 @@ _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IG
 _UNQUOTED_SEPARATORS = ("\t", "|")  # separators of formats in which a quote is part of the text
 # Control characters that no text contains. NUL is not one of them: it occurs in lists, and `read_lines` removes it.
 _CONTROL_CHARACTER = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
-# Text after a comma that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not match.
-_PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
+# What text after a comma contains that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not.
+_MARK_OF_URL = re.compile(r"[/=&?%]|\.\w+$")
 
 Line = tuple[int, str]
 Fields = tuple[int, str, list[str]]  # line number, the line, its fields
@@ -82,7 +84,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     lines = read_lines(source, issues)
     # Read the first lines, and process them again below with `chain`: opening a remote source twice
     # would be expensive.
-    head = list(itertools.islice(lines, _SAMPLE_LINES))
+    head = _read_head(lines)
     if not head:
         raise ValueError(f"{source}: empty file")
     all_lines = itertools.chain(head, lines)
@@ -120,6 +122,18 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
         if separator in _UNQUOTED_SEPARATORS and any('"' in field for field in fields):
             issues.note("quote character (kept as text)", number, text)
         yield _row_of_fields(fields, layout, number)
+
+
+def _read_head(lines: Iterator[Line]) -> list[Line]:
+    """Return the first lines of a table."""
+    head: list[Line] = []
+    length = 0
+    for line in itertools.islice(lines, _SAMPLE_LINES):
+        head.append(line)
+        length += len(line[1])
+        if length > _SAMPLE_CHARACTERS:
+            break
+    return head
 
 
 def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
@@ -205,7 +219,7 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
             if not rest:
                 continue
             num_with_comma += 1
-            if _PART_OF_URL.fullmatch(rest[-1]):
+            if _is_part_of_url(rest[-1]):
                 num_parts_of_url += 1
             if not IMAGE_NAME_PATTERN.search(first):
                 ends_like_image = False
@@ -221,6 +235,12 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
     if texts and not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
         return IMAGE_NAME_PATTERN
     return None
+
+
+def _is_part_of_url(text: str) -> bool:
+    """Return whether text after a comma is a part of the URL before it."""
+    # Two searches: in one pattern they take quadratic time for a long text.
+    return not re.search(r"\s", text) and _MARK_OF_URL.search(text) is not None
 
 
 def _read_list(
@@ -275,7 +295,7 @@ def _join_fields(
             stop - start < extra
             and stop + 1 < len(fields)
             and not IMAGE_NAME_PATTERN.search(fields[stop])
-            and _PART_OF_URL.fullmatch(fields[stop + 1])
+            and _is_part_of_url(fields[stop + 1])
         ):
             stop += 1
         if stop > start:

@@ -179,6 +179,15 @@ class ChatMessage(StrictModel):
     # LiteLLM moves fields that it does not know into this one: {"refusal": null}.
     provider_specific_fields: dict[str, Literal[""] | EmptyList | EmptyObject | None] | None = None
 
+    # OpenAI's API sends null beside tool calls and refusals, and its client sends it back with the next question. As in
+    # other servers, such a turn is empty.
+    @model_validator(mode="before")
+    @classmethod
+    def fill_missing_content(cls, fields: object) -> object:
+        if not isinstance(fields, dict) or fields.get("role") != "assistant":
+            return fields
+        return fields if fields.get("content") is not None else {**fields, "content": ""}
+
     @field_validator("content", mode="before")
     @classmethod
     def wrap_string(cls, content: object) -> object:
@@ -208,7 +217,9 @@ class ChatMessage(StrictModel):
         role = "system" if self.role == "developer" else self.role
         count = len(self.images)
         if count and role != "user":
-            raise ValueError(f"only user messages can contain images, got a {role} message")
+            raise ValueError(
+                f"only user messages can contain images, got some in a message of the role {role!r}"
+            )
         if count and not text.strip():
             text = instruction
         (message,) = insert_image_placeholders([Message(role, text)], count, where="the message")

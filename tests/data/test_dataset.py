@@ -16,7 +16,7 @@ from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.open_data import open_data
-from llava_simplified.data.records import Record, Records
+from llava_simplified.data.records import Record, Records, open_records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
@@ -316,3 +316,16 @@ def test_image_names_that_do_not_match_exactly_are_counted(
     path = write_rows(tmp_path / "two.jsonl", rows)
     with pytest.raises(ValueError, match=r"two.jsonl: .*ann/images/0.jpg.*bob/0.jpg"):
         open_data(str(path), folder, "--train_image_folder")
+
+
+def test_bad_records_are_logged_once(tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
+    """By the step that sets them aside, and not by the step that opens the file before."""
+    row = '{"image": "0.jpg", "instruction": "What?", "response": "a cat"}'
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([row, '{"image": 3}', row, "no JSON"]))
+    records = open_records(path, max_bad_records=1)
+    good = set_bad_records_aside(records, 1)
+    assert len(good) == 2
+    [message] = package_log.messages
+    assert "row 1" in message
+    assert "row 3" in message

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_simplified.data import image_folder
 from llava_simplified.data.image_folder import (
     NameMatches,
+    OutsideFolderError,
     check_distinct,
     locate_file,
     split_shard_name,
@@ -99,10 +101,82 @@ def test_nothing_outside_of_the_folder_is_found(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as error:
             read_image_bytes(name, folder)
         assert error.value.kind == "unsafe"
-    for name in (str(tmp_path / "secret.jpg"), "/etc/passwd", "", "/", "a\0b", "x" * 5000):
+    for name in (str(tmp_path / "secret.jpg"), "/etc/passwd"):
+        with pytest.raises(ImageError) as error:
+            read_image_bytes(name, folder)
+        assert error.value.kind == "unsafe"
+        assert name in str(error.value)
+    for name in (str(tmp_path), "/gone.jpg", "", "/", "a\0b", "x" * 5000, "/" + "x" * 5000):
         with pytest.raises(ImageError) as error:
             read_image_bytes(name, folder)
         assert error.value.kind == "missing"
+
+
+def test_absolute_path_that_exists_is_never_a_namesake(tmp_path: Path) -> None:
+    folder = make_files(tmp_path / "images", "1.jpg", "cats/1.jpg", "0.tar")
+    outside = make_files(tmp_path / "other", "1.jpg", "cats/1.jpg", "0.tar")
+    matches = NameMatches()
+    for name in ("1.jpg", "cats/1.jpg", "0.tar#a"):
+        path = str(outside / name)
+        with pytest.raises(ImageError, match=r"other.*images") as error:
+            read_image_bytes(path, folder, matches)
+        assert error.value.kind == "unsafe"
+        with pytest.raises(OutsideFolderError):
+            locate_file(path, folder)
+    check_distinct([str(outside / "1.jpg"), "1.jpg"], folder)  # no two names of one file
+    assert not matches.rules
+    # As soon as the file is gone, the path is one of another machine.
+    (outside / "cats/1.jpg").unlink()
+    assert read_image_bytes(str(outside / "cats/1.jpg"), folder, matches) == b"cats/1.jpg"
+    assert dict(matches.rules) == {"suffix": 1}
+    # A folder and a pipe are no files, and no images.
+    (outside / "cats/1.jpg").mkdir()
+    assert read_image_bytes(str(outside / "cats/1.jpg"), folder, matches) == b"cats/1.jpg"
+
+
+def test_absolute_path_may_lead_to_the_folder_through_links(tmp_path: Path) -> None:
+    folder = make_files(tmp_path / "images", "1.jpg", "cats/1.jpg", "link/images/1.jpg")
+    make_files(tmp_path, "outside.jpg")
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "outside.jpg").symlink_to(tmp_path / "outside.jpg")
+    matches = NameMatches()
+    for name in ("1.jpg", "cats/1.jpg"):
+        assert read_image_bytes(str(tmp_path / "link" / name), folder, matches) == name.encode()
+        assert read_image_bytes(str(folder / name), tmp_path / "link", matches) == name.encode()
+    # The owner of the folder has linked to this file.
+    name = str(tmp_path / "link" / "outside.jpg")
+    assert read_image_bytes(name, folder, matches) == b"outside.jpg"
+    assert dict(matches.rules) == {"exact": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_up"),
+    [
+        (r"C:\photos\1.jpg", True),
+        (r"\\?\C:\photos\1.jpg", True),
+        (r"\photos\1.jpg", True),
+        ("/photos/1.jpg", True),
+        ("C:1.jpg", False),
+        (r"photos\1.jpg", False),
+        (r"\\server\share\1.jpg", False),
+        ("//server/share/1.jpg", False),
+        (r"\\?\UNC\server\share\1.jpg", False),
+    ],
+)
+def test_only_local_paths_of_windows_are_looked_up(
+    monkeypatch: pytest.MonkeyPatch, name: str, looked_up: bool
+) -> None:
+    """To look up a network path sends the user's credentials to the server in it."""
+    asked: list[str] = []
+
+    class WindowsPath(PureWindowsPath):
+        def is_file(self) -> bool:
+            asked.append(str(self))
+            return True
+
+    monkeypatch.setattr(image_folder, "Path", WindowsPath)
+    assert image_folder.is_existing_path(name) == looked_up
+    assert bool(asked) == looked_up
 
 
 def test_split_shard_name_splits_names_in_archives_only() -> None:

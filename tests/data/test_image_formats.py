@@ -23,6 +23,7 @@ from llava_simplified.data import images
 from llava_simplified.data.image_formats import (
     is_image_header,
     sniff_format,
+    with_article,
     without_gif_comments,
     without_metadata,
 )
@@ -339,6 +340,20 @@ def test_other_formats_are_named(data: bytes, kind: str, name: str) -> None:
         with pytest.raises(ImageError, match=name) as error:
             function(data)
         assert error.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "article"),
+    [
+        *(("SVG image", "an"), ("HEIC image", "an"), ("MP4 or QuickTime video", "an")),
+        *(("AVI video", "an"), ("icon", "an"), ("OpenEXR image", "an"), ("audio file", "an")),
+        *(("JPEG 2000 image", "a"), ("JPEG", "a"), ("PNG", "a"), ("WMF image", "a"), ("PDF", "a")),
+        *(("QOI image", "a"), ("DDS image", "a"), ("ZIP archive", "a"), ("gzip file", "a")),
+        *(("WebM or Matroska video", "a"), ("Git LFS pointer", "a"), ("UVW image", "a")),
+    ],
+)
+def test_article_is_that_of_the_spoken_name(name: str, article: str) -> None:
+    assert with_article(name) == f"{article} {name}"
 
 
 def test_formats_that_pillow_writes_are_named() -> None:

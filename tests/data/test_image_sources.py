@@ -87,13 +87,70 @@ def test_load_pixels_of_a_file_its_bytes_and_the_pil_image_are_equal(
     assert expected.shape == ((30, 20, 3) if is_rotated else (20, 30, 3))
     for source in (path, str(path), data, bytearray(data), Image.open(path)):
         assert np.array_equal(load_pixels(source), expected)
-    loaded = Image.open(io.BytesIO(data))
-    loaded.load()
-    assert np.array_equal(load_pixels(loaded), expected)
+    for source in (path, io.BytesIO(data)):
+        loaded = Image.open(source)
+        loaded.load()
+        for _ in range(2):  # the image stays as it is
+            assert np.array_equal(load_pixels(loaded), expected)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(load_pixels(upright), expected), "the orientation is applied once"
     checked = check_image(data)
     assert (checked.height, checked.width) == expected.shape[:2]
+
+
+XMP = '<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><y tiff:Orientation="6"/></x>'
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("place", ["tag", "XMP", "tag and XMP"])
+@pytest.mark.parametrize("pages", [1, 2])
+def test_tiff_is_rotated_once_wherever_its_orientation_is(
+    tmp_path: Path, mode: str, compression: str | None, place: str, pages: int
+) -> None:
+    image = make_image(mode)
+    tags = {
+        "tag": {EXIF_ORIENTATION: 6},
+        "XMP": {700: XMP.encode()},
+        "tag and XMP": {EXIF_ORIENTATION: 6, 700: XMP.encode()},
+    }[place]
+    others = [image] * (pages - 1)
+    data = encode(
+        image,
+        "TIFF",
+        compression=compression,
+        tiffinfo=tags,
+        save_all=True,
+        append_images=others,
+    )
+    path = tmp_path / "1.tif"
+    path.write_bytes(data)
+    expected = np.rot90(load_pixels(image), -1)
+    assert np.array_equal(decode_image(data), expected)
+    for source in (path, io.BytesIO(data)):
+        opened = Image.open(source)
+        assert np.array_equal(load_pixels(opened), expected), "not loaded"
+        assert np.array_equal(load_pixels(opened), expected), "loaded by the first call"
+        opened = Image.open(source)
+        opened.getexif()
+        opened.load()
+        assert np.array_equal(load_pixels(opened), expected), "loaded by its owner"
+    with Image.open(path) as opened:
+        opened.load()
+    assert np.array_equal(load_pixels(opened), expected), "loaded and closed"
+
+
+def test_tiff_that_its_owner_has_changed_is_not_read_again(tmp_path: Path) -> None:
+    image = make_image("L")
+    path = tmp_path / "1.tif"
+    image.save(path, tiffinfo={EXIF_ORIENTATION: 3})
+    opened = Image.open(path)
+    opened.paste(7, (0, 0, 5, 5))
+    expected = load_pixels(Image.fromarray(np.asarray(opened)))
+    assert (expected[:5, :5] == 7).all()
+    assert np.array_equal(load_pixels(opened), expected)
+    path.unlink()
+    assert np.array_equal(load_pixels(opened), expected)
 
 
 @pytest.mark.parametrize("mode", IN_MEMORY_MODES)

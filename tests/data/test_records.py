@@ -36,6 +36,42 @@ def test_conversation_splits_off_the_last_answer() -> None:
     assert record.responses == ("on the street",)
 
 
+def test_null_as_an_answer_of_a_chat_is_an_empty_text() -> None:
+    def parse(answer: object) -> Record:
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": answer, "refusal": None, "tool_calls": None},
+            {"role": "user", "content": "What?"},
+            {"role": "assistant", "content": "a cat"},
+        ]
+        return Record.from_json({"messages": messages}, "row 0")
+
+    assert parse(None).turns == parse("").turns
+    assert parse(None).turns[1] == Message("assistant", "")
+    for wrong in (3, {"text": "Ho"}):
+        with pytest.raises(ValueError, match="row 0"):
+            parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": None},
+        {"role": "system", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "text": "Ho"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+    ],
+)
+def test_turn_whose_content_is_elsewhere_or_missing_is_refused(turn: dict[str, object]) -> None:
+    others = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    messages = [turn, *others] if turn["role"] == "system" else [*others, *others]
+    if turn["role"] != "system":
+        messages[0 if turn["role"] == "user" else 1] = turn
+    with pytest.raises(ValueError, match="row 0"):
+        Record.from_json({"messages": messages}, "row 0")
+
+
 def test_conversation_trains_every_answer_and_nothing_else(data_folder: Path) -> None:
     row = {"id": "x", "image": "0.jpg", "conversations": CONVERSATION}
     record = Record.from_json(row, "row 0")

@@ -203,14 +203,20 @@ def test_convert_keeps_paths_below_the_image_folder_and_base_names_of_others(
     ]
     _, issues = convert(str(source), output)
     names = [record.images for record in open_records(output)]
-    second = (
-        f"{tmp_path}/images/val/1.jpg"  # another image, which must not get the name of the first
-    )
-    assert names == [("1.jpg",), (second,), ("3.jpg",), ("4.jpg",)]
+    # Files that exist keep their paths: in another folder, their base names could be those of other images.
+    existing = [f"{tmp_path}/images/{part}/1.jpg" for part in ("train", "val")]
+    assert names == [(existing[0],), (existing[1],), ("3.jpg",), ("4.jpg",)]
     assert issues.counts == {
-        "absolute path (only the base name kept)": 3,
-        "absolute path whose base name another path has too (kept)": 1,
+        "absolute path of a file that exists (kept)": 2,
+        "absolute path (only the base name kept)": 2,
     }
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("1.jpg", "3.jpg", "4.jpg"):
+        (other / name).write_bytes(b"")
+    _, issues = convert(str(source), output, image_folder=other)
+    assert [record.images for record in open_records(output)] == [("3.jpg",), ("4.jpg",)]
+    assert issues.counts[f"image outside {other} (skipped)"] == 2
 
 
 # ---- splits ----

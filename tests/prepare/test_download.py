@@ -22,6 +22,7 @@ from llava_simplified import jobs
 from llava_simplified.data.images import MAX_PIXELS, decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.jobs import Journal, exclusive_lock
+from llava_simplified.prepare.convert import convert
 from llava_simplified.prepare.download import download, merge_manifests, plan_shards
 from llava_simplified.prepare.download_command import main, merge_main
 from llava_simplified.prepare.download_progress import DownloadProgress
@@ -136,6 +137,28 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     ]
     assert "3 no caption (fetched, but gives no record)" in capsys.readouterr().out
     assert not (output / "records.jsonl").read_text()
+
+
+@pytest.mark.parametrize("command", ["download", "convert"])
+def test_row_without_a_caption_is_counted_once(tmp_path: Path, command: str) -> None:
+    """As an image without a caption, and not for its empty captions, too."""
+    rows = ["0,a cat", "1,", "2,", "2,a dog", "3,", "3,", "4,"]
+    source = tmp_path / "x.csv"
+    source.write_text("url,caption\n" + "".join(f"http://a.example/{row}\n" for row in rows))
+    if command == "convert":
+        _, issues = convert(str(source), tmp_path / "o.json")
+        kind = "image without any caption (skipped)"
+        lines = issues.lines()
+    else:
+        store = Store(str(tmp_path / "o"))
+        settings = settings_of(source)
+        lines = plan_shards(str(source), Columns(), store, settings, "")["oddities"]
+        kind = "no caption (fetched, but gives no record)"
+    # Images 1, 3 and 4 have none. Image 2 has an empty one beside another.
+    assert [line.split(" (first")[0].strip() for line in lines] == [
+        f"3 {kind}",
+        "1 empty caption (skipped)",
+    ]
 
 
 @pytest.mark.medium

@@ -382,7 +382,7 @@ def datasets_by_path(folder: Path) -> Made:
     values = [{"bytes": None, "path": f"sub/{n}.jpg"} for n in range(3)]
     columns = {"image": pa.array(values, IMAGE), "caption": ["a", "", "c"]}
     save_to_disk(folder, [pa.table(columns)])
-    issues = {"empty caption (skipped)": 1, "image without any caption (skipped)": 1}
+    issues = {"image without any caption (skipped)": 1}
     return Made([(("sub/0.jpg",), ["a"]), (("sub/2.jpg",), ["c"])], issues)
 
 
@@ -557,7 +557,8 @@ ANSWER = {"role": "assistant", "content": "a cat"}
         ({"messages": [], "images": ["1.jpg"]}, "'messages' must be a list"),
         ({"messages": [USER, ANSWER], "conversations": [], "images": ["1.jpg"]}, "both"),
         ({"messages": [USER, {**ANSWER, "role": "tool"}], "images": ["1.jpg"]}, "turn 1"),
-        ({"messages": [USER, {**ANSWER, "content": None}], "images": ["1.jpg"]}, "turn 1"),
+        ({"messages": [USER, {**ANSWER, "content": {}}], "images": ["1.jpg"]}, "turn 1"),
+        ({"messages": [USER, {"role": "assistant"}], "images": ["1.jpg"]}, "turn 1"),
         ({"messages": [USER, ANSWER], "images": ["1.jpg", "2.jpg"]}, "2 image.*1 time"),
         ({"messages": [USER, ANSWER], "images": ["1.jpg"], "videos": ["1.mp4"]}, "'videos'"),
         (

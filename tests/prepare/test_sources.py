@@ -908,7 +908,7 @@ def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes], start:
     joined = " ".join(field for row in rows for field in (*row.captions, row.url))
     missed = [index for index in range(len(lines)) if f"@{index}@" not in joined]
     assert len(missed) <= count_left_out(issues)
-    assert len([row for row in rows if row == (row.number, "", U, ("a cat",), "", None)]) >= 40
+    assert len([row for row in rows if row == (row.number, "", U, ("a cat",), "", None, 0)]) >= 40
 
 
 @pytest.mark.medium

@@ -431,6 +431,50 @@ def test_message_with_unknown_contents_is_refused(fields: dict[str, Any]) -> Non
         ChatMessage.model_validate({"role": "assistant", "content": "Hi", **fields})
 
 
+EMPTY_ANSWERS: list[dict[str, Any]] = [
+    {"content": None},
+    {},
+    {"content": ""},
+    {"content": []},
+    {"content": None, "refusal": None, "tool_calls": None, "function_call": None, "audio": None},
+    {"content": None, "refusal": "", "tool_calls": []},
+]
+
+
+@pytest.mark.parametrize("fields", EMPTY_ANSWERS)
+def test_empty_answer_can_be_sent_back(
+    server: LiveServer, model: Llava, fields: dict[str, Any]
+) -> None:
+    """Whichever way it is empty, it is the same conversation."""
+    question, again = Message("user", "Hi"), Message("user", "And now?")
+    expected = model.chat([question, Message("assistant", ""), again], max_new_tokens=4)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", **fields},
+        {"role": "user", "content": "And now?"},
+    ]
+    response = server.post({"messages": messages, "max_tokens": 4}).json()
+    assert response["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+@pytest.mark.parametrize("fields", [{"content": None}, {}])
+def test_question_without_content_is_refused(
+    server: LiveServer, role: str, fields: dict[str, Any]
+) -> None:
+    response = server.post({"messages": [{"role": role, **fields}]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[0].content")
+
+
+def test_null_beside_what_is_not_supported_is_refused(server: LiveServer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for field, value in [("tool_calls", [call]), ("function_call", call), ("refusal", "No.")]:
+        sent = {"role": "assistant", "content": None, field: value}
+        response = server.post({"messages": [{"role": "user", "content": "Hi"}, sent]})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith(f"messages[1].{field}")
+
+
 def test_part_with_a_hint_for_caching_is_accepted() -> None:
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
     message = ChatMessage.model_validate({"role": "user", "content": [part]})
@@ -618,6 +662,8 @@ def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]
         with live_server(model, limits=Limits(fetch=FetchOptions(retries=0))) as server:
             for name in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
                 assert refusal(server, f"http://{name}:{port}/1.png").code
+            for name in ("xn--a", "xn--.example", "a..example", "b\u00fccher.invalid", "a" * 64):
+                assert refusal(server, f"http://{name}/1.png").code in ("bad_url", "dns")
             assert "scheme" in refusal(server, "file:///etc/passwd").message
         assert not ImageHost.requests, "no request has reached the host"
         allow_private = FetchOptions(retries=0, allow_private=True)
