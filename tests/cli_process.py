@@ -195,13 +195,16 @@ sys.exit(status)
 
 @contextmanager
 def command_programs(
-    folder: Path, rewrite: Callable[[list[str]], list[str]] = lambda words: words
+    folder: Path,
+    rewrite: Callable[[list[str]], list[str]] = lambda words: words,
+    scripts: Sequence[Path] = (),
 ) -> Iterator[None]:
     """Write the programs `llava` and `python` for shell scripts; they run their words in forked processes.
 
     Args:
         folder: Where the programs are written; the script has it in its PATH. `python` runs scripts only.
         rewrite: Returns the words that are run: "llava" or the path of a script, and the arguments.
+        scripts: Python scripts, each of which gets a program with the script's name that runs it.
     """
 
     class Handler(socketserver.StreamRequestHandler):
@@ -216,7 +219,10 @@ def command_programs(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
         folder.mkdir(exist_ok=True)
-        for name, words in {"llava": ["llava"], "python": []}.items():
+        programs = {"llava": ["llava"], "python": []}
+        for script in scripts:
+            programs[script.name] = [str(script)]
+        for name, words in programs.items():
             program = folder / name
             program.write_text(_CLIENT.format(python=sys.executable, words=words, port=port))
             program.chmod(0o755)
