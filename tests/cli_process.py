@@ -197,13 +197,16 @@ sys.exit(status)
 
 @contextmanager
 def command_programs(
-    folder: Path, rewrite: Callable[[list[str]], list[str]] = lambda argv: argv
+    folder: Path,
+    rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
+    scripts: Sequence[Path] = (),
 ) -> Iterator[None]:
     """Write the programs `llava` and `python` for shell scripts. They run their arguments in forked processes.
 
     Args:
         folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts.
         rewrite: Receives "llava" or the path of a script, and the arguments, and returns what to run instead.
+        scripts: Python scripts, each of which gets a program with the script's name that runs it.
     """
 
     class Handler(socketserver.StreamRequestHandler):
@@ -218,7 +221,10 @@ def command_programs(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
         folder.mkdir(exist_ok=True)
-        for name, argv in {"llava": ["llava"], "python": []}.items():
+        programs = {"llava": ["llava"], "python": []}
+        for script in scripts:
+            programs[script.name] = [str(script)]
+        for name, argv in programs.items():
             program = folder / name
             program.write_text(_CLIENT.format(python=sys.executable, argv=argv, port=port))
             program.chmod(0o755)

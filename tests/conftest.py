@@ -15,14 +15,16 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Set the environment before torch and transformers are imported. Import them in the fixtures and not at the top
 # of this file: the process of pytest-xdist that distributes the tests reads this file too, and the others wait for it.
+import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import logging
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,48 @@ from PIL import Image
 
 LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
 VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
+
+
+# Libraries that the package or the tests import, in parts that take long. One that is not installed is left out.
+LIBRARIES = [
+    "aiohttp",
+    "datasets",
+    "deepspeed",
+    "gguf",
+    "hypothesis.extra.numpy",
+    "matplotlib.pyplot",
+    "openai",
+    "peft",
+    "pyarrow.parquet",
+    "torch._dynamo",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.trainer",
+    "uvicorn",
+]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import libraries before the process begins to measure coverage, which makes imports twice as slow."""
+    is_worker = hasattr(session.config, "workerinput")
+    if not is_worker or not session.config.pluginmanager.hasplugin("_cov"):
+        return
+    gc.disable()
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while the tests are imported, which creates a million objects and hardly any garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

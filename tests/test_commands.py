@@ -22,10 +22,10 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
-# DeepSpeed starts two Python processes, which both import everything. The other launchers start a program that forks
-# the two processes from one that has imported everything.
+# The launchers start a program, not Python: it forks the two processes from one that has imported everything, as it
+# forks the launchers themselves.
 LAUNCHERS = {
-    "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
+    "deepspeed": "deepspeed --no_python --num_accelerators 2 --master_port 29871",
     "torchrun": "torchrun --no-python --nproc_per_node 2 --master_port 29872",
     "accelerate": "accelerate launch --no_python --multi_gpu --num_processes 2 --main_process_port 29873",
 }
@@ -141,21 +141,20 @@ def test_launchers_start_one_training_of_two_processes(
     single_process_loss: float,
 ) -> None:
     """2 processes with 2 images each train on the same 4 images per step as one process."""
-    command: list[object] = [*LAUNCHERS[launcher].split()]
+    script = ROOT / "train.py"
     options: list[object] = []
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
         options = ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
-    else:
-        command.append(tmp_path / "bin" / "python")
-    with command_programs(tmp_path / "bin"):
-        run(
-            *(*command, ROOT / "train.py", *options),
+    with command_programs(tmp_path / "bin", scripts=[script]):
+        name, *words = LAUNCHERS[launcher].split()
+        command = [Path(sys.executable).parent / name, *words, tmp_path / "bin" / script.name]
+        options += [
             *training_options(models_folder, data_folder),
             *("--per_device_train_batch_size", 2, "--logging_steps", 1),
             *("--seed", 42, "--output_dir", tmp_path / "two"),
-            folder=tmp_path,
-        )
+        ]
+        run_command([*command, *options], tmp_path)
     assert first_loss(tmp_path / "two") == pytest.approx(single_process_loss, rel=1e-3)
     output = tmp_path / "predictions.json"
     options = [*prediction_options(tmp_path / "two", data_folder), "--output", output]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -38,8 +39,8 @@ from llava_simplified.model.config import LlavaConfig, TrainedParts
 
 NUM_SIDECAR_IMAGES = 240
 MAX_DELAY = 0.4  # seconds from the first progress to the kill
-# Seconds until the workers of a killed parent have ended. They check every half second whether it is alive.
-WORKERS_END = 1.5
+# Seconds in which workers without a parent must have ended. They check every half second whether it is alive.
+WORKERS_END = 10
 
 
 @dataclass(frozen=True)
@@ -405,7 +406,7 @@ def test_killed_command_continues_and_gives_the_same_result(case: Case, tmp_path
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
-                time.sleep(WORKERS_END)
+                wait_for_end_of_group(process.pid)
             process.wait()
             now = case.finished(resumed)
             assert_not_done_again(finished, now)
@@ -433,6 +434,21 @@ def start(command: list[str]) -> ForkedProcess:
 
 def run_to_the_end(command: list[str]) -> None:
     assert start(command).wait() == 0
+
+
+def wait_for_end_of_group(leader: int) -> None:
+    """Wait until a process and its workers have ended."""
+    deadline = time.monotonic() + WORKERS_END
+    while any(is_running_in_group(process, leader) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline, "workers go on without their parent"
+        time.sleep(0.02)
+
+
+def is_running_in_group(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.NoSuchProcess):  # it has just ended
+        return False
 
 
 def wait_for_progress(process: ForkedProcess, case: Case, output: Path, before: int) -> None:

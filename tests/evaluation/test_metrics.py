@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -77,14 +78,16 @@ def test_evaluate_returns_recorded_scores() -> None:
 
 @needs_java
 @pytest.mark.slow
-def test_evaluate_equals_the_server_live() -> None:
+def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> None:
     """The expected scores come from the server's code alone, with Stanford's tokenizer and METEOR."""
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.meteor import meteor as meteor_module
     from pycocoevalcap.rouge.rouge import Rouge
 
+    # `evaluate` and the expected scores share a process of METEOR, which loads its tables for seconds.
+    monkeypatch.setattr(meteor_module, "Meteor", functools.cache(meteor_module.Meteor))
     samples = make_samples(60, trials=2)
     result = evaluate(samples, resamples=0)
     tokenizer = ptbtokenizer.PTBTokenizer()
@@ -99,7 +102,7 @@ def test_evaluate_equals_the_server_live() -> None:
         texts += [(sample.captions[trial],) for sample in samples]
     tokens = list(tokenize_in_java(texts).values())
     references = dict(enumerate(tokens[: len(samples)]))
-    meteor = Meteor()
+    meteor = meteor_module.Meteor()
     for trial, scores in enumerate(result.trials):
         start = (trial + 1) * len(samples)
         captions = dict(enumerate(tokens[start : start + len(samples)]))

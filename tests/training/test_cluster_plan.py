@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import runpy
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from training_runs import training_options
 
 from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.config import LlavaConfig
+from llava_simplified.training import cluster_rates
 from llava_simplified.training.cluster_command import count_tower_flops
 from llava_simplified.training.cluster_plan import (
     Cluster,
@@ -144,6 +150,24 @@ def test_tower_flops_are_those_of_its_matrices(models_folder: Path) -> None:
     assert count_tower_flops(tower) == expected
 
 
+def run_module(module: str, words: Sequence[str]) -> None:
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__")
+
+
+def run_in_child(command: Sequence[str], **_: object) -> CompletedProcess:
+    """Run `python -m MODULE ...` without importing libraries again. It takes the place of `subprocess.run`.
+
+    In a child of this process, not of a server as in `cli_process`, because its CPU time is measured.
+    """
+    _, option, module, *words = command
+    assert option == "-m"
+    process = multiprocessing.get_context("fork").Process(target=run_module, args=(module, words))
+    process.start()
+    process.join()
+    return CompletedProcess(command, process.exitcode, "", "")
+
+
 @pytest.mark.slow
 def test_plan_measures_every_step_of_the_recipe(
     models_folder: Path,
@@ -158,6 +182,7 @@ def test_plan_measures_every_step_of_the_recipe(
     import loopback
     from faulty_endpoint import faulty_endpoint
 
+    monkeypatch.setattr(cluster_rates.subprocess, "run", run_in_child)
     rates_file = tmp_path / "rates.json"
     options = training_options(models_folder, data_folder, tmp_path / "out")
     with loopback.running(latency=0.01) as port, faulty_endpoint() as endpoint:
