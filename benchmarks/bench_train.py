@@ -1,6 +1,10 @@
 """A training step of `llava train`, of stock LLaVA under transformers' Trainer and TRL, and of the tutorial.
 
     python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 2] [--rounds 1]
+    python benchmarks/bench_train.py --peer llama-factory ms-swift
+
+The second command compares with LLaMA-Factory and ms-swift in place of TRL and the tutorial. They are installed
+into separate virtual environments, with the same build of torch, the first time that they are named.
 
 All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, and a random tower in the
 shape of CLIP ViT-B/16), images of 224 pixels, tokens, optimizer and number of updates. Frozen weights are
@@ -8,7 +12,7 @@ bfloat16, with bfloat16 autocast (float32 on a machine that is slow in bfloat16)
 step must agree. Every run is a separate process, measured from its third step on, including the input.
 
 Prints captions per second and peak memory as ratios, and the share of the speed that a large matrix product
-reaches on this machine.
+reaches on this machine. `--output` also writes all runs as JSON.
 """
 
 from __future__ import annotations
@@ -16,27 +20,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from step_times import WARM_UP_STEPS, Step, record_steps, summarize
+from training_peers import (
+    TRAINING_PEERS,
+    PeerRun,
+    create_environment,
+    installed_versions,
+    run_peer,
+    split_prompt,
+    write_messages,
+    write_stock_model,
+)
 from workload import (
     compute_dtype,
     option_arguments,
-    peak_memory,
     run_child,
     stock_projector_weights,
     write_data,
     write_models,
 )
 
-WARM_UP_STEPS = 2  # compilation, caches, allocator
+LEARNING_RATE = 2e-4
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
 TRAINER, TRL, TUTORIAL = "transformers + PEFT", "TRL's SFTTrainer", "the tutorial's recipe"
-PEERS = (TRAINER, TRL, TUTORIAL)
+# What our side is compared with by default, and the heads of the columns with the ratios.
+PEERS = {TRAINER: "x Trainer", TRL: "x TRL", TUTORIAL: "x tutorial"}
 # Our side, with one more technique in each line.
 OURS: dict[str, dict[str, Any]] = {
     "ours: logits where trained": {"cache_vision_features": "off", "share_prefix": False},
@@ -44,14 +57,16 @@ OURS: dict[str, dict[str, Any]] = {
     "+ shared prefixes": {"cache_vision_features": "memory"},
     "+ compiled layers": {"cache_vision_features": "memory", "compile_layers": True},
 }
+OUR_PACKAGE = "llava-simplified"
 Models = tuple[str, str]  # folders of language model and vision tower
+Results = dict[str, list[dict[str, Any]]]  # the runs of each side
 
 
 def common_options(steps: int) -> dict[str, Any]:
     """Return the options of transformers' Trainer that all sides share."""
     return {
         "max_steps": steps,
-        "learning_rate": 2e-4,
+        "learning_rate": LEARNING_RATE,
         "warmup_steps": 0,
         "bf16": compute_dtype() == "bfloat16",
         "save_strategy": "no",
@@ -249,44 +264,13 @@ def train_trl(folder: Path, models: Models, batch: int, steps: int) -> None:
 # ---- measuring ----
 
 
-def record_steps(steps: list[tuple[float, float]]) -> None:
-    """Append the start time and the loss of each training step, of any subclass of Trainer."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    training_step = transformers.Trainer.training_step
-
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        loss = training_step(self, *args, **kwargs)
-        steps.append((start, loss.item()))
-        return loss
-
-    transformers.Trainer.training_step = recorded  # type: ignore[method-assign]
-
-
-def measure_matmul() -> float:
-    """Return the FLOP/s of a large matrix product."""
-    import torch
-
-    size = 2048
-    matrix = torch.randn(size, size, dtype=getattr(torch, compute_dtype()))
-    best = 0.0
-    for _ in range(8):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
 def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) -> dict[str, Any]:
     """Measure one side, in a separate process.
 
     Returns:
-        "seconds" per step, the first "loss", peak "memory", and the machine's "limit" in FLOP/s.
+        What `step_times.summarize` returns.
     """
-    recorded: list[tuple[float, float]] = []
+    recorded: list[Step] = []
     record_steps(recorded)
     if name in OURS:
         projector = folder / "projector"
@@ -297,14 +281,7 @@ def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) ->
     else:
         checkpointing = name == TUTORIAL
         train_stock(folder, models, batch, steps, gradient_checkpointing=checkpointing)
-    times = [start for start, _ in recorded]
-    measured_steps = len(times) - 1 - WARM_UP_STEPS
-    return {
-        "seconds": (times[-1] - times[WARM_UP_STEPS]) / measured_steps,
-        "loss": recorded[0][1],
-        "memory": peak_memory(os.getpid()),
-        "limit": measure_matmul(),
-    }
+    return summarize(recorded, compute_dtype())
 
 
 def step_flops(folder: Path, models: Models, images: int) -> float:
@@ -359,25 +336,106 @@ def step_flops(folder: Path, models: Models, images: int) -> float:
 # ---- the table ----
 
 
+def choose_peers(names: list[str] | None) -> dict[str, str]:
+    """Return the sides that ours is compared with, and the heads of their columns.
+
+    Args:
+        names: Keys of `TRAINING_PEERS`; None: the peers of our own environment.
+    """
+    if not names:
+        return PEERS
+    # The Trainer stays, because the losses of all sides are compared with its loss.
+    return {TRAINER: PEERS[TRAINER]} | {name: f"x {TRAINING_PEERS[name].name}" for name in names}
+
+
+def choose_ours(names: list[str] | None) -> list[str]:
+    """Return the lines of our side: all, or the first and the last beside peers that take long."""
+    lines = list(OURS)
+    return [lines[0], lines[-1]] if names else lines
+
+
+def write_peer_model(folder: Path, models: Models) -> tuple[str, str]:
+    """Write the stock model for the peers that have environments of their own: `stock_model` in `folder`.
+
+    Returns:
+        The texts of a prompt and of the end of an answer, as `split_prompt` returns them.
+    """
+    model, processor, _ = build_stock_model(folder, models)
+    write_stock_model(model, processor, folder / "stock_model")
+    return split_prompt(processor.tokenizer)
+
+
+def measure_peer(
+    folder: Path, template: tuple[str, str], name: str, batch: int, steps: int
+) -> dict[str, Any]:
+    """Measure one side that has an environment of its own.
+
+    Args:
+        folder: Folder of the data and of `stock_model`.
+        template: What `write_peer_model` returns.
+        name: A key of `TRAINING_PEERS`.
+        batch: Captions per step.
+        steps: Number of steps.
+
+    Returns:
+        What `run_peer` returns.
+    """
+    peer = TRAINING_PEERS[name]
+    prompt, answer_end = template
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        data = root / "messages.json"
+        write_messages(folder, data, peer.image_text)
+        run = PeerRun(
+            model=str(folder / "stock_model"),
+            data=str(data),
+            output=str(root / "output"),
+            prompt=prompt,
+            answer_end=answer_end,
+            batch=batch,
+            steps=steps,
+            dtype=compute_dtype(),
+            learning_rate=LEARNING_RATE,
+            lora_r=LORA["lora_r"],
+            lora_alpha=LORA["lora_alpha"],
+        )
+        return run_peer(peer, run, root)
+
+
 def run_sides(
     args: argparse.Namespace, folder: Path, models: Models, images: int, captions: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> Results:
     """Return the runs of each side, with the same captions per update."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in (*PEERS, *OURS)}
+    steps = WARM_UP_STEPS + 1 + args.steps
+    results: Results = {name: [] for name in (*choose_peers(args.peer), *choose_ours(args.peer))}
+    template = write_peer_model(folder, models) if args.peer else ("", "")
     for _ in range(args.rounds):
         for name, runs in results.items():
             # A batch counts images if captions share their prefix, and captions otherwise.
             shares_prefix = name in OURS and OURS[name].get("share_prefix", True)
             batch = images if shares_prefix else images * captions
-            words = ["--steps", args.steps, "--run", folder, *models, name, batch]
-            run_child(__file__, *words, name=name)
-            runs.append(json.loads((folder / "result.json").read_text()))
+            if name in TRAINING_PEERS:
+                runs.append(measure_peer(folder, template, name, batch, steps))
+            else:
+                words = ["--steps", args.steps, "--run", folder, *models, name, batch]
+                run_child(__file__, *words, name=name)
+                runs.append(json.loads((folder / "result.json").read_text()))
             print(f"{name}: {runs[-1]['seconds']:.2f} s per step", file=sys.stderr, flush=True)
     return results
 
 
+def print_versions(results: Results) -> None:
+    """Print the versions of both sides, if they are not installed in one environment."""
+    compared = [runs[0]["versions"] for runs in results.values() if "versions" in runs[0]]
+    if not compared:
+        return
+    print()
+    for versions in (installed_versions(OUR_PACKAGE), *compared):
+        print(", ".join(f"{package} {number}" for package, number in versions.items()))
+
+
 def print_table(
-    results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float
+    results: Results, peers: dict[str, str], captions: int, samples: int, flops: float
 ) -> None:
     """Print the best run of each side; exit if the first loss of a side differs."""
     best = {}
@@ -387,24 +445,26 @@ def print_table(
         limits += [run["limit"] for run in runs]
     stock = best[TRAINER]
     print(f"\n{captions} caption(s) per image, {samples} captions per update, {compute_dtype()}")
-    heads = ("captions/s", "x Trainer", "x TRL", "x tutorial", "memory", "first loss", "of matmul")
-    print(f"{'':32}" + "".join(f"{head:>12}" for head in heads))
+    heads = ["captions/s", *peers.values(), "memory", "first loss", "of matmul"]
+    widths = [max(12, len(head) + 2) for head in heads]
+    print(f"{'':32}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths)))
     last = list(best)[-1]  # the side that `step_flops` describes
     for name, run in best.items():
         values = [f"{samples / run['seconds']:.2f}"]
-        values += [f"{best[peer]['seconds'] / run['seconds']:.2f}" for peer in PEERS]
+        values += [f"{best[peer]['seconds'] / run['seconds']:.2f}" for peer in peers]
         values += [f"{run['memory'] / stock['memory']:.2f}", f"{run['loss']:.4f}"]
         if name == last:
             values.append(f"{flops / run['seconds'] / max(limits):.0%}")
-        print(f"{name:32}" + "".join(f"{value:>12}" for value in values))
+        label = TRAINING_PEERS[name].name if name in TRAINING_PEERS else name
+        print(f"{label:32}" + "".join(f"{value:>{width}}" for value, width in zip(values, widths)))
         if abs(run["loss"] / stock["loss"] - 1) > 0.01:
             sys.exit(
-                f"{name}: the first loss differs from the stock model's; the comparison is not valid"
+                f"{label}: the first loss differs from the stock model's; the comparison is not valid"
             )
 
 
-def main() -> None:
-    """Run the benchmark, or one side of it."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, help="Folder of SmolLM2-135M-Instruct")
     parser.add_argument(
@@ -417,15 +477,31 @@ def main() -> None:
         help="Images per batch; half as many if they have several captions (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=2, help="Number of measured steps")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="Number of runs of each side")
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        choices=list(TRAINING_PEERS),
+        help="Compare with these programs, each installed into a virtual environment of its own, in "
+        "place of TRL and the tutorial",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for all runs and versions")
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark, or one side of it."""
+    args = build_parser().parse_args()
     steps = WARM_UP_STEPS + 1 + args.steps
     if args.run:
         folder, language_model, tower, name, batch = args.run
         result = run_side(Path(folder), (language_model, tower), name, int(batch), steps)
         (Path(folder) / "result.json").write_text(json.dumps(result))
         return
+    for name in args.peer or ():
+        create_environment(TRAINING_PEERS[name])  # before anything is measured
+    all_results: dict[int, Results] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         # Standard output is for the tables only, but libraries print while they load.
@@ -439,9 +515,16 @@ def main() -> None:
             write_data(folder, images * steps, captions)
             with contextlib.redirect_stdout(sys.stderr):
                 write_projector(folder, models)
-            results = run_sides(args, folder, models, images, captions)
+                results = run_sides(args, folder, models, images, captions)
+            if not all_results:
+                print_versions(results)
+            all_results[captions] = results
             flops = step_flops(folder, models, images)
-            print_table(results, captions, images * captions, flops)
+            print_table(results, choose_peers(args.peer), captions, images * captions, flops)
+    if args.output:
+        ours = installed_versions(OUR_PACKAGE)
+        report = {"versions": ours, "dtype": compute_dtype(), "captions_per_image": all_results}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

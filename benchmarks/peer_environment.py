@@ -34,7 +34,10 @@ def published_folder(folder: Path) -> Iterator[Path]:
 
 
 def create_peer_python(
-    folder: Path, requirements: Sequence[str], constraints: Sequence[str] = ()
+    folder: Path,
+    requirements: Sequence[str],
+    constraints: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> Path:
     """Return the Python of a peer's virtual environment, which is created if it is missing.
 
@@ -42,6 +45,8 @@ def create_peer_python(
         folder: Folder of the environment.
         requirements: What pip installs into it.
         constraints: Versions of what the requirements depend on, as in a constraints file of pip.
+        optional: Packages that the peer requires but does without. They are removed if they cannot be
+            imported.
 
     Raises:
         subprocess.CalledProcessError: The installation failed.
@@ -55,6 +60,14 @@ def create_peer_python(
         venv.create(partial, with_pip=True)
         constraints_file = partial / "constraints.txt"
         constraints_file.write_text("".join(f"{line}\n" for line in constraints))
-        install = [str(partial / "bin" / "python"), "-m", "pip", "install", "-q"]
-        subprocess.run([*install, "-c", str(constraints_file), *requirements], check=True)
+        partial_python = str(partial / "bin" / "python")
+        pip = [partial_python, "-m", "pip"]
+        install = [*pip, "install", "-q", "-c", str(constraints_file), *requirements]
+        subprocess.run(install, check=True)
+        for package in optional:
+            imported = subprocess.run(
+                [partial_python, "-c", f"import {package}"], capture_output=True
+            )
+            if imported.returncode:
+                subprocess.run([*pip, "uninstall", "-q", "-y", package], check=True)
     return python
