@@ -299,5 +299,5 @@ def test_read_image_bytes_uses_the_base_name_of_paths_outside_the_folder(tmp_pat
     (tmp_path / "sub" / "1.jpg").write_bytes(b"sub")
     assert read_image_bytes("/data/somebody/1.jpg", tmp_path) == b"top"
     assert read_image_bytes(str(tmp_path / "sub" / "1.jpg"), tmp_path) == b"sub"
-    with pytest.raises(ImageError, match="no image .*passwd"):
+    with pytest.raises(ImageError, match="passwd.*outside the image folder"):
         read_image_bytes("/etc/passwd", tmp_path)
