@@ -337,7 +337,9 @@ def check_options(
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
-    _check_evaluation_options(data_args, args)
+    # A plan of a recipe alone, without any records.
+    has_records = not planning or bool(data_args.train_data_path)
+    _check_evaluation_options(data_args, args, has_records)
     if args.label_smoothing_factor or args.neftune_noise_alpha:
         raise ValueError(
             "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them; with --objective dpo, "
@@ -360,10 +362,12 @@ def check_options(
     check_kernels(model_args, data_args, args, check_machine=not planning)
 
 
-def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
-    """Raise ValueError if the options of evaluation contradict each other."""
+def _check_evaluation_options(
+    data_args: DataArguments, args: TrainingArguments, has_records: bool
+) -> None:
+    """Raise ValueError if the options of evaluation contradict each other, or records to evaluate on are missing."""
     evaluates = args.eval_strategy != "no"
-    if evaluates and not data_args.eval_data_path:
+    if evaluates and has_records and not data_args.eval_data_path:
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ValueError(
             f"--eval_strategy {strategy} requires validation records. Pass --eval_data_path FILE, or --eval_strategy no."

@@ -299,5 +299,8 @@ def test_read_image_bytes_uses_the_base_name_of_paths_outside_the_folder(tmp_pat
     (tmp_path / "sub" / "1.jpg").write_bytes(b"sub")
     assert read_image_bytes("/data/somebody/1.jpg", tmp_path) == b"top"
     assert read_image_bytes(str(tmp_path / "sub" / "1.jpg"), tmp_path) == b"sub"
-    with pytest.raises(ImageError, match="passwd.*outside the image folder"):
+    with pytest.raises(ImageError, match=r"no image .*gone\.jpg"):
+        read_image_bytes("/data/somebody/gone.jpg", tmp_path)
+    with pytest.raises(ImageError, match="passwd") as error:
         read_image_bytes("/etc/passwd", tmp_path)
+    assert error.value.kind == "unsafe"

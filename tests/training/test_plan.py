@@ -156,6 +156,22 @@ def test_plan_needs_no_weights(
     assert "kept" not in printed
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("recipe", ["cc3m_mistral7b_clip_b16_lora", "coco_smollm_siglip"])
+def test_recipe_is_planned_without_records(
+    models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    """As in the documentation: the recipe is planned before there is any data, although it evaluates."""
+    models = ["--model_name_or_path", str(models_folder / "mistral")]
+    models += ["--vision_tower", str(models_folder / "clip")]
+    words = ["--config", recipe, *models, "--tflops", "300"]
+    assert main(words) == 0
+    assert "one step" in capsys.readouterr().out
+    # With records it is the plan of a run, which would be refused.
+    with pytest.raises(ValueError, match="--eval_data_path"):
+        main([*words, "--train_data_path", str(data_folder / "train.json")])
+
+
 def test_plan_refuses_a_deepspeed_config_without_a_stage(tmp_path: Path) -> None:
     config = tmp_path / "zero.json"
     config.write_text("{}")
