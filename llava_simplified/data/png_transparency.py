@@ -37,13 +37,13 @@ class TransparentColor(NamedTuple):
 
     Attributes:
         color: One value per channel, in the units of Pillow's pixels (0 to 255).
-        lower_bytes: The lower bytes of an RGB image with 16 bits: uint8 (height, width, 3), and those of its color;
-            None for other images.
+        has_lower_bytes: Of an RGB image with 16 bits, the pixels whose lower bytes are those of its color: bool
+            (height, width); None for other images.
         file: The PNG file of an image that is not loaded yet, or None.
     """
 
     color: tuple[int, ...]
-    lower_bytes: tuple[np.ndarray, tuple[int, ...]] | None = None
+    has_lower_bytes: np.ndarray | None = None
     file: bytes | None = None
 
     def unloaded(self, image: Image.Image) -> Image.Image:
@@ -56,14 +56,21 @@ class TransparentColor(NamedTuple):
         return Image.open(io.BytesIO(self.file), formats=("PNG",))
 
     def put_on_white(self, image: Image.Image) -> Image.Image:
-        """Return an image as RGB, with the pixels of this color in white."""
-        values = np.asarray(image if image.mode == "RGB" else image.convert("L"))
-        is_color = _equals(values, self.color)
-        if self.lower_bytes is not None and self.lower_bytes[0].shape == values.shape:
-            is_color &= _equals(*self.lower_bytes)
-        values = values.copy()  # Pillow's own memory is read-only
-        values[is_color] = _WHITE
-        return Image.fromarray(values).convert("RGB")
+        """Return an image as RGB, with the pixels of this color in white.
+
+        Args:
+            image: What `unloaded` returned, loaded.
+        """
+        # The caller's image is not changed. Another copy would take 4 bytes per pixel.
+        result = image if self.file is not None else image.copy()
+        if result.mode == "1":
+            result = result.convert("L")
+        is_color = _equals(np.asarray(result), self.color)
+        if self.has_lower_bytes is not None and self.has_lower_bytes.shape == is_color.shape:
+            is_color &= self.has_lower_bytes
+        result.paste("white", (0, 0, *result.size), Image.fromarray(is_color))
+        # `convert` would convert the color, too, which may be out of its range.
+        return result if result.mode == "RGB" else Image.merge("RGB", [result] * 3)
 
 
 def find_transparent_color(image: Image.Image) -> TransparentColor | None:
@@ -90,8 +97,8 @@ def find_transparent_color(image: Image.Image) -> TransparentColor | None:
     if bits == 16:
         upper = tuple(value >> 8 for value in color)
         lower = tuple(value & 255 for value in color)
-        lower_bytes = (_read_lower_bytes(data), lower) if is_first else None
-        return TransparentColor(upper, lower_bytes, file)
+        has_lower_bytes = _equals(_read_lower_bytes(data), lower) if is_first else None
+        return TransparentColor(upper, has_lower_bytes, file)
     scale = 255 // (2**bits - 1)
     return TransparentColor(tuple(value * scale for value in color), file=file)
 

@@ -427,21 +427,25 @@ def test_strip_that_does_not_fit_into_a_jpeg_is_too_large() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "image_format"),
+    ("mode", "image_format", "options"),
     [
-        ("RGB", "PNG"),
-        ("RGBA", "PNG"),
-        ("P", "PNG"),
-        ("RGBA", "WEBP"),
-        ("RGB", "JPEG"),
-        ("I;16", "PNG"),
+        ("RGB", "PNG", {}),
+        ("RGB", "PNG", {"transparency": (0, 0, 0)}),
+        ("RGBA", "PNG", {}),
+        ("P", "PNG", {}),
+        ("L", "PNG", {"transparency": 0}),
+        ("RGBA", "WEBP", {}),
+        ("RGB", "JPEG", {}),
+        ("I;16", "PNG", {}),
     ],
 )
-def test_decoding_takes_the_documented_memory_per_pixel(mode: str, image_format: str) -> None:
+def test_decoding_takes_the_documented_memory_per_pixel(
+    mode: str, image_format: str, options: dict[str, Any]
+) -> None:
     """tracemalloc does not count Pillow's own buffers, so the test adds them: 4 bytes per pixel."""
     width, height = 800, 500
     image = Image.new(mode, (width, height))
-    data = encode(image, image_format)
+    data = encode(image, image_format, **options)
     created = 0
     original = Image.core.new
 
