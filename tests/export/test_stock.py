@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import first_logits, train_checkpoint
+from cli_process import run_command
 from PIL import Image
 from test_commands import ENVIRONMENT
 from tiny import make_tokenizer
@@ -34,14 +35,6 @@ from llava_simplified.model.lora import add_lora, freeze
 
 # Vision tower and language model: the pairs that are exported in every variant.
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
-
-
-def run_python(script: str, *words: object, folder: Path) -> str:
-    """Run a script in a process of its own, and return the last line of its output."""
-    command = [sys.executable, "-c", script, *map(str, words)]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
 
 
 # ---- a process without this project ----
@@ -661,6 +654,8 @@ def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) 
     clip = models_folder / "clip"
     save_untrained_checkpoint(tmp_path / "a", models_folder / "llama", clip)
     save_untrained_checkpoint(tmp_path / "b", tmp_path / "large", clip)
+    script = tmp_path / "measure.py"
+    script.write_text(MEMORY_PROCESS)
     words = [tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
-    ratio = run_python(MEMORY_PROCESS, *words, folder=Path.cwd())
-    assert float(ratio) < 1.2
+    process = run_command([script, *words], tmp_path)
+    assert float(process.stdout.splitlines()[-1]) < 1.2
