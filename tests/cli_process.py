@@ -103,11 +103,11 @@ class ForkedProcess:
     @property
     def stdout(self) -> str:
         """What the command has printed so far."""
-        return Path(self._stdout.name).read_text(encoding="utf-8")
+        return Path(self._stdout.name).read_text(encoding="utf-8", errors="replace")
 
     @property
     def stderr(self) -> str:
-        return Path(self._stderr.name).read_text(encoding="utf-8")
+        return Path(self._stderr.name).read_text(encoding="utf-8", errors="replace")
 
     @property
     def returncode(self) -> int | None:

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 import pytest
 import torch
 import windows_like
-from cli_process import fork_process
+from cli_process import ForkedProcess, fork_process
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,21 +78,18 @@ def test_text_files_have_an_encoding() -> None:
             assert "encoding" in call or "utf-8" in call, f"{path}: {call}"
 
 
-def run_as_on_windows(*arguments: object, folder: Path) -> str:
-    command = [sys.executable, ROOT / "tests" / "windows_like.py", *arguments]
+def run_as_on_windows(*arguments: object, folder: Path) -> None:
     environment = {
-        **os.environ,
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         # The encoding of a pipe in Western Europe.
         "PYTHONIOENCODING": "cp1252",
         "PYTHONUTF8": "0",
     }
-    run = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, encoding="cp1252"
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    script = ROOT / "tests" / "windows_like.py"
+    process = ForkedProcess([script, *arguments], folder, environment=environment)
+    status = process.wait(300)
+    assert status == 0, process.stdout + process.stderr
 
 
 @pytest.mark.medium

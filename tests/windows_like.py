@@ -197,12 +197,17 @@ def import_as_on_windows(
     return _import(name, globals, locals, fromlist, level)
 
 
-def import_everything() -> None:
-    """Import every module of the package again, and exit with an error if that fails. Call it in a separate process."""
+def import_again() -> None:
+    """Make the package import all of its modules again, as on Windows. Call it in a separate process."""
     for name in list(sys.modules):
         if name.split(".")[0] == PACKAGE:
             del sys.modules[name]
     builtins.__import__ = import_as_on_windows
+
+
+def import_everything() -> None:
+    """Import every module of the package anew, and exit with an error if that fails. For a process of its own."""
+    import_again()
     package = importlib.import_module(PACKAGE)
     names = [
         module.name
@@ -234,8 +239,11 @@ def call(argv: list[str]) -> None:
 
 # "__mp_main__" is this module in a process that was spawned.
 if __name__ in ("__main__", "__mp_main__"):
-    builtins.__import__ = import_as_on_windows
+    import_again()
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
+    # This process may be a fork of one that was started with other settings.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=os.environ.get("PYTHONIOENCODING"))
+    multiprocessing.set_start_method("spawn", force=True)
     call(sys.argv[1:])

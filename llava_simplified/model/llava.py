@@ -236,7 +236,9 @@ class Llava(nn.Module):
         image_tokens = image_tokens.flatten(0, 1)[: len(image_positions)]
         # Copy by index. The gradient of `masked_scatter` would make the host wait for the GPU.
         spliced = embeds.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(embeds.dtype))
-        return spliced.view_as(embeds)
+        # Unlike `view_as`, this returns no view. For views, torch.compile makes a separate graph: the first layer
+        # would be compiled once more than the others.
+        return torch.ops.aten._unsafe_view(spliced, embeds.shape)
 
     def check_image_token_count(self, placeholders: int, image_features: torch.Tensor) -> None:
         """Raise ValueError if the numbers of features and placeholders differ.

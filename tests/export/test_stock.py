@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import first_logits, train_checkpoint
+from cli_process import run_command
 from PIL import Image
 from test_commands import ENVIRONMENT
 from tiny import make_tokenizer
@@ -34,14 +35,6 @@ from llava_simplified.model.lora import add_lora, freeze
 
 # The pairs of vision tower and language model that are exported in every variant.
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
-
-
-def run_python(script: str, *argv: object, folder: Path) -> str:
-    """Run a script in a separate process, and return the last line of its output."""
-    command = [sys.executable, "-c", script, *map(str, argv)]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
 
 
 # ---- a process without this project ----
@@ -664,6 +657,8 @@ def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) 
     clip = models_folder / "clip"
     save_untrained_checkpoint(tmp_path / "a", models_folder / "llama", clip)
     save_untrained_checkpoint(tmp_path / "b", tmp_path / "large", clip)
+    script = tmp_path / "measure.py"
+    script.write_text(MEMORY_PROCESS)
     argv = [tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
-    ratio = run_python(MEMORY_PROCESS, *argv, folder=Path.cwd())
-    assert float(ratio) < 1.2
+    process = run_command([script, *argv], tmp_path)
+    assert float(process.stdout.splitlines()[-1]) < 1.2

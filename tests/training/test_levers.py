@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch._dynamo.utils import counters
 from training_runs import read_log, run_training, training_options
 
 from llava_simplified.model.checkpoint import load_checkpoint
@@ -98,10 +99,13 @@ def test_option_does_not_change_the_losses(
     name: str,
 ) -> None:
     output = tmp_path / "out"
+    graphs_before = counters["stats"]["unique_graphs"]
     losses = train_losses(models_folder, data_folder, records, output, OPTIONS[name])
     assert plain_losses[-1] < 0.6 * plain_losses[0], "the model learns"
     assert losses == pytest.approx(plain_losses, rel=2e-3)
     assert losses[:5] == pytest.approx(plain_losses[:5], rel=1e-5)
     if name == "all":
+        # One graph for all layers: the compilation takes most of the time of a short run.
+        assert counters["stats"]["unique_graphs"] - graphs_before == int(can_compile("cpu"))
         # Also of compiled layers, a checkpoint can be loaded.
         assert load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
