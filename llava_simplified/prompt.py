@@ -293,9 +293,9 @@ class Prompt:
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         if normalizer is None:
             return 1.0
-        # No other character expands more: its 3 bytes become 18 characters in the Unicode forms NFKC and NFKD.
-        longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
-        return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
+        # This character expands more than any other: NFKC and NFKD turn its 3 bytes into 33.
+        character = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
+        return max(1.0, len(normalizer.normalize_str(character).encode()) / len(character.encode()))
 
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""

@@ -582,7 +582,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # With a server, this process needs no GPU, and must not import torch, which may not be installed.
+    # With a server, this process needs no GPU. It must not import torch, because torch may not be installed.
     if style.endpoint is None:
         _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)

@@ -119,7 +119,7 @@ def open_inputs(
         source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these,
             or several of them; or a file of records.
         image_folder: Image folder; only for records.
-        instructions: Instructions about every image; not for records, which contain instructions.
+        instructions: Instructions about every image. Empty for records, because each record has its own.
 
     Raises:
         ValueError: The source does not exist or contains no image, or instructions were given with

@@ -73,7 +73,7 @@ def read_text_lines(path: str | Path, option: str) -> list[str]:
         ValueError: The file cannot be read, or is not UTF-8.
     """
     try:
-        # Do not use `splitlines`, which also splits at other Unicode separators: these may occur within a text.
+        # Do not use `splitlines`. It also splits at other Unicode separators, which may occur within a text.
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None

@@ -374,7 +374,10 @@ def _comparable(path: Path) -> str:
 
 
 def folder_problem(folder: Path) -> str:
-    """Return why no file can be created in a folder, which may not exist yet; empty if files can be created."""
+    """Return the reason why no file can be created in a folder, or "" if there is none.
+
+    The folder itself may not exist yet.
+    """
     # Check the nearest parent folder that exists.
     existing = folder
     while not existing.exists() and existing != existing.parent:

@@ -97,7 +97,9 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
     if row.get("messages") is not None:
         key = "messages"
     if not isinstance(row[key], list) or not row[key]:
-        raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
+        raise ValueError(
+            f"{where}: {key!r} must be a non-empty list of turns, got {shorten(row[key])}"
+        )
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
             raise ValueError(

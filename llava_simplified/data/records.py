@@ -260,7 +260,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
+            f"{where}: 'conversations' must be a non-empty list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
     # Check the order of the roles: an optional system turn, then user and assistant alternating.

@@ -81,7 +81,7 @@ class ImageTransform:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # Not in the repr, which version 0.1.0 hashes to find the unfinished work of `llava clean`.
+    # Leave this field out of the repr. `llava clean` of version 0.1.0 hashes the repr to find its unfinished work.
     pad_color: tuple[int, int, int] | None = field(default=None, repr=False)
 
     @classmethod

@@ -153,18 +153,19 @@ def chair_metrics(
         Metric(
             names=("CHAIRi",),
             statistics=counts,
-            finish=_share_of_mentions,
+            finish=_hallucinated_share,
             lower_is_better=True,
         ),
     ]
 
 
-def _share_of_mentions(sums: np.ndarray, num_images: int) -> np.ndarray:
+def _hallucinated_share(sums: np.ndarray, num_images: int) -> np.ndarray:
     """Return hallucinated / mentioned; 0 if nothing is mentioned.
 
     Args:
         sums: Numbers of hallucinated and of all mentions, (..., 2).
-        num_images: Not used, because CHAIRi is a mean over mentions.
+        num_images: Unused. Every `finish` function receives it, but CHAIRi divides by the number of mentions, not of
+            images.
     """
     hallucinated = sums[..., :1]
     mentioned = sums[..., 1:]

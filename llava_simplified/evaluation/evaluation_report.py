@@ -197,7 +197,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
     aligned = []
     for run in runs:
-        # Use -1 for an image that is not in the first run, which makes the comparison below fail.
+        # An image that is missing in the first run gets -1. The comparison below then fails.
         samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
         if list(map(_image_key, samples)) != list(order):
             raise ValueError(
@@ -684,7 +684,7 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
         cider_points = curves.pop("CIDEr-D")
         reward_points = curves.pop("reward")
         if reward_points:
-            # In reinforcement learning, the loss is not a cross-entropy, which the unit of the chart below claims.
+            # The chart below gives the loss as a cross-entropy. In reinforcement learning, it is none: leave it out.
             del curves["training"]
             reward = {"reward": reward_points}
             charts.append(line_chart("Reward during training", "of sampled captions", reward))

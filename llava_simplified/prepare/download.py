@@ -107,7 +107,7 @@ def download(
         if files:
             Path(store.root, "images").mkdir(exist_ok=True)
         numbers = parse_slice(shards, plan["shards"])
-        # Exclude shards that an earlier run finished from the rate in the progress line.
+        # The rate in the progress line must not count the shards that an earlier run finished.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
         tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress)
@@ -265,7 +265,11 @@ def _plan_chunks(
         chunk = []
         for index, row in islice(numbered, settings["shard_size"]):
             if not row.captions:
-                issues.note("no caption (fetched, but gives no record)", row.number, row.url)
+                issues.note(
+                    "no caption (the image is downloaded, but no record is written)",
+                    row.number,
+                    row.url,
+                )
             chunk.append({"index": index, "url": row.url, "captions": row.captions})
         if not chunk:
             return

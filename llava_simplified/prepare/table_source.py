@@ -315,7 +315,7 @@ def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     cases can be distinguished from quotes that are part of the text:
 
         1.jpg <tab> "two            the last field of a line is opened, and a later line closes it exactly. The lines
-        lines"                      between have no tab, which they would have if they were rows.
+        lines"                      between have no tab. If they were rows, they would have one.
         2.jpg <tab> "a ""b"" c"     all quotes inside are doubled
         3.jpg <tab> "a" and "b"     part of the text
     """

@@ -420,8 +420,8 @@ def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> Non
         raise ValueError(f"--dpo_beta {args.dpo_beta}: expected a number above 0, such as 0.1.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(
-            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5. If half of the "
-            "pairs were swapped, they would teach nothing."
+            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5. It is the "
+            "share of pairs whose chosen and rejected answers are assumed to be swapped; at 0.5, the pairs teach nothing."
         )
     if args.kl_coef:
         raise ValueError(
@@ -637,37 +637,42 @@ def initialize_trained_parts(
 
 
 def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
-    """Check that this run loads every part that a checkpoint trained.
+    """Check that this run loads every trained part of a checkpoint.
 
     Raises:
         ValueError: A trained part of the checkpoint would not be loaded.
     """
     before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
-    # If the checkpoint trained the tower, this run must either continue to train it, or load the tower
+    # If the checkpoint contains a trained tower, this run must either continue to train it, or load the tower
     # of the checkpoint and freeze it.
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
     if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
         merge_first = " (written by `llava merge`)" if before.vision_tower == "lora" else ""
         raise ValueError(
-            f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
+            f"--init_from {folder}: its vision tower is trained. Pass --tune_vision_tower {before.vision_tower} to "
             f"continue training it, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
-    # Require the same of the language model. Exception: this run may add an adapter to a language model
-    # that the checkpoint trained in full, if it loads that model.
+    # Require the same of the language model. Exception: if all weights of the checkpoint's language model were
+    # trained, this run may load that model and add an adapter.
     own_language_model = Path(folder) / "language_model"
     loads_own_language_model = (
         before.language_model == "full"
         and Path(model_args.model_name_or_path).resolve() == own_language_model.resolve()
     )
-    if before.language_model not in ("none", parts.language_model) and not loads_own_language_model:
-        raise ValueError(
-            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, but this run trains the "
-            f"{parts.stored['trained']}. Merge the checkpoint with `llava merge`, or pass --model_name_or_path "
-            f"{own_language_model}."
-        )
+    if before.language_model in ("none", parts.language_model) or loads_own_language_model:
+        return
+    if before.language_model == "adapter":
+        contents = "a LoRA adapter of the language model"
+        advice = f"Merge it with `llava merge --model-path {folder}`, and start from the merged checkpoint."
+    else:
+        contents = "a language model whose weights are all trained"
+        advice = f"Pass --model_name_or_path {own_language_model} to start from that model."
+    raise ValueError(
+        f"--init_from {folder}: the checkpoint contains {contents}, but this run would not load it. {advice}"
+    )
 
 
 @torch.no_grad()

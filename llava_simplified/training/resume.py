@@ -86,8 +86,7 @@ _NOT_COMPARED = {
     "train_data_sha256",
     "processes",
 }
-# Do not compare the paths of the base models, which may have moved; compare the digests of their weights
-# instead.
+# The base models may have moved, so do not compare their paths. Compare the digests of their weights instead.
 _LOCATIONS = ("language_model", "vision_tower")
 
 

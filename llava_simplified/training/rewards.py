@@ -260,7 +260,7 @@ def _build(
         return _clipscore(options)
     if name == "qa":
         return _qa(options, counts)
-    return _own_function(name, options)
+    return _user_function(name, options)
 
 
 def _frequencies(
@@ -309,8 +309,8 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
     return reward
 
 
-def _own_function(name: str, options: RewardOptions) -> RewardFunction:
-    """Return the reward of a user, `module:function`."""
+def _user_function(name: str, options: RewardOptions) -> RewardFunction:
+    """Return the reward function that the user wrote, given as `module:function`."""
     function = OwnReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:

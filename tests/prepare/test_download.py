@@ -134,7 +134,10 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     assert [(row["url"], row["error"]) for row in read_manifest(output)] == [
         (url, None) for url in urls
     ]
-    assert "3 no caption (fetched, but gives no record)" in capsys.readouterr().out
+    assert (
+        "3 no caption (the image is downloaded, but no record is written)"
+        in capsys.readouterr().out
+    )
     assert not (output / "records.jsonl").read_text()
 
 

@@ -189,7 +189,7 @@ def words(page: Any) -> str:
 
 
 def veil_alpha(page: Any) -> np.ndarray:
-    """Return the opacity of the veil's pixels, (height, width), 0 to 255."""
+    """Return the opacity of the veil (the canvas with the attention map, over the image): (height, width), 0 to 255."""
     rows = page.evaluate(
         """() => {
             const veil = document.getElementById("veil");
