@@ -513,7 +513,7 @@ class Prompt:
         if not parts or not isinstance(parts[-1], int):
             return lead
         # Encode an "x" after the anchor, and drop the anchor's id. If the tokenizer has added a space, the ids
-        # differ from those of the encoder that never adds one.
+        # differ from the ids of the encoder that never adds one.
         ids = self._anchored_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
         if ids == self._no_prefix_space_encoder.encode(f"{lead}x").ids:
             return lead

@@ -666,7 +666,7 @@ def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Other options of transformers.TrainingArguments")
     inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
     for action in inherited._actions:
-        # Skip options that the parser has already.
+        # Skip options that the parser has already, and those of `INHERITED`, which another function adds.
         shown = [name for name in action.option_strings if name in parser._option_string_actions]
         if not shown and action.dest not in INHERITED:
             group._add_action(action)

@@ -668,7 +668,7 @@ def _report(counts: CaptionCounts, job: CaptionJob) -> int:
     output = job.output
     if job.sidecars is None:
         logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
-    # `caption_file` logs the failures of a job with sidecar files, whose list is in the folder of the files.
+    # With sidecar files, the list of failures is in their folder, and `caption_file` has already logged its path.
     if counts.failed and job.sidecars is None:
         logger.warning(
             "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",

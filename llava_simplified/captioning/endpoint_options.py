@@ -169,7 +169,7 @@ def _check_url(url: str) -> None:
 
 def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add `--endpoint` and the options that require it."""
-    # Only the defaults of the other fields are used.
+    # `url` and `model` have no default, so pass any text. The help texts below show the defaults of the other fields.
     defaults = EndpointOptions(url="http://127.0.0.1", model="")
     group = parser.add_argument_group(
         "server",

@@ -182,7 +182,7 @@ def _find_some_images(source: str) -> FoundImages:
     counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
     if not found.names:
         if not counts and not Path(source).exists() and not any(mark in source for mark in "*?["):
-            raise ValueError(f"{source}: no such file or folder")
+            raise ValueError(f"{source}: no such file or folder. Check the path.")
         others = f", only other files ({counts})" if counts else ""
         raise ValueError(
             f"{source}: no images found{others}; pass an image, a folder of images, a .tar shard, a glob pattern, or a "

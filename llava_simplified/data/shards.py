@@ -195,7 +195,9 @@ class _HeaderFile(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         """Read at most `size` bytes."""
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"an extended header of {size} bytes")
+            raise tarfile.ReadError(
+                f"expected an extended header of at most {_MAX_HEADER_BYTES} bytes, got {size}"
+            )
         return super().read(size) or b""
 
 

@@ -127,8 +127,8 @@ class ImageTransform:
         """Return the transform that computes what an image processor of Transformers does."""
         if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
-                f"{name_or_path}: image processors that do not rescale and normalize are not "
-                "supported"
+                f"{name_or_path}: the image processor does not rescale or normalize images, which is not supported. "
+                "Choose another vision tower."
             )
         resize, crop = _resize_and_crop(processor, name_or_path)
         # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255. Fold a factor

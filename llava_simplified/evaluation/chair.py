@@ -179,8 +179,8 @@ def read_instances(paths: Sequence[Path]) -> References:
     """Read COCO instance annotations, such as instances_val2014.json.
 
     Args:
-        paths: Files of `{"images", "annotations", "categories"}`. Karpathy's splits need two files: those of train2014
-            and val2014.
+        paths: Files of `{"images", "annotations", "categories"}`. Karpathy's splits need two files,
+            for train2014 and val2014.
 
     Returns:
         The categories of each image. They take the place of the captions in `References`, which finds them by the

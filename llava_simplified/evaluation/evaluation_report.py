@@ -217,7 +217,7 @@ def _image_key(sample: Sample) -> tuple[str, str]:
 
 
 def format_score(name: str, value: float) -> str:
-    """Return a score as text: those of `PERCENT_METRICS` in percent, others with three decimals."""
+    """Return a score as text: in percent for `PERCENT_METRICS`, with three decimals for all other metrics."""
     if name in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"

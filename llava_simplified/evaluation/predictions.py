@@ -262,7 +262,7 @@ class _Reader:
         if by_suffix:
             result.notes.append(
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
-                f"for example those of {by_suffix[0]!r}"
+                f"for example the references of {by_suffix[0]!r}"
             )
         # References without a prediction are not an error: `llava caption --limit` captions only some images.
         unused = references.unused(used)

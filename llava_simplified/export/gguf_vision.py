@@ -81,7 +81,7 @@ def describe_padding(transform: ImageTransform) -> str:
         )
     if transform.pad_color != LLAMA_CPP_PAD_COLOR:
         return (
-            f"llama.cpp makes images square with borders of the color {LLAMA_CPP_PAD_COLOR}, but those of "
+            f"llama.cpp makes images square with borders of the color {LLAMA_CPP_PAD_COLOR}, but the borders of "
             f"this model have the mean color of its vision tower, {transform.pad_color}."
         )
     return ""

@@ -190,8 +190,8 @@ def compare_with_references(
         images: RGB images (height, width, 3), uint8.
         references: The outputs of the checkpoint for each image.
         image_kind: Kind of the images, for the result.
-        chat_template: Jinja template to use instead of that of the folder.
-        image_processor: Image processor to use instead of that of the folder.
+        chat_template: Jinja template that replaces the template in the folder.
+        image_processor: Image processor that replaces the one in the folder.
 
     Raises:
         ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's, or the folder's

@@ -221,7 +221,9 @@ def load_tokenizer(
             raise ValueError(
                 f"{name_or_path}: tokenizer.json is missing; copy it into this folder"
             ) from error
-        raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
+        raise ValueError(
+            f"{name_or_path}: cannot load a tokenizer: {error}. Pass the folder of a language model."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{name_or_path}: the tokenizer has no end-of-sequence token, without which no caption "

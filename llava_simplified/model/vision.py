@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(
-                f"{name_or_path}: a {config.model_type} is not a vision model; choose another --vision_tower"
+                f"{name_or_path}: a {config.model_type} model is not a vision model; choose another --vision_tower"
             )
         with blame_file(name_or_path):
             model, loading_info = model_class.from_pretrained(
@@ -292,7 +292,7 @@ class VisionTower(nn.Module):
             except (AttributeError, RuntimeError, TypeError) as error:
                 # Models of other kinds fail in different ways if they are called with `pixel_values` only.
                 raise ValueError(
-                    f"a {self.model.config.model_type} cannot be used as vision tower: if it is called with "
+                    f"a {self.model.config.model_type} model cannot be used as vision tower: if it is called with "
                     "`pixel_values` only, it does not return a grid of features "
                     f"({type(error).__name__}: {error}). Choose another --vision_tower"
                 ) from error

@@ -276,7 +276,10 @@ def _raise_file_limit(count: int) -> None:
 
 
 def make_outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
-    """Return the columns of the manifest that describe the outcome of a row; file, offset and length are None."""
+    """Return the columns of the manifest that describe the outcome of a row.
+
+    "file" and "offset" are None, because the image is not stored yet.
+    """
     outcome: dict[str, Any] = dict.fromkeys(_OUTCOME_COLUMNS)
     outcome.update(
         index=index,

@@ -232,7 +232,7 @@ class _JsonReader:
         """Raise the error for COCO's annotation files of boxes or key points, which have the same structure."""
         raise ValueError(
             f"{self._source}: the annotations of this COCO file have no captions. "
-            f"Pass the captions_*.json file. An annotation: {str(annotation)[:400]}"
+            f"Pass the captions_*.json file. Example of an annotation: {str(annotation)[:400]}"
         )
 
     def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
@@ -335,7 +335,7 @@ def read_json_lines_source(
 def columns_of_row(
     row: dict[str, Any], known: NamedColumns | None, source: str, columns: Columns
 ) -> NamedColumns:
-    """Return the columns of a row: those of the previous rows if it has them, otherwise its own.
+    """Return the columns of a row. If it has the columns of the previous rows, use these.
 
     Args:
         row: The row.

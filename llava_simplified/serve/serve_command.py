@@ -69,7 +69,7 @@ def _add_network_options(parser: CommandParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="Additional host names of the server, for example that of a proxy; IP addresses, localhost and "
+        help="Additional host names of the server, for example the name of a proxy; IP addresses, localhost and "
         "the name of this machine are always allowed",
     )
     group.add_argument(

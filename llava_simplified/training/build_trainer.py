@@ -184,7 +184,7 @@ def build_trainer(
     reference = None
     if args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0):
         # The reference is the model at the start of the run. If the run is resumed, copy these weights before
-        # those of the checkpoint are loaded below.
+        # the weights of the checkpoint are loaded below.
         initialize_trained_parts(model, model_args, parts, train_set)
         reference = ReferenceWeights(model)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)

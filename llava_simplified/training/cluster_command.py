@@ -38,7 +38,7 @@ def plan_cluster(
 
     Args:
         plan_options: The options of `llava plan`.
-        training_options: All other options, which are those of `llava train`.
+        training_options: All other options: the options of `llava train`.
         model_args: Model options.
         data: Data options.
         args: Training options.

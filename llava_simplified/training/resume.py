@@ -207,7 +207,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
 
 
 def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if the training records are not those of the checkpoint. Their file may have moved."""
+    """Raise ValueError unless the checkpoint was trained on the same records. Their file may have moved."""
     path, old_path = now.get("train_data_path"), before.get("train_data_path")
     digest = before.get("train_data_sha256")
     if digest is None:  # version 0.1.0 stored only the path

@@ -88,8 +88,8 @@ def _bleu4(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[f
     tokens = [cached_tokenize(caption) for caption in captions]
     reference_tokens = [[cached_tokenize(text) for text in record.references] for record in records]
     _, _, bleu = ngram_metrics([tokens], reference_tokens)
-    # `finish` usually computes the score of a corpus from summed statistics. Here it gets those of each
-    # caption: (captions, statistics) -> (captions, BLEU-1 to BLEU-4).
+    # `finish` usually computes the score of a corpus from summed statistics. Here it gets the statistics of
+    # each caption: (captions, statistics) -> (captions, BLEU-1 to BLEU-4).
     [statistics] = bleu.statistics
     scores: list[float] = bleu.finish(statistics, 1)[:, MAX_ORDER - 1].tolist()
     return scores
