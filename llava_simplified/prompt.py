@@ -345,8 +345,8 @@ class Prompt:
     def token_texts(self) -> list[bytes]:
         """Return the text of every token of the vocabulary, as UTF-8 bytes; empty for special tokens.
 
-        The index is the token id. A token may be a part of a character, so its text may be invalid UTF-8. The
-        joined texts of all tokens of an answer are the answer.
+        The index is the token id. A token may be a part of a character, so its text may be invalid UTF-8.
+        Joining the texts of all tokens of an answer gives the answer.
         """
         if self._token_texts is None:
             # Decode each token after an "x", because decoders treat the first token differently (for example,

@@ -100,7 +100,9 @@ class EndpointOptions:
         except ValueError as error:
             raise ValueError(f"--extra-body {self.extra_body}: not JSON ({error})") from None
         if not isinstance(extra, dict):
-            raise ValueError(f"--extra-body {self.extra_body}: expected a JSON object")
+            raise ValueError(
+                f'--extra-body {self.extra_body}: expected a JSON object such as {{"top_k": 20}}'
+            )
         own = [name for name in _OWN_FIELDS if name in extra]
         if own:
             raise ValueError(f"--extra-body: the field {own[0]!r} is set by the command itself")

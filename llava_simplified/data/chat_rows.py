@@ -161,7 +161,7 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
 
 
 def _kind_of(part: Mapping[str, Any]) -> str:
-    """Return the type of a part that does not name it: {"image": "0.jpg"}, {"text": "What?"}."""
+    """Return the type of a part without a key "type", such as {"text": "What?"}: its first known key, or ""."""
     for key in ("text", *_IMAGE_PARTS):
         if part.get(key) is not None:
             return key

@@ -69,8 +69,8 @@ def open_data(
             return records, folder
     if first_error is not None:
         raise ValueError(
-            f"{option} {folder}: none of the first images can be read; "
-            f"the first error: {first_error}"
+            f"{option} {folder}: none of the first images can be read. Pass the folder that the image paths of the records "
+            f"are relative to. First error: {first_error}"
         )
     return records, folder  # the first records have no images
 

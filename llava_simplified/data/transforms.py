@@ -359,7 +359,7 @@ def _check_padding(
     if not processor_pads_to_square(processor):
         raise ValueError(
             f"{name_or_path}: the image processor {type(processor).__name__} adds borders (do_pad) in a way that is not "
-            "supported"
+            "supported. Choose another vision tower."
         )
     if image_aspect_ratio != "pad":
         raise ValueError(

@@ -183,8 +183,7 @@ def read_instances(paths: Sequence[Path]) -> References:
             for train2014 and val2014.
 
     Returns:
-        The categories of each image. They take the place of the captions in `References`, which finds them by the
-        image's name.
+        The categories of each image. `References` stores them in place of captions, and finds them by the image's name.
 
     Raises:
         ValueError: A file cannot be read, has another form, or has a category that is not one of COCO's 80.

@@ -307,7 +307,7 @@ class ScoreRow:
 
 
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
-    """Return a row for each metric, whose cells have a common axis."""
+    """Return a row for each metric. All cells of a row have the same axis, so that their bars can be compared."""
     rows = []
     for name in METRIC_NAMES:
         # The axis begins at 0, and ends slightly after the largest score or interval of all runs.

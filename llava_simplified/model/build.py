@@ -324,4 +324,6 @@ def _load_transformers_config(
         with blame_file(name_or_path):
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"{name_or_path}: cannot read the model's config.json: {error}") from error
+        raise ValueError(
+            f"{name_or_path}: cannot read the model's config.json: {error}. Check its path or name."
+        ) from error

@@ -313,7 +313,9 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
     plan = store.settings()
     names = store.manifests()
     if not plan or not names:
-        raise ValueError(f"{output}: contains no finished shard of `llava download`")
+        raise ValueError(
+            f"{output}: contains no finished shard of `llava download`. Run it with this --output first."
+        )
     records = store.work / ("records.json" if plan["files"] else "records.jsonl")
     merged = store.work / "manifest.parquet"
     remove_temporary_files(records)

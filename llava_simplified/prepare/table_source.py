@@ -41,7 +41,7 @@ _SAMPLE_LINES = 100  # number of lines for detecting separator and columns
 # A longer quoted field is treated as an unclosed quote. The csv module has the same limit.
 _MAX_QUOTED_CHARACTERS = 131_072
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
-# Excel writes the separator of a CSV file into its first line, if asked to.
+# Some programs, such as Excel, can write the separator of a CSV file into its first line.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)

@@ -66,10 +66,10 @@ def preflight(
     data: DataArguments,
     args: TrainingArguments,
 ) -> None:
-    """Check memory and disk space and do a dry run, if `--preflight` asks for it (see `_is_wanted`).
+    """Check memory and disk space and do a dry run, unless `--preflight` turns this off (see `_is_wanted`).
 
     Args:
-        argv: The command line. The dry run has the same one, with some options replaced.
+        argv: The command line. The dry run gets the same options, except for some that are replaced.
         model_args: Model options.
         data: Data options.
         args: Training options.

@@ -238,10 +238,10 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
     # must not change either. With an equal number of records per step, it is unchanged if the number of
     # accumulation steps is.
     is_same = old.records == new.records
-    requirement = "with the same product"
+    requirement = "whose product is the same"
     if now.get("train_sampling_strategy") == "group_by_length":
         is_same = is_same and old.accumulation == new.accumulation
-        requirement = "with the same accumulation and product"
+        requirement = "with the same number of accumulation steps and the same product"
     if not is_same:
         raise ValueError(
             f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "
