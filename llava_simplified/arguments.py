@@ -346,7 +346,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
         strategy = "group_by_length" if _is_true(values) else "random"
         return ["--train_sampling_strategy", strategy]
     if name == "image_aspect_ratio" and values == ["square"]:
-        # LLaVA's name for what the image processor of the vision tower does.
+        # "square" is LLaVA's name for `crop`: the processing that the vision tower's image processor does.
         return ["--image_aspect_ratio", "crop"]
     if name == "local_rank":
         # DeepSpeed's launcher passes it as an option; torch.distributed reads the environment.

@@ -279,7 +279,7 @@ def parse_endpoint_options(
             "lists the names."
         )
     local = ["model_path", "model_base", "vision_tower", "bits", "quantize", "trust_remote_code"]
-    refuse_changed(local, "has no effect with --endpoint: the server has loaded its model")
+    refuse_changed(local, "has no effect with --endpoint, because the model runs on the server")
     refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
     options = {name: getattr(args, name) for name in names}
     options["stop"] = tuple(args.stop)

@@ -137,7 +137,7 @@ def join_texts(existing: str, caption: str, options: SidecarOptions, newline: st
 
 
 def _join_neatly(body: str, separator: str, caption: str) -> str:
-    """Return separator and caption, to append to a body. A comma that the body already ends with is not repeated."""
+    """Return a separator and a caption, to append to a body. If the body ends with a comma, do not add a second one."""
     visible = separator.rstrip()
     if visible and body.endswith(visible):
         separator = separator[len(visible) :]

@@ -494,7 +494,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     if is_rle and image.width * (image.height + _RLE_MAX_ROWS) > MAX_RLE_PIXELS:
         raise ImageError(
             "too_large",
-            f"the BMP has {image.width}x{image.height} pixels as run lengths; the limit is {MAX_RLE_PIXELS}",
+            f"the run-length encoded BMP has {image.width}x{image.height} pixels; the limit is {MAX_RLE_PIXELS}",
         )
     return image
 

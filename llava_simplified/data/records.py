@@ -232,7 +232,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
         single = row.get("response")
         if single and isinstance(responses, list) and single not in responses:
             raise ValueError(
-                f"{where}: 'response' is none of the 'responses'; remove one of the two keys"
+                f"{where}: 'response' does not occur in 'responses'; remove one of the two keys"
             )
     elif "response" in row:
         responses = [row["response"]]
@@ -438,7 +438,7 @@ class BadRecords:
                 f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."
             )
         logger.warning(
-            "%s of %s records cannot be used and are set aside: %s",
+            "%s of %s records cannot be used and are left out: %s",
             f"{count:,}",
             f"{self.total:,}",
             shown,

@@ -309,6 +309,7 @@ def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.
     Returns:
         (n,) int64 row numbers, and (n, bytes) uint8 hashes.
     """
+    # In the stored files, the column of perceptual hashes is called "look".
     column = "look" if perceptual else "digest"
     width = PERCEPTUAL_BYTES if perceptual else DIGEST_BYTES
     # Start with empty arrays, because `np.concatenate` needs at least one.

@@ -8,7 +8,7 @@ response is rewritten before aiohttp's parser reads it:
     status line      HTTP/2 200, http/1.1 200 and HTTP/1.1 200 without a reason become HTTP/1.1 200
     headers          only those that are used are passed on; others may be of any number, with any name
     header lines     may end without a carriage return, continue on the next line, contain control characters
-    Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
+    Content-Length   may be repeated with the same value, and is ignored with Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
 Still rejected are responses without a status line (HTTP/0.9), heads of more than 300 kB, more than 100 interim

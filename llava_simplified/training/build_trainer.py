@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
@@ -117,7 +117,7 @@ def build_trainer(
         str(data_args.train_data_path),
         data_args.train_image_folder,
         "--train_image_folder",
-        # Pairs with an empty answer are set aside below, as are other pairs that cannot be used.
+        # Pairs that cannot be used, such as those with an empty answer, are left out below.
         require_responses=args.objective != "dpo",
         max_bad_records=data_args.max_bad_records,
     )
@@ -138,7 +138,7 @@ def build_trainer(
     prompt = Prompt(tokenizer, model_args.template)
     language_model = model_args.model_name_or_path
     check_vocabulary(prompt, find_language_model_config(language_model), language_model)
-    train_records = set_bad_records_aside(
+    train_records = drop_bad_records(
         train_records,
         data_args.max_bad_records,
         prompt,
@@ -146,7 +146,7 @@ def build_trainer(
         record_problem(args.objective),
     )
     if eval_records:
-        eval_records = set_bad_records_aside(
+        eval_records = drop_bad_records(
             eval_records, data_args.max_bad_records, prompt, args.model_max_length
         )
 
@@ -220,7 +220,7 @@ def _create_trainer(
     reference: ReferenceWeights | None,
     share_prefix: bool,
 ) -> LlavaTrainer:
-    """Return the trainer of the run's objective; `options` are those of `LlavaTrainer`."""
+    """Return the trainer of the run's objective; `options` are the arguments of `LlavaTrainer`."""
     args: TrainingArguments = options["args"]
     if args.objective == "sft":
         return LlavaTrainer(**options)
@@ -230,7 +230,7 @@ def _create_trainer(
     reward_options = _reward_options(
         args,
         frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
-        # The digest of the file is not sufficient: the number of records depends on how many were set aside.
+        # The digest of the file is not sufficient: the number of records also depends on how many bad ones were left out.
         data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
     )
     # One process counts the document frequencies, and stores them for the others.
@@ -567,7 +567,7 @@ def _default_instruction(records: Sequence[Record]) -> str:
     # If none of the first records has an image, use the instruction of the first record.
     first: Record | None = None
     for index in range(min(len(records), _MAX_SEARCHED_RECORDS)):
-        with suppress(ValueError):  # skip bad records, which are set aside before training
+        with suppress(ValueError):  # skip bad records, which are left out of training too
             record = records[index]
             if record.images:
                 first = record

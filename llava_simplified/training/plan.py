@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import expand_example
-from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.dataset import drop_bad_records
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
@@ -185,7 +185,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     if data.train_data_path:
         share = data.max_bad_records
         opened = open_records(data.train_data_path, max_bad_records=share)
-        opened = set_bad_records_aside(
+        opened = drop_bad_records(
             opened, share, model.prompt, args.model_max_length, record_problem(args.objective)
         )
         records = opened

@@ -235,8 +235,8 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
     # `group_by_length` sorts records within groups of one batch of all processes. The size of these groups
-    # must not change either. With an equal number of records per step, it is unchanged if the number of
-    # accumulation steps is.
+    # must not change either. So, in addition to the number of records per step, compare the number of
+    # accumulation steps.
     is_same = old.records == new.records
     requirement = "whose product is the same"
     if now.get("train_sampling_strategy") == "group_by_length":
