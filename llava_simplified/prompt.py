@@ -273,8 +273,8 @@ class Prompt:
     def usable_tokens(self) -> dict[int, str]:
         """Return the ids that prompts and answers can contain, with their tokens.
 
-        These are the tokens of texts, and the control tokens that the template writes. Other control tokens never
-        occur, because they are not parsed in data.
+        These are all text tokens, and the control tokens that the template writes. Other control tokens never occur,
+        because their names in data are encoded as ordinary text.
         """
         backend = self._tokenizer.backend_tokenizer
         text_tokens = backend.get_vocab(with_added_tokens=False)

@@ -140,7 +140,7 @@ def open_inputs(
                 f"--instruction: the records of {source} already contain instructions; "
                 "remove the option."
             )
-        # Accept records without responses, since this command generates them. Rows that are not records are set aside
+        # Accept records without responses, since this command generates them. Rows that are not records are left out
         # during the job, so any share of them is accepted here, unless all rows are bad.
         return open_data(
             source,

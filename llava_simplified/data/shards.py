@@ -380,7 +380,9 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         data = read_at(file, size, offset)
     if len(data) != size:
-        raise ValueError(f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}")
+        raise ValueError(
+            f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}. Copy or download the file again."
+        )
     return data
 
 

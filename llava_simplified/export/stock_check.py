@@ -326,7 +326,7 @@ def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None
     if levels > MAX_GRAY_LEVELS:
         raise ValueError(
             f"The pixel values of Transformers' LlavaProcessor differ by up to {levels:.1f} gray levels from "
-            f"the checkpoint's; rounding explains at most 2. {_NOTHING_WRITTEN}"
+            f"the checkpoint's; rounding causes a difference of at most 2. {_NOTHING_WRITTEN}"
         )
 
 

@@ -451,7 +451,7 @@ def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
 def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of an imagefolder, and note images without a row."""
+    """Yield the rows of a folder in the format of Hugging Face's `imagefolder`, and note images without a row."""
     # Hashes of the names in the rows, because a million names would take a hundred megabytes.
     named = array("q")
     for path in metadata:
