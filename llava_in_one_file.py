@@ -410,7 +410,7 @@ def main(argv=None):
     random.shuffle(records)
     if len(records) < 9:
         parser.error(f"--data: {args.data} has {len(records)} records; at least 9 are needed")
-    held_out, records = records[:8], records[8:]  # requires one record per image
+    held_out, records = records[:8], records[8:]  # no image may be in both
     # The names of the package's checkpoints; some are LLaVA's ("mm" is multimodal).
     settings = {
         "language_model": args.language_model,

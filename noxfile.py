@@ -15,7 +15,7 @@ EXTRAS = ".[download,report,gguf,serve,dev,docs]"
 
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
-    """Install every lower bound of the core dependencies, in its last patch release."""
+    """Install the oldest permitted minor version of each core dependency, with its latest patch release."""
     requirements = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     pinned = [re.sub(r"^([^<>=,]+)>=([^,]+).*", r"\1==\2.*", line) for line in requirements]
     session.install(*pinned, "-e", EXTRAS)
@@ -24,6 +24,6 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """Install the latest releases below the upper bounds."""
+    """Install the newest version of each dependency that pyproject.toml permits."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", EXTRAS)
     session.run("pytest", *QUICK_TESTS, *session.posargs)

@@ -439,7 +439,7 @@ def main() -> None:
         print(f"{side:22}{describe_run(run, ours)}")
         if run["prompt_tokens"] != ours["prompt_tokens"]:
             sys.exit(
-                f"{side}: the prompts have {run['prompt_tokens']} positions, but those of our side have "
+                f"{side}: the prompts have {run['prompt_tokens']} positions, but the prompts of our side have "
                 f"{ours['prompt_tokens']}; the comparison is not valid"
             )
         if run.get("greedy") != ours.get("greedy") and args.peer == TRANSFORMERS:

@@ -103,7 +103,10 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--rows", type=int, default=3_300_000, help="Number of rows (default: that of CC3M)"
+        "--rows",
+        type=int,
+        default=3_300_000,
+        help="Number of rows (default: %(default)s, as in CC3M)",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

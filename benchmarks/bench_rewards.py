@@ -61,7 +61,7 @@ class Times:
         setattr(owner, name, measured)
 
     def summary(self) -> dict[str, float]:
-        """Return the mean seconds of a step, and of the sampling in it."""
+        """Return the mean duration of a step in seconds, and how much of it is sampling."""
         # A step ends when the next one starts, so the duration of the last step is not known.
         measured = len(self.starts) - 1 - WARM_UP_STEPS
         seconds = (self.starts[-1] - self.starts[WARM_UP_STEPS]) / measured

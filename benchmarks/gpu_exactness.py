@@ -54,7 +54,9 @@ def run(workload: Workload, report: Report) -> None:
     report.attempt("graphs == dynamic cache, greedy", partial(compare_decoders, workload))
     report.attempt("ours == stock generate, greedy", partial(compare_with_stock, workload))
     report.attempt("loss in chunks, float32", partial(compare_chunks, workload))
-    report.attempt("half precision beside float32", partial(compare_half_precision, workload))
+    report.attempt(
+        "half precision compared with float32", partial(compare_half_precision, workload)
+    )
     # Expected seconds of each comparison. FlexAttention takes long, because it is compiled.
     kernels = {"flex_attention": 40.0}
     if find_spec("flash_attn"):
@@ -262,7 +264,7 @@ def compare_half_precision(workload: Workload) -> Values:
         differences[side] = relative_difference(half, full)
     both = relative_difference(results["ours", torch.float32], results["stock", torch.float32])
     assert both < TOLERANCES[torch.float32], f"ours and stock differ by {both:.3g} in float32"
-    return {**differences, "ours beside stock, float32": both}
+    return {**differences, "ours compared with stock, float32": both}
 
 
 def _stock_logits(model: Llava, stock: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -230,7 +230,7 @@ def to_stock(model: Llava) -> Any:
         image_token_id=language_model.config.vocab_size - 1,
         vision_feature_layer=-2,
     )
-    # On the meta device, no memory is allocated for weights, which are replaced by those of `model` below.
+    # The weights are replaced by those of `model` below. On the meta device, no memory is allocated for them.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(config)
     stock.model.vision_tower = tower

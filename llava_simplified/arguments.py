@@ -1,7 +1,7 @@
 """Parse the options of a training run: command line, YAML file, and LLaVA's own option names.
 
     argv
-        -> (name, values) pairs; those of the YAML file are put before them
+        -> (name, values) pairs, with the pairs of the YAML file in front
         -> the same pairs, with LLaVA's old option names replaced by the current ones
         -> HfArgumentParser
         -> ModelArguments, DataArguments, TrainingArguments
@@ -306,7 +306,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
     """Convert options to command-line arguments.
 
     argparse then converts the values of a file, such as 1e-3 (a string in YAML), in the same way as
-    those of the command line.
+    values of the command line.
 
     Args:
         values: Values by option name. None means that the option is not given.
@@ -346,7 +346,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
         strategy = "group_by_length" if _is_true(values) else "random"
         return ["--train_sampling_strategy", strategy]
     if name == "image_aspect_ratio" and values == ["square"]:
-        # LLaVA's name for what the image processor of the vision tower does.
+        # "square" is LLaVA's name for `crop`: the processing that the vision tower's image processor does.
         return ["--image_aspect_ratio", "crop"]
     if name == "local_rank":
         # DeepSpeed's launcher passes it as an option; torch.distributed reads the environment.

@@ -38,7 +38,7 @@ class Command(NamedTuple):
     def parser(self) -> str:
         """The "module:function" that returns the parser of the command.
 
-        Its name follows from that of the main function: `build_parser` belongs to `main`, and
+        Its name follows from the name of the main function: `build_parser` belongs to `main`, and
         `build_merge_parser` to `merge_main`.
         """
         module, _, function = self.main.partition(":")

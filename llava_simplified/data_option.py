@@ -56,10 +56,11 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
         return DataOptions("", {})
     if given.keys() & {"train_data_path", "data_path"}:
         raise ValueError("--data and --train_data_path both name the training data. Pass only one.")
-    is_small = not given.keys() & {*_MODEL_OPTIONS, "config"}
+    # If the user names neither a model nor a config, train the small models of `llava demo`.
+    uses_small_models = not given.keys() & {*_MODEL_OPTIONS, "config"}
     # Check that the models exist before the source is read, which may take minutes.
     options: dict[str, str] = {}
-    if is_small:
+    if uses_small_models:
         options = _small_model_options()
 
     from llava_simplified.prepare.data_cache import prepare_data
@@ -72,13 +73,13 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
     data = prepare_data(source, folder, sidecar)
     options["train_data_path"] = str(data.records)
     options["train_image_folder"] = str(data.image_folder)
-    if is_small:
+    if uses_small_models:
         options["num_train_epochs"] = str(_choose_epochs(data.num_records))
         options["output_dir"] = str(Path("output") / _name_of(source))
     # The user's options take precedence.
     for name in given:
         options.pop(name, None)
-    if not is_small:
+    if not uses_small_models:
         return DataOptions("", options)
     if "max_steps" in given:
         options.pop("num_train_epochs", None)

@@ -36,8 +36,8 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
 def install_command(extra: str) -> str:
     """Return the pip command that installs an optional dependency group.
 
-    In a source checkout, the command is an editable install. Otherwise, it names the packages of the group and
-    not this package, which may not be on a package index and whose source folder may no longer exist.
+    In a source checkout, the command is an editable install. Otherwise, it names the packages of the group. It does
+    not name this package, because that may be missing on the package index, and its source folder may have been deleted.
 
     Args:
         extra: The name of the group in `pyproject.toml`.

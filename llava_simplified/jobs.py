@@ -184,8 +184,8 @@ def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
     """Acquire a lock whose file every holder deletes at the end.
 
     A process may wait for the lock of a file that the holder then deletes. It would acquire the lock of a file that is no
-    longer at `path`, and a third process could create a new file there and lock it: both would believe that they hold
-    the lock. So, after acquiring a lock, check that the locked file is still the one at `path`; if not, try again.
+    longer at `path`, and a third process could create a new file there and lock it: both would then hold
+    a lock. So, after acquiring a lock, check that the locked file is still the one at `path`; if not, try again.
 
         first     holds ---- deletes, releases
         second      opens, waits -------------- acquires the lock of the deleted file: tries again

@@ -394,7 +394,7 @@ def add_image_folder_option(parser: Any, default: str = "the folder of the recor
 
 
 def add_batch_size_option(parser: Any) -> None:
-    """Add `--batch-size` of captioning."""
+    """Add `--batch-size`, for commands that caption images."""
     parser.add_argument(
         "--batch-size", type=int, default=16, help="Images per batch (default: %(default)s)"
     )

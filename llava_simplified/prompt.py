@@ -273,8 +273,8 @@ class Prompt:
     def usable_tokens(self) -> dict[int, str]:
         """Return the ids that prompts and answers can contain, with their tokens.
 
-        These are the tokens of texts, and the control tokens that the template writes. Other control tokens never
-        occur, because they are not parsed in data.
+        These are all text tokens, and the control tokens that the template writes. Other control tokens never occur,
+        because their names in data are encoded as ordinary text.
         """
         backend = self._tokenizer.backend_tokenizer
         text_tokens = backend.get_vocab(with_added_tokens=False)
@@ -293,9 +293,9 @@ class Prompt:
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         if normalizer is None:
             return 1.0
-        # No other character expands more: its 3 bytes become 18 characters in the Unicode forms NFKC and NFKD.
-        longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
-        return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
+        # This character expands more than any other: NFKC and NFKD turn its 3 bytes into 33.
+        character = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
+        return max(1.0, len(normalizer.normalize_str(character).encode()) / len(character.encode()))
 
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""
@@ -345,8 +345,8 @@ class Prompt:
     def token_texts(self) -> list[bytes]:
         """Return the text of every token of the vocabulary, as UTF-8 bytes; empty for special tokens.
 
-        The index is the token id. A token may be a part of a character, so its text may be invalid UTF-8. The
-        joined texts of all tokens of an answer are the answer.
+        The index is the token id. A token may be a part of a character, so its text may be invalid UTF-8.
+        Joining the texts of all tokens of an answer gives the answer.
         """
         if self._token_texts is None:
             # Decode each token after an "x", because decoders treat the first token differently (for example,
@@ -513,7 +513,7 @@ class Prompt:
         if not parts or not isinstance(parts[-1], int):
             return lead
         # Encode an "x" after the anchor, and drop the anchor's id. If the tokenizer has added a space, the ids
-        # differ from those of the encoder that never adds one.
+        # differ from the ids of the encoder that never adds one.
         ids = self._anchored_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
         if ids == self._no_prefix_space_encoder.encode(f"{lead}x").ids:
             return lead

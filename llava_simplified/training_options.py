@@ -240,7 +240,7 @@ class DataArguments:
         default=0.01,
         metadata={
             "help": "Maximum share of records that cannot be used, because they are malformed or their prompt is longer "
-            "than --model_max_length; they are set aside before the first step. Above it, training does not start"
+            "than --model_max_length; they are left out before the first step. Above it, training does not start"
         },
     )
 
@@ -666,7 +666,7 @@ def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Other options of transformers.TrainingArguments")
     inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
     for action in inherited._actions:
-        # Skip options that the parser has already.
-        shown = [name for name in action.option_strings if name in parser._option_string_actions]
-        if not shown and action.dest not in INHERITED:
+        # Skip options that the parser has already, and those of `INHERITED`, which another function adds.
+        known = [name for name in action.option_strings if name in parser._option_string_actions]
+        if not known and action.dest not in INHERITED:
             group._add_action(action)

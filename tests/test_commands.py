@@ -240,7 +240,7 @@ for name, command in COMMANDS.items():
 
 @pytest.mark.medium
 def test_importing_the_package_prints_nothing() -> None:
-    """This must also hold if bitsandbytes is installed, which PEFT imports."""
+    """If bitsandbytes is installed, PEFT imports it; this must not print anything either."""
     code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     environment.pop("TRANSFORMERS_VERBOSITY", None)

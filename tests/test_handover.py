@@ -366,7 +366,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
 def test_predictions_are_read_as_records(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
-    """This is how a small model is trained on the captions of a large one."""
+    """A small model is trained on the captions of a large one in this way."""
     reader(workshop, workshop.written(writer), tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_atomic_outputs_have_the_permissions_of_new_files(tmp_path: Path, umask:
 def test_checkpoints_have_the_permissions_of_new_files(
     models_folder: Path, data_folder: Path, tmp_path: Path, umask: int
 ) -> None:
-    """This includes intermediate checkpoints, the feature cache, and merged and exported models."""
+    """Also check intermediate checkpoints, the feature cache, and merged and exported models."""
     output = tmp_path / "out"
     values = {
         "model_name_or_path": models_folder / "llama",

@@ -793,7 +793,7 @@ def llava_hf() -> tuple[PreTrainedTokenizerFast, Prompt]:
 def with_template(
     tokenizer: PreTrainedTokenizerFast, template: str, image_token: str
 ) -> tuple[PreTrainedTokenizerFast, Prompt]:
-    """Return a tokenizer, as `llava import` writes it, after saving and loading, and its prompt."""
+    """Save a tokenizer in the same way as `llava import`. Return the tokenizer loaded from there, and its prompt."""
     tokenizer.chat_template = template
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -76,7 +76,7 @@ def test_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) -> Non
 def test_install_hint_of_an_installed_package_names_the_packages(
     wheel: Path, tmp_path: Path
 ) -> None:
-    """The hint must not name `llava-simplified` itself, which is not on any package index before a release."""
+    """Before a release, no package index has `llava-simplified`, so the hint must not name it."""
     code = (
         "from llava_simplified.extras import install_command\n"
         "for name in ('serve', 'all'): print(install_command(name))\n"

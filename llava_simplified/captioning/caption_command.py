@@ -582,7 +582,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # With a server, this process needs no GPU, and must not import torch, which may not be installed.
+    # With a server, this process needs no GPU. It must not import torch, because torch may not be installed.
     if style.endpoint is None:
         _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)
@@ -668,7 +668,7 @@ def _report(counts: CaptionCounts, job: CaptionJob) -> int:
     output = job.output
     if job.sidecars is None:
         logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
-    # `caption_file` logs the failures of a job with sidecar files, whose list is in the folder of the files.
+    # With sidecar files, the list of failures is in their folder, and `caption_file` has already logged its path.
     if counts.failed and job.sidecars is None:
         logger.warning(
             "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",

@@ -266,11 +266,11 @@ class EndpointClient:
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
         if waited > max_wait or (error.retry_after or 0) > max_wait:
-            asked = ""
+            requested = ""
             if error.retry_after:
-                asked = f", and requests a pause of {error.retry_after:g} s"
+                requested = f", and requests a pause of {error.retry_after:g} s"
             raise EndpointError(
-                f"--endpoint {self.endpoint.url}: {error}{asked}; the server was unavailable for {waited:.0f} s. "
+                f"--endpoint {self.endpoint.url}: {error}{requested}; the server was unavailable for {waited:.0f} s. "
                 f"The limit is --max-wait {max_wait:g}, in seconds. Run the same command again to continue the job."
             )
         if error.retry_after is not None:

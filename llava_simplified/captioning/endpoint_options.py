@@ -100,7 +100,9 @@ class EndpointOptions:
         except ValueError as error:
             raise ValueError(f"--extra-body {self.extra_body}: not JSON ({error})") from None
         if not isinstance(extra, dict):
-            raise ValueError(f"--extra-body {self.extra_body}: expected a JSON object")
+            raise ValueError(
+                f'--extra-body {self.extra_body}: expected a JSON object such as {{"top_k": 20}}'
+            )
         own = [name for name in _OWN_FIELDS if name in extra]
         if own:
             raise ValueError(f"--extra-body: the field {own[0]!r} is set by the command itself")
@@ -169,7 +171,7 @@ def _check_url(url: str) -> None:
 
 def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add `--endpoint` and the options that require it."""
-    # Only the defaults of the other fields are used.
+    # `url` and `model` have no default, so pass any text. The help texts below show the defaults of the other fields.
     defaults = EndpointOptions(url="http://127.0.0.1", model="")
     group = parser.add_argument_group(
         "server",
@@ -219,7 +221,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         "--retries",
         type=int,
         default=defaults.retries,
-        help="Number of retries of a record after a server error, a timeout or a broken answer "
+        help="Number of retries of a record after a server error, a timeout, or a response that is cut off or not JSON "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -277,7 +279,7 @@ def parse_endpoint_options(
             "lists the names."
         )
     local = ["model_path", "model_base", "vision_tower", "bits", "quantize", "trust_remote_code"]
-    refuse_changed(local, "has no effect with --endpoint: the server has loaded its model")
+    refuse_changed(local, "has no effect with --endpoint, because the model runs on the server")
     refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
     options = {name: getattr(args, name) for name in names}
     options["stop"] = tuple(args.stop)

@@ -119,7 +119,7 @@ def open_inputs(
         source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these,
             or several of them; or a file of records.
         image_folder: Image folder; only for records.
-        instructions: Instructions about every image; not for records, which contain instructions.
+        instructions: Instructions about every image. Empty for records, because each record has its own.
 
     Raises:
         ValueError: The source does not exist or contains no image, or instructions were given with
@@ -140,7 +140,7 @@ def open_inputs(
                 f"--instruction: the records of {source} already contain instructions; "
                 "remove the option."
             )
-        # Accept records without responses, since this command generates them. Rows that are not records are set aside
+        # Accept records without responses, since this command generates them. Rows that are not records are left out
         # during the job, so any share of them is accepted here, unless all rows are bad.
         return open_data(
             source,
@@ -182,7 +182,7 @@ def _find_some_images(source: str) -> FoundImages:
     counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
     if not found.names:
         if not counts and not Path(source).exists() and not any(mark in source for mark in "*?["):
-            raise ValueError(f"{source}: no such file or folder")
+            raise ValueError(f"{source}: no such file or folder. Check the path.")
         others = f", only other files ({counts})" if counts else ""
         raise ValueError(
             f"{source}: no images found{others}; pass an image, a folder of images, a .tar shard, a glob pattern, or a "

@@ -59,7 +59,9 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
         check_fields(text, IMAGE_FIELDS, where)
         prompts.append(WeightedPrompt(weight, text))
     if not any(prompt.weight for prompt in prompts):
-        raise ValueError(f"--prompt-file {path}: the file contains no prompt with a weight above 0")
+        raise ValueError(
+            f"--prompt-file {path}: expected at least one prompt with a weight above 0. A prompt without a weight has the weight 1."
+        )
     return tuple(prompts)
 
 
@@ -74,7 +76,7 @@ def read_text_lines(path: str | Path, option: str) -> list[str]:
         ValueError: The file cannot be read, is too large, or is not UTF-8.
     """
     try:
-        # Do not use `splitlines`, which also splits at other Unicode separators: these may occur within a text.
+        # Do not use `splitlines`. It also splits at other Unicode separators, which may occur within a text.
         text = read_small_file(Path(path)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None

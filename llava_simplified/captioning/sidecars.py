@@ -138,7 +138,7 @@ def join_texts(existing: str, caption: str, options: SidecarOptions, newline: st
 
 
 def _join_neatly(body: str, separator: str, caption: str) -> str:
-    """Return separator and caption, to append to a body. A comma that the body already ends with is not repeated."""
+    """Return a separator and a caption, to append to a body. If the body ends with a comma, do not add a second one."""
     visible = separator.rstrip()
     if visible and body.endswith(visible):
         separator = separator[len(visible) :]
@@ -375,7 +375,10 @@ def _comparable(path: Path) -> str:
 
 
 def folder_problem(folder: Path) -> str:
-    """Return why no file can be created in a folder, which may not exist yet; empty if files can be created."""
+    """Return the reason why no file can be created in a folder, or "" if there is none.
+
+    The folder itself may not exist yet.
+    """
     # Check the nearest parent folder that exists.
     existing = folder
     while not existing.exists() and existing != existing.parent:

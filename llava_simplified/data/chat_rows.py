@@ -97,7 +97,9 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
     if row.get("messages") is not None:
         key = "messages"
     if not isinstance(row[key], list) or not row[key]:
-        raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
+        raise ValueError(
+            f"{where}: {key!r} must be a non-empty list of turns, got {shorten(row[key])}"
+        )
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
             raise ValueError(
@@ -166,7 +168,7 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
 
 
 def _kind_of(part: Mapping[str, Any]) -> str:
-    """Return the type of a part that does not name it: {"image": "0.jpg"}, {"text": "What?"}."""
+    """Return the type of a part without a key "type", such as {"text": "What?"}: its first known key, or ""."""
     for key in ("text", *_IMAGE_PARTS):
         if part.get(key) is not None:
             return key

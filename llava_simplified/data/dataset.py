@@ -290,7 +290,7 @@ def load_record_images(
     return torch.stack(images)
 
 
-def set_bad_records_aside(
+def drop_bad_records(
     records: Records,
     max_bad_records: float,
     prompt: Prompt | None = None,

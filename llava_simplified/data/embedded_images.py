@@ -102,7 +102,7 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of the columns that contain no bytes, which would be images, hashes or embeddings."""
+    """Return the names of the columns without binary data. Binary columns contain images, hashes or embeddings."""
     column = find_image_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
     # Exclude the column of images by its name too: if no image is embedded, its type contains no "binary".

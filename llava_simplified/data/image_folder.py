@@ -190,7 +190,10 @@ def _names_in(folder: Path) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=16)
 def _cached_names_in(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
-    """List a folder; see `_names_in`. A changed folder has another time of modification, which misses the cache."""
+    """List a folder; see `_names_in`.
+
+    The time of modification is only a part of the cache key: a changed folder has a new time, and is listed again.
+    """
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, start=1):

@@ -255,7 +255,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     def decode(file: bytes) -> np.ndarray:
         return _decode_pixels(_open_image(file, max_pixels), file)
 
-    return _without_metadata_if_needed(decode, data)
+    return _decode_or_retry_without_metadata(decode, data)
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -285,7 +285,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
         # Return the file with its metadata, even if they were removed for the check.
         return EncodedImage(data, suffix, width, height)
 
-    return _without_metadata_if_needed(check, data)
+    return _decode_or_retry_without_metadata(check, data)
 
 
 def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -314,7 +314,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
             )
         return _encode_resized(image, file, width, height)
 
-    return _without_metadata_if_needed(shrink, data)
+    return _decode_or_retry_without_metadata(shrink, data)
 
 
 def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -344,7 +344,7 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
         width, height = (max(1, round(length * scale)) for length in image.size)
         return _encode_resized(image, file, width, height)
 
-    return _without_metadata_if_needed(encode, data)
+    return _decode_or_retry_without_metadata(encode, data)
 
 
 def _is_plain(image: Image.Image) -> bool:
@@ -397,7 +397,7 @@ def read_image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int
     def read_size(file: bytes) -> tuple[int, int]:
         return _open_image(file, max_pixels).size
 
-    return _without_metadata_if_needed(read_size, data)
+    return _decode_or_retry_without_metadata(read_size, data)
 
 
 def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
@@ -414,7 +414,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
         with _decoder_errors(image.format):
             return int(getattr(image, "n_frames", 1))
 
-    return _without_metadata_if_needed(count, data)
+    return _decode_or_retry_without_metadata(count, data)
 
 
 # ---- errors of decoders ----
@@ -442,8 +442,8 @@ def _decoder_errors(what: str | None) -> Iterator[None]:
             raise ImageError("truncated" if is_truncated else "corrupt", message) from error
 
 
-def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) -> Result:
-    """Decode a file; if that fails, and may have failed for its metadata, decode a copy without them."""
+def _decode_or_retry_without_metadata(decode: Callable[[bytes], Result], data: bytes) -> Result:
+    """Decode a file. If this fails, possibly because of damaged metadata, try again with a copy that has none."""
     try:
         return decode(data)
     except ImageError as error:
@@ -500,7 +500,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     if is_rle and image.width * (image.height + _RLE_MAX_ROWS) > MAX_RLE_PIXELS:
         raise ImageError(
             "too_large",
-            f"the BMP has {image.width}x{image.height} pixels as run lengths; the limit is {MAX_RLE_PIXELS}",
+            f"the run-length encoded BMP has {image.width}x{image.height} pixels; the limit is {MAX_RLE_PIXELS}",
         )
     return image
 

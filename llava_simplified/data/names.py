@@ -181,7 +181,7 @@ def match_name(name: str, candidates: Iterable[str]) -> NameMatch | None:
 
 
 def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
-    """Match many names, each with a different name.
+    """Match several names, each with a different name of an index.
 
     Args:
         names: The names. Equal names are the same image.

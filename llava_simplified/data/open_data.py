@@ -37,7 +37,7 @@ def open_data(
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
         require_responses: Every record must have a response, as training needs them.
-        max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
+        max_bad_records: Maximum share of the checked rows that may be invalid. The caller must skip these rows.
 
     Returns:
         The records, and the image folder.
@@ -49,11 +49,13 @@ def open_data(
     """
     records = open_records(path, require_responses, max_bad_records)
     if not len(records):
-        raise ValueError(f"{path}: no records in this file")
+        raise ValueError(f"{path}: the file contains no records. Pass another file.")
     if not folder:
         folder = str(find_records(Path(path)).parent)
     if not Path(folder).is_dir():
-        raise ValueError(f"{option} {folder}: no such folder")
+        raise ValueError(
+            f"{option} {folder}: no such folder. Pass the folder that contains the images."
+        )
 
     first_error: ImageError | None = None
     matches = NameMatches()
@@ -67,8 +69,8 @@ def open_data(
             return records, folder
     if first_error is not None:
         raise ValueError(
-            f"{option} {folder}: none of the first images can be read; "
-            f"the first error: {first_error}"
+            f"{option} {folder}: none of the first images can be read. Pass the folder that the image paths of the records "
+            f"are relative to. First error: {first_error}"
         )
     return records, folder  # the first records have no images
 

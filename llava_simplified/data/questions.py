@@ -50,7 +50,7 @@ def parse_questions(value: Any, where: str) -> tuple[Question, ...]:
 
 
 def _parse_question(value: Any, where: str) -> Question:
-    # A value that is not an object has none of the keys, which the first check reports.
+    # Treat a value that is not an object like an empty one: the first check reports the missing keys.
     fields = value if isinstance(value, dict) else {}
     text: Any = fields.get("question")
     options: Any = fields.get("options")

@@ -232,7 +232,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
         single = row.get("response")
         if single and isinstance(responses, list) and single not in responses:
             raise ValueError(
-                f"{where}: 'response' is none of the 'responses'; remove one of the two keys"
+                f"{where}: 'response' does not occur in 'responses'; remove one of the two keys"
             )
     elif "response" in row:
         responses = [row["response"]]
@@ -260,7 +260,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
+            f"{where}: 'conversations' must be a non-empty list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
     # Check the order of the roles: an optional system turn, then user and assistant alternating.
@@ -443,7 +443,7 @@ class BadRecords:
         if not log:
             return
         logger.warning(
-            "%s of %s records cannot be used and are set aside: %s",
+            "%s of %s records cannot be used and are left out: %s",
             f"{count:,}",
             f"{self.total:,}",
             shown,

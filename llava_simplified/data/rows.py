@@ -264,7 +264,8 @@ def scan_json(
         )
     if scanner.peek():
         raise ValueError(
-            f"{name}: unexpected text after the end of the JSON, at byte {scanner.file_position}"
+            f"{name}: unexpected text after the end of the JSON, at byte {scanner.file_position}. If every line is a JSON "
+            "object, name the file .jsonl."
         )
 
 

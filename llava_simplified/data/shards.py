@@ -195,7 +195,9 @@ class _HeaderFile(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         """Read at most `size` bytes."""
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"an extended header of {size} bytes")
+            raise tarfile.ReadError(
+                f"expected an extended header of at most {_MAX_HEADER_BYTES} bytes, got {size}"
+            )
         return super().read(size) or b""
 
 
@@ -378,7 +380,9 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         data = read_at(file, size, offset)
     if len(data) != size:
-        raise ValueError(f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}")
+        raise ValueError(
+            f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}. Copy or download the file again."
+        )
     return data
 
 

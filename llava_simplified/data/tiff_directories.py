@@ -50,7 +50,7 @@ class DirectoryError(ValueError):
 
 
 def limit_directories() -> None:
-    """Let Pillow check each directory before it reads the values. May be called several times."""
+    """Patch Pillow so that it checks each directory before it reads the values. Repeated calls have no effect."""
     load: Any = ImageFileDirectory_v2.load
     if hasattr(load, "__wrapped__"):
         return

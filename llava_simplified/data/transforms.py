@@ -81,7 +81,7 @@ class ImageTransform:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # Not in the repr, which version 0.1.0 hashes to find the unfinished work of `llava clean`.
+    # Leave this field out of the repr. `llava clean` of version 0.1.0 hashes the repr to find its unfinished work.
     pad_color: tuple[int, int, int] | None = field(default=None, repr=False)
 
     @classmethod
@@ -127,8 +127,8 @@ class ImageTransform:
         """Return the transform that computes what an image processor of Transformers does."""
         if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
-                f"{name_or_path}: image processors that do not rescale and normalize are not "
-                "supported"
+                f"{name_or_path}: the image processor does not rescale or normalize images, which is not supported. "
+                "Choose another vision tower."
             )
         resize, crop = _resize_and_crop(processor, name_or_path)
         # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255. Fold a factor
@@ -359,7 +359,7 @@ def _check_padding(
     if not processor_pads_to_square(processor):
         raise ValueError(
             f"{name_or_path}: the image processor {type(processor).__name__} adds borders (do_pad) in a way that is not "
-            "supported"
+            "supported. Choose another vision tower."
         )
     if image_aspect_ratio != "pad":
         raise ValueError(

@@ -123,7 +123,7 @@ def _check_media(key: str, value: object, where: str, *, has_images: bool) -> No
         return  # a score or a flag
     if _OTHER_MEDIA_KEY.fullmatch(key):
         raise ValueError(
-            f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
+            f"{where}: the key {key!r} contains {value!r:.80}, but only images are supported; "
             "remove the key or the record"
         )
     if has_images:
@@ -136,7 +136,7 @@ def _check_media(key: str, value: object, where: str, *, has_images: bool) -> No
         )
     if any(isinstance(name, str) and _OTHER_MEDIA_FILE.search(name) for name in names):
         raise ValueError(
-            f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
+            f"{where}: the key {key!r} contains {value!r:.80}, but only images are supported; "
             "remove the key or the record"
         )
 

@@ -112,17 +112,17 @@ class Demo:
         """
         # The download is step 0, and has already finished.
         steps = [DOWNLOAD, *commands]
-        finished = FinishedSteps(self.output / "finished_steps.json")
+        history = FinishedSteps(self.output / "finished_steps.json")
         for index, step in enumerate(commands, 1):
-            if finished.contains(index, step.argv):
+            if history.contains(index, step.argv):
                 self._announce(index, step, len(steps))
                 self.terminal.print("  already done")
-                # Every step has an entry, because `_write_report` finds them by the number of the step.
+                # A skipped step needs a duration too, because `_write_report` looks durations up by step number.
                 self.durations.append(0.0)
                 continue
-            argv = [*step.argv, *self._prepare_run(step, finished.started)]
+            argv = [*step.argv, *self._prepare_run(step, history.started)]
             # Record the command before it runs: if it is interrupted, the next demo with the same arguments resumes it.
-            finished.start(index, step.argv)
+            history.start(index, step.argv)
             self._announce(index, step, len(steps))
             self.terminal.print(f"$ llava {_shell_command(argv)}")
             watcher = Watcher(self, steps, index, assets.images)
@@ -131,7 +131,7 @@ class Demo:
             if status:
                 self._describe_failure(step, status)
                 return status
-            finished.add(index, step.argv)
+            history.add(index, step.argv)
             self._delete_checkpoints(step)
             self._finish(watcher)
         return 0
@@ -299,8 +299,8 @@ class Watcher:
             self._expected = elapsed / fraction
             self._fraction = fraction
         expected = self._expected
-        # The ratio of the measured durations to the planned ones is the speed of this machine. Leave out the download
-        # (step 0), which depends on the network.
+        # Measured divided by planned duration says how many times slower this machine is than planned. Leave out the
+        # download (step 0), which depends on the network; during it, the ratio is 1.
         measured = sum(self.demo.durations[1:]) + expected
         planned = sum(step.seconds for step in self.steps[1 : self.index + 1]) or expected
         later = sum(step.seconds for step in self.steps[self.index + 1 :])

@@ -167,8 +167,8 @@ def _choose_decodings(chosen: Sequence[str] | None, endpoint: EndpointOptions | 
 def _choose_instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> str:
     """Return the instruction for every image.
 
-    It is `--instruction`, or else the one that the checkpoint was trained with. An endpoint does not tell which
-    instruction its model was trained with, so it gets the default instruction.
+    Without `--instruction`, this is the instruction that the checkpoint was trained with. For the model of an endpoint,
+    that instruction is not known, so the default instruction is used.
     """
     if args.instruction:
         return str(args.instruction)

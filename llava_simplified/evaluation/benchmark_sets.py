@@ -281,7 +281,7 @@ def _read_entries(path: Path, source: _Source, split: str) -> list[_Entry]:
             "file again."
         ) from None
     if not entries:
-        raise ValueError(f"{path} has no images of the split {split!r}.")
+        raise ValueError(f"{path} has no images of the split {split!r}. Download the file again.")
     return entries
 
 

@@ -153,18 +153,19 @@ def chair_metrics(
         Metric(
             names=("CHAIRi",),
             statistics=counts,
-            finish=_share_of_mentions,
+            finish=_hallucinated_share,
             lower_is_better=True,
         ),
     ]
 
 
-def _share_of_mentions(sums: np.ndarray, num_images: int) -> np.ndarray:
+def _hallucinated_share(sums: np.ndarray, num_images: int) -> np.ndarray:
     """Return hallucinated / mentioned; 0 if nothing is mentioned.
 
     Args:
         sums: Numbers of hallucinated and of all mentions, (..., 2).
-        num_images: Not used, because CHAIRi is a mean over mentions.
+        num_images: Unused. Every `finish` function receives it, but CHAIRi divides by the number of mentions, not of
+            images.
     """
     hallucinated = sums[..., :1]
     mentioned = sums[..., 1:]
@@ -178,12 +179,11 @@ def read_instances(paths: Sequence[Path]) -> References:
     """Read COCO instance annotations, such as instances_val2014.json.
 
     Args:
-        paths: Files of `{"images", "annotations", "categories"}`. Karpathy's splits need two files: those of train2014
-            and val2014.
+        paths: Files of `{"images", "annotations", "categories"}`. Karpathy's splits need two files,
+            for train2014 and val2014.
 
     Returns:
-        The categories of each image. They take the place of the captions in `References`, which finds them by the
-        image's name.
+        The categories of each image. `References` stores them in place of captions, and finds them by the image's name.
 
     Raises:
         ValueError: A file cannot be read, has another form, or has a category that is not one of COCO's 80.

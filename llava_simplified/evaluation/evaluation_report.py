@@ -197,7 +197,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
     aligned = []
     for run in runs:
-        # Use -1 for an image that is not in the first run, which makes the comparison below fail.
+        # An image that is missing in the first run gets -1. The comparison below then fails.
         samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
         if list(map(_image_key, samples)) != list(order):
             raise ValueError(
@@ -217,7 +217,7 @@ def _image_key(sample: Sample) -> tuple[str, str]:
 
 
 def format_score(name: str, value: float) -> str:
-    """Return a score as text: those of `PERCENT_METRICS` in percent, others with three decimals."""
+    """Return a score as text: in percent for `PERCENT_METRICS`, with three decimals for all other metrics."""
     if name in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"
@@ -307,7 +307,7 @@ class ScoreRow:
 
 
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
-    """Return a row for each metric, whose cells have a common axis."""
+    """Return a row for each metric. All cells of a row have the same axis, so that their bars can be compared."""
     rows = []
     for name in METRIC_NAMES:
         # The axis begins at 0, and ends slightly after the largest score or interval of all runs.
@@ -684,7 +684,7 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
         cider_points = curves.pop("CIDEr-D")
         reward_points = curves.pop("reward")
         if reward_points:
-            # In reinforcement learning, the loss is not a cross-entropy, which the unit of the chart below claims.
+            # The chart below gives the loss as a cross-entropy. In reinforcement learning, it is none: leave it out.
             del curves["training"]
             reward = {"reward": reward_points}
             charts.append(line_chart("Reward during training", "of sampled captions", reward))

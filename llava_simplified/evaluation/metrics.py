@@ -201,8 +201,8 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         if len(sample.captions) != len(first.captions):
             raise ValueError(
                 f"{where} has {len(sample.captions)} captions, but {first.image!r} has "
-                f"{len(first.captions)}. Each image needs one row per trial; check that "
-                "`llava predict` has finished."
+                f"{len(first.captions)}. All images need the same number of captions, as set by --trials of "
+                "`llava predict`; check that it has finished, and run it again if not."
             )
 
 

@@ -251,7 +251,7 @@ def _bleu_scores(sums: np.ndarray, num_images: int) -> np.ndarray:
 
     Args:
         sums: The columns of `_bleu_statistics`, summed over images: an array (..., 10).
-        num_images: Not used, since BLEU is not a mean over images.
+        num_images: Unused. Every `finish` function receives it, but BLEU is not a mean over images.
     """
     correct = sums[..., :MAX_ORDER]
     total = sums[..., MAX_ORDER : 2 * MAX_ORDER]

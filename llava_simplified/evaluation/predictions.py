@@ -104,8 +104,8 @@ class _Reader:
             # Trials of one image are scored together, against the same references.
             if previous.references != row_references:
                 raise ValueError(
-                    f"{where}: its references differ from those in an earlier row of index "
-                    f"{row.index}, image {row.image!r}."
+                    f"{where}: the references differ from the references in an earlier row of index "
+                    f"{row.index}, image {row.image!r}. All rows of an image need the same references."
                 )
             captions = (*previous.captions, row.caption)
         self.samples[key] = Sample(
@@ -262,7 +262,7 @@ class _Reader:
         if by_suffix:
             result.notes.append(
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
-                f"for example those of {by_suffix[0]!r}"
+                f"for example the references of {by_suffix[0]!r}"
             )
         # References without a prediction are not an error: `llava caption --limit` captions only some images.
         unused = references.unused(used)

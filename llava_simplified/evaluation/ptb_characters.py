@@ -58,7 +58,7 @@ LETTERS = _character_class("""
     FD50-FD8F FD92-FDC7 FDF0-FDFB FE70-FE74 FE76-FEFC FF21-FF3A FF41-FF5A FF66-FFBE FFC2-FFC7
     FFCA-FFCF FFD2-FFD7 FFDA-FFDC
 """)
-"""The letters, `[:letter:]` in the original: those of Unicode 6, without letter numbers and circled letters."""
+"""The letters, `[:letter:]` in the original: the letters of Unicode 6, without letter numbers and circled letters."""
 
 WORD_MARKS = _character_class("""
     00AD 02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487

@@ -176,7 +176,7 @@ def _name_rules() -> list[str]:
         rf"([A-Za-z])\.{_SPACE}+(?:{SENTENCE_STARTERS}|{tag}){_SPACE}",
         rf"((?i:{BEFORE_NUMBERS})\.){_SPACE}?{_DIGIT}",
         rf"((?i:pt[ey]|co)\.){_SPACE}(?i:ltd|lim)",
-        # The lookahead of up to two characters makes the match longer than those of rules that drop the full stop.
+        # The lookahead of up to two characters makes this match longer than a match of the rules that drop the full stop.
         rf"((?:{company})\.)(?:.|\n)?(?:.|\n)?",
         rf"((?:(?i:{TITLES})|M(?i:iss)|[A-Za-z])\.)",
         rf"((?:{initials})\.)",

@@ -62,7 +62,7 @@ _REPLACEMENTS = {
 for _dash in ("–", "—", "―", "\x96", "\x97", "---", "----", "&md;", "&mdash;", "&ndash;"):
     _REPLACEMENTS[_dash] = "--"
 
-# Typographic quotation marks; \x91 to \x94 are those of Windows-1252.
+# Typographic quotation marks; \x91 to \x94 are their codes in Windows-1252.
 _QUOTES = str.maketrans(
     {
         "\x91": "`",

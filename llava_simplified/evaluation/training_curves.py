@@ -44,6 +44,7 @@ def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
             is_last = number == len(lines)
             if not is_last:
                 raise ValueError(
-                    f"{path} line {number}: this is not a row of a training log ({error!r})."
+                    f"{path} line {number}: this is not a row of a training log ({error!r}). Pass the "
+                    "trainer_log.jsonl of a run, or remove the line."
                 ) from None
     return {name: sorted(points.items()) for name, points in curves.items()}

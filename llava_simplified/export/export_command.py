@@ -62,13 +62,15 @@ def export_main(argv: list[str] | None = None) -> int:
     args = build_export_parser().parse_args(argv)
     # Check this option before the conversion, which takes minutes.
     if args.scores and not args.scores.is_file():
-        raise ValueError(f"--scores {args.scores}: no such file")
+        raise ValueError(
+            f"--scores {args.scores}: no such file. Pass the scores.json of `llava evaluate`."
+        )
     from llava_simplified.export.model_card import write_model_card
 
     # Write the card after the export is complete, so that an error in the card does not undo it.
     result = _export(args)
     write_model_card(args.checkpoint, args.output, args.format, args.scores)
-    print_text(f"{args.output}: exported, loaded again and compared: {result}")
+    print_text(f"{args.output}: exported, loaded again and compared with the checkpoint ({result})")
     return 0
 
 

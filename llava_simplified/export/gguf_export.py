@@ -134,7 +134,7 @@ def _check_template(model: Llava) -> None:
     if token is not None:
         raise ValueError(
             f"--format gguf: llama.cpp places images in the text of a message, but the chat template of this "
-            f"model writes {token} itself. Use --format hf. If its prompts are those of the template plain, as "
+            f"model writes {token} itself. Use --format hf. If its prompts have the form of the template plain, as "
             "in LLaVA 1.5, import it again with --template plain."
         )
 

@@ -211,7 +211,7 @@ def _pre_tokenizer_name(steps: Sequence[dict[str, Any]]) -> str:
 
 
 def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer: none, one, or those of a sequence.
+    """Return the steps of a normalizer or pre-tokenizer: none, one, or all steps of a sequence.
 
     Args:
         step: Entry of tokenizer.json.

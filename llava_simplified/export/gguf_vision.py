@@ -81,7 +81,7 @@ def describe_padding(transform: ImageTransform) -> str:
         )
     if transform.pad_color != LLAMA_CPP_PAD_COLOR:
         return (
-            f"llama.cpp makes images square with borders of the color {LLAMA_CPP_PAD_COLOR}, but those of "
+            f"llama.cpp makes images square with borders of the color {LLAMA_CPP_PAD_COLOR}, but the borders of "
             f"this model have the mean color of its vision tower, {transform.pad_color}."
         )
     return ""
@@ -140,7 +140,7 @@ def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
     import gguf
 
     num_blocks = _num_blocks(tower)
-    # The map has no names for the blocks above the selected layer, whose weights are skipped below.
+    # The map has no names for the blocks above the selected layer. Their weights are skipped below.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, num_blocks)
     weights: dict[str, torch.Tensor] = {}
     for name, weight in tower.model.state_dict().items():

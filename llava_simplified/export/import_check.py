@@ -45,7 +45,9 @@ def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
     if folder is None:
         return [_generate_image(*size) for size in _GENERATED_SIZES], "generated images"
     if not folder.is_dir():
-        raise ValueError(f"--check-images {folder}: no such folder")
+        raise ValueError(
+            f"--check-images {folder}: no such folder. Pass a folder of images, or leave out the option."
+        )
     images: list[np.ndarray] = []
     for path in sorted(folder.iterdir()):
         if len(images) == _MAX_IMAGES or not path.is_file():
@@ -110,7 +112,7 @@ def _compute_references(
 ) -> tuple[list[Reference], str | None, ImageTransform]:
     """Return a checkpoint's outputs for each image, the template to compare with, and its transform.
 
-    The template is None if the checkpoint has that of the source. Otherwise, the source is run
+    The template is None if the checkpoint has the same template as the source. Otherwise, the source is run
     with the template of the checkpoint.
     """
     model = Llava.from_pretrained(checkpoint, device="cpu")

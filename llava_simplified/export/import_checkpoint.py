@@ -263,7 +263,9 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             value = part.get(name) if isinstance(part, dict) else None
             if value is not None and not isinstance(value, types):
                 expected = " or ".join(kind.__name__ for kind in types)
-                raise ValueError(f"{path}: {name}: expected {expected}, found {shorten(value)}")
+                raise ValueError(
+                    f"{path}: {name}: expected {expected}, found {shorten(value)}. Copy or download the checkpoint again."
+                )
 
 
 def read_source(path: Path) -> SourceCheckpoint:

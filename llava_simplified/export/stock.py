@@ -292,13 +292,13 @@ def _check_parts_have_a_stock_form(model: Llava) -> None:
     lm_head = language_model.get_output_embeddings()
     if isinstance(lm_head, nn.Linear) and lm_head.bias is not None:
         raise ValueError(
-            "In LLaVA in Transformers, lm_head has no bias, but that of "
+            "LLaVA in Transformers has no bias in lm_head, but the lm_head of "
             f"{type(language_model).__name__} has one. Train with a different --model_name_or_path."
         )
 
 
 def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector:
-    """Convert a projector to that of stock LLaVA, with `hidden_size` features between its two layers.
+    """Convert a projector to the projector of stock LLaVA, with `hidden_size` features between its two layers.
 
     A projector with two layers remains unchanged. A single linear layer W is converted to two layers,
     exactly:

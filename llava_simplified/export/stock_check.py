@@ -190,8 +190,8 @@ def compare_with_references(
         images: RGB images (height, width, 3), uint8.
         references: The outputs of the checkpoint for each image.
         image_kind: Kind of the images, for the result.
-        chat_template: Jinja template to use instead of that of the folder.
-        image_processor: Image processor to use instead of that of the folder.
+        chat_template: Jinja template that replaces the template in the folder.
+        image_processor: Image processor that replaces the one in the folder.
 
     Raises:
         ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's, or the folder's
@@ -326,7 +326,7 @@ def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None
     if levels > MAX_GRAY_LEVELS:
         raise ValueError(
             f"The pixel values of Transformers' LlavaProcessor differ by up to {levels:.1f} gray levels from "
-            f"the checkpoint's; rounding explains at most 2. {_NOTHING_WRITTEN}"
+            f"the checkpoint's; rounding causes a difference of at most 2. {_NOTHING_WRITTEN}"
         )
 
 

@@ -39,7 +39,7 @@ class SampleView:
     def render(self, record: Record) -> Iterator[Text | Table]:
         """Yield a heading, the tokens of the first example of a record, and its length.
 
-        For a preference pair, this is the chosen answer; the tokens of the rejected answer follow.
+        For a preference pair, the first example has the chosen answer. The tokens of the rejected answer follow.
         """
         input_ids, labels = self._prompt.render(record.turns, record.responses[0], record.id)
         table = _token_table()

@@ -221,7 +221,9 @@ def load_tokenizer(
             raise ValueError(
                 f"{name_or_path}: tokenizer.json is missing; copy it into this folder"
             ) from error
-        raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
+        raise ValueError(
+            f"{name_or_path}: cannot load a tokenizer: {error}. Pass the folder of a language model."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{name_or_path}: the tokenizer has no end-of-sequence token, without which no caption "
@@ -322,4 +324,6 @@ def _load_transformers_config(
         with blame_file(name_or_path):
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"{name_or_path}: cannot read the model's config.json: {error}") from error
+        raise ValueError(
+            f"{name_or_path}: cannot read the model's config.json: {error}. Check its path or name."
+        ) from error

@@ -90,7 +90,7 @@ def save_checkpoint(
         config: Names of the base models, and how they are joined.
         parts: The parts that were trained. Exactly these are written.
         training: Options and progress of the run, stored in `llava.json` for information only.
-        state_dict: The trained weights by name; by default those of `model`. Required if the weights of the
+        state_dict: The trained weights by name; by default the weights of `model`. Required if the weights of the
             model are sharded (ZeRO-3, FSDP): the caller must gather them.
 
     Raises:
@@ -379,15 +379,15 @@ def read_adapter_config(
         folder: The folder of the adapter.
         accept_pattern: Accept a regular expression as `target_modules`. Matching a malicious expression may take
             forever.
-        pissa: The entry "pissa" of `llava.json`: the values of the trained adapter. They replace those of the
-            joined adapter that is in the file (see pissa.py).
+        pissa: The entry "pissa" of `llava.json`: the values of the trained adapter. They replace the
+            values in the file, which are of the joined adapter (see pissa.py).
 
     Raises:
         ValueError: The file is missing or invalid, or requires something that this package does not write.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: {path.name} is missing")
+        raise ValueError(f"{folder}: {path.name} is missing. Copy the checkpoint again.")
     stored = read_json_object(path)
     if stored.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, not {shorten(stored.get('peft_type'))}")
@@ -425,13 +425,19 @@ def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
     # If one of these is missing, PEFT would use its default, and the adapter would compute something else.
     missing = {"r", "lora_alpha", "target_modules"} - set(entries)
     if missing:
-        raise ValueError(f"{path}: the entry {sorted(missing)[0]} is missing")
+        raise ValueError(
+            f"{path}: the entry {sorted(missing)[0]} is missing. Copy the checkpoint again."
+        )
     for name in ("target_modules", "modules_to_save"):
         if not all(isinstance(module, str) for module in entries.get(name) or ()):
-            raise ValueError(f"{path}: {name} must be a list of module names")
+            raise ValueError(
+                f"{path}: {name} must be a list of module names, got {shorten(entries[name])}"
+            )
     for name in ("rank_pattern", "alpha_pattern"):
         if len(entries.get(name, {})) > _MAX_PATTERNS:
-            raise ValueError(f"{path}: {name} has more than {_MAX_PATTERNS} entries")
+            raise ValueError(
+                f"{path}: {name} has {len(entries[name])} entries; at most {_MAX_PATTERNS} are supported"
+            )
         if not all(isinstance(value, (int, float)) for value in entries.get(name, {}).values()):
             raise ValueError(f"{path}: the values of {name} must be numbers")
 
@@ -574,7 +580,7 @@ def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | Non
     _check_same_adapter(folder, current, stored, is_pissa=pissa is not None)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise ValueError(f"{folder}: {path.name} is missing")
+        raise ValueError(f"{folder}: {path.name} is missing. Copy the checkpoint again.")
     with blame_file(path):
         weights = load_file(path)
     expected = get_peft_model_state_dict(model)

@@ -681,7 +681,9 @@ def stream(
         ValueError: `options` request several sequences or beam search.
     """
     if options.num_return_sequences > 1:
-        raise ValueError("num_return_sequences must be 1 when streaming")
+        raise ValueError(
+            f"num_return_sequences must be 1 when streaming, not {options.num_return_sequences}"
+        )
     with eval_mode(model):
         features = None if pixel_values is None else encode_images(model, pixel_values)
         hashes = prompt_hashes([prompt], pixel_values)
@@ -790,7 +792,7 @@ class _NonFiniteGuard(LogitsProcessor):
         self._num_beams = num_beams
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores (rows, vocabulary), with those of failed rows replaced by zeros."""
+        """Return the scores (rows, vocabulary), with zeros in all rows that have failed."""
         # The maximum is NaN if any score is NaN. Single scores of -inf are allowed (excluded tokens).
         is_finite = scores.amax(-1).isfinite()
         if is_finite.all():

@@ -1,4 +1,4 @@
-"""Two additions to the forward of a causal language model.
+"""Two additions to the forward pass of a causal language model.
 
 1. Logits at the trained positions only (`lm_head_at_positions`).
 2. Attention masks for packed rows and for shared prompts (`shared_prefix_mask`, `attention_kwargs`).

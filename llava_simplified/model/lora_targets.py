@@ -129,7 +129,7 @@ def _select_numbers(layers: Sequence[str], numbers: Sequence[int]) -> list[str]:
     """Return the layers in the blocks with these numbers; the layer "layers.3.mlp" is in block 3."""
     blocks: dict[str, int] = {}
     for layer in layers:
-        # Use the first number in the name. A later number may be that of an expert inside the block.
+        # Use the first number in the name. A later number may be the index of an expert inside the block.
         match = re.search(r"(?<=\.)\d+(?=\.)", layer)
         if match:
             blocks[layer] = int(match[0])

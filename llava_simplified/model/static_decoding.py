@@ -143,7 +143,7 @@ def _grouped_attention(language_model: CausalLM) -> Iterator[None]:
 
 
 class _StaticLayer(CacheLayerMixin):
-    """The keys and values of one layer. `update` writes those of the new token into the column `column`."""
+    """The keys and values of one layer. `update` writes the key and value of the new token into `column`."""
 
     is_sliding = False
 

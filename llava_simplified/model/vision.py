@@ -162,7 +162,7 @@ class VisionTower(nn.Module):
 
     @property
     def is_convolutional(self) -> bool:
-        """Whether the model is convolutional and not a vision transformer, which has attention heads."""
+        """Whether the model is a convolutional network. All other models are vision transformers and have attention heads."""
         return not hasattr(self.model.config, "num_attention_heads")
 
     def train(self, mode: bool = True) -> VisionTower:

@@ -199,10 +199,13 @@ def _read_texts(
 
 
 def _row_of_texts(texts: dict[str, str]) -> dict[str, Any] | None:
-    """Return the row of a sample, or None if its only text is not a JSON object.
+    """Return the row of a sample, or None if its .json member is the only text and is not a JSON object.
 
-    The .json member is preferred if it has a list of captions, as in our own shards. Their .txt has one caption per
-    line, but captions may contain line breaks.
+    The row is the caption in the first text, except that a .json member with a list of captions takes precedence, as in
+    our own shards: their .txt has one caption per line, but captions may contain line breaks.
+
+    Args:
+        texts: The result of `_read_texts`: suffix -> text, preferred suffix first. Not empty.
     """
     # `row` is None for a sample without a .json member, since an empty text is not JSON.
     row = parse_object(texts.get("json", ""))

@@ -116,7 +116,7 @@ def validate_record(
         row: The record as JSON.
         where: The file and row, for messages.
         folder: The image folder.
-        transform: The transform of the vision tower; None checks only that the images can be decoded.
+        transform: The transform of the vision tower; if None, check only that the images can be decoded.
         rules: Requirements on images and captions.
         matches: Remembers the image names that were matched by a rule, and rejects two names that lead to one file.
     """
@@ -309,6 +309,7 @@ def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.
     Returns:
         (n,) int64 row numbers, and (n, bytes) uint8 hashes.
     """
+    # In the stored files, the column of perceptual hashes is called "look".
     column = "look" if perceptual else "digest"
     width = PERCEPTUAL_BYTES if perceptual else DIGEST_BYTES
     # Start with empty arrays, because `np.concatenate` needs at least one.
@@ -351,7 +352,7 @@ def clean(
     Args:
         source: A file of records, or the folder of a download.
         output: Output file: `.json`, `.jsonl` or `.parquet`.
-        image_folder: The image folder; by default that of `source`.
+        image_folder: The image folder; by default the folder of `source`.
         vision_tower: A model whose transform every image must pass; empty for none.
         image_aspect_ratio: "crop" or "pad", as in training, for this transform.
         rules: Requirements on images and captions.
@@ -380,7 +381,9 @@ def clean(
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():
-        raise ValueError(f"--image-folder {folder}: no such folder")
+        raise ValueError(
+            f"--image-folder {folder}: no such folder. Pass the folder that contains the images."
+        )
     transform = None
     if vision_tower:
         transform = ImageTransform.from_pretrained(vision_tower, image_aspect_ratio)
@@ -390,7 +393,7 @@ def clean(
         lock_name = f".{output.name}-{shards.replace('/', '-of-')}.lock"
     with exclusive_lock(output.with_name(lock_name), output):
         work = _work_folder(rows, output, folder, transform, rules)
-        # Make the chunks of the whole file, then select those of the slice: a last call without
+        # Make the chunks of the whole file, then select the chunks of the slice: a last call without
         # --shards has to find the results of all slices.
         chunks = _make_chunks(source, len(rows), folder, transform, rules, work)
         selected = [chunks[index] for index in parse_slice(shards, len(chunks))]

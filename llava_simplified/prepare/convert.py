@@ -45,7 +45,7 @@ _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # on any system: /a.jpg, \
 def image_identity(row: SourceRow) -> str:
     """Return the key by which rows of one image are grouped: its name, or its URL if it has no name.
 
-    The name comes first, because the URL may be that of a web page with several images.
+    The name comes first, because the URL may lead to a web page with several images.
     """
     name = row.image or row.url
     # Normalize the path, so that "a.jpg" and "./a.jpg" are one image. The test before it is cheap, and false for
@@ -318,7 +318,9 @@ def convert(
         ValueError: An argument is wrong, or the source contains no usable record.
     """
     if image_folder is not None and not image_folder.is_dir():
-        raise ValueError(f"--image-folder {image_folder}: no such folder")
+        raise ValueError(
+            f"--image-folder {image_folder}: no such folder. Pass the folder that contains the images."
+        )
     instructions = _read_instructions(instruction)
     shares: dict[str, float] = {}
     if split not in ("", "source"):

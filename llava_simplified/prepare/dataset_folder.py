@@ -17,7 +17,7 @@ _STATE_FILE = "state.json"
 
 
 def dataset_folder(folder: Path) -> Path:
-    """Return the folder of a data set: the folder itself, or that of its only split.
+    """Return the folder of a data set: the folder itself, or the subfolder of its only split.
 
     Raises:
         ValueError: The folder contains several splits.
@@ -26,7 +26,9 @@ def dataset_folder(folder: Path) -> Path:
         return folder
     splits = read_json_object(folder / _DICT_FILE).get("splits")
     if not isinstance(splits, list) or not all(_is_name(split) for split in splits):
-        raise ValueError(f"{folder / _DICT_FILE}: 'splits' must be a list of names")
+        raise ValueError(
+            f"{folder / _DICT_FILE}: 'splits' must be a list of names, got {splits!r:.80}"
+        )
     if len(splits) != 1:
         names = ", ".join(str(folder / split) for split in splits)
         raise ValueError(f"{folder}: contains several splits. Pass the folder of one: {names}")
@@ -60,7 +62,9 @@ def dataset_files(folder: Path) -> list[Path]:
             )
         path = folder / str(name)
         if not path.is_file():
-            raise ValueError(f"{folder}: the file {name} of this data set is missing")
+            raise ValueError(
+                f"{folder}: the file {name} of this data set is missing. Copy the folder again."
+            )
         files.append(path)
     return files
 

@@ -107,7 +107,7 @@ def download(
         if files:
             Path(store.root, "images").mkdir(exist_ok=True)
         numbers = parse_slice(shards, plan["shards"])
-        # Exclude shards that an earlier run finished from the rate in the progress line.
+        # The rate in the progress line must not count the shards that an earlier run finished.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
         tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress)
@@ -265,7 +265,7 @@ def _plan_chunks(
         chunk = []
         for index, row in islice(numbered, settings["shard_size"]):
             if not row.captions:
-                kind = "no caption (fetched, but gives no record)"
+                kind = "no caption (the image is downloaded, but no record is written)"
                 issues.note_without_caption(kind, row, row.url)
             chunk.append({"index": index, "url": row.url, "captions": row.captions})
         if not chunk:
@@ -310,7 +310,9 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
     plan = store.settings()
     names = store.manifests()
     if not plan or not names:
-        raise ValueError(f"{output}: contains no finished shard of `llava download`")
+        raise ValueError(
+            f"{output}: contains no finished shard of `llava download`. Run it with this --output first."
+        )
     records = store.work / ("records.json" if plan["files"] else "records.jsonl")
     merged = store.work / "manifest.parquet"
     remove_temporary_files(records)

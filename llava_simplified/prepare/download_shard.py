@@ -187,7 +187,7 @@ class _ShardJob:
             outcomes = {index: row for index, row in recorded.items() if not self._is_retried(row)}
             missing = [row for row in planned if row["index"] not in outcomes]
             writer = None if self.spec.files else ShardWriter(self.tar, end)
-            # This adds the missing rows to `outcomes` as they finish.
+            # Fetch the missing rows. Each one is added to `outcomes` when it finishes.
             with event_loop(self.spec.options.concurrency) as loop:
                 loop.run_until_complete(self._fetch_rows(missing, journal, writer, outcomes))
         # Close the tar before publishing it, because `close` syncs it to the disk.
@@ -276,7 +276,10 @@ def _raise_file_limit(count: int) -> None:
 
 
 def make_outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
-    """Return the columns of the manifest that describe the outcome of a row; file, offset and length are None."""
+    """Return the columns of the manifest that describe the outcome of a row.
+
+    "file" and "offset" are None, because the image is not stored yet.
+    """
     outcome: dict[str, Any] = dict.fromkeys(_OUTCOME_COLUMNS)
     outcome.update(
         index=index,

@@ -228,9 +228,9 @@ class Fetcher:
                         f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {host} timed out",
                     )
                 start = time.monotonic()
-                # `fetch_hosts` keeps the pauses that the host of the URL requests, but not those of other hosts.
+                # `fetch_hosts` waits if the host of the URL requests a pause. Check here only the hosts of redirects.
                 if host != first_host and self._paused_until[host] > start:
-                    raise FetchError("rate_limited", f"not requested: {host} asked for a pause")
+                    raise FetchError("rate_limited", f"not requested: {host} has requested a pause")
                 try:
                     # Do not use `asyncio.wait_for`, which can lose a cancellation before Python 3.12.
                     async with timeout(seconds_left):

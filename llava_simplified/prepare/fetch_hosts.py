@@ -56,13 +56,13 @@ class _Host:
         requests: Pending requests.
         resume_at: Time of the monotonic clock until which no request is sent to the host.
         pausing_since: Start of an unbroken series of responses with Retry-After; infinity if the last response had none.
-        given_up: Result for all remaining URLs, if the host has requested too long a pause.
+        final_result: Result of all remaining URLs, if the host has requested too long a pause; None otherwise.
     """
 
     requests: deque[_Request] = field(default_factory=deque)
     resume_at: float = 0.0
     pausing_since: float = math.inf
-    given_up: FetchResult | None = None
+    final_result: FetchResult | None = None
 
 
 def is_transient(fetched: FetchResult) -> bool:
@@ -120,15 +120,18 @@ class _FetchLoop:
         request = host.requests.popleft()
         # Close the connection after the last URL. A retry opens a new one, which is rare.
         is_last = not host.requests
-        fetched = host.given_up or await fetcher.fetch(request.url, last=is_last)
+        fetched = host.final_result or await fetcher.fetch(request.url, last=is_last)
         now = time.monotonic()
         self._note_pause(host, fetched, now)
         retry = (
-            is_transient(fetched) and request.attempts < self._options.retries and not host.given_up
+            is_transient(fetched)
+            and request.attempts < self._options.retries
+            and not host.final_result
         )
-        if fetched.pause and not host.given_up:
+        if fetched.pause and not host.final_result:
             host.resume_at = max(host.resume_at, now + fetched.pause)
         elif retry:
+            # Retry at once if the server sent Retry-After: 0.
             wait = RETRY_PAUSE if fetched.pause is None else fetched.pause
             host.resume_at = max(host.resume_at, now + wait)
         # Append a retry after the other URLs of the host, so that some time passes before it.
@@ -146,7 +149,7 @@ class _FetchLoop:
         host.pausing_since = min(host.pausing_since, now)
         total = now + fetched.pause - host.pausing_since
         if total > MAX_PAUSE:
-            host.given_up = FetchResult(
+            host.final_result = FetchResult(
                 "rate_limited", http=0, detail=f"the host requested a pause of {total:.0f} s"
             )
 

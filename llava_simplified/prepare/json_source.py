@@ -131,15 +131,15 @@ class _JsonReader:
         self._image_names = _Texts()
         self._image_urls = _Texts()
         self._is_captioned = bytearray()  # 1: an annotation names the image
-        self._number_of: dict[int | str, int] = {}
+        self._image_number_by_id: dict[int | str, int] = {}
         self._ambiguous: set[int | str] = set()  # ids of two different images
         self._has_captions = False  # an annotation of this file has a caption, perhaps an empty one
         # Top-level keys that no format has. A dictionary is used as a set that keeps their order.
         self._ignored: dict[str, None] = {}
         self._num_annotations = 0
-        # Annotations before their images: their indices among all annotations, and their row numbers.
-        self._early = array("Q")
-        self._early_numbers = array("Q")
+        # Annotations that precede their images in the file: positions among all annotations, and row numbers.
+        self._early_positions = array("Q")
+        self._early_row_numbers = array("Q")
         self._parallel: dict[str, _Texts] = {}
 
     def read(self, key: str, value: Any) -> Iterator[SourceRow]:
@@ -197,7 +197,7 @@ class _JsonReader:
         self._image_urls.append(url)
         self._is_captioned.append(0)
         image_id = _compact_id(value["id"])
-        first = self._number_of.setdefault(image_id, number)
+        first = self._image_number_by_id.setdefault(image_id, number)
         if first == number:
             return
         if (self._image_names[first], self._image_urls[first]) == (name, url):
@@ -213,29 +213,32 @@ class _JsonReader:
         return self._image_names[number] or self._image_urls[number]
 
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
-        """Yield the row of an annotation if its image is known, otherwise note it for `read_early_annotations`."""
+        """Yield the row of an annotation if its image has been read.
+
+        Otherwise, remember its position, so that `read_early_annotations` can yield its row when all images are known.
+        """
         self._number += 1
         self._has_captions = self._has_captions or "caption" in annotation
         if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
             self._refuse_annotations(annotation)
-        if _compact_id(annotation.get("image_id")) in self._number_of:
+        if _compact_id(annotation.get("image_id")) in self._image_number_by_id:
             yield from self._caption_row(annotation, self._number)
         else:
-            self._early.append(self._num_annotations)
-            self._early_numbers.append(self._number)
+            self._early_positions.append(self._num_annotations)
+            self._early_row_numbers.append(self._number)
         self._num_annotations += 1
 
     def _refuse_annotations(self, annotation: dict[str, Any]) -> NoReturn:
         """Raise the error for COCO's annotation files of boxes or key points, which have the same structure."""
         raise ValueError(
             f"{self._source}: the annotations of this COCO file have no captions. "
-            f"Pass the captions_*.json file. An annotation: {str(annotation)[:400]}"
+            f"Pass the captions_*.json file. Example of an annotation: {str(annotation)[:400]}"
         )
 
     def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
         """Yield the row of an annotation, unless it is unknown to which image it belongs."""
         image_id = _compact_id(annotation.get("image_id"))
-        image = self._number_of.get(image_id)
+        image = self._image_number_by_id.get(image_id)
         if image is None:
             self._issues.note("annotation of an unknown image (skipped)", number, annotation)
         elif image_id in self._ambiguous:
@@ -250,7 +253,7 @@ class _JsonReader:
     @property
     def has_early_annotations(self) -> bool:
         """Whether there were annotations without an image before them."""
-        return bool(self._early)
+        return bool(self._early_positions)
 
     def read_early_annotations(self, annotations: Iterable[Any]) -> Iterator[SourceRow]:
         """Yield the rows of the annotations that precede their images in the file. Call this when all images are known.
@@ -259,15 +262,15 @@ class _JsonReader:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        # Index into `_early`, whose entries are indices of annotations in ascending order.
+        # Index into `_early_positions`, whose entries are indices of annotations in ascending order.
         position = 0
         for number, annotation in enumerate(objects):
-            if position == len(self._early):
+            if position == len(self._early_positions):
                 return
-            if number == self._early[position]:
+            if number == self._early_positions[position]:
                 if not self._has_captions:
                     self._refuse_annotations(annotation)
-                yield from self._caption_row(annotation, self._early_numbers[position])
+                yield from self._caption_row(annotation, self._early_row_numbers[position])
                 position += 1
 
     def finish(self) -> Iterator[SourceRow]:
@@ -276,7 +279,7 @@ class _JsonReader:
         Raises:
             ValueError: Parallel arrays differ in length, or the file has none of the supported formats.
         """
-        for image_id, image in self._number_of.items():
+        for image_id, image in self._image_number_by_id.items():
             if not self._is_captioned[image] and image_id not in self._ambiguous:
                 name = self._name_or_url(image)
                 self._issues.note("image without an annotation (skipped)", image, name)
@@ -296,7 +299,7 @@ class _JsonReader:
 
     def _refuse_unknown_form(self) -> None:
         """Raise ValueError if the file contains only keys that no format has."""
-        if self._number >= 0 or self._number_of or not self._ignored:
+        if self._number >= 0 or self._image_number_by_id or not self._ignored:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
         raise ValueError(
@@ -332,7 +335,7 @@ def read_json_lines_source(
 def columns_of_row(
     row: dict[str, Any], known: NamedColumns | None, source: str, columns: Columns
 ) -> NamedColumns:
-    """Return the columns of a row: those of the previous rows if it has them, otherwise its own.
+    """Return the columns of a row. If it has the columns of the previous rows, use these.
 
     Args:
         row: The row.

@@ -8,7 +8,7 @@ response is rewritten before aiohttp's parser reads it:
     status line      HTTP/2 200, http/1.1 200 and HTTP/1.1 200 without a reason become HTTP/1.1 200
     headers          only those that are used are passed on; others may be of any number, with any name
     header lines     may end without a carriage return, continue on the next line, contain control characters
-    Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
+    Content-Length   may be repeated with the same value, and is ignored with Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
 Still rejected are responses without a status line (HTTP/0.9), heads of more than 300 kB, more than 100 interim
@@ -124,7 +124,7 @@ class LenientResponseHandler(ResponseHandler):
             match = _END_OF_HEAD.search(data, start)
             start = 0
             if match is None:
-                # Pass on a head that is too long. aiohttp rejects it, because it has no end.
+                # The head is too long: pass on the incomplete head, which aiohttp rejects.
                 is_too_long = len(data) > MAX_HEAD_BYTES
                 self._head = None if is_too_long else data
                 return data if is_too_long else b""
@@ -144,7 +144,8 @@ class LenientResponseHandler(ResponseHandler):
         headers = read_headers(head[status.end() :])
         length = headers.get(b"content-length", b"")
         if status["status"] in (b"204", b"304"):
-            # These have no body (RFC 9112, section 6.3). Drop bytes that follow, which are not the next response.
+            # These have no body (RFC 9112, section 6.3). Drop all bytes after the head: they cannot be the next
+            # response, because its request has not been sent yet.
             self._bytes_left = 0
         elif length.isdigit():
             self._bytes_left = int(length[:_MAX_DIGITS])

@@ -118,7 +118,7 @@ class _DownloadStatistics:
     ) -> None:
         """Count one row."""
         self.outcomes[error or _OK] += 1
-        # Do not use urllib, which rejects some of the URLs that failed.
+        # Do not use urllib: it raises errors for malformed URLs, which are among those to count.
         host = url.partition("://")[2].partition("/")[0]
         self.rows_by_host[host] += 1
         if not error:

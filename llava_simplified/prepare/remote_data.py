@@ -86,7 +86,7 @@ def _find_files(source: str) -> tuple[Any, list[str]]:
             paths = sorted(file_system.glob(path))
         folders = [path for path in paths if file_system.isdir(path)]
     if not paths:
-        raise ValueError(f"{source}: no file matches")
+        raise ValueError(f"{source}: no file matches this pattern. Check the path.")
     if folders:
         raise ValueError(
             f"{source}: expected a file, found a folder. Pass a file, or a pattern such as {source.rstrip('/')}/*.parquet"

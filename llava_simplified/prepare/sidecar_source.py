@@ -123,8 +123,8 @@ def _check_choice(group: NameGroup, image: str, sidecars: list[str]) -> None:
     kinds = {Path(name).suffix.lower() for name in sidecars}
     if len(kinds) > 1:
         raise ValueError(
-            f"{group.path(image)} has {' and '.join(sidecars)}, which may be tags and a sentence. "
-            "Choose with --sidecar txt or --sidecar caption."
+            f"{group.path(image)} has two kinds of text files, {' and '.join(sidecars)}; often one contains tags and "
+            "the other a sentence. Choose the one with the captions: --sidecar txt or --sidecar caption."
         )
 
 
@@ -170,7 +170,7 @@ def scan_names(
         relative = Path(place).relative_to(folder).as_posix().removeprefix(".")
         # Change this list in place: `os.walk` then visits the remaining subfolders, in this order.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        # `os.walk` does not follow links to folders, which may form a cycle. Report them as unread files.
+        # Links to folders may form a cycle, so `os.walk` does not follow them. Report them as unread files.
         links = [name for name in subfolders if (Path(place) / name).is_symlink()]
         if links:
             yield NameGroup(relative, [], [], links)

@@ -95,7 +95,7 @@ def read_source(
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
             issues.note("image path with '..' (skipped)", row.number, images)
             continue
-        # The image column contains a URL. A URL in another column is then probably that of a web page.
+        # The image column contains a URL. A URL in another column is then probably the address of a web page.
         if "://" in row.image and row.record is None and not row.image.startswith("file:"):
             issues.note("URL in the image column (used as the URL)", row.number, row.image)
             row = row._replace(image="", url=row.image)
@@ -352,7 +352,7 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
     Only files from which a row can be read are counted, because a README.txt is not a table, for example.
 
     Raises:
-        ValueError: The folder contains no captions. If reading a file failed, the error is that of the first such file.
+        ValueError: The folder contains no captions. If files could not be read, the error describes the first of them.
     """
     forms: dict[str, list[Path]] = {}
     if contents.metadata:
@@ -454,7 +454,7 @@ def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
 def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of an imagefolder, and note images without a row."""
+    """Yield the rows of a folder in the format of Hugging Face's `imagefolder`, and note images without a row."""
     # Hashes of the names in the rows, because a million names would take a hundred megabytes.
     named = array("q")
     for path in metadata:

@@ -43,7 +43,7 @@ _SAMPLE_CHARACTERS = 1 << 20
 # A longer quoted field is treated as an unclosed quote. The csv module has the same limit.
 _MAX_QUOTED_CHARACTERS = 131_072
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
-# Excel writes the separator of a CSV file into its first line, if asked to.
+# Some programs, such as Excel, can write the separator of a CSV file into its first line.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)
@@ -335,7 +335,7 @@ def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     cases can be distinguished from quotes that are part of the text:
 
         1.jpg <tab> "two            the last field of a line is opened, and a later line closes it exactly. The lines
-        lines"                      between have no tab, which they would have if they were rows.
+        lines"                      between have no tab. If they were rows, they would have one.
         2.jpg <tab> "a ""b"" c"     all quotes inside are doubled
         3.jpg <tab> "a" and "b"     part of the text
     """

@@ -20,7 +20,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 def check_body(body: bytes) -> None:
     """Reject a body that has too many values, or that is nested too deeply.
 
-    This takes a few linear searches through the body, whatever it contains. Invalid JSON is accepted here, and
+    The time is linear in the length of the body, regardless of its contents. Invalid JSON is accepted here, and
     rejected by the parser later.
 
     Raises:
@@ -29,7 +29,7 @@ def check_body(body: bytes) -> None:
     # Remove escape sequences, so that every remaining quotation mark begins or ends a string. Remove `\\` first:
     # the second backslash of `"\\"` does not escape the quotation mark after it.
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # With its key, a value has at most two strings, which have four quotation marks.
+    # A value and its key are at most two strings, so they have at most four quotation marks.
     if text.count(b'"') > 4 * MAX_VALUES:
         raise _too_many_values()
     # The text outside of strings: brackets, commas, colons, numbers and white space.

@@ -31,8 +31,8 @@ _CODES = {
 def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Convert an exception into an HTTP status, a body and headers.
 
-    The message of a client error explains the problem. The message of a server error contains no details,
-    which are written to the server's log only.
+    The message of a client error explains the problem. The message of a server error is generic; the
+    details are written only to the server's log.
 
     Returns:
         The status code, `{"error": {"message", "type", "param", "code"}}`, and additional headers.

@@ -29,7 +29,7 @@ let pointedWord = null; // the word whose attention map is shown
 const byId = (id) => document.getElementById(id);
 const answerOf = new WeakMap(); // .answer element -> answer
 
-const veil = document.createElement("canvas"); // the attention map over the image
+const veil = document.createElement("canvas"); // the canvas with the attention map, over the image
 veil.id = "veil";
 veil.setAttribute("aria-hidden", "true");
 

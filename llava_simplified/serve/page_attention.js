@@ -54,7 +54,7 @@ function drawPatches(rows, columns, shares) {
   return canvas;
 }
 
-// Give the veil the size and position of the image, which is as large as its box permits and centered.
+// Give the veil (the canvas with the attention map) the size and position of the image, which is as large as its box permits and centered.
 function coverImage(veil, preview) {
   // clientWidth is rounded, which would leave the edge of the image uncovered. This is not rounded.
   const { width: boxWidth, height: boxHeight } = preview.getBoundingClientRect();

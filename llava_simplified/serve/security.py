@@ -64,12 +64,12 @@ def split_authority(text: str) -> tuple[str, int | None]:
 
 
 def check_host_names(names: Iterable[str]) -> None:
-    """Raise ValueError for a value of `--allowed-hosts` that is not a host name without a port."""
+    """Raise ValueError unless each value of `--allowed-hosts` is a host name, without a port."""
     for name in names:
         try:
             _, port = split_authority(name)
         except ValueError:
-            port = 0  # any number, so that the name is rejected below
+            port = 0  # any number but None, so that the name is rejected below
         if port is not None:
             raise ValueError(
                 f"--allowed-hosts {name}: expected a host name such as llava.example.org, "

@@ -58,7 +58,7 @@ def _add_network_options(parser: CommandParser) -> None:
     )
     group.add_argument(
         "--api-key",
-        # The help text does not show the default, which is a secret.
+        # The default is a secret, so the help text must not contain %(default)s.
         default=os.environ.get("LLAVA_API_KEY", ""),
         help="API key required from clients (default: $LLAVA_API_KEY, which is safer: `ps` shows "
         "command-line options)",
@@ -69,7 +69,7 @@ def _add_network_options(parser: CommandParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="Additional host names of the server, for example that of a proxy; IP addresses, localhost and "
+        help="Additional host names of the server, for example the name of a proxy; IP addresses, localhost and "
         "the name of this machine are always allowed",
     )
     group.add_argument(

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
@@ -117,7 +117,7 @@ def build_trainer(
         str(data_args.train_data_path),
         data_args.train_image_folder,
         "--train_image_folder",
-        # Pairs with an empty answer are set aside below, as are other pairs that cannot be used.
+        # Pairs that cannot be used, such as those with an empty answer, are left out below.
         require_responses=args.objective != "dpo",
         max_bad_records=data_args.max_bad_records,
     )
@@ -138,7 +138,7 @@ def build_trainer(
     prompt = Prompt(tokenizer, model_args.template)
     language_model = model_args.model_name_or_path
     check_vocabulary(prompt, find_language_model_config(language_model), language_model)
-    train_records = set_bad_records_aside(
+    train_records = drop_bad_records(
         train_records,
         data_args.max_bad_records,
         prompt,
@@ -146,7 +146,7 @@ def build_trainer(
         record_problem(args.objective),
     )
     if eval_records:
-        eval_records = set_bad_records_aside(
+        eval_records = drop_bad_records(
             eval_records, data_args.max_bad_records, prompt, args.model_max_length
         )
 
@@ -184,7 +184,7 @@ def build_trainer(
     reference = None
     if args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0):
         # The reference is the model at the start of the run. If the run is resumed, copy these weights before
-        # those of the checkpoint are loaded below.
+        # the weights of the checkpoint are loaded below.
         initialize_trained_parts(model, model_args, parts, train_set)
         reference = ReferenceWeights(model)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)
@@ -220,7 +220,7 @@ def _create_trainer(
     reference: ReferenceWeights | None,
     share_prefix: bool,
 ) -> LlavaTrainer:
-    """Return the trainer of the run's objective; `options` are those of `LlavaTrainer`."""
+    """Return the trainer of the run's objective; `options` are the arguments of `LlavaTrainer`."""
     args: TrainingArguments = options["args"]
     if args.objective == "sft":
         return LlavaTrainer(**options)
@@ -230,7 +230,7 @@ def _create_trainer(
     reward_options = _reward_options(
         args,
         frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
-        # The digest of the file is not sufficient: the number of records depends on how many were set aside.
+        # The digest of the file is not sufficient: the number of records also depends on how many bad ones were left out.
         data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
     )
     # One process counts the document frequencies, and stores them for the others.
@@ -424,8 +424,8 @@ def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> Non
         raise ValueError(f"--dpo_beta {args.dpo_beta}: expected a number above 0, such as 0.1.")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise ValueError(
-            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5. If half of the "
-            "pairs were swapped, they would teach nothing."
+            f"--dpo_label_smoothing {args.dpo_label_smoothing}: expected 0 or more, and less than 0.5. It is the "
+            "share of pairs whose chosen and rejected answers are assumed to be swapped; at 0.5, the pairs teach nothing."
         )
     if args.kl_coef:
         raise ValueError(
@@ -571,7 +571,7 @@ def _default_instruction(records: Sequence[Record]) -> str:
     # If none of the first records has an image, use the instruction of the first record.
     first: Record | None = None
     for index in range(min(len(records), _MAX_SEARCHED_RECORDS)):
-        with suppress(ValueError):  # skip bad records, which are set aside before training
+        with suppress(ValueError):  # skip bad records, which are left out of training too
             record = records[index]
             if record.images:
                 first = record
@@ -641,37 +641,42 @@ def initialize_trained_parts(
 
 
 def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
-    """Check that this run loads every part that a checkpoint trained.
+    """Check that this run loads every trained part of a checkpoint.
 
     Raises:
         ValueError: A trained part of the checkpoint would not be loaded.
     """
     before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
-    # If the checkpoint trained the tower, this run must either continue to train it, or load the tower
+    # If the checkpoint contains a trained tower, this run must either continue to train it, or load the tower
     # of the checkpoint and freeze it.
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
     if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
         merge_first = " (written by `llava merge`)" if before.vision_tower == "lora" else ""
         raise ValueError(
-            f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
+            f"--init_from {folder}: its vision tower is trained. Pass --tune_vision_tower {before.vision_tower} to "
             f"continue training it, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
-    # Require the same of the language model. Exception: this run may add an adapter to a language model
-    # that the checkpoint trained in full, if it loads that model.
+    # Require the same of the language model. Exception: if all weights of the checkpoint's language model were
+    # trained, this run may load that model and add an adapter.
     own_language_model = Path(folder) / "language_model"
     loads_own_language_model = (
         before.language_model == "full"
         and Path(model_args.model_name_or_path).resolve() == own_language_model.resolve()
     )
-    if before.language_model not in ("none", parts.language_model) and not loads_own_language_model:
-        raise ValueError(
-            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, but this run trains the "
-            f"{parts.stored['trained']}. Merge the checkpoint with `llava merge`, or pass --model_name_or_path "
-            f"{own_language_model}."
-        )
+    if before.language_model in ("none", parts.language_model) or loads_own_language_model:
+        return
+    if before.language_model == "adapter":
+        contents = "a LoRA adapter of the language model"
+        advice = f"Merge it with `llava merge --model-path {folder}`, and start from the merged checkpoint."
+    else:
+        contents = "a language model whose weights are all trained"
+        advice = f"Pass --model_name_or_path {own_language_model} to start from that model."
+    raise ValueError(
+        f"--init_from {folder}: the checkpoint contains {contents}, but this run would not load it. {advice}"
+    )
 
 
 @torch.no_grad()

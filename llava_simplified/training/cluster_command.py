@@ -34,11 +34,11 @@ def plan_cluster(
     data: DataArguments,
     args: TrainingArguments,
 ) -> str:
-    """Return the plan of the whole recipe on a cluster, as text.
+    """Return the plan of all steps, from download to captioning, on a cluster, as text.
 
     Args:
         plan_options: The options of `llava plan`.
-        training_options: All other options, which are those of `llava train`.
+        training_options: All other options: the options of `llava train`.
         model_args: Model options.
         data: Data options.
         args: Training options.
@@ -46,7 +46,7 @@ def plan_cluster(
     Raises:
         ValueError: The rates cannot be read or measured.
     """
-    # The recipe encodes the images beforehand, so the vision tower is not part of a training step.
+    # The images are encoded in a step before training, so the vision tower is not part of a training step.
     data = replace(data, cache_vision_features="memory")
     train_flops = make_plan(model_args, data, args).flops
     model = build_meta_model(model_args, args)

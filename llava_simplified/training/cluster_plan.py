@@ -1,4 +1,4 @@
-"""Estimate how long the whole recipe takes on a cluster, and show the arithmetic: `llava plan --cluster`.
+"""Estimate how long all steps, from download to captioning, take on a cluster: `llava plan --cluster`.
 
 Each step is limited by one or several resources. The time that a resource needs follows from the amount of
 work and a rate. Both are printed, so that a reader can check each line with a calculator:
@@ -251,7 +251,7 @@ def _caption_bound(records: float, rates: Rates, cluster: Cluster) -> Bound:
 
 
 def describe_cluster_plan(works: Sequence[Work], rates: Rates, cluster: Cluster) -> str:
-    """Return the arithmetic of the whole recipe, for each number of URLs."""
+    """Return the arithmetic of all steps, from download to captioning, for each number of URLs."""
     lines = [
         f"{cluster.machines} machines, each with {cluster.cores} cores, {cluster.devices} device(s) and "
         f"{_in_units(cluster.egress, _BYTE_UNITS)}/s from the internet. "

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record
 from llava_simplified.model.build import build_vision_tower
@@ -126,11 +126,11 @@ def encode_data(
                 path,
                 folder,
                 option,
-                # Pairs that cannot be used, such as those with an empty answer, are set aside below.
+                # Pairs that cannot be used, such as those with an empty answer, are left out below.
                 require_responses=objective != "dpo",
                 max_bad_records=share,
             )
-            usable = set_bad_records_aside(records, share, problem_of=record_problem(objective))
+            usable = drop_bad_records(records, share, problem_of=record_problem(objective))
             opened.append((usable, folder))
     if not opened:
         raise ValueError(

@@ -79,7 +79,7 @@ def _check_same_image(row: Mapping[str, Any], index: int, records: Records, wher
     expected = images[0] if images else None
     if row.get("image") != expected:
         raise ValueError(
-            f"{where}: the image is {row.get('image')!r}, but that of record {index} in --data-path is {expected!r}; "
+            f"{where}: the image is {row.get('image')!r}, but record {index} in --data-path has the image {expected!r}; "
             "pass the file that was captioned"
         )
 

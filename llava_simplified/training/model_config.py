@@ -46,7 +46,7 @@ def trained_parts(args: ModelArguments) -> TrainedParts:
         raise ValueError(
             f"--tune_vision_tower must be off, full or lora, not {args.tune_vision_tower!r}"
         )
-    # `--tune_mm_mlp_adapter` trains the projector alone, whatever the other options are.
+    # With `--tune_mm_mlp_adapter`, the language model stays frozen, and its other options have no effect.
     language_model: Literal["none", "adapter", "full"] = "none"
     if args.lora_enable and not args.tune_mm_mlp_adapter:
         language_model = "adapter"

@@ -111,9 +111,9 @@ def dpo_losses(
 
     Args:
         margins: (pairs,), how much more the model prefers the chosen answer than the reference does:
-            log p(chosen) - log p(rejected), minus the same of the reference. The log-probability of an
-            answer is the sum over its tokens.
-        beta: Strength of the tie to the reference.
+            log p(chosen) - log p(rejected) of the model, minus the same difference of the reference. The
+            log-probability of an answer is the sum over its tokens.
+        beta: How strongly the loss keeps the model close to the reference.
         label_smoothing: Assumed share of pairs whose answers are swapped (conservative DPO, Mitchell,
             2023).
     """

@@ -180,7 +180,7 @@ def import_function(name: str) -> RewardFunction:
     Raises:
         ValueError: There is no such module, or no such function in it.
     """
-    # The module of a user is usually in the current folder, which installed commands do not search.
+    # The user's module is usually in the current folder. Installed commands do not search that folder, so add it.
     module_name, _, function_name = name.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:

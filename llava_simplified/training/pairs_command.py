@@ -12,7 +12,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         "llava pairs",
         "Make preference pairs from sampled captions: of each image, the caption with the highest reward is chosen, "
-        "that with the lowest is rejected.",
+        "the caption with the lowest is rejected.",
     )
     parser.add_argument(
         "predictions",

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import expand_example
-from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.dataset import drop_bad_records
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
@@ -42,7 +42,7 @@ SAMPLED_RECORDS = 2000
 # Decoding a batch ends with its longest sample, which has about this multiple of the mean length.
 LONGEST_TO_MEAN_LENGTH = 2
 # Without --train_data_path, captions are assumed to be as long as this one.
-ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
+ASSUMED_CAPTION = "a caption of about a dozen words, as most in Conceptual Captions"
 
 
 class SamplingPlan(NamedTuple):
@@ -185,7 +185,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     if data.train_data_path:
         share = data.max_bad_records
         opened = open_records(data.train_data_path, max_bad_records=share)
-        opened = set_bad_records_aside(
+        opened = drop_bad_records(
             opened, share, model.prompt, args.model_max_length, record_problem(args.objective)
         )
         records = opened
@@ -273,7 +273,7 @@ def _rows_per_example(data: DataArguments, args: TrainingArguments) -> int:
     """Return the number of rows of a batch that one example of the dataset becomes."""
     if data.share_prefix or args.objective == "sft":
         return 1
-    # A pair stays together in the dataset, and its length is that of both answers.
+    # A pair is one example of the dataset: its length includes both answers.
     return 1 if args.objective == "dpo" else args.num_samples
 
 
@@ -345,7 +345,7 @@ class StepCost(NamedTuple):
         activations: Bytes of activations at the peak of forward and backward.
         logits: Bytes of logits and their gradients at the same peak.
         flops: FLOPs of forward and backward.
-        forward_flops: FLOPs of a forward without gradients.
+        forward_flops: FLOPs of a forward pass without gradients.
         cache: Bytes of the KV cache per position.
     """
 
@@ -540,11 +540,11 @@ def _has_reference(args: TrainingArguments) -> bool:
 
 
 def _all_flops(cost: StepCost, args: TrainingArguments) -> float:
-    """Return the FLOPs of a batch: training, the forward of the reference, and sampling."""
+    """Return the FLOPs of a batch: training, the forward pass of the reference model, and sampling."""
     forwards = 1.0 if _has_reference(args) else 0.0
     if args.objective not in ("sft", "dpo"):
-        # Decoding costs as much as a forward, since it computes every position once. `scst` also decodes
-        # a greedy caption.
+        # Sampling with a KV cache computes every position once, so it costs as much as one forward pass. `scst` also
+        # decodes a greedy caption.
         greedy = 1 if args.objective == "scst" else 0
         forwards += (args.num_samples + greedy) / args.num_samples
     return cost.flops + forwards * cost.forward_flops
@@ -595,7 +595,9 @@ def _check_files(data: DataArguments) -> None:
     }
     for option, folder in folders.items():
         if folder and not Path(folder).is_dir():
-            raise ValueError(f"{option} {folder}: no such folder")
+            raise ValueError(
+                f"{option} {folder}: no such folder. Pass the folder that contains the images."
+            )
 
 
 def _uses_feature_cache(features: int, data: DataArguments, args: TrainingArguments) -> bool:

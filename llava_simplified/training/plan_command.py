@@ -1,6 +1,6 @@
 """`llava plan`: print the estimated resources of a run, from the options of `llava train` and a few more.
 
-With `--cluster`, print the duration of the whole recipe instead, from the URLs to the captions.
+With `--cluster`, print the duration of all steps instead: download, clean, encode, train, caption.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava plan`, for help and completion."""
     parser = CommandParser(
         "llava plan",
-        "Estimate memory, time and disk space of a training run, with the options of the run; with --cluster, "
-        "the duration of the whole recipe.",
+        "Estimate the memory, time and disk space of a training run; pass the same options as to llava train. With "
+        "--cluster, estimate the duration of all steps instead: download, clean, encode, train, caption.",
         usage="%(prog)s [options]",
         # Replace the help text of --deepspeed, which is also an option of `llava train`.
         conflict_handler="resolve",
@@ -80,7 +80,7 @@ def add_cluster_options(parser: CommandParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Print how long N machines take for the whole recipe: download, clean, encode, train, caption",
+        help="Print how long N machines take for all steps: download, clean, encode, train, caption",
     )
     group.add_argument(
         "--urls",

@@ -95,7 +95,7 @@ def _split_pairs(rows: Sequence[Any]) -> list[Example]:
     """Return one example for each answer, with a copy of the prompt."""
     split: list[Example] = []
     for pair in rows:
-        # The tokens are those of the prompt (branch 0), the chosen (1) and the rejected answer (2).
+        # The row contains the prompt (branch 0), the chosen answer (1) and the rejected answer (2), in this order.
         start = pair.branches.index(1)
         chosen_length, _ = pair.answer_lengths
         middle = start + chosen_length

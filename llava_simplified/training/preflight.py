@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.dataset import drop_bad_records
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, open_records, response_problem
 from llava_simplified.model.build import load_tokenizer
@@ -66,10 +66,10 @@ def preflight(
     data: DataArguments,
     args: TrainingArguments,
 ) -> None:
-    """Check memory and disk space and do a dry run, if `--preflight` asks for it (see `_is_wanted`).
+    """Check memory and disk space and do a dry run, unless `--preflight` turns this off (see `_is_wanted`).
 
     Args:
-        argv: The command line. The dry run has the same one, with some options replaced.
+        argv: The command line. The dry run gets the same options, except for some that are replaced.
         model_args: Model options.
         data: Data options.
         args: Training options.
@@ -96,7 +96,7 @@ def preflight(
 
 
 def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
-    """Return whether `--preflight` asks for a check: "true", or "auto" for a new run of many steps.
+    """Return whether `--preflight` requires a check: it is "true", or it is "auto" and the run is new and long.
 
     Raises:
         ValueError: `--preflight` is invalid, or "true" under a launcher.
@@ -268,8 +268,8 @@ def _write_longest_records(
     records, folder = open_data(
         path, image_folder, option, require_responses=False, max_bad_records=1
     )
-    # The longest rows are often those that the run sets aside.
-    records = set_bad_records_aside(records, 1, prompt, max_length, problem_of)
+    # The longest rows are often bad records, which the run leaves out.
+    records = drop_bad_records(records, 1, prompt, max_length, problem_of)
     lines = []
     for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
         # In a JSON array, a record can have several lines. JSON Lines need one line per record.

@@ -86,8 +86,7 @@ _NOT_COMPARED = {
     "train_data_sha256",
     "processes",
 }
-# Do not compare the paths of the base models, which may have moved; compare the digests of their weights
-# instead.
+# The base models may have moved, so do not compare their paths. Compare the digests of their weights instead.
 _LOCATIONS = ("language_model", "vision_tower")
 
 
@@ -208,7 +207,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
 
 
 def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if the training records are not those of the checkpoint. Their file may have moved."""
+    """Raise ValueError unless the checkpoint was trained on the same records. Their file may have moved."""
     path, old_path = now.get("train_data_path"), before.get("train_data_path")
     digest = before.get("train_data_sha256")
     if digest is None:  # version 0.1.0 stored only the path
@@ -236,13 +235,13 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
     # `group_by_length` sorts records within groups of one batch of all processes. The size of these groups
-    # must not change either. With an equal number of records per step, it is unchanged if the number of
-    # accumulation steps is.
+    # must not change either. So, in addition to the number of records per step, compare the number of
+    # accumulation steps.
     is_same = old.records == new.records
-    requirement = "with the same product"
+    requirement = "whose product is the same"
     if now.get("train_sampling_strategy") == "group_by_length":
         is_same = is_same and old.accumulation == new.accumulation
-        requirement = "with the same accumulation and product"
+        requirement = "with the same number of accumulation steps and the same product"
     if not is_same:
         raise ValueError(
             f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "

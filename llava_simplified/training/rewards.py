@@ -88,8 +88,8 @@ def _bleu4(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[f
     tokens = [cached_tokenize(caption) for caption in captions]
     reference_tokens = [[cached_tokenize(text) for text in record.references] for record in records]
     _, _, bleu = ngram_metrics([tokens], reference_tokens)
-    # `finish` usually computes the score of a corpus from summed statistics. Here it gets those of each
-    # caption: (captions, statistics) -> (captions, BLEU-1 to BLEU-4).
+    # `finish` usually computes the score of a corpus from summed statistics. Here it gets the statistics of
+    # each caption: (captions, statistics) -> (captions, BLEU-1 to BLEU-4).
     [statistics] = bleu.statistics
     scores: list[float] = bleu.finish(statistics, 1)[:, MAX_ORDER - 1].tolist()
     return scores
@@ -260,7 +260,7 @@ def _build(
         return _clipscore(options)
     if name == "qa":
         return _qa(options, counts)
-    return _own_function(name, options)
+    return _user_function(name, options)
 
 
 def _frequencies(
@@ -309,8 +309,8 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
     return reward
 
 
-def _own_function(name: str, options: RewardOptions) -> RewardFunction:
-    """Return the reward of a user, `module:function`."""
+def _user_function(name: str, options: RewardOptions) -> RewardFunction:
+    """Return the reward function that the user wrote, given as `module:function`."""
     function = OwnReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:

@@ -172,7 +172,7 @@ class TrainedAnswer(NamedTuple):
 
 
 def merge_equal_answers(answers: Sequence[TrainedAnswer]) -> list[TrainedAnswer]:
-    """Return each distinct answer once; the order is that of their first occurrence."""
+    """Return each distinct answer once, in the order of first occurrence."""
     merged: dict[tuple[int, ...], TrainedAnswer] = {}
     for answer in answers:
         nothing = TrainedAnswer(answer.ids, scale=0.0, weight=0.0, num_samples=0)

@@ -570,7 +570,7 @@ class LlavaTrainer(transformers.Trainer):
         use_default_permissions(staging / name)
         # Complete the checkpoint in the staging folder; the last rename publishes it.
         rename_folder(staging / name, staging / "model" / "trainer_state")
-        # A checkpoint of the same step exists if the folder is that of an older run.
+        # A checkpoint of the same step exists if an older run wrote to the same folder.
         replace_folder(staging / "model", self.output_dir / name)
         shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(

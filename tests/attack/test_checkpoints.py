@@ -278,7 +278,7 @@ def test_code_of_a_checkpoint_is_not_executed(
     monkeypatch: pytest.MonkeyPatch,
     known_type: bool,
 ) -> None:
-    """This must hold even if a user, or a script with `yes |`, answers every question with "y"."""
+    """No code may run, even if a user, or a script with `yes |`, answers every question with "y"."""
     marker = tmp_path / "executed"
     poisoned = {"checkpoint": checkpoint}
     for name in ("mistral", "clip"):

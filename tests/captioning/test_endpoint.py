@@ -178,7 +178,7 @@ def test_retry_after_pauses_all_requests(
     refused, repeated = server.arrivals[first]
     assert repeated - refused >= 0.99
     assert min(server.arrivals[image_files[1].read_bytes()]) > repeated
-    # A pause does not count as a failure of the image, which is captioned even without retries.
+    # A pause does not count as a failure of the image: even without retries, the image is captioned.
     Path(job.output).unlink()
     server.faults[first] = ["429 0", "503", "429"]
     job = with_endpoint(job, retries=0)

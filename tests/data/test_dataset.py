@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, Records, open_records
 from llava_simplified.data.rows import open_rows
@@ -236,7 +236,7 @@ def test_bad_record_is_set_aside_before_training_and_named(
     path = write_rows(tmp_path / "rows.jsonl", [make_row(), bad, make_row("1.jpg")])
     records = Records(open_rows(path))
     prompt = Prompt(make_tokenizer())
-    good = set_bad_records_aside(records, 0.01, prompt, max_length=64)
+    good = drop_bad_records(records, 0.01, prompt, max_length=64)
     assert [record.images[0] for record in good] == ["0.jpg", "1.jpg"]
     assert [record.id for record in good] == ["rows.jsonl row 0", "rows.jsonl row 2"]
     assert pickle.loads(pickle.dumps(good))[1].images == ("1.jpg",)
@@ -245,7 +245,7 @@ def test_bad_record_is_set_aside_before_training_and_named(
     dataset = CaptionDataset(good, prompt, data_folder / "images", TRANSFORM, max_length=64)
     assert [example.id for example in (dataset[0], dataset[1])] == [record.id for record in good]
     with pytest.raises(ValueError, match="rows.jsonl row 1"):
-        set_bad_records_aside(records, 0, prompt, max_length=64)
+        drop_bad_records(records, 0, prompt, max_length=64)
 
 
 def test_too_many_bad_records_are_an_error_that_names_the_option(tmp_path: Path) -> None:
@@ -256,14 +256,14 @@ def test_too_many_bad_records_are_an_error_that_names_the_option(tmp_path: Path)
     with pytest.raises(
         ValueError, match="--max_bad_records 0.01: 2 of 3 .*row 1.*--model_max_length"
     ):
-        set_bad_records_aside(Records(open_rows(path)), 0.01, prompt, max_length=64)
-    assert len(set_bad_records_aside(Records(open_rows(path)), 0.02, prompt, max_length=64)) == 1
+        drop_bad_records(Records(open_rows(path)), 0.01, prompt, max_length=64)
+    assert len(drop_bad_records(Records(open_rows(path)), 0.02, prompt, max_length=64)) == 1
     path = write_rows(tmp_path / "all.jsonl", [bad, bad])
     with pytest.raises(ValueError, match="row 0.*--model_max_length"):
-        set_bad_records_aside(Records(open_rows(path)), 1.0, prompt, max_length=64)
+        drop_bad_records(Records(open_rows(path)), 1.0, prompt, max_length=64)
 
 
-def test_set_bad_records_aside_tokenizes_only_what_may_be_too_long(
+def test_drop_bad_records_tokenizes_only_what_may_be_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [make_row(text=f"question {number}?") for number in range(200)]
@@ -278,7 +278,7 @@ def test_set_bad_records_aside_tokenizes_only_what_may_be_too_long(
         return render(self, *arguments)
 
     monkeypatch.setattr(Prompt, "render", count_and_render)
-    assert len(set_bad_records_aside(records, 1.0, prompt, max_length=100)) == 199
+    assert len(drop_bad_records(records, 1.0, prompt, max_length=100)) == 199
     assert len(rendered) == 2, "the template, and the long prompt"
 
 
@@ -292,7 +292,7 @@ def test_kept_records_always_leave_room_for_an_answer(
     path = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
     prompt = Prompt(make_tokenizer())
     try:
-        good = set_bad_records_aside(Records(open_rows(path)), 1.0, prompt, max_length)
+        good = drop_bad_records(Records(open_rows(path)), 1.0, prompt, max_length)
     except ValueError:
         return  # all are too long
     dataset = CaptionDataset(good, prompt, "unused", TRANSFORM, max_length=max_length)

@@ -345,7 +345,7 @@ def make_processors() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", list(make_processors()))
 @pytest.mark.parametrize("size", [(300, 200), (150, 400), (64, 64)])
 def test_transform_equals_the_processor(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
-    """They may differ by two of 255 gray levels, because Pillow's resize has weights of 22 bits, and torch's of 16."""
+    """The results may differ by two of 255 gray levels, because Pillow's resize has weights of 22 bits, and torch's of 16."""
     processor = make_processors()[kind]
     processor.save_pretrained(tmp_path)
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -413,7 +413,7 @@ def test_padded_transform_equals_that_of_the_square_exactly(
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) -> None:
-    """They may differ by two of 255 gray levels, as without padding, because stock LLaVA resizes with Pillow."""
+    """The results may differ by two of 255 gray levels, as without padding, because stock LLaVA resizes with Pillow."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     processor = make_processors()[kind]

@@ -280,7 +280,7 @@ def test_record_refuses_placeholders_of_other_programs(placeholder: str) -> None
     ],
 )
 @pytest.mark.parametrize("form", ["messages", "conversations"])
-def test_record_refuses_what_a_turn_asks_for(form: str, changed: dict) -> None:
+def test_record_refuses_unsupported_keys_of_a_turn(form: str, changed: dict) -> None:
     names = ("role", "content") if form == "messages" else ("from", "value")
     for number in range(2):
         turns = [dict(zip(names, turn)) for turn in (("user", "What?"), ("assistant", "x"))]

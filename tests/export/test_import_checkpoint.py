@@ -524,7 +524,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
 def test_import_checkpoint_compares_sources_without_a_template_with_plain(
     models_folder: Path, image: Path, tmp_path: Path
 ) -> None:
-    """They are prompted by hand, in the form of Vicuna; its prompts are those of llava-hf's template."""
+    """Such sources are prompted by hand, in the form of Vicuna, which is also the form of llava-hf's template."""
     captions = []
     for name, template in (("plain", ""), ("parts", LLAVA_HF_TEMPLATE)):
         folder = tmp_path / name

@@ -72,7 +72,7 @@ def assert_equals_plain_loop(model: Llava, questions: list[Question]) -> None:
 
 @contextmanager
 def count_forwards(model: Llava) -> Iterator[list[int]]:
-    """Append the number of positions of each forward of the language model."""
+    """Append the number of positions of each forward pass of the language model."""
     positions: list[int] = []
 
     def note(_: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:

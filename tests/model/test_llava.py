@@ -116,7 +116,7 @@ def test_forward_examples_of_a_batch_do_not_affect_each_other(models_folder: Pat
         [Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long"
     )
     changed = collate(model, [examples[0], Example(longer.input_ids, longer.labels), examples[2]])
-    # The logits of the first example do not depend on the second one, which is longer now.
+    # The second example is longer now. The logits of the first one must not change.
     num_trained = sum(label != IGNORE_INDEX for label in examples[0].labels)
     before = model(**batch).logits[:num_trained]
     after = model(**changed).logits[:num_trained]

@@ -180,7 +180,7 @@ def test_add_lora_refuses_layers_that_do_not_exist_or_are_not_linear(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adapter_computes_what_peft_computes(models_folder: Path, variant: str) -> None:
-    """They are compared before and after training, and after merging with stock PEFT."""
+    """Compare our adapter with PEFT's before and after training, and after merging with stock PEFT."""
     options = VARIANTS[variant]
     model = build(models_folder, options)
     torch.manual_seed(5)  # of the random decomposition

@@ -78,7 +78,7 @@ def run(batch: DecodingBatch) -> list[list[int]]:
 def test_static_decoding_equals_decoding_in_a_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """This includes grouped-query attention, a sliding window, and sequences that join and end at different steps."""
+    """The cases include grouped-query attention, a sliding window, and sequences that join and end at different steps."""
     model = build_llava(models_folder, text.split()[0])
     if "LoRA" in text:
         add_lora(model, 2, 4)

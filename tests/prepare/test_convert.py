@@ -143,7 +143,7 @@ def test_convert_leaves_conversations_unchanged_except_for_absolute_paths(tmp_pa
     assert written == [{**rows[0], "image": "1.jpg"}, rows[1]]
 
 
-def test_convert_draws_instructions_from_a_file_by_the_image(tmp_path: Path) -> None:
+def test_convert_selects_instructions_by_a_hash_of_the_image_name(tmp_path: Path) -> None:
     templates = tmp_path / "templates.txt"
     templates.write_text("Say what you see:\n\nDescribe it.\nWhat?\n")
     results = []

@@ -135,7 +135,10 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     assert [(row["url"], row["error"]) for row in read_manifest(output)] == [
         (url, None) for url in urls
     ]
-    assert "3 no caption (fetched, but gives no record)" in capsys.readouterr().out
+    assert (
+        "3 no caption (the image is downloaded, but no record is written)"
+        in capsys.readouterr().out
+    )
     assert not (output / "records.jsonl").read_text()
 
 
@@ -190,7 +193,7 @@ def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path)
 
 @pytest.mark.medium
 def test_download_records_a_row_without_a_url(server: Server, tmp_path: Path) -> None:
-    """This also works if it is the only row of a shard."""
+    """The row gets an entry in the manifest, even if it is the only row of a shard."""
     urls = [server.url("ok/1.jpg"), server.url("ok/2.jpg"), ""]
     (tmp_path / "x.tsv").write_text("".join(f"a\t{url}\n" for url in urls))
     report = run(tmp_path / "x.tsv", tmp_path / "out", shard_size=1)

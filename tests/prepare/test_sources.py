@@ -217,7 +217,7 @@ def test_read_source_with_brackets_in_a_file_name_and_a_query_in_a_url(tmp_path:
 
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
 def test_read_source_of_a_download_reads_its_records(tmp_path: Path, name: str) -> None:
-    """It must not read the captions in the manifests of the shards."""
+    """The captions in the manifests of the shards must not be read."""
     record = {"image": "images/0_7.jpg", "instruction": "Say:", "response": "a cat"}
     text = json.dumps([record]) if name == "records.json" else json.dumps(record)
     (tmp_path / name).write_text(text)
@@ -253,7 +253,7 @@ def test_read_source_reads_tars_with_texts_or_json(tmp_path: Path) -> None:
 
 
 def test_read_source_separates_several_captions_of_a_sample(tmp_path: Path) -> None:
-    """This also works without the manifest."""
+    """The captions are separated with and without the manifest."""
     writer = ShardWriter(tmp_path / "00000.tar")
     for key, captions in (("0", ("a cat", "a pet")), ("1", ("a dog",))):
         writer.add(key, b"x", "jpg", captions, {"captions": captions})
@@ -554,7 +554,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
-    """This holds for each form of a list, even if the URLs contain the separators of tables."""
+    """This is true for each form of a list, even if the URLs contain the separators of tables."""
     lines = "".join(f"{url}\n" for url in urls)
     forms = {
         "x.txt": lines,

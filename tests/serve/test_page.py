@@ -146,7 +146,7 @@ def server(model: Llava, examples: list[bytes]) -> Iterator[LiveServer]:
 def visit(browser: Any, server: LiveServer) -> Iterator[Callable[..., Any]]:
     """Open the page in a new browser context.
 
-    At the end, no request has gone to another server, no script has failed, and nothing has violated the
+    At the end, assert that no request went to another server, that no script failed, and that nothing violated the
     Content-Security-Policy.
     """
     contexts: list[Any] = []
@@ -154,7 +154,7 @@ def visit(browser: Any, server: LiveServer) -> Iterator[Callable[..., Any]]:
     faults: list[str] = []
 
     def record_message(message: Any) -> None:
-        # Ignore failed requests, which are reported as errors too, because the tests cause them.
+        # The tests cause some requests to fail. Browsers report these as errors too, so ignore them.
         if message.type == "error" and "Failed to load resource" not in message.text:
             faults.append(message.text)
 
@@ -189,7 +189,7 @@ def words(page: Any) -> str:
 
 
 def veil_alpha(page: Any) -> np.ndarray:
-    """Return the opacity of the veil's pixels, (height, width), 0 to 255."""
+    """Return the opacity of the veil (the canvas with the attention map, over the image): (height, width), 0 to 255."""
     rows = page.evaluate(
         """() => {
             const veil = document.getElementById("veil");

@@ -1,4 +1,4 @@
-"""`llava plan --cluster`: the arithmetic by hand, and one small run of the whole recipe."""
+"""`llava plan --cluster`: the arithmetic by hand, and one small run of all steps."""
 
 from __future__ import annotations
 

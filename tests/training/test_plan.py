@@ -83,7 +83,8 @@ def large_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux counts it"
+    not Path("/proc/self/clear_refs").exists(),
+    reason="memory is measured with a file that only Linux has",
 )
 @pytest.mark.parametrize(
     "changes",

@@ -328,7 +328,7 @@ def test_plan_counts_the_sampling(
     assert "reference" not in base.memory
     with_kl = plan(kl_coef=0.1)
     assert with_kl.memory["reference"] == base.memory["gradients"]
-    # Sampling is one forward, the reference another one; training is about two forwards and a bit.
+    # Sampling costs one forward pass, the reference model another one, and training a little more than two.
     assert 1.2 < with_kl.flops / base.flops < 1.5
     assert plan(objective="scst").sampling.tokens == base.sampling.tokens * 4 / 3
     assert plan(sft_weight=0.1).trained > base.trained

@@ -193,7 +193,7 @@ def test_records_without_a_usable_pair_are_set_aside(
     (tmp_path / "train.json").write_text(json.dumps(rows))
     changes = {"train_data_path": tmp_path / "train.json", "max_steps": 1}
     run_training(dpo_options(max_bad_records=0.5, **changes))
-    [message] = [text for text in package_log.messages if "set aside" in text]
+    [message] = [text for text in package_log.messages if "left out" in text]
     assert message.startswith("3 of 12 records")
     assert "row 1: both answers of the pair are equal" in message
     assert "row 2: an answer of the pair is empty" in message

@@ -292,7 +292,7 @@ def test_projector_stage_is_followed_by_lora_stage(
 
 
 @pytest.mark.medium
-def test_init_from_starts_from_everything_that_a_checkpoint_trained(
+def test_init_from_loads_all_trained_parts_of_a_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     first = run_training(
@@ -324,7 +324,7 @@ def test_init_from_starts_from_everything_that_a_checkpoint_trained(
         tune_mm_mlp_adapter=True,
         **no_change,
     )
-    with pytest.raises(ValueError, match="--init_from .* adapter, .* projector.*`llava merge`"):
+    with pytest.raises(ValueError, match="--init_from .* adapter .*`llava merge "):
         run_training(projector_only)
 
     projector = run_training(
