@@ -16,17 +16,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-BENCHMARKS = (
-    "train",
-    "rewards",
-    "caption",
-    "serve",
-    "scale",
-    "download",
-    "clean",
-    "convert",
-    "metrics",
-)
+# Name of each section, and the words of its command after `python benchmarks/`.
+BENCHMARKS = {
+    "train": "bench_train.py",
+    "train_peers": "bench_train.py --peer llama-factory ms-swift",
+    "rewards": "bench_rewards.py",
+    "caption": "bench_caption.py",
+    "serve": "bench_serve.py",
+    "scale": "bench_scale.py",
+    "download": "bench_download.py",
+    "clean": "bench_clean.py",
+    "convert": "bench_convert.py",
+    "metrics": "bench_metrics.py",
+}
 HEAD = """# Results
 
 Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of
@@ -36,7 +38,8 @@ them, and the command above a table repeats that table.
 
 def run_benchmark(name: str) -> str:
     """Run one benchmark, print its output as it appears, and return it."""
-    command = [sys.executable, str(HERE / f"bench_{name}.py")]
+    script, *options = BENCHMARKS[name].split()
+    command = [sys.executable, str(HERE / script), *options]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
         for line in run.stdout or ():
@@ -45,7 +48,7 @@ def run_benchmark(name: str) -> str:
             if "real_accelerator.py" not in line:
                 lines.append(line)
     if run.returncode:
-        sys.exit(f"bench_{name}.py failed; {RESULTS.name} contains the benchmarks before it")
+        sys.exit(f"{script} failed; {RESULTS.name} contains the benchmarks before it")
     return "".join(lines).strip("\n")
 
 
@@ -79,7 +82,7 @@ def main() -> None:
     for name in names:
         print(f"== {name}", flush=True)
         output = run_benchmark(name)
-        command = f"    python benchmarks/bench_{name}.py"
+        command = f"    python benchmarks/{BENCHMARKS[name]}"
         sections[name] = f"\n{command}\n\n{machine}\n\n```\n{output}\n```\n\n"
         write_sections(sections)  # after each, so that a failure keeps what was measured
 

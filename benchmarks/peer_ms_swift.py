@@ -11,7 +11,8 @@ Settings that differ from its defaults, and why:
 - The optimizer has the settings of transformers' Trainer, which all sides share.
 - No packing and no padding-free batches: both need FlashAttention. No Liger kernels: they need a GPU.
 
-`use_logits_to_keep` is on by default: logits are computed from the first trained position on.
+Two of its defaults make it faster: `use_logits_to_keep` computes logits from the first trained position on, and
+a worker process reads the images and the texts ahead. The memory of that process is not counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def training_arguments(run: PeerRun) -> dict[str, Any]:
     return {
         "model": run.model,
         "model_type": "llava1_5_hf",
+        "check_model": False,  # it would look for a newer version on ModelScope
         "template": TEMPLATE,
         "tuner_type": "lora",
         "lora_rank": run.lora_r,

@@ -4,8 +4,9 @@ Every peer trains the stock LLaVA model that our comparison with TRL assembles, 
 images and texts. It has no template for this language model, so its script registers one, whose text is taken
 from the chat template of the tokenizer. All prompts and labels are then the same tokens on all sides.
 
-What cannot run without a GPU, and is therefore missing here: unsloth refuses to be imported, and axolotl
-installs packages that exist for CUDA only.
+Two programs are missing here. unsloth 2026.10 trains text models on a CPU, but its vision models need a GPU.
+axolotl 0.19 requires packages with GPU kernels (xformers, Triton, Liger, flash-linear-attention) and warns that
+training in bfloat16 fails without a GPU that supports it.
 """
 
 from __future__ import annotations

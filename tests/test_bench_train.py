@@ -250,3 +250,17 @@ def test_comparison_with_another_loss_is_refused(
     with pytest.raises(SystemExit) as refusal:
         bench_train.print_table(results, peers, captions=1, samples=4, flops=5e10)
     assert "ms-swift" in str(refusal.value)
+
+
+def test_results_have_a_section_for_every_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = __import__("all")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "RESULTS.md")
+    sections = {}
+    for name, command in runner.BENCHMARKS.items():
+        script, *_ = command.split()
+        assert (BENCHMARKS / script).is_file()
+        sections[name] = f"\n    python benchmarks/{command}\n"
+    runner.write_sections(sections)
+    assert runner.read_sections() == sections
