@@ -324,7 +324,7 @@ def test_bad_records_are_logged_once(tmp_path: Path, package_log: pytest.LogCapt
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join([row, '{"image": 3}', row, "no JSON"]))
     records = open_records(path, max_bad_records=1)
-    good = set_bad_records_aside(records, 1)
+    good = drop_bad_records(records, 1)
     assert len(good) == 2
     [message] = package_log.messages
     assert "row 1" in message

@@ -156,7 +156,7 @@ def test_row_without_a_caption_is_counted_once(tmp_path: Path, command: str) -> 
         store = Store(str(tmp_path / "o"))
         settings = settings_of(source)
         lines = plan_shards(str(source), Columns(), store, settings, "")["oddities"]
-        kind = "no caption (fetched, but gives no record)"
+        kind = "no caption (the image is downloaded, but no record is written)"
     # Images 1, 3 and 4 have none. Image 2 has an empty one beside another.
     assert [line.split(" (first")[0].strip() for line in lines] == [
         f"3 {kind}",
