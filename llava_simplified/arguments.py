@@ -144,7 +144,7 @@ def _check_launcher(deepspeed: bool) -> None:
         )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed: accelerate launch already has a DeepSpeed configuration. Remove it there, or leave out "
+            "--deepspeed: accelerate launch has a DeepSpeed configuration already. Remove it there, or leave out "
             "--deepspeed."
         )
 
