@@ -144,7 +144,7 @@ def _check_launcher(deepspeed: bool) -> None:
         )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own. Remove it, or leave out "
+            "--deepspeed: accelerate launch has a DeepSpeed configuration already. Remove it there, or leave out "
             "--deepspeed."
         )
 
@@ -298,7 +298,9 @@ def read_config(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not a YAML file: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: expected a mapping of option names to values")
+        raise ValueError(
+            f"--config {path}: expected a mapping of option names to values, such as `lora_r: 64`"
+        )
     return values
 
 

@@ -60,7 +60,7 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
         prompts.append(WeightedPrompt(weight, text))
     if not any(prompt.weight for prompt in prompts):
         raise ValueError(
-            f"--prompt-file {path}: expected at least one prompt with a weight above 0. A prompt without a weight has the weight 1."
+            f"--prompt-file {path}: the file contains no prompt with a weight above 0. Add one; without `WEIGHT |`, it has the weight 1."
         )
     return tuple(prompts)
 

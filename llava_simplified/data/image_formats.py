@@ -181,7 +181,7 @@ def _palette_size(data: bytes, flags_position: int) -> int:
 def _png_without_metadata(data: bytes) -> bytes:
     """Copy the chunks of a PNG that affect the pixels.
 
-    If the description of an animation is damaged, only the still image of the file is copied, which viewers show then.
+    If the description of an animation is damaged, copy only the still image: viewers show this image of such a file.
     """
     # length (4 bytes) | name (4) | data | checksum (4)
     chunks: list[tuple[bytes, bytes]] = []

@@ -27,7 +27,7 @@ _PROMPT_KEYS = ("messages", "prompt", "question")
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a preference pair. One of the two answers may be null, which parsing reports."""
+    """Return whether a row is a preference pair. If one of the two answers is null, parsing it raises an error later."""
     has_both = all(key in row for key in PAIR_KEYS)
     # In a table with several kinds of rows, every row has these columns.
     return has_both and any(row[key] is not None for key in PAIR_KEYS)

@@ -133,7 +133,7 @@ def supported_engines() -> list[str]:
 
 
 def check_int8_support(device: torch.device) -> None:
-    """Raise ValueError if PyTorch has no fast integer product on this machine, or the model is not on the CPU."""
+    """Raise ValueError unless the model is on a CPU for which PyTorch has a fast integer product."""
     if device.type != "cpu":
         raise ValueError(
             f"--quantize int8 works only on the CPU, but the model would run on the device {device.type}. "

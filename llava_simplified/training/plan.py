@@ -568,7 +568,7 @@ def _plan_sampling(
         args: Training options.
         images: Images of the whole run.
         batches: Micro-batches of the whole run on a device.
-        cache: Mean bytes of the KV cache.
+        cache: Mean size of the KV cache in bytes.
     """
     mean = min(lengths.mean_answer, args.sample_max_tokens)
     steps_per_batch = min(args.sample_max_tokens, math.ceil(LONGEST_TO_MEAN_LENGTH * mean))

@@ -288,6 +288,6 @@ def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, An
     for name, value in asdict(config).items():
         if name not in _LOCATIONS and value != before[name]:
             raise ValueError(
-                f"{folder}: its model has {name} {before[name]}, but the model of this run has {name} {value}. "
-                "Pass the old value, or start a new run in another --output_dir."
+                f"{folder}: the model of the checkpoint has {name} {before[name]}, but the model of this run has {name} {value}. "
+                "Pass the checkpoint's value, or start a new run in another --output_dir."
             )

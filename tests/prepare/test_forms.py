@@ -554,7 +554,7 @@ ANSWER = {"role": "assistant", "content": "a cat"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [], "images": ["1.jpg"]}, "'messages' must be a list"),
+        ({"messages": [], "images": ["1.jpg"]}, "'messages' must be a non-empty list"),
         ({"messages": [USER, ANSWER], "conversations": [], "images": ["1.jpg"]}, "both"),
         ({"messages": [USER, {**ANSWER, "role": "tool"}], "images": ["1.jpg"]}, "turn 1"),
         ({"messages": [USER, {**ANSWER, "content": {}}], "images": ["1.jpg"]}, "turn 1"),
