@@ -288,7 +288,7 @@ class Prompt:
                 tokens[part] = control_tokens.get(part, f"token {part}")
         return tokens
 
-    def max_expansion(self) -> float:
+    def max_normalizer_growth(self) -> float:
         """Return the largest factor by which the tokenizer's normalizer lengthens a text, in bytes."""
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         if normalizer is None:

@@ -146,7 +146,7 @@ class CaptionFinisher:
                 continue
             if not is_written:
                 reason = (
-                    "another program has changed the sidecar file while the image was captioned; "
+                    "another program changed the sidecar file while the image was being captioned; "
                     "it was not overwritten"
                 )
                 failures.append(_failure(row["index"], row["image"], reason))

@@ -166,7 +166,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
             else:
                 _forget_server_failures(files.failures)
             if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
-                # Use the instruction of the training, which is stored in the checkpoint. The settings
+                # Use the instruction of the training run, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
                 records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:

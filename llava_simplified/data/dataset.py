@@ -338,7 +338,7 @@ class _PromptLengths:
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
-        self._max_expansion = prompt.max_expansion()
+        self._max_normalizer_growth = prompt.max_normalizer_growth()
         # Roles of the turns -> number of tokens of the template with these roles.
         self._template_lengths: dict[tuple[str, ...], int] = {}
 
@@ -355,7 +355,7 @@ class _PromptLengths:
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
         # Add an upper bound of the tokens of the content to the tokens of the template. The latter were counted with
         # the content "x": where the template meets other content, a few more tokens may be needed.
-        upper_bound = self._template_lengths[roles] + self._max_expansion * num_bytes
+        upper_bound = self._template_lengths[roles] + self._max_normalizer_growth * num_bytes
         upper_bound += self.TOKENS_AT_BOUNDARIES * len(roles)
         if upper_bound <= max_tokens:
             return True

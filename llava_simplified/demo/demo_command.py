@@ -160,7 +160,7 @@ def plan_steps(
         output: Output folder.
         recipe: Recipe of the second training stage.
         max_steps: Maximum number of steps of each training stage; None for the numbers in the recipes.
-        seed: Seed of the training.
+        seed: Seed of the training runs.
         limit: Maximum number of images to caption; None for all held-out images.
     """
     train = training_argv(assets, seed)

@@ -212,7 +212,7 @@ def _write_model_and_processor(
 def _remove_adapter(
     model: Llava, checkpoint: str | Path, dtype: str | None, model_base: str | None
 ) -> None:
-    """Restore the language model as it was before the training."""
+    """Restore the language model as it was before training."""
     adapted: Any = model.language_model
     changes_frozen_weights = initial_weights(adapted) is not None
     model.language_model = adapted.unload()

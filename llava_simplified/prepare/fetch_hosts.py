@@ -145,7 +145,7 @@ class _FetchLoop:
         if fetched.pause is None:
             host.pausing_since = math.inf
             return
-        # Use the earliest time, because responses can arrive out of order.
+        # Keep the start of the series. It is infinity if this is the first pause of a series.
         host.pausing_since = min(host.pausing_since, now)
         total = now + fetched.pause - host.pausing_since
         if total > MAX_PAUSE:

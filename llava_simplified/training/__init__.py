@@ -1,1 +1,1 @@
-"""The trainer, and the commands that plan, prepare and run a training."""
+"""The trainer, and the commands that plan, prepare and run training."""

@@ -148,8 +148,8 @@ class QaReward:
         try:
             choices = await client.complete([{"role": "user", "content": text}])
         except RecordError as error:
-            # A failure of the server is no fault of the caption, and ends the run. A refusal of the model counts as a wrong
-            # answer.
+            # If the server fails or rejects the request, the caption is not at fault, so the run ends. If the model
+            # refuses to answer, that counts as a wrong answer.
             if error.kind in SERVER_FAILURES or error.kind == "rejected":
                 raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
             self._counts["questions_unanswered"] += 1

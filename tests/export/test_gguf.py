@@ -39,7 +39,7 @@ from llava_simplified.export.gguf_vision import describe_padding
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
-# Vision tower, language model, and options of the training.
+# Vision tower, language model, and options of the training run.
 MODELS = [
     ("clip", "llama", {"mm_projector_type": "mlp2x_gelu"}),
     ("siglip", "qwen2", {"mm_projector_type": "linear"}),

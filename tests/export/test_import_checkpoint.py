@@ -241,7 +241,7 @@ def assert_captions_and_trains(
         image: Image file.
         data_folder: What to train on.
         tmp_path: Where to write.
-        options: Options of the training.
+        options: Options of the training run.
     """
     record = {"image": image.name, "instruction": INSTRUCTION, "response": "x"}
     records = tmp_path / "one.json"
