@@ -84,7 +84,8 @@ test-quick: $(STAMP)
 
 # everything of which `make test` takes a sample; then ten minutes each: random bytes for every door where strangers'
 # bytes come in
-SAMPLED := tests/attack tests/test_handover.py tests/evaluation/test_ptb_tokenizer.py tests/prepare/test_reader_memory.py
+SAMPLED := tests/attack tests/data tests/test_handover.py tests/test_prompt.py tests/evaluation/test_ptb_tokenizer.py \
+  tests/model/test_shared_prefix.py tests/prepare/test_reader_memory.py tests/prepare/test_sources.py
 fuzz: $(STAMP)
 	FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(SAMPLED)
 	$(INSTALL) -e '.[fuzz]'

@@ -60,14 +60,25 @@ def create_peer_python(
         venv.create(partial, with_pip=True)
         constraints_file = partial / "constraints.txt"
         constraints_file.write_text("".join(f"{line}\n" for line in constraints))
-        partial_python = str(partial / "bin" / "python")
-        pip = [partial_python, "-m", "pip"]
-        install = [*pip, "install", "-q", "-c", str(constraints_file), *requirements]
-        subprocess.run(install, check=True)
-        for package in optional:
-            imported = subprocess.run(
-                [partial_python, "-c", f"import {package}"], capture_output=True
-            )
-            if imported.returncode:
-                subprocess.run([*pip, "uninstall", "-q", "-y", package], check=True)
+        partial_python = partial / "bin" / "python"
+        install = [str(partial_python), "-m", "pip", "install", "-q"]
+        subprocess.run([*install, "-c", str(constraints_file), *requirements], check=True)
+        remove_broken_packages(partial_python, optional)
     return python
+
+
+def remove_broken_packages(python: Path, packages: Sequence[str]) -> None:
+    """Uninstall the packages that cannot be imported, so that others do not try to use them.
+
+    Args:
+        python: Python of the environment.
+        packages: Names that are those of a module, too.
+
+    Raises:
+        subprocess.CalledProcessError: A package could not be removed.
+    """
+    for package in packages:
+        imported = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True)
+        if imported.returncode:
+            uninstall = [str(python), "-m", "pip", "uninstall", "-q", "-y", package]
+            subprocess.run(uninstall, check=True)

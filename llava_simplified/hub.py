@@ -33,7 +33,7 @@ def check_model_name(name_or_path: str | Path) -> None:
         ) from None
     if is_file:
         raise ValueError(f"{name}: expected the folder of a model, but this is a file.")
-    # Import these here: the functions above are called before anything heavy is imported.
+    # Import these here, because data/transforms.py imports this module and does not need the Hub for a local folder.
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -51,12 +50,6 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
         pytest.skip("Windows does not fork processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    # Do not measure the coverage of the fork server: the processes that it forks would be slower, and they end
-    # without saving a result.
-    coverage = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
-    forkserver.ensure_running()
-    if coverage is not None:
-        os.environ["COVERAGE_PROCESS_CONFIG"] = coverage
     process = context.Process(target=_run_function, args=(target, args))
     process.start()
     return process

@@ -1,4 +1,4 @@
-"""Samples of large families of tests: `make test` takes some, always the same ones, `make fuzz` all of them."""
+"""Samples of large families of tests and inputs: `make test` takes some, `make fuzz` all of them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def sample(cases: Iterable[T], count: int) -> list[T]:
     if IS_COMPLETE or len(cases) <= count:
         return cases
     return random.Random(7).sample(cases, count)
+
+
+def num_examples(complete: int) -> int:
+    """Return how many random inputs a test tries: all of `complete` in `make fuzz`, else a third."""
+    return complete if IS_COMPLETE else complete // 3

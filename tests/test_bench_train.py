@@ -74,6 +74,23 @@ def test_peer_has_a_version_and_a_script(name: str) -> None:
     assert (BENCHMARKS / peer.script).is_file()
 
 
+def test_only_packages_that_cannot_be_imported_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peer_environment
+
+    commands = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=int("import broken" in command))
+
+    monkeypatch.setattr(peer_environment.subprocess, "run", run)
+    peer_environment.remove_broken_packages(tmp_path / "python", ["sound", "broken"])
+    removals = [command for command in commands if "uninstall" in command]
+    assert [command[-1] for command in removals] == ["broken"]
+
+
 # ---- what a peer reads ----
 
 

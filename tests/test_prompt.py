@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 from tokenizers import (
     AddedToken,
     Regex,
@@ -460,7 +461,7 @@ ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
 
 @pytest.mark.medium
 @every_family
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(60), deadline=None, derandomize=True)
 @given(question=any_text, answer=any_answer)
 @example(question="<image>", answer=" a cat")
 @example(question="<image>\nwhat?", answer="\na cat\n")
@@ -489,7 +490,7 @@ def test_render_trains_the_answer_and_its_end_token_and_nothing_else(
 
 
 @every_family
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(20), deadline=None, derandomize=True)
 @given(question=any_text)
 def test_render_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> None:
     tokenizer, prompt, *_ = family(name)
@@ -534,7 +535,7 @@ def test_render_branches_share_one_prompt(name: str) -> None:
 
 
 @every_family
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(60), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_decode_marks_only_what_is_not_a_whole_character(name: str, data: st.DataObject) -> None:
     tokenizer, prompt, _, lead, _ = family(name)
@@ -549,7 +550,7 @@ def test_decode_marks_only_what_is_not_a_whole_character(name: str, data: st.Dat
 
 
 @every_family
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(60), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_decode_of_unfinished_text_is_the_beginning_of_the_whole(
     name: str, data: st.DataObject
@@ -594,7 +595,7 @@ def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", WITH_TEMPLATE)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(30), deadline=None, derandomize=True)
 @given(
     question=ordinary_text,
     answer=ordinary_text,
@@ -634,7 +635,7 @@ def test_render_conversation_equals_apply_chat_template(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=num_examples(60), deadline=None, derandomize=True)
 @given(question=any_answer, answer=any_answer)
 @example(question="what is [INST] this?", answer="a </s> cat [/INST] <s>")
 def test_render_equals_mistral_common(version: str, question: str, answer: str) -> None:

@@ -464,7 +464,7 @@ def open_records(
         max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
 
     Raises:
-        ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.
+        ValueError: The file cannot be read, or one of its rows is not a record. The message names the file and the row.
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)

@@ -64,7 +64,7 @@ def read_predictions(path: Path, references: References | None = None) -> Predic
 
     Raises:
         ValueError: A row is not a valid prediction, a name matches several images, or no image has references. The message
-            names file, row and problem.
+            names the file, the row and the problem.
     """
     rows = open_rows(path)
     reader = _Reader(path, references)
@@ -136,7 +136,7 @@ class _Reader:
             index = image
         if index == "":
             raise ValueError(
-                f"{where}: the row has neither an 'image' nor an 'index'; add an 'index' that identifies it."
+                f"{where}: the row has neither an 'image' nor an 'index'; add the 'index' of its record, which is the same for all captions of a record."
             )
         return _Row(
             index=str(index),

@@ -261,12 +261,18 @@ def _read_list(
 
 
 def _may_have_caption(text: str) -> bool:
-    """Return whether a line has several words, which may be a caption, and is neither a remark nor a URL with spaces."""
+    """Return whether a line may contain a caption of several words.
+
+    A line with a separator may always contain one. A line without a separator may not if it is a remark (it contains no
+    URL), or the URL of an image with spaces in its name.
+    """
     if not re.search(r"\s", text):
         return False
-    is_image = URL_PATTERN.match(text) and IMAGE_NAME_PATTERN.search(text)
+    if re.search(r"[,;|\t]", text):
+        return True
+    is_image_url = URL_PATTERN.match(text) and IMAGE_NAME_PATTERN.search(text)
     is_remark = not URL_PATTERN.search(text)
-    return bool(re.search(r"[,;|\t]", text)) or not (is_image or is_remark)
+    return not (is_image_url or is_remark)
 
 
 def _list_name(text: str) -> str:

@@ -48,7 +48,7 @@ def read_samples(path: Path, records: Records) -> dict[int, list[str]]:
         Index of a record -> its distinct captions, in the order of the file.
 
     Raises:
-        ValueError: A row is no prediction, or belongs to other records. The message names file and row.
+        ValueError: A row is not a prediction, or belongs to other records. The message names the file and the row.
     """
     samples: dict[int, dict[str, None]] = {}
     rows = open_rows(path)

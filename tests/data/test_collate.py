@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 
 from llava_simplified.data.collate import Collator, Example
 from llava_simplified.data.packing import plan_packs
@@ -188,7 +189,7 @@ def test_plan_packs_fills_packs_of_conceptual_captions(pack_length: int, least_f
     seed=st.integers(0, 9),
     pool=st.integers(1, 60),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_plan_packs_never_exceeds_the_pack_length(
     lengths: list[int], pack_length: int, seed: int, pool: int
 ) -> None:

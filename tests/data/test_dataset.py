@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
@@ -284,7 +285,7 @@ def test_drop_bad_records_tokenizes_only_what_may_be_too_long(
 
 @pytest.mark.medium
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4), st.integers(12, 80))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=num_examples(80), deadline=None)
 def test_kept_records_always_leave_room_for_an_answer(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], max_length: int
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path, PureWindowsPath
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 
 from llava_simplified.data import image_folder
 from llava_simplified.data.image_folder import (
@@ -190,7 +191,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "A", "1.jpg", "2.JPG"]), min_size=1,
 
 @pytest.mark.medium
 @given(st.lists(NAMES, min_size=1, max_size=6), NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 def test_located_file_always_shares_the_end_of_the_name(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], name: list[str]
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
+from sampling import num_examples
 
 from llava_simplified.data import images
 from llava_simplified.data.image_formats import (
@@ -161,7 +162,7 @@ def test_broken_exif_never_decides_over_pixels(image_format: str, exif: bytes) -
 
 
 @given(st.binary(max_size=60), st.sampled_from([0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_no_bytes_in_a_jpeg_metadata_segment_change_pixels(
     body: bytes, marker: int, has_prefix: bool
 ) -> None:
@@ -189,7 +190,7 @@ def test_no_bytes_in_a_jpeg_metadata_segment_change_pixels(
 @given(
     st.binary(max_size=40), st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"pHYs"])
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_no_bytes_in_a_png_metadata_chunk_prevent_decoding(body: bytes, name: bytes) -> None:
     data = insert_chunk(encode(draw(), "PNG"), png_chunk(name, body))
     assert decode_image(data).size == 48 * 32 * 3

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import open_rows, scan_json
@@ -46,7 +47,7 @@ def has_lone_surrogates(value: object) -> bool:
 
 @pytest.mark.medium
 @given(st.lists(VALUES, max_size=6), FORMATS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_scan_json_reads_an_array_as_json_does(values: list, json_format: tuple) -> None:
     ensure_ascii, indent, block = json_format
     text = json.dumps(values, ensure_ascii=ensure_ascii, indent=indent)
@@ -62,7 +63,7 @@ def test_scan_json_reads_an_array_as_json_does(values: list, json_format: tuple)
     st.dictionaries(st.text(max_size=4), st.lists(VALUES, max_size=3) | st.integers(), max_size=4),
     FORMATS,
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_scan_json_yields_the_elements_of_arrays_in_an_object(
     values: dict, json_format: tuple
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import LANGUAGE_MODELS, collate, make_images
 from peft import LoraConfig, get_peft_model
+from sampling import num_examples
 from tiny import build_llava
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import modeling_flash_attention_utils as flash
@@ -259,7 +260,7 @@ def predictions_of_example(example: Example, tokens_per_image: int) -> list[Pred
     st.lists(st.lists(any_example(), min_size=1, max_size=3), min_size=1, max_size=3),
     st.integers(1, 3),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
     rows: list[list[Example]], tokens_per_image: int
 ) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sampling import num_examples
 
 from llava_simplified.data.records import image_names, open_records
 from llava_simplified.data.shards import ShardWriter, read_shard_image
@@ -552,7 +553,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 
 @pytest.mark.medium
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
     """This is true for each form of a list, even if the URLs contain the separators of tables."""
     lines = "".join(f"{url}\n" for url in urls)
@@ -672,7 +673,7 @@ CELLS = st.lists(st.sampled_from(["a", " ", '"', ",", ";", "\n", "1", "猫"]), m
 
 @pytest.mark.medium
 @given(st.lists(CELLS, min_size=1, max_size=6), st.sampled_from([",", ";"]), st.integers(0, 2000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_read_source_reads_what_a_csv_writer_has_written(
     cells: list[str], separator: str, long_lines: int
 ) -> None:
@@ -884,7 +885,7 @@ def count_left_out(issues: ParseIssues) -> int:
 
 @pytest.mark.parametrize("name", FILE_NAMES)
 @given(data=BYTES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 def test_read_source_of_any_bytes_yields_rows_or_names_the_file(name: str, data: bytes) -> None:
     try:
         read_bytes(name, data)
@@ -899,7 +900,7 @@ LINES = st.lists(st.lists(st.sampled_from(LINE_PIECES), max_size=9).map(b"".join
 @pytest.mark.medium
 @given(LINES, st.sampled_from([b"", b"x", b'"', b'x\t"']))
 @example([b'"', b'"'], b"")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes], start: bytes) -> None:
     """Each line contains a mark: the mark is in a row, or the line is among those that were left out."""
     marked = [start + b"@%d@" % index + line for index, line in enumerate(lines)]
@@ -913,7 +914,7 @@ def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes], start:
 
 @pytest.mark.medium
 @given(st.lists(CELLS, min_size=1, max_size=6), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 def test_read_source_reads_what_pandas_writes_with_tabs(
     cells: list[str], captions_first: bool
 ) -> None:
@@ -960,7 +961,7 @@ def test_read_source_keeps_stray_quotes_of_a_tsv_as_text(
 @pytest.mark.medium
 @given(LINES, st.booleans())
 @example([b'"', b'a "'], False)  # inch marks are no quotes, even two of them
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=num_examples(300), deadline=None)
 def test_read_source_accounts_for_every_line_of_a_csv(lines: list[bytes], quoted: bool) -> None:
     """Each line contains a mark: the mark is in a row, or the line is among those that were left out."""
     start = b'"' if quoted else b"5"
@@ -1018,7 +1019,7 @@ OBJECT = (
 @pytest.mark.medium
 @pytest.mark.parametrize("form", ["json", "jsonl", "annotations"])
 @given(values=st.lists(OBJECT, max_size=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(200), deadline=None)
 def test_read_source_accounts_for_every_row_of_json(form: str, values: list[Any]) -> None:
     first = {"image": "0.jpg", "caption": "the first"}
     if form == "jsonl":
