@@ -106,8 +106,10 @@ def resolve_redirect(url: URL, location: str) -> URL:
 
 def host_of(url: str) -> str:
     """Return the host of a URL as it is sent, or an empty text if there is none."""
-    # Scheme and host repeat, so most calls are answered from the cache.
-    return _parse_host("/".join(url.split("/", 3)[:3]))
+    # Scheme and host repeat, so most calls are answered from the cache. End the host by a slash: white space is removed
+    # around a URL, but not after a host.
+    origin = url.strip(_AROUND).split("/", 3)[:3]
+    return _parse_host("/".join([*origin, ""]))
 
 
 @lru_cache(maxsize=4096)

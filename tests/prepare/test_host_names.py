@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import aiohttp
 import pytest
 from downloads import read_manifest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from servers import Server, loopback_server  # noqa: F401 - a fixture
 
@@ -167,6 +167,8 @@ PARTS = (
 
 
 @given(st.lists(PARTS, min_size=1, max_size=8).map("".join))
+@example("xn-- ")
+@example("a.example\n")
 def test_any_name_is_a_host_or_an_error(name: str) -> None:
     url = f"http://{name}/1.jpg"
     try:
