@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
-    """Return the measurements that a section has written; it may have ended before the others."""
+    """Return the measurements that a section has written: some of them if it was stopped or has failed, [] if none."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -349,7 +349,7 @@ def choose_peers(names: list[str] | None) -> dict[str, str]:
 
 
 def choose_ours(names: list[str] | None) -> list[str]:
-    """Return the lines of our side: all, or the first and the last beside peers that take long."""
+    """Return the lines of our side: all, or the first and the last beside peers, which are slow."""
     lines = list(OURS)
     return [lines[0], lines[-1]] if names else lines
 

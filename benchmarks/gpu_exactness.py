@@ -57,7 +57,7 @@ def run(workload: Workload, report: Report) -> None:
     report.attempt(
         "half precision compared with float32", partial(compare_half_precision, workload)
     )
-    # Expected seconds of each comparison. FlexAttention takes long, because it is compiled.
+    # Expected seconds of each comparison. FlexAttention is slow to start, because it is compiled.
     kernels = {"flex_attention": 40.0}
     if find_spec("flash_attn"):
         kernels["flash_attention_2"] = 5.0

@@ -108,7 +108,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
         ),
         "predict": Command(
             "llava_simplified.captioning.caption_command:predict_main",
-            "Caption the records of a file with LLaVA's options, for evaluation",
+            "Caption the records of a file for evaluation, with the options of predict.py",
         ),
         "evaluate": Command(
             "llava_simplified.evaluation.evaluate_command:main",

@@ -36,7 +36,7 @@ LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
 VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
 
 
-# Libraries that the package or the tests import, in parts that take long. One that is not installed is left out.
+# Libraries that the package or the tests import, in parts that are slow to import. One that is not installed is left out.
 LIBRARIES = [
     "aiohttp",
     "datasets",

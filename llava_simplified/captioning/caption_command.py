@@ -1,7 +1,7 @@
 """The commands `llava caption`, `llava predict` and `llava chat`.
 
 `predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation.
-`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Modules that take long
+`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Modules that are slow
 to import are imported only after the arguments are parsed.
 """
 

@@ -44,7 +44,7 @@ MAX_PAUSE = 30.0
 CONNECT_TIMEOUT = 20.0
 # Far longer than any caption. It protects the memory from a server that never stops sending.
 MAX_ANSWER_BYTES = 16_000_000
-# The loop guard creates an object for each word and compares words with each other, which takes long for longer texts.
+# The loop guard creates an object for each word and compares words with each other, which is slow for longer texts.
 MAX_CAPTION_CHARACTERS = 200_000
 MAX_MESSAGE_LENGTH = 300
 

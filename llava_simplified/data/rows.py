@@ -441,5 +441,5 @@ def _cache_path(path: Path) -> Path:
     absolute = str(path.resolve())
     path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
     stat = path.stat()
-    # Use size and modification time to identify the version, since hashing a large file would take long.
+    # Use size and modification time to identify the version, since hashing a large file would be slow.
     return folder / f"{path_hash}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"

@@ -196,7 +196,7 @@ def exclude_forbidden_words(
         banned_ids = words.banned_ids(ids)
         rows += [row] * len(banned_ids)
         banned += banned_ids
-    # Copy the ids of all rows to the device together, because even a small copy takes long.
+    # Copy the ids of all rows to the device together, because even a small copy is slow.
     pairs = to_device(torch.tensor([rows, banned], dtype=torch.long), logits.device)
     logits[pairs[0], pairs[1]] = -torch.inf
 

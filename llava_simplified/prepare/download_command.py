@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
-    advice = FAILURE_ADVICE.get(most_frequent, "The Parquet manifests contain the details.")
+    advice = FAILURE_ADVICE.get(most_frequent, "Look up the details in the Parquet manifests.")
     print_text(
         f"No image was downloaded. {advice} Then retry with --retry {most_frequent}",
         file=sys.stderr,

@@ -22,11 +22,11 @@ FAILURE_ADVICE = {
     "tls": "No certificate could be verified. Check whether a proxy intercepts TLS (SSL_CERT_FILE), and the clock.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
     "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
-    "http_407": "A proxy requires credentials.",
+    "http_407": "A proxy requires credentials. Add them to the URL of the proxy.",
     "scheme": "These are not http or https URLs. Check --url-column.",
     "bad_url": "These are not URLs. Check --url-column.",
 }
-_OTHER_ADVICE = "The details of each row are in the journals of the work folder."
+_OTHER_ADVICE = "Look up the details of each row in the journals of the work folder."
 
 
 class DownloadProgress:

@@ -388,7 +388,7 @@ def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
         finally:
             in_flight -= is_target
 
-    # The server draws its images at the first request, which takes long.
+    # The server draws its images at the first request, which is slow.
     assert fetch(server.url("ok/1.jpg"))[0].kind == "ok"
     monkeypatch.setattr(Fetcher, "_request", watched_request)
     server.targets["there"] = f"http://127.0.0.1:{server.port}/ok/1.jpg"

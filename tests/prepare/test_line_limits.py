@@ -36,9 +36,7 @@ MEGABYTE = 1 << 20
 BOMB_MEGABYTES = 48
 # Several times the limit, because a text is decoded and split, but a part of the bomb.
 MAX_MEMORY = 16 * MEGABYTE
-LIMIT = (
-    500_000  # in place of `MAX_ROW_BYTES` and `MAX_TEXT_BYTES`, because tracing memory takes long
-)
+LIMIT = 500_000  # in place of `MAX_ROW_BYTES` and `MAX_TEXT_BYTES`, because tracing memory is slow
 ROW = '{"image": "1.jpg", "caption": "a cat"}'
 # name of the file -> its beginning, and the text that is then repeated without end; the line or byte of the error
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {

@@ -44,7 +44,7 @@ with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM"))
 print(count, int(peak.split()[1]) * 1024)
 """
-# Simulates a directory with an image and a text file for each row, because creating the files would take long.
+# Simulates a directory with an image and a text file for each row, because creating the files would be slow.
 READ_SIDECARS = """
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
