@@ -32,7 +32,7 @@ def model_config(args: ModelArguments, dtype: str) -> LlavaConfig:
 
 
 def trained_parts(args: ModelArguments) -> TrainedParts:
-    """Return the parts of language model and vision tower that the options train.
+    """Return which parts of the language model and the vision tower are trained with these options.
 
     Raises:
         ValueError: `--tune_vision_tower` has an unknown value.

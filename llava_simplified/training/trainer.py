@@ -631,7 +631,7 @@ class LlavaTrainer(transformers.Trainer):
         train_dataloader: DataLoader[Batch],
         resume_from_checkpoint: str | None,
     ) -> Any:
-        """Prepare the model, and restore optimizer, schedule and loss scale of a resumed run."""
+        """Prepare the model, and restore the optimizer, schedule and loss scale of a resumed run."""
         # Pass None instead of the folder: the base method would look for the engine's own files.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
