@@ -254,7 +254,7 @@ def test_read_source_reads_tars_with_texts_or_json(tmp_path: Path) -> None:
 
 
 def test_read_source_separates_several_captions_of_a_sample(tmp_path: Path) -> None:
-    """The captions are separated with and without the manifest."""
+    """Without a manifest, the captions are read from the members of the tar, and stay separate."""
     writer = ShardWriter(tmp_path / "00000.tar")
     for key, captions in (("0", ("a cat", "a pet")), ("1", ("a dog",))):
         writer.add(key, b"x", "jpg", captions, {"captions": captions})
