@@ -61,7 +61,7 @@ def damage(data: bytes, fault: str) -> bytes:
     if fault == "truncated":
         return data[:middle]
     if fault == "corrupt":
-        # Overwrite bytes in the middle of the compressed pixels by end-of-image markers and beginnings of tables.
+        # Overwrite bytes in the middle of the compressed pixels with end-of-image markers and starts of tables.
         return data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
     if fault == "html":
         return b"<html></html>"

@@ -127,7 +127,8 @@ class DecodingBatch:
         self._options: dict[int, GenerationOptions] = {}
         self._random_numbers: dict[int, Iterator[float]] = {}
         self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
-        self._row_of: list[int] = []  # the row of each active sequence
+        # For active sequences only, in the order of `active`:
+        self._row_of: list[int] = []  # the row of each sequence
         # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
