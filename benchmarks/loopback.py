@@ -118,7 +118,7 @@ def _body(kind: str, number: int) -> bytes:
     if kind == "short":
         return data[: len(data) * 2 // 3]
     if kind == "corrupt":
-        # Overwrite bytes in the middle of the compressed pixels by end-of-image markers and beginnings of tables.
+        # Overwrite bytes in the middle of the compressed pixels with end-of-image markers and starts of tables.
         middle = len(data) // 2
         return data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
     if kind == "html":

@@ -160,8 +160,8 @@ def join_parts(content: object, images: list[Any], where: str) -> object:
             raise ValueError(
                 f"{where}: a part of the type {kind!r} is not supported; the types are 'text' and 'image'"
             )
-    # End a text without words in the same way as `insert_image_placeholders`, which adds a line break to each
-    # placeholder: equal questions must get equal tokens, whatever the form of their rows.
+    # Put a line break after the last image too, as `insert_image_placeholders` does: a turn that consists only of
+    # images must get the same tokens in both forms.
     if text.endswith(IMAGE_PLACEHOLDER):
         text += "\n"
     return text

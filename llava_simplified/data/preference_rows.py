@@ -84,7 +84,7 @@ def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
         raise ValueError(f"{where} must be a text or a list of turns, got {shorten(value)}")
     role, content = turn_of(turns[-1])
     if role not in ("assistant", "gpt"):
-        raise ValueError(f"{where} must end with a turn of the assistant, got the role {role!r}")
+        raise ValueError(f"{where} must end with an assistant turn, got the role {role!r}")
     images: list[Any] = []
     text = join_parts(content, images, where)
     if images or not isinstance(text, str):

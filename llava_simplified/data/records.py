@@ -131,18 +131,18 @@ def _check_unanswered(responses: Sequence[str], where: str) -> None:
 def _place_images(
     turns: Sequence[Message], responses: Sequence[str], count: int, where: str
 ) -> tuple[Message, ...]:
-    """Insert `<image>` if no text contains it. Refuse it in turns of the system and the assistant.
+    """Insert `<image>` if no text contains it. Refuse it in system and assistant turns.
 
     Raises:
-        ValueError: The number of placeholders in the user's turns is wrong; see `insert_image_placeholders`.
+        ValueError: The number of placeholders in the user turns is wrong; see `insert_image_placeholders`.
     """
     # If the number of placeholders is right, but some are in other turns, report that instead of a wrong number.
     others = [turn.content for turn in turns if turn.role != "user"]
     elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
     if elsewhere and count_images(turns) + elsewhere == count:
         raise ValueError(
-            f"{where}: {IMAGE_PLACEHOLDER} occurs in a turn of the system or the assistant; images are supported only in "
-            "turns of the user"
+            f"{where}: {IMAGE_PLACEHOLDER} occurs in a system or assistant turn; images are supported only in "
+            "user turns"
         )
     return insert_image_placeholders(turns, count, where)
 
@@ -191,7 +191,7 @@ def _check_texts(
     """Refuse texts that cannot be encoded, and placeholders of media that are not supported.
 
     Raises:
-        ValueError: A text contains half of a surrogate pair, or a turn of the user contains another program's
+        ValueError: A text contains half of a surrogate pair, or a user turn contains another program's
             placeholder.
     """
     for text in (*images, *(turn.content for turn in turns), *responses):
@@ -315,7 +315,7 @@ def insert_image_placeholders(
     if placeholders > 0 or "user" not in roles:
         raise ValueError(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
-            f"{placeholders} time(s); the turns of the user must contain it once for each image"
+            f"{placeholders} time(s); the user turns must contain it once for each image"
         )
     # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count

@@ -142,10 +142,10 @@ def _check_media(key: str, value: object, where: str, *, has_images: bool) -> No
 
 
 def check_placeholders(turns: Sequence[Message], where: str) -> None:
-    """Refuse placeholders of other programs in the turns of the user. In other turns they are ordinary text.
+    """Refuse placeholders of other programs in user turns. In other turns they are ordinary text.
 
     Raises:
-        ValueError: A turn of the user contains such a placeholder.
+        ValueError: A user turn contains such a placeholder.
     """
     for turn in turns:
         if turn.role != "user" or not ("<" in turn.content or "[" in turn.content):

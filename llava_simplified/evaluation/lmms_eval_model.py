@@ -63,7 +63,7 @@ class PromptSource(NamedTuple):
     """The fields of a request that determine its prompt. Requests with equal sources have the same prompt and images.
 
     Attributes:
-        context: The text of the user's turn.
+        context: The text of the user turn.
         doc_to_visual: Function that returns the images of a document; None in a request without a document.
         doc_id: Number of the document in its split.
         task: Name of the document's task.
@@ -268,7 +268,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         return self.task_dict[source.task][source.split][source.doc_id]
 
     def _load(self, source: PromptSource) -> tuple[Sequence[Message], torch.Tensor | None]:
-        """Return the user's turn, and the pixels of its images, uint8 (images, 3, height, width)."""
+        """Return the user turn, and the pixels of its images, uint8 (images, 3, height, width)."""
         try:
             images = self._load_images(source)
         except ValueError as error:

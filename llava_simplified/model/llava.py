@@ -285,7 +285,7 @@ class Llava(nn.Module):
 
         Args:
             images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list of these.
-            instruction: Text of the user's turn; by default the instruction of the training data.
+            instruction: Text of the user turn; by default the instruction of the training data.
                 It may contain `<image>` at the place of the image; otherwise, the image comes first.
             num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled, by
                 default with the temperature 0.7.
@@ -343,7 +343,7 @@ class Llava(nn.Module):
 
         Args:
             turns: A question, or the conversation so far. Its last turn must be the user's.
-            images: One image per `<image>` in the user's turns. If the turns contain no `<image>`, the images
+            images: One image per `<image>` in the user turns. If the turns contain no `<image>`, the images
                 are placed before the text of the first user turn.
             **options: Fields of `GenerationOptions`, with one beam and one sequence.
         """

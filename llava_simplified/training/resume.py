@@ -238,10 +238,10 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
     # must not change either. So, in addition to the number of records per step, compare the number of
     # accumulation steps.
     is_same = old.records == new.records
-    requirement = "whose product is the same"
+    requirement = "that give the same number of records in each step"
     if now.get("train_sampling_strategy") == "group_by_length":
         is_same = is_same and old.accumulation == new.accumulation
-        requirement = "with the same number of accumulation steps and the same product"
+        requirement = "that give the same number of accumulation steps and the same number of records in each step"
     if not is_same:
         raise ValueError(
             f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "
