@@ -105,7 +105,7 @@ class ShardSpec:
 
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
-    """Fetch the missing rows of a shard. Does nothing if the shard is finished, and no failure is to be retried.
+    """Fetch the missing rows of a shard. In a finished shard, fetch only the failures again that `spec.retry` names.
 
     Returns:
         The number of rows by outcome: "ok" or a kind of failure.
