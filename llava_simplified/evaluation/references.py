@@ -166,7 +166,7 @@ def read_references(path: Path) -> References:
         raise ValueError(
             f"--references: {path} is not a COCO caption file "
             '({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}), and '
-            f"not a file of records: {error} Convert other formats with `llava convert`."
+            f"not a file of records ({str(error).rstrip('.')}). Convert other formats with `llava convert`."
         ) from None
 
 

@@ -48,8 +48,8 @@ def build_parser() -> CommandParser:
 
 
 def _add_reward_options(parser: CommandParser) -> None:
-    """Add what single rewards need; the options of `llava train` have the same names."""
-    group = parser.add_argument_group("options of single rewards")
+    """Add the options that only some rewards need; `llava train` has the same options."""
+    group = parser.add_argument_group("options of particular rewards")
     group.add_argument(
         "--reward-workers",
         type=int,
