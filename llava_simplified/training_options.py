@@ -464,7 +464,8 @@ INHERITED = {
     "save_steps": InheritedOption(500, "Number of steps between two checkpoints"),
     "save_total_limit": InheritedOption(None, "Maximum number of checkpoints (default: all)"),
     "load_best_model_at_end": InheritedOption(
-        False, "Keep the checkpoint with the best --metric_for_best_model"
+        False,
+        "Copy the checkpoint with the best --metric_for_best_model to the output folder, instead of the last weights",
     ),
     "metric_for_best_model": InheritedOption(
         None, "Metric for selecting the best checkpoint, for example eval_loss or eval_cider"

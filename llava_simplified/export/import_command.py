@@ -12,8 +12,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava import`."""
     parser = CommandParser(
         "llava import",
-        "Convert a LLaVA checkpoint of another code base. The result for a Hugging Face LLaVA folder is compared "
-        "with Transformers, and is kept only if it computes the same.",
+        "Convert a LLaVA checkpoint of another code base. For a Hugging Face LLaVA folder, the result is "
+        "compared with the source in Transformers, and is kept only if both produce the same outputs.",
     )
     parser.add_argument(
         "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"

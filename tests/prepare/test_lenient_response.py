@@ -120,7 +120,7 @@ def test_fetch_accepts_what_curl_accepts(name: str, piece: int) -> None:
 
 @pytest.mark.parametrize("piece", [1 << 20, 700])
 @pytest.mark.parametrize("name", REFUSED)
-def test_fetch_refuses_what_is_ambiguous_or_torn(name: str, piece: int) -> None:
+def test_fetch_reports_the_kind_of_each_refused_response(name: str, piece: int) -> None:
     response, kind = REFUSED[name]
     assert fetch_response(response, piece).kind == kind
 
