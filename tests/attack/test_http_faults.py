@@ -272,7 +272,7 @@ FAULTS: dict[str, Fault] = {
     "redirect to a long zone": Fault(
         redirect(b"http://[fe80::1%25" + b"a" * 5000 + b"]/"), "bad_url"
     ),
-    "redirect to bad punycode": Fault(redirect(b"http://xn--a-ecp.invalid/"), "bad_url"),
+    "redirect to bad punycode": Fault(redirect(b"http://xn--a-ecp.invalid/"), "dns"),
     "redirect with 30,000 parents": Fault(redirect(b"/" + b"../" * 30_000 + b"next"), "redirected"),
     "redirect with status 308": Fault(redirect(b"/next", b"308 Permanent"), "redirected"),
     "redirect with status 300": Fault(redirect(b"/next", b"300 Multiple"), "http_300"),

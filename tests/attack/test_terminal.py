@@ -148,6 +148,16 @@ class Workplace:
             self.training(self.records, "--model_name_or_path", self.missing),
         ]
 
+    def pairs(self) -> Commands:
+        options = ("--output", self.new("pairs.json"), "--image-folder", self.images)
+        return [
+            [self.predictions, "--data-path", self.records, *options],
+            [self.records, "--data-path", self.records, *options],
+            [self.missing, "--data-path", self.records, *options],
+            [self.predictions, "--data-path", self.missing, *options],
+            [self.predictions, "--data-path", self.records, *options, "--reward", HOSTILE],
+        ]
+
     def caption(self) -> Commands:
         model = ("--model-path", self.checkpoint, "--max-new-tokens", 2)
         output = ("--output", self.new("captions.jsonl"))

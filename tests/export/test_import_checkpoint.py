@@ -559,7 +559,7 @@ def test_import_checkpoint_compares_images_with_borders(
     [
         ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
         ({"vision_feature_layer": -1}, "logits .*differ"),
-        ({"template": LLAVA_HF_TEMPLATE.replace("<image>", "<image>" * 2)}, "place for 2"),
+        ({"template": LLAVA_HF_TEMPLATE.replace("<image>", "<image>" * 2)}, "<image> 2 time"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
