@@ -53,8 +53,8 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
                 self._use_mps()
         else:
             self._use_cpu()
-        # Convert "true" and "false", which come from YAML and the command line: transformers would take any
-        # string for the name of a sharding strategy.
+        # Convert "true" and "false", which come from YAML and the command line: transformers would interpret any
+        # string as the name of a sharding strategy.
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
@@ -88,7 +88,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             )
 
     def _use_mps(self) -> None:
-        """Raise ValueError for options that Apple GPUs do not support, and adapt the others."""
+        """Raise ValueError for options that Apple GPUs do not support, and turn off pinned memory."""
         refused = {
             "--deepspeed": self.deepspeed is not None,
             "--fsdp": str(self.fsdp or "").lower() not in ("", "false"),
@@ -102,7 +102,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         names = [name for name, is_set in refused.items() if is_set]
         if names:
             raise ValueError(
-                f"{', '.join(names)}: Apple GPUs (MPS) do not support this. Leave it out, or pass --use_cpu True to "
+                f"Apple GPUs (MPS) do not support: {', '.join(names)}. Train without them, or pass --use_cpu True to "
                 "train on the CPU."
             )
         # CPU and Apple GPU share their memory, so pinning is useless; torch would warn about it in every worker.
@@ -130,7 +130,14 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
 
 
 def _check_launcher(deepspeed: bool) -> None:
-    """Raise ValueError if the launcher did not start the processes that its command line requests."""
+    """Raise ValueError if the processes were not started in a way that works.
+
+    This is the case if the launcher started too few processes, if DeepSpeed has no launcher, or if the launcher
+    has its own DeepSpeed configuration.
+
+    Args:
+        deepspeed: Whether `--deepspeed` is given.
+    """
     distributed = "LOCAL_RANK" in os.environ
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
@@ -286,7 +293,10 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def read_config(config: str) -> dict[str, Any]:
-    """Return the options of a `--config` file, or of a recipe of the package, by name.
+    """Return the values in a YAML file of options, by option name.
+
+    Args:
+        config: The value of `--config`: the path of the file, or the name of a recipe of the package.
 
     Raises:
         ValueError: The file does not exist, is not YAML, or is not a mapping.

@@ -255,7 +255,7 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def configure_process(*, uses_torch: bool) -> None:
-    """Set environment variables and log filters, which must happen before libraries are imported.
+    """Set environment variables and log filters. Call this before importing the libraries that use them.
 
     Args:
         uses_torch: Whether to configure OpenMP, the thread library of torch.

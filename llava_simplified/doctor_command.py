@@ -223,7 +223,7 @@ def _describe_device(index: int) -> str:
 def has_fast_bfloat16() -> bool:
     """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
 
-    The products are timed, because PyTorch cannot be asked. On a CPU without AVX-512 instructions for bfloat16,
+    The products are timed, because PyTorch does not report this. On a CPU without AVX-512 instructions for bfloat16,
     bfloat16 products take eight times as long.
     """
     import torch
@@ -238,7 +238,7 @@ def has_fast_bfloat16() -> bool:
     return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
-# ---- surroundings ----
+# ---- hub and disk ----
 
 
 def _describe_hub() -> str:
