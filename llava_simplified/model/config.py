@@ -35,7 +35,7 @@ class LlavaConfig:
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
         mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
         image_aspect_ratio: What to do with images that are not square: `crop` (as the vision tower's image
-            processor does), or `pad` to a square first, as LLaVA-1.5.
+            processor does), or `pad` to a square first, as LLaVA-1.5 does.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
         instruction: Instruction of the training data. It is the default instruction of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
@@ -94,7 +94,7 @@ class LlavaConfig:
         return cls(**fields)
 
 
-_MAX_TOKEN_POOL = 256  # a grid of 256 x 256 are 65,536 tokens per image
+_MAX_TOKEN_POOL = 256  # a grid of 256 x 256 has 65,536 tokens per image
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The accepted types of the fields of `LlavaConfig`.

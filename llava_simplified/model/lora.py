@@ -84,7 +84,8 @@ def add_lora(
             is loaded.
 
     Raises:
-        ValueError: The options name a layer that the model does not have or that is not linear.
+        ValueError: The options name a layer that the model does not have or that is not linear, or the model has no
+            linear layers.
     """
     lm = model.language_model
     layers = find_linear_modules(lm)
