@@ -60,6 +60,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         self.output_dir = self.output_dir or "output"
         # Keep all entries of a batch. Trainer would remove those that are not arguments of `forward`.
         self.remove_unused_columns = False
+        # Divide the loss by the number of trained tokens on all devices.
         self.average_tokens_across_devices = True
         # Disable this filter: `LlavaTrainer` ends the run if a loss is not finite, and the filter would copy every
         # loss from the GPU.
@@ -71,8 +72,8 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Load the full model in every process: `training.sharding` distributes the weights itself.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        # Undo the registration of the DeepSpeed config by `super().__post_init__`: with it, `from_pretrained`
-        # would partition the model while loading it with ZeRO-3.
+        # Undo the registration of the DeepSpeed config by `super().__post_init__`. With a registered config of ZeRO-3,
+        # `from_pretrained` would partition the model while loading it.
         unset_hf_deepspeed_config()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:

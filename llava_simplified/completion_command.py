@@ -11,7 +11,7 @@ from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser
 
 # The attributes (`dest`) of options and arguments whose values are paths. The parsers of the commands do not
-# mark them as paths, so they are listed here.
+# mark them as paths, so they are listed here: first those that are always folders, then files and other folders.
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",

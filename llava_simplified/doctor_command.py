@@ -64,7 +64,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava doctor`; the exit status is 1 if a required package is missing or too old."""
+    """Run `llava doctor`; the exit status is 1 if a required package is missing or has the wrong version."""
     args = build_parser().parse_args(argv)
     print_text(
         f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
@@ -145,7 +145,7 @@ def _version(package: str) -> str | None:
 
 
 def _describe_packages() -> tuple[list[str], bool]:
-    """Return a line for each required package, and whether all of them are installed."""
+    """Return a line for each required package, and whether all are installed in a supported version."""
     requirements = Requirements()
     lines = [_row(PROJECT, str(_version(PROJECT)))]
     problems = []

@@ -167,8 +167,8 @@ def exclusive_lock(
         _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
-            f"{output}: another process is writing to it (lock file {path}). "
-            "Wait until it ends, or pass a different --output."
+            f"{output}: another process is writing here (lock file {path}). "
+            "Wait until that process ends, or choose another output."
         ) from None
     try:
         yield

@@ -236,8 +236,8 @@ class Prompt:
         #
         # - `_no_prefix_space_encoder` never adds a space before its text. It encodes answers.
         # - `_anchored_encoder` encodes text that follows a control token. Some tokenizers add a space there and
-        #   others do not. To get the tokenizer's own behavior, put the anchor before the text: the only
-        #   control token of this encoder, which no data can contain because it is random.
+        #   others do not. To get the tokenizer's own behavior, put the anchor before the text. It is the only
+        #   control token of this encoder, and it is random, so that data cannot contain it.
         self._anchor = f"⟦{uuid4()}⟧"
         self._anchored_encoder = _make_encoder(backend)
         self._anchored_encoder.add_special_tokens([self._anchor])

@@ -63,7 +63,9 @@ class ModelArguments:
     )
     mm_token_pool: int = field(
         default=0,
-        metadata={"help": "Average the patch features to a grid of K x K tokens; 0 keeps all"},
+        metadata={
+            "help": "Average the patch features to a grid with this number of rows and columns; 0 keeps all patches"
+        },
     )
     image_aspect_ratio: str = field(
         default="crop",
@@ -219,9 +221,9 @@ class DataArguments:
     cache_vision_features: str = field(
         default="auto",
         metadata={
-            "help": "Run the frozen vision tower only once per image, and keep its features in memory or on disk; "
-            "pixels: keep the preprocessed images on disk instead; off: keep nothing; auto: disk, or else pixels, if "
-            "images are used more than once and the cache fits into --feature_cache_gb"
+            "help": "Where to cache what is computed once per image. memory or disk: the features of the frozen vision tower; "
+            "pixels: the preprocessed images, on disk; off: no cache; auto: disk, or else pixels, if images are used more "
+            "than once and the cache fits into --feature_cache_gb"
         },
     )
     feature_cache_dir: str = field(
@@ -480,7 +482,9 @@ INHERITED = {
     "dataloader_num_workers": InheritedOption(0, "Number of processes that load images"),
     "tf32": InheritedOption(None, "Allow TF32 matrix products on NVIDIA GPUs"),
     "deepspeed": InheritedOption(None, "DeepSpeed configuration file"),
-    "fsdp": InheritedOption(None, "Shard the model with FSDP: True, with --fsdp_config"),
+    "fsdp": InheritedOption(
+        None, "Shard the model with FSDP, as --fsdp_config specifies: True or False"
+    ),
     "fsdp_config": InheritedOption(None, "FSDP configuration file"),
 }
 

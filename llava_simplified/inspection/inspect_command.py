@@ -65,7 +65,8 @@ def build_parser() -> CommandParser:
         "--mm_token_pool",
         type=int,
         default=0,
-        help="Average the patch features to a grid of K x K tokens, as in training; 0 keeps all (default: %(default)s)",
+        help="Average the patch features to a grid with this number of rows and columns, as in training; 0 keeps all "
+        "patches (default: %(default)s)",
     )
     parser.add_argument(
         "--image_aspect_ratio",

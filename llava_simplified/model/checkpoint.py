@@ -89,7 +89,8 @@ def save_checkpoint(
         folder: Output folder.
         config: Names of the base models, and how they are joined.
         parts: The parts that were trained. Exactly these are written.
-        training: Options and progress of the run, stored in `llava.json` for information only.
+        training: Options and progress of the run, stored in `llava.json`. A resumed run compares its options with
+            them; they do not affect how the model is loaded.
         state_dict: The trained weights by name; by default the weights of `model`. Required if the weights of the
             model are sharded (ZeRO-3, FSDP): the caller must gather them.
 

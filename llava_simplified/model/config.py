@@ -210,7 +210,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     Returns:
         A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
         and "trained_tower" (see `TrainedParts`), "versions" (of libraries) and "training" (the
-        options and the progress of the run).
+        options and the progress of the run); and "pissa" if PiSSA has initialized the adapter.
 
     Raises:
         ValueError: The folder is not a checkpoint, is incomplete, or has a newer format version.
@@ -229,7 +229,8 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
             f"{path}: unknown format_version {shorten(version)}; this version of LLaVA Simplified reads "
-            f"{_alternatives(map(str, READABLE_FORMAT_VERSIONS))}. Install a newer version of LLaVA Simplified."
+            f"{_alternatives(map(str, READABLE_FORMAT_VERSIONS))}. The file is damaged, or a newer version wrote it; copy "
+            "the checkpoint again, or install the newest version."
         )
     architecture = checkpoint_config.get("architecture")
     for name, value in (

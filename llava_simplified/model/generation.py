@@ -293,7 +293,7 @@ class DecodingBatch:
         input_ids, mask, image_positions = _expand_and_pad(model, prompts)
         # Padding gets the position 0, which does not matter because the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        # Compute logits only for the last column of each row. Its indices count through all rows.
+        # Compute logits only for the last column of each row. `last_columns` are flat indices into prompts x columns.
         row_ends = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1]
         last_columns = row_ends - 1
         cache: Any = DynamicCache(config=model.config)

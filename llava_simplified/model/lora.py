@@ -2,7 +2,7 @@
 
 freeze(model, parts)                  1. freeze everything except the projector and the models trained in full
 add_lora(...), add_tower_lora(...)    2. add trainable adapters to frozen models
-check_trainable(model, parts)         3. raise an error unless exactly the expected parameters are trainable
+check_trainable(model, parts)         3. raise an error unless the expected number of parameters is trainable
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
 
 
 def check_trainable(model: Llava, parts: TrainedParts) -> str:
-    """Check that exactly the expected parameters are trained, and return a table for the log.
+    """Check the number of trained parameters of each part, and return a table for the log.
 
     Args:
         model: The model, after `freeze`, `add_lora` and `add_tower_lora`.
