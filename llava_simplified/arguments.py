@@ -202,7 +202,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or requests an unsupported feature; or `--data` cannot be read.
+        ValueError: An option does not exist, requests an unsupported feature, or does not work on this machine; or
+            `--config` or `--data` cannot be read.
     """
     options = split_options(argv)
     given = dict(options)

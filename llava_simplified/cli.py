@@ -208,8 +208,8 @@ def describe_commands() -> str:
 def run_command(name: str, argv: list[str]) -> int:
     """Run a subcommand by its name; see `main` for the exit status.
 
-    Errors that the user can correct are printed as one line; set LLAVA_TRACEBACK=1 to get the
-    traceback. Bugs of this package always give a traceback.
+    Errors that the user can correct are printed without a traceback; set LLAVA_TRACEBACK=1 to get
+    it. Bugs of this package always give a traceback.
     """
     command = COMMANDS[name]
     # Measuring the load of the CPUs takes time. Skip it if only the help text is printed.

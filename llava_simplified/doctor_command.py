@@ -210,7 +210,7 @@ def _describe_devices() -> Sequence[str]:
 
 
 def _describe_device(index: int) -> str:
-    """Return name, memory and bfloat16 support of an accelerator."""
+    """Return the name of an accelerator; for a CUDA device also its memory, and whether it supports bfloat16."""
     import torch
 
     if not torch.cuda.is_available():

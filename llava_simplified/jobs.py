@@ -71,7 +71,7 @@ def store_or_check_settings(
 
     Args:
         path: The settings file.
-        settings: All settings that affect the contents of the output, by name. The values must fit into JSON.
+        settings: All settings that affect the contents of the output, by name. The values must be JSON-serializable.
         output: The output, for the error message.
         option: The command-line option that names the output, for the error message.
 

@@ -328,7 +328,7 @@ def _parent_is_alive(parent: int) -> bool:
     """Return whether the process that started this worker still runs.
 
     Args:
-        parent: Its process id.
+        parent: Process id of the process that started this worker.
     """
     process = multiprocessing.parent_process()
     # On Windows, `getppid` still returns the same id after the parent has ended, so use the handle of the parent.

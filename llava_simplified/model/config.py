@@ -179,12 +179,12 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 
 
 def _look_up(name: str, value: object, parts: Mapping[str, Any]) -> Any:
-    """Return the attribute of `TrainedParts` for an entry of a `llava.json`.
+    """Convert the value of an entry of `llava.json` to the value of the attribute of `TrainedParts`.
 
     Args:
-        name: The entry, for the message.
-        value: Its value.
-        parts: Attributes by allowed value.
+        name: Name of the entry, for the message.
+        value: The value in the file.
+        parts: Values of the attribute, by the allowed values in the file.
 
     Raises:
         ValueError: The value is not allowed.

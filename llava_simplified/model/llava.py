@@ -288,8 +288,8 @@ class Llava(nn.Module):
             images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list of these.
             instruction: Text of the user turn; by default the instruction of the training data.
                 It may contain `<image>` at the place of the image; otherwise, the image comes first.
-            num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled, by
-                default with the temperature 0.7.
+            num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled (by
+                default with the temperature 0.7), unless `num_beams` is given.
             batch_size: Number of images to process at a time.
             **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 

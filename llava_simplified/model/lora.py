@@ -194,7 +194,7 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
         RuntimeError: The number of trained parameters of a part differs from the expected number.
     """
     rows = count_parameters(model)
-    # Compute the expected number of trained parameters. All parameters of adapters and projector are trained.
+    # Compute the expected number of trained parameters. All parameters of the adapters and the projector are trained.
     # In a vision tower that is trained in full, only the parameters that its features depend on are trained.
     expected = {row.name: row.parameters for row in rows}
     expected["vision tower"] = 0
