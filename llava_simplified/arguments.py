@@ -103,7 +103,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         names = [name for name, is_set in refused.items() if is_set]
         if names:
             raise ValueError(
-                f"Apple GPUs (MPS) do not support: {', '.join(names)}. Train without them, or pass --use_cpu True to "
+                f"{', '.join(names)}: not supported on Apple GPUs (MPS). Train without this, or pass --use_cpu True to "
                 "train on the CPU."
             )
         # CPU and Apple GPU share their memory, so pinning is useless; torch would warn about it in every worker.
