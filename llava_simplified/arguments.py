@@ -53,13 +53,14 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
                 self._use_mps()
         else:
             self._use_cpu()
-        # Convert "true" and "false", which come from YAML and the command line: transformers would take any
-        # string for the name of a sharding strategy.
+        # Convert "true" and "false", which come from YAML and the command line: transformers would interpret any
+        # string as the name of a sharding strategy.
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
         # Keep all entries of a batch. Trainer would remove those that are not arguments of `forward`.
         self.remove_unused_columns = False
+        # Divide the loss by the number of trained tokens on all devices.
         self.average_tokens_across_devices = True
         # Disable this filter: `LlavaTrainer` ends the run if a loss is not finite, and the filter would copy every
         # loss from the GPU.
@@ -71,8 +72,8 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Load the full model in every process: `training.sharding` distributes the weights itself.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        # Undo the registration of the DeepSpeed config by `super().__post_init__`: with it, `from_pretrained`
-        # would partition the model while loading it with ZeRO-3.
+        # Undo the registration of the DeepSpeed config by `super().__post_init__`. With a registered config of ZeRO-3,
+        # `from_pretrained` would partition the model while loading it.
         unset_hf_deepspeed_config()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:
@@ -88,7 +89,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             )
 
     def _use_mps(self) -> None:
-        """Raise ValueError for options that Apple GPUs do not support, and adapt the others."""
+        """Raise ValueError for options that Apple GPUs do not support, and turn off pinned memory."""
         refused = {
             "--deepspeed": self.deepspeed is not None,
             "--fsdp": str(self.fsdp or "").lower() not in ("", "false"),
@@ -102,7 +103,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         names = [name for name, is_set in refused.items() if is_set]
         if names:
             raise ValueError(
-                f"{', '.join(names)}: Apple GPUs (MPS) do not support this. Leave it out, or pass --use_cpu True to "
+                f"{', '.join(names)}: not supported on Apple GPUs (MPS). Train without this, or pass --use_cpu True to "
                 "train on the CPU."
             )
         # CPU and Apple GPU share their memory, so pinning is useless; torch would warn about it in every worker.
@@ -130,7 +131,14 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
 
 
 def _check_launcher(deepspeed: bool) -> None:
-    """Raise ValueError if the launcher did not start the processes that its command line requests."""
+    """Raise ValueError if the processes were not started in a way that works.
+
+    This is the case if the launcher started too few processes, if DeepSpeed has no launcher, or if the launcher
+    has its own DeepSpeed configuration.
+
+    Args:
+        deepspeed: Whether `--deepspeed` is given.
+    """
     distributed = "LOCAL_RANK" in os.environ
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
@@ -194,7 +202,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or requests an unsupported feature; or `--data` cannot be read.
+        ValueError: An option does not exist, requests an unsupported feature, or does not work on this machine; or
+            `--config` or `--data` cannot be read.
     """
     options = split_options(argv)
     given = dict(options)
@@ -286,7 +295,10 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def read_config(config: str) -> dict[str, Any]:
-    """Return the options of a `--config` file, or of a recipe of the package, by name.
+    """Return the values in a YAML file of options, by option name.
+
+    Args:
+        config: The value of `--config`: the path of the file, or the name of a recipe of the package.
 
     Raises:
         ValueError: The file does not exist, is not YAML, or is not a mapping.

@@ -208,8 +208,8 @@ def describe_commands() -> str:
 def run_command(name: str, argv: list[str]) -> int:
     """Run a subcommand by its name; see `main` for the exit status.
 
-    Errors that the user can correct are printed as one line; set LLAVA_TRACEBACK=1 to get the
-    traceback. Bugs of this package always give a traceback.
+    Errors that the user can correct are printed without a traceback; set LLAVA_TRACEBACK=1 to get
+    it. Bugs of this package always give a traceback.
     """
     command = COMMANDS[name]
     # Measuring the load of the CPUs takes time. Skip it if only the help text is printed.
@@ -255,7 +255,7 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def configure_process(*, uses_torch: bool) -> None:
-    """Set environment variables and log filters, which must happen before libraries are imported.
+    """Set environment variables and log filters. Call this before importing the libraries that use them.
 
     Args:
         uses_torch: Whether to configure OpenMP, the thread library of torch.

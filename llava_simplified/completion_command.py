@@ -11,7 +11,7 @@ from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser
 
 # The attributes (`dest`) of options and arguments whose values are paths. The parsers of the commands do not
-# mark them as paths, so they are listed here.
+# mark them as paths, so they are listed here: first those that are always folders, then files and other folders.
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",
@@ -55,14 +55,14 @@ def build_llava_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         command_parser = resolve(command.parser)()
-        # shtab completes the value of an option as its attribute `complete` says.
+        # The attribute `complete` of an option tells shtab how to complete its value.
         for action in command_parser._actions:
             # Positional arguments are paths too, unless they have choices. If they had no completion, zsh would show
             # their description instead of completing options.
-            is_argument = not action.option_strings and not action.choices
+            is_free_argument = not action.option_strings and not action.choices
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY
-            elif action.dest in FILES or is_argument:
+            elif action.dest in FILES or is_free_argument:
                 action.complete = shtab.FILE
         # Copy the options of the command. Omit `--help`, which the parent parser has already.
         commands.add_parser(name, help=command.summary, parents=[command_parser], add_help=False)

@@ -18,7 +18,7 @@ from llava_simplified.small_models import small_models
 
 logger = logging.getLogger(__name__)
 
-# The recipe for runs without a model and without --config.
+# The recipe for runs that name neither a model nor a --config.
 SMALL_RECIPE = "small_folder"
 _MODEL_OPTIONS = ("model_name_or_path", "vision_tower", "init_from")
 # Number of samples to train on in all epochs together, which takes some minutes on two CPU cores. The number of epochs

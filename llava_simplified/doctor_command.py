@@ -64,7 +64,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava doctor`; the exit status is 1 if a required package is missing or too old."""
+    """Run `llava doctor`; the exit status is 1 if a required package is missing or has the wrong version."""
     args = build_parser().parse_args(argv)
     print_text(
         f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
@@ -145,7 +145,7 @@ def _version(package: str) -> str | None:
 
 
 def _describe_packages() -> tuple[list[str], bool]:
-    """Return a line for each required package, and whether all of them are installed."""
+    """Return a line for each required package, and whether all are installed in a supported version."""
     requirements = Requirements()
     lines = [_row(PROJECT, str(_version(PROJECT)))]
     problems = []
@@ -210,7 +210,7 @@ def _describe_devices() -> Sequence[str]:
 
 
 def _describe_device(index: int) -> str:
-    """Return name, memory and bfloat16 support of an accelerator."""
+    """Return the name of an accelerator; for a CUDA device also its memory, and whether it supports bfloat16."""
     import torch
 
     if not torch.cuda.is_available():
@@ -223,7 +223,7 @@ def _describe_device(index: int) -> str:
 def has_fast_bfloat16() -> bool:
     """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
 
-    The products are timed, because PyTorch cannot be asked. On a CPU without AVX-512 instructions for bfloat16,
+    The products are timed, because PyTorch does not report this. On a CPU without AVX-512 instructions for bfloat16,
     bfloat16 products take eight times as long.
     """
     import torch
@@ -238,7 +238,7 @@ def has_fast_bfloat16() -> bool:
     return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
-# ---- surroundings ----
+# ---- hub and disk ----
 
 
 def _describe_hub() -> str:

@@ -55,7 +55,7 @@ def read_small_file(path: Path) -> bytes:
         ValueError: The file has more than `MAX_TEXT_BYTES`; the message names it.
         OSError: The file cannot be read.
     """
-    # Not its size: that of a pipe or a device is unknown, and reading one may never end.
+    # Do not check the size of the file first: a pipe or a device reports no size, and reading it may never end.
     with path.open("rb") as stream:
         data = stream.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:

@@ -47,7 +47,7 @@ def check_model_name(name_or_path: str | Path) -> None:
 
 
 def check_model_config(name_or_path: str | Path) -> None:
-    """Check two things in the `config.json` of a model that Transformers does not: its size and the number of modules.
+    """Check what Transformers does not check: the file size of a model's `config.json`, and the numbers of modules in it.
 
     A file that does not exist is left to Transformers, which explains what is missing.
 

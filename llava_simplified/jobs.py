@@ -45,10 +45,10 @@ from filelock import FileLock, Timeout
 
 from llava_simplified.options import escape_control_characters
 
-# Seconds to wait for a lock. After a run is killed, its workers may still be writing for a short time (they check every
-# half second); a restart must wait for them instead of failing.
+# Seconds to wait for a lock. After a run is killed, its workers may continue to write for a short time, because they check
+# only every half second whether it still exists. A restart must wait for them instead of failing.
 LOCK_TIMEOUT = 8.0
-# How to encode half of a surrogate pair, which UTF-8 does not support: as the escape that JSON also uses, "\\ud83d". So
+# How to encode half of a surrogate pair, which UTF-8 does not support: as the escape that JSON also uses, "\ud83d". So
 # one bad text, or a file name that is not UTF-8, does not end a job that only copies it.
 SURROGATES_AS_ESCAPES = "backslashreplace"
 # Seconds between attempts to rename a folder on Windows.
@@ -71,7 +71,7 @@ def store_or_check_settings(
 
     Args:
         path: The settings file.
-        settings: All settings that affect the contents of the output, by name. The values must fit into JSON.
+        settings: All settings that affect the contents of the output, by name. The values must be JSON-serializable.
         output: The output, for the error message.
         option: The command-line option that names the output, for the error message.
 
@@ -167,8 +167,8 @@ def exclusive_lock(
         _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
-            f"{output}: another process is writing to it (lock file {path}). "
-            "Wait until it ends, or pass a different --output."
+            f"{output}: another process is writing here (lock file {path}). "
+            "Wait until that process ends, or choose another output."
         ) from None
     try:
         yield
@@ -374,7 +374,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     # Check this before the work is done. (`rename` would also silently replace an empty folder.)
     if target.exists():
         raise FileExistsError(
-            f"{target} exists already; choose another output folder, or delete it"
+            f"{target} exists already; delete it, or choose another output folder"
         )
     part = _temporary_path(target)
     part.mkdir(parents=True)
@@ -463,7 +463,8 @@ class Progress:
         enabled: Print the progress.
     """
 
-    TERMINAL_INTERVAL = 0.2  # seconds between two updates
+    # Minimum number of seconds between two updates: on a terminal, and elsewhere.
+    TERMINAL_INTERVAL = 0.2
     LOG_INTERVAL = 30.0
 
     def __init__(self, total: int, unit: str, initial: int = 0, enabled: bool = True) -> None:
@@ -495,7 +496,7 @@ class Progress:
 
         Args:
             done: Number of finished items, including the initial ones.
-            details: Text to print after the number, for example "3 failed". If empty, the previous text remains.
+            details: Text to print after the rate, for example "3 failed". If empty, the previous text remains.
         """
         self.done = done
         self.details = details or self.details

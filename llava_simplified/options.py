@@ -1,8 +1,8 @@
 """The parser of all commands, and the command-line options that several commands share.
 
 Every option is accepted with dashes and with underscores (`--image-folder`, `--image_folder`).
-Options cannot be abbreviated; the error for an unknown option names the nearest known one. Nothing
-heavy is imported here, so that `--help` is fast.
+Options cannot be abbreviated; the error for an unknown option suggests a similar one, if there is one.
+Nothing heavy is imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def format_help(self) -> str:
-        """Return the help text, with the options of the command before those of all commands."""
+        """Return the help text, with `--verbose` and `--quiet`, which all commands have, at the end."""
         # Move the group to the end: argparse prints groups in the order in which they were added.
         self._action_groups.remove(self._messages)
         self._action_groups.append(self._messages)
@@ -227,7 +227,7 @@ class StderrHandler(logging.StreamHandler):
 
 
 def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
-    """Write the log messages of this package, which are not results, to standard error.
+    """Write the log messages of this package to standard error, so that standard output contains only results.
 
     Args:
         verbose: Include debug messages.
@@ -322,7 +322,7 @@ def add_trust_option(parser: Any) -> None:
 
 
 def add_generation_options(parser: Any, *, temperature: float) -> None:
-    """Add the options of `GenerationOptions`, except the number of returned sequences.
+    """Add the options for sampling, beam search, the number of new tokens and the seed; see `GenerationOptions`.
 
     Args:
         parser: A parser.

@@ -220,8 +220,8 @@ class Prompt:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are supported, so "
-                "convert it to one first"
+                f"{type(tokenizer).__name__} has no tokenizer.json. Only fast tokenizers are supported; "
+                "convert this tokenizer to a fast one first"
             )
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; pass --template plain")
@@ -236,8 +236,8 @@ class Prompt:
         #
         # - `_no_prefix_space_encoder` never adds a space before its text. It encodes answers.
         # - `_anchored_encoder` encodes text that follows a control token. Some tokenizers add a space there and
-        #   others do not. To get the tokenizer's own behavior, put the anchor before the text: the only
-        #   control token of this encoder, which no data can contain because it is random.
+        #   others do not. To get the tokenizer's own behavior, put the anchor before the text. It is the only
+        #   control token of this encoder, and it is random, so that data cannot contain it.
         self._anchor = f"⟦{uuid4()}⟧"
         self._anchored_encoder = _make_encoder(backend)
         self._anchored_encoder.add_special_tokens([self._anchor])
@@ -258,8 +258,8 @@ class Prompt:
         stop_ids = {self.end_id, tokenizer.eos_token_id}
         self.stop_ids: list[int] = sorted(stop_ids - {None})
 
-        # Drop whitespace between an answer and its end token (Llama 2 has a space there). If it was in the
-        # sequence but not trained, the model would not learn to stop; if it was trained, it would become
+        # Drop whitespace between an answer and its end token (Llama 2 has a space there). If it were in the
+        # sequence but not trained, the model would not learn to stop; if it were trained, it would become
         # part of the caption.
         self._part_pattern = re.compile(
             rf"(?P<lead> *)⟦assistant (?P<answer>\d+)⟧(?:\s*{re.escape(end)})?"
@@ -312,8 +312,8 @@ class Prompt:
             where: Name of the record, for error messages.
 
         Raises:
-            ValueError: The turns are out of order, an answer is empty, or the template has no place for the
-                images.
+            ValueError: The turns are out of order, an answer is empty, the template cannot render the turns, or
+                it writes more or fewer image tokens than there are images.
         """
         if response is None:
             ids = self._render_prefix(turns, where, is_trained=False).input_ids
@@ -590,7 +590,7 @@ class Prompt:
             except Exception as error:  # noqa: BLE001
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            # Some templates silently drop turns (an earlier reasoning, a system turn) or repeat them.
+            # Some templates silently drop turns, such as the system turn, or repeat them.
             if all(rendered.count(marker) == 1 for marker in markers):
                 return rendered
             problem = "it omits or repeats a turn"
@@ -724,7 +724,7 @@ class Prompt:
         """Return the ids of an answer with its end token; raise ValueError if the answer is empty."""
         ids = self._encode(self._no_prefix_space_encoder, slot.lead + text, where)
         if not text.strip() or not ids:
-            raise ValueError(f"{_at(where)}the answer is empty; add a text, or remove the record")
+            raise ValueError(f"{_at(where)}the answer is empty; add its text, or remove the record")
         return [*ids, self.end_id]
 
     def _encode(self, encoder: tokenizers.Tokenizer, text: str, where: str) -> list[int]:
@@ -810,7 +810,7 @@ def _find_token_texts(
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte for each character that a byte-level tokenizer (as GPT-2's) uses in its vocabulary.
+    """Return the byte for each character that a byte-level tokenizer (such as GPT-2's) uses in its vocabulary.
 
     Visible characters of Latin-1 stand for themselves. The characters from U+0100 on stand for the other
     bytes, in their order.
@@ -827,7 +827,7 @@ def _make_encoder(
 ) -> tokenizers.Tokenizer:
     """Return an encoder with the same vocabulary that does not parse control tokens.
 
-    The option `split_special_tokens` of Transformers is no alternative: Transformers 5 leaves it turned on in
+    The option `split_special_tokens` of Transformers is not an alternative: Transformers 5 leaves it turned on in
     the shared tokenizer, and tokens that were added as "not special" (Qwen 3's <think>) are parsed anyway.
 
     Args:

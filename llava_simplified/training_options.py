@@ -41,7 +41,7 @@ class ModelArguments:
             "do whatever you can do on this machine"
         },
     )
-    # The vision tower, its features, and the projector that converts them to token embeddings.
+    # The vision tower, its features, the projector that converts them to token embeddings, and the format of the input.
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -63,13 +63,15 @@ class ModelArguments:
     )
     mm_token_pool: int = field(
         default=0,
-        metadata={"help": "Average the patch features to a grid of K x K tokens; 0 keeps all"},
+        metadata={
+            "help": "Average the patch features to a grid with this number of rows and columns; 0 keeps all patches"
+        },
     )
     image_aspect_ratio: str = field(
         default="crop",
         metadata={
             "help": "What to do with images that are not square: crop (as the vision tower's image processor "
-            "does), or pad to a square with the processor's mean color, as LLaVA-1.5"
+            "does), or pad to a square with the processor's mean color, as LLaVA-1.5 does"
         },
     )
     template: str = field(
@@ -135,6 +137,7 @@ class ModelArguments:
             "help": "Training of the vision tower: off, full, or lora (with the LoRA options above)"
         },
     )
+    # How the language model is stored and computed.
     bits: int = field(
         default=16,
         metadata={
@@ -218,9 +221,9 @@ class DataArguments:
     cache_vision_features: str = field(
         default="auto",
         metadata={
-            "help": "Run the frozen vision tower only once per image, and keep its features in memory or on disk; "
-            "pixels: keep the preprocessed images on disk instead; off: keep nothing; auto: disk, or else pixels, if "
-            "images are used more than once and the cache fits into --feature_cache_gb"
+            "help": "Where to cache what is computed once per image. memory or disk: the features of the frozen vision tower; "
+            "pixels: the preprocessed images, on disk; off: no cache; auto: disk, or else pixels, if images are used more "
+            "than once and the cache fits into --feature_cache_gb"
         },
     )
     feature_cache_dir: str = field(
@@ -287,6 +290,7 @@ class TrainingDefaults:
         default=0.03,
         metadata={"help": "Number of warm-up steps; below 1, a fraction of all steps"},
     )
+    # Precision, and the maximum length of a sample.
     bf16: bool = field(
         default_factory=bf16_is_supported,
         metadata={
@@ -351,7 +355,7 @@ class TrainingDefaults:
         default=5, metadata={"help": "Number of captions to sample for each image"}
     )
     sample_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature for sampling these captions"}
+        default=1.0, metadata={"help": "Temperature for sampling the captions of --num_samples"}
     )
     sample_max_tokens: int = field(
         default=64,
@@ -389,8 +393,8 @@ class TrainingDefaults:
     preflight: str = field(
         default="auto",
         metadata={
-            "help": "Before training, try two steps, saving and loading in a separate process: true, "
-            "false, or auto (true for runs of 2000 steps or more)"
+            "help": "Before training, check memory and disk space, and test two steps, saving and loading in a "
+            "separate process: true, false, or auto (true for new runs of 2000 steps or more)"
         },
     )
     eval_captions: int = field(
@@ -407,6 +411,7 @@ class TrainingDefaults:
             "--metric_for_best_model; 0 means never"
         },
     )
+    # Logging and performance.
     report_to: str = field(
         default="none",
         metadata={"help": "Experiment tracker: wandb, tensorboard or none"},
@@ -477,7 +482,9 @@ INHERITED = {
     "dataloader_num_workers": InheritedOption(0, "Number of processes that load images"),
     "tf32": InheritedOption(None, "Allow TF32 matrix products on NVIDIA GPUs"),
     "deepspeed": InheritedOption(None, "DeepSpeed configuration file"),
-    "fsdp": InheritedOption(None, "Shard the model with FSDP: True, with --fsdp_config"),
+    "fsdp": InheritedOption(
+        None, "Shard the model with FSDP, as --fsdp_config specifies: True or False"
+    ),
     "fsdp_config": InheritedOption(None, "FSDP configuration file"),
 }
 
@@ -667,7 +674,7 @@ def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Other options of transformers.TrainingArguments")
     inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
     for action in inherited._actions:
-        # Skip options that the parser has already, and those of `INHERITED`, which another function adds.
+        # Skip options that the parser has already, and those of `INHERITED`, which `add_training_options` adds.
         known = [name for name in action.option_strings if name in parser._option_string_actions]
         if not known and action.dest not in INHERITED:
             group._add_action(action)

@@ -72,7 +72,7 @@ class Backend(Protocol):
         """Return the result of a finished task, or its error."""
 
     def close(self) -> None:
-        """Stop all running tasks."""
+        """Stop the workers that this backend has started, with their running tasks."""
 
 
 def run_tasks(
@@ -111,8 +111,8 @@ def run_tasks(
     #        ^                                   |
     #        +------ attempt + 1 ----------------+  failed, with attempts left
     #
-    # Results are yielded in the order in which tasks finish. If the caller stops iterating, `finally` stops
-    # all running tasks.
+    # Results are yielded in the order in which tasks finish. If the caller stops iterating, `finally` closes the
+    # backend.
     backend = _BACKENDS[engine](function, workers, per_cpu)
     # Pairs of a task and the number of its next attempt, counted from 1.
     waiting = deque((spec, 1) for spec in specs)
@@ -328,10 +328,10 @@ def _parent_is_alive(parent: int) -> bool:
     """Return whether the process that started this worker still runs.
 
     Args:
-        parent: Its process id.
+        parent: Process id of the process that started this worker.
     """
     process = multiprocessing.parent_process()
-    # On Windows, `getppid` still returns the same id after the parent has ended, so ask the handle of the parent.
+    # On Windows, `getppid` still returns the same id after the parent has ended, so use the handle of the parent.
     if sys.platform == "win32" and process is not None:
         return process.is_alive()
     return os.getppid() == parent
@@ -349,7 +349,7 @@ def _run_worker(
         pipe: Connection for receiving tasks and sending results.
         function: The function to call for each task.
         parent: Process id of the parent.
-        level: The log level of the parent; None if it has not configured its log.
+        level: The log level of the parent; None if it has not configured logging.
     """
     # In a spawned process (unlike in a forked one), logging is not configured yet.
     if level is not None:

@@ -221,7 +221,7 @@ def test_inspect_names_rows_with_problems(
     for number, (_, reason) in enumerate(problems):
         (line,) = [line for line in lines if line.startswith(f"rows.json row {number}: ")]
         assert reason in line
-    assert read_totals(output)["rows with a problem"] == ("3", "5")
+    assert read_totals(output)["problems"] == ("3", "5")
 
 
 def test_inspect_names_prompts_that_leave_no_room_for_an_answer(
@@ -237,7 +237,7 @@ def test_inspect_names_prompts_that_leave_no_room_for_an_answer(
     output = capsys.readouterr().out
     assert "row 1: the prompt leaves no room" in output
     totals = read_totals(output)
-    assert totals["rows with a problem"][1] == "1"
+    assert totals["problems"][1] == "1"
     assert totals["cut at 60"][1] == "1"
 
 

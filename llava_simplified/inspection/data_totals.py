@@ -145,5 +145,5 @@ def totals_table(
             return f"{sum(length > limit for length in totals.lengths):,}"
 
         add_row(f"cut at {limit}", num_truncated)
-    add_row("rows with a problem", lambda totals: f"{len(totals.problems):,}")
+    add_row("problems", lambda totals: f"{len(totals.problems):,}")
     return table

@@ -65,7 +65,8 @@ def build_parser() -> CommandParser:
         "--mm_token_pool",
         type=int,
         default=0,
-        help="Average the patch features to a grid of K x K tokens, as in training; 0 keeps all (default: %(default)s)",
+        help="Average the patch features to a grid with this number of rows and columns, as in training; 0 keeps all "
+        "patches (default: %(default)s)",
     )
     parser.add_argument(
         "--image_aspect_ratio",
@@ -100,7 +101,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava inspect`, and return the exit status: 1 if a row has a problem, else 0."""
+    """Run `llava inspect`, and return the exit status: 1 if any problem was found, else 0."""
     args = build_parser().parse_args(argv)
 
     # Import these only now, so that `--help` does not wait for torch and Transformers.
@@ -207,7 +208,7 @@ def _show_samples(
 def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
     """Add rows to the totals: at most `max_rows`, evenly spread over the file; all rows if `max_rows` is 0.
 
-    Not the first rows, because data files are often sorted.
+    The rows are spread because data files are often sorted.
     """
     # Do not round the stride: to get 20,000 of 30,000 rows, use every 1.5th row.
     stride = 1.0

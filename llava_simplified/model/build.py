@@ -166,7 +166,7 @@ def load_language_model(
         trust_remote_code: Run the Python code that the model comes with.
 
     Raises:
-        ValueError: It cannot be loaded, or some of its weights are missing.
+        ValueError: The model cannot be loaded, or some of its weights are missing.
     """
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
@@ -226,8 +226,8 @@ def load_tokenizer(
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token, without which no caption "
-            "ends; set eos_token in its tokenizer_config.json"
+            f"{name_or_path}: the tokenizer has no end-of-sequence token, so captions would never "
+            "end; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -325,5 +325,5 @@ def _load_transformers_config(
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"{name_or_path}: cannot read the model's config.json: {error}. Check its path or name."
+            f"{name_or_path}: cannot read the model's config.json: {error}. Check the path or name of the model."
         ) from error

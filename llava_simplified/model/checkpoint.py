@@ -89,7 +89,8 @@ def save_checkpoint(
         folder: Output folder.
         config: Names of the base models, and how they are joined.
         parts: The parts that were trained. Exactly these are written.
-        training: Options and progress of the run, stored in `llava.json` for information only.
+        training: Options and progress of the run, stored in `llava.json`. A resumed run compares its options with
+            them; they do not affect how the model is loaded.
         state_dict: The trained weights by name; by default the weights of `model`. Required if the weights of the
             model are sharded (ZeRO-3, FSDP): the caller must gather them.
 
@@ -355,8 +356,9 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
 # Maximum number of entries in `rank_pattern` and `alpha_pattern`. PEFT compares each entry with each module, so a
 # malicious file could keep it busy.
 _MAX_PATTERNS = 1000
-# Entries that only describe where the adapter comes from. They are ignored.
-_ADAPTER_ORIGIN = (
+# Entries that do not change what a trained adapter computes: where it comes from, and how it was initialized. They are
+# ignored.
+_IGNORED_ENTRIES = (
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -380,7 +382,7 @@ def read_adapter_config(
         accept_pattern: Accept a regular expression as `target_modules`. Matching a malicious expression may take
             forever.
         pissa: The entry "pissa" of `llava.json`: the values of the trained adapter. They replace the
-            values in the file, which are of the joined adapter (see pissa.py).
+            values in the file, which belong to the joined adapter (see pissa.py).
 
     Raises:
         ValueError: The file is missing or invalid, or requires something that this package does not write.
@@ -413,7 +415,7 @@ def read_adapter_config(
             if is_wrong_bool or not isinstance(value, types):
                 raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
             used[name] = value
-        elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
+        elif name not in _IGNORED_ENTRIES and value and value != defaults.get(name):
             raise ValueError(f"{path}: {name}={shorten(value)} is not supported")
     _check_adapter_entries(path, used)
     with blame_file(path):
@@ -449,11 +451,10 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
         ("vision tower", model.vision_tower.model, parts.vision_tower == "lora"),
     ):
         if isinstance(part, PeftModel) != expected:
-            found = "has no adapter" if expected else "has an adapter"
-            raise ValueError(
-                f"the {name} {found}, but according to `parts` it should be otherwise ({parts}); pass the parts that "
-                "were trained"
-            )
+            problem = "has an adapter, but `parts` does not name it"
+            if expected:
+                problem = "has no adapter, but `parts` names one"
+            raise ValueError(f"the {name} {problem} ({parts}); pass the parts that were trained")
 
 
 def _save_adapter(

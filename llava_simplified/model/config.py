@@ -35,7 +35,7 @@ class LlavaConfig:
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
         mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
         image_aspect_ratio: What to do with images that are not square: `crop` (as the vision tower's image
-            processor does), or `pad` to a square first, as LLaVA-1.5.
+            processor does), or `pad` to a square first, as LLaVA-1.5 does.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
         instruction: Instruction of the training data. It is the default instruction of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
@@ -94,7 +94,7 @@ class LlavaConfig:
         return cls(**fields)
 
 
-_MAX_TOKEN_POOL = 256  # a grid of 256 x 256 are 65,536 tokens per image
+_MAX_TOKEN_POOL = 256  # a grid of 256 x 256 has 65,536 tokens per image
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The accepted types of the fields of `LlavaConfig`.
@@ -179,12 +179,12 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 
 
 def _look_up(name: str, value: object, parts: Mapping[str, Any]) -> Any:
-    """Return the attribute of `TrainedParts` for an entry of a `llava.json`.
+    """Convert the value of an entry of `llava.json` to the value of the attribute of `TrainedParts`.
 
     Args:
-        name: The entry, for the message.
-        value: Its value.
-        parts: Attributes by allowed value.
+        name: Name of the entry, for the message.
+        value: The value in the file.
+        parts: Values of the attribute, by the allowed values in the file.
 
     Raises:
         ValueError: The value is not allowed.
@@ -210,7 +210,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     Returns:
         A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
         and "trained_tower" (see `TrainedParts`), "versions" (of libraries) and "training" (the
-        options and the progress of the run).
+        options and the progress of the run); and "pissa" if PiSSA has initialized the adapter.
 
     Raises:
         ValueError: The folder is not a checkpoint, is incomplete, or has a newer format version.
@@ -229,7 +229,8 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
             f"{path}: unknown format_version {shorten(version)}; this version of LLaVA Simplified reads "
-            f"{_alternatives(map(str, READABLE_FORMAT_VERSIONS))}. Install a newer version of LLaVA Simplified."
+            f"{_alternatives(map(str, READABLE_FORMAT_VERSIONS))}. The file is damaged, or a newer version wrote it; copy "
+            "the checkpoint again, or install the newest version."
         )
     architecture = checkpoint_config.get("architecture")
     for name, value in (

@@ -54,7 +54,7 @@ class _MatmulAttention(torch.autograd.Function):
         # the softmax of a row of -inf is NaN.
         scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         attn_weights = scores.softmax(-1).view(groups, -1, length)
-        # Save the attention weights (groups, heads per group x length, length). This is the difference to
+        # Save the attention weights (groups, heads per group x length, length). This is the difference from
         # the fused kernel, which computes them a second time in the backward pass.
         ctx.save_for_backward(query, key, value, attn_weights)
         ctx.scale = scale

@@ -11,7 +11,7 @@ each step, it excludes every token that would complete a forbidden word in the g
 
 Only whole words are forbidden: the word must have no letter or digit directly before or after it. Upper and lower
 case do not matter, and neither does the kind of white space between the words of a phrase. A token that ends with the
-last letter of the word is excluded, although the next token might continue it to another word ("cat" + "egory"). If
+last letter of the word is excluded, although the next token might turn it into another word ("cat" + "egory"). If
 the model then chose another next token, the forbidden word would already be part of the text.
 
 How the tokens are found: `patterns` are the forbidden words in lower case as UTF-8. A token completes a pattern in one
@@ -139,7 +139,7 @@ class ForbiddenWords:
 
     def _find_whole_patterns(self, texts: Sequence[bytes], patterns: Sequence[bytes]) -> None:
         """Find the tokens that contain a whole pattern, for `_anywhere` and `_at_boundary`."""
-        # Join all tokens to one long text. Searching for thousands of patterns in each of 150,000 tokens would take a
+        # Join all tokens into one long text. Searching for thousands of patterns in each of 150,000 tokens would take a
         # minute.
         joined = _BETWEEN_TOKENS.join(texts)
         lengths = [len(text) + len(_BETWEEN_TOKENS) for text in texts]

@@ -267,7 +267,7 @@ class DecodingBatch:
         """Raise the first of `errors`, if there are any. Use it if the failure of one sequence is fatal.
 
         Raises:
-            FloatingPointError: The logits of a sequence were not finite.
+            Exception: The error of the sequence, for example FloatingPointError if its logits were not finite.
         """
         for error in self.errors.values():
             raise error
@@ -293,7 +293,7 @@ class DecodingBatch:
         input_ids, mask, image_positions = _expand_and_pad(model, prompts)
         # Padding gets the position 0, which does not matter because the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        # Compute logits only for the last column of each row. Its indices count through all rows.
+        # Compute logits only for the last column of each row. `last_columns` are flat indices into prompts x columns.
         row_ends = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1]
         last_columns = row_ends - 1
         cache: Any = DynamicCache(config=model.config)
@@ -384,7 +384,7 @@ class DecodingBatch:
             newest: The newest token of each active sequence.
 
         Returns:
-            Whether the step has run. It has not if there is no static decoder, or if it failed.
+            Whether the step has run. It has not if there is no static decoder, or if the decoder failed.
         """
         decoder = self._static_decoder
         if decoder is None:
@@ -527,7 +527,7 @@ class DecodingBatch:
             tokens = logits.argmax(-1)
         else:
             tokens = draw(logits, numbers)
-        # Check only the maximum: it is NaN if any logit is NaN. Single logits of -inf are allowed (excluded tokens).
+        # Check only the maximum: it is NaN if any logit is NaN. Some logits may be -inf (excluded tokens).
         is_finite = logits.amax(-1).isfinite()
         return tokens.where(is_finite, _NO_TOKEN)
 
@@ -623,7 +623,7 @@ def generate_separately(
     options: GenerationOptions,
     hashes: Sequence[bytes],
 ) -> list[list[str] | FloatingPointError]:
-    """Continue each prompt. An error in one of them does not affect the others.
+    """Continue each prompt. If the logits of one prompt are not finite, the other prompts are still continued.
 
     Args:
         model: The model.
@@ -794,7 +794,7 @@ class _NonFiniteGuard(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (rows, vocabulary), with zeros in all rows that have failed."""
-        # The maximum is NaN if any score is NaN. Single scores of -inf are allowed (excluded tokens).
+        # The maximum is NaN if any score is NaN. Some scores may be -inf (excluded tokens).
         is_finite = scores.amax(-1).isfinite()
         if is_finite.all():
             return scores

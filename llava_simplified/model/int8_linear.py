@@ -173,7 +173,7 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         # The weights are mapped from a file. Without this call, its pages would stay in memory until no weight of the
         # file is used any more.
         release_pages(linear.weight.data_ptr(), linear.weight.nbytes)
-    # The first call has turned off glibc's automatic adjustment of the threshold. Set the largest value that it would
-    # choose.
+    # The first call of `tune_malloc` has turned off glibc's automatic adjustment of the threshold. Set the largest value
+    # that glibc would choose.
     tune_malloc(_DEFAULT_RETURNED_BLOCK_BYTES)
     return count

@@ -48,7 +48,7 @@ def set_cache_length(cache: DynamicCache, length: int) -> None:
         layer_length = length
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer_length = min(length, layer.sliding_window - 1)
-            # A sliding layer stores one column less than its window, since the next token is added
+            # A sliding layer stores one column fewer than its window, since the next token is added
             # before it attends. Transformers derives from `cumulative_length` which columns of the mask
             # the window covers.
             layer.cumulative_length = length

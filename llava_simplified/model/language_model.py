@@ -221,8 +221,8 @@ def attention_kwargs(
     unsupported = set(layer_types) - MASKED_LAYER_TYPES
     if unsupported:
         raise ValueError(
-            f"{config.model_type} has layers of the types {sorted(set(layer_types))}, which do not "
-            "support masks of packed examples; turn off --packing and --share_prefix"
+            f"{config.model_type} has layers of the types {', '.join(sorted(unsupported))}, which do not support the "
+            "attention masks of packed examples and shared prompts; turn off --packing and --share_prefix."
         )
     masks = {}
     for layer_type in sorted(set(layer_types)):
@@ -310,7 +310,7 @@ def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:
     The kernel treats the batch as one long row, in which a new sequence begins wherever the segment id changes.
     The padding of a row is a separate sequence.
     """
-    # Prepend -1, which is no segment id, to every row, so that its first token always begins a sequence.
+    # Prepend -1, which is not a segment id, to every row, so that its first token always begins a sequence.
     before = segment_ids.new_full((len(segment_ids), 1), -1)
     starts = segment_ids.diff(dim=1, prepend=before).flatten().nonzero().flatten()
     boundaries = pad_tensor(starts, (0, 1), value=segment_ids.numel()).int()

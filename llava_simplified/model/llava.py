@@ -236,8 +236,8 @@ class Llava(nn.Module):
         image_tokens = image_tokens.flatten(0, 1)[: len(image_positions)]
         # Copy by index. The gradient of `masked_scatter` would make the host wait for the GPU.
         spliced = embeds.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(embeds.dtype))
-        # Unlike `view_as`, this returns no view. For views, torch.compile makes a separate graph: the first layer
-        # would be compiled once more than the others.
+        # Unlike the result of `view_as`, this is not a view. For a view, torch.compile makes a separate graph, so the
+        # first layer would be compiled once more than the other layers.
         return torch.ops.aten._unsafe_view(spliced, embeds.shape)
 
     def check_image_token_count(self, placeholders: int, image_features: torch.Tensor) -> None:
@@ -253,7 +253,8 @@ class Llava(nn.Module):
         if images * tokens == placeholders:
             return
         # Accept a dummy image. `Collator` adds it to a micro-batch without images, because distributed training
-        # requires a gradient for every parameter, also of the projector. Its output is not used.
+        # requires a gradient for every parameter, including those of the projector. The dummy image does not change
+        # the result.
         if images == 1 and placeholders == 0:
             return
         raise ValueError(
@@ -287,8 +288,8 @@ class Llava(nn.Module):
             images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list of these.
             instruction: Text of the user turn; by default the instruction of the training data.
                 It may contain `<image>` at the place of the image; otherwise, the image comes first.
-            num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled, by
-                default with the temperature 0.7.
+            num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled (by
+                default with the temperature 0.7), unless `num_beams` is given.
             batch_size: Number of images to process at a time.
             **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 

@@ -55,7 +55,8 @@ def find_loop(text: str, num_repeated: int) -> int | None:
 def is_looping(prompt: Prompt, generated_ids: Sequence[int], num_repeated: int) -> bool:
     """Return whether an unfinished sequence contains a loop already.
 
-    A loop is not found if its words consist of other tokens each time. `find_loop` finds it in the finished text.
+    A loop is missed if its words consist of different tokens in each repetition. `find_loop` still finds it in the
+    finished text.
 
     Args:
         prompt: The prompt renderer, which decodes the tokens.

@@ -2,7 +2,7 @@
 
 freeze(model, parts)                  1. freeze everything except the projector and the models trained in full
 add_lora(...), add_tower_lora(...)    2. add trainable adapters to frozen models
-check_trainable(model, parts)         3. raise an error unless exactly the expected parameters are trainable
+check_trainable(model, parts)         3. raise an error unless the expected number of parameters is trainable
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def add_lora(
             is loaded.
 
     Raises:
-        ValueError: The options name a layer that the model does not have or that is not linear.
+        ValueError: The options name a layer that the model does not have or that is not linear, or the model has no
+            linear layers.
     """
     lm = model.language_model
     layers = find_linear_modules(lm)
@@ -183,7 +184,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
 
 
 def check_trainable(model: Llava, parts: TrainedParts) -> str:
-    """Check that exactly the expected parameters are trained, and return a table for the log.
+    """Check the number of trained parameters of each part, and return a table for the log.
 
     Args:
         model: The model, after `freeze`, `add_lora` and `add_tower_lora`.
@@ -193,7 +194,7 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
         RuntimeError: The number of trained parameters of a part differs from the expected number.
     """
     rows = count_parameters(model)
-    # Compute the expected number of trained parameters. All parameters of adapters and projector are trained.
+    # Compute the expected number of trained parameters. All parameters of the adapters and the projector are trained.
     # In a vision tower that is trained in full, only the parameters that its features depend on are trained.
     expected = {row.name: row.parameters for row in rows}
     expected["vision tower"] = 0

@@ -1,7 +1,7 @@
 """The fields of PEFT's `LoraConfig` that `--lora_options` accepts, and why it refuses the others.
 
 A field is accepted only if three conditions are met with it: a saved and loaded model has the same logits;
-merging and exporting do not change the logits; and a resumed run computes the same as an uninterrupted one. This
+merging and exporting do not change the logits; and a resumed run has the same result as an uninterrupted one. This
 module imports neither torch nor PEFT, so that a misspelled name is reported within a second.
 """
 

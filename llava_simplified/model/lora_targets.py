@@ -34,7 +34,7 @@ def select_layers(
     if targets != "all-linear":
         chosen = _match("target_modules", targets, linear, others)
     if "exclude_modules" in options:
-        # Excluding modules that are not linear layers does no harm, so pass no others.
+        # Excluding a module that has no adapter anyway does no harm, so do not check `others` here.
         excluded = set(_match("exclude_modules", options["exclude_modules"], chosen, others=()))
         chosen = [name for name in chosen if name not in excluded]
     if "layers_to_transform" in options:
@@ -96,8 +96,8 @@ def _match(
         wrong = [name for name in others if expression.fullmatch(name)]
         if wrong:
             raise ValueError(
-                f"--lora_options: {field} {entry!r} matches {wrong[0]}, which cannot have an adapter. Only linear layers of "
-                "the language model can, except its output layer"
+                f"--lora_options: {field} {entry!r} matches {wrong[0]}, which cannot have an adapter. Name only "
+                "linear layers of the language model, and not its output layer."
             )
         found = [name for name in layers if expression.fullmatch(name)]
         if not found:

@@ -69,7 +69,8 @@ def initialize(model: Any) -> None:
         if rank > num_singular_values:
             raise ValueError(
                 f"--lora_options: PiSSA cannot start with rank {rank} in {name}, which has {num_singular_values} "
-                f"singular values; pass --lora_r {num_singular_values}"
+                f"singular values; choose a rank of at most {num_singular_values} (--lora_r, or rank_pattern in "
+                "--lora_options)"
             )
         # PEFT sets A and B, and subtracts their product from the frozen weight.
         layer.pissa_init("default", config.init_lora_weights)

@@ -15,7 +15,7 @@ from llava_simplified.prompt import IMAGE_INDEX
 
 # Every sequence has its own random numbers. The seed of their generator is computed only from values that
 # identify the sequence. So the tokens of a sequence do not depend on the other sequences in the batch, on
-# their order, or on when the sequence has joined the batch:
+# their order, or on when the sequence joined the batch:
 #
 #     seed of the request -----+
 #     hash of prompt, images --+--> SHA-256 --> torch.Generator of this sequence --> one number per step

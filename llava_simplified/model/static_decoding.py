@@ -15,7 +15,7 @@ addresses and shapes, so these must not change from step to step:
 
 A slot is the place of one sequence in the buffers (letters are its tokens, "." is padding, "-" is unused). Sizes
 are rounded up (`num_slots`, `num_columns`), so that a few graphs are enough for batches of all sizes. The GPU
-continues to compute the slot of a finished sequence, although nobody reads the result, until half of the slots
+continues to compute the slot of a finished sequence, although the result is not used, until half of the slots
 are free. Then the remaining sequences move to buffers with half as many slots. When new sequences join, the
 contents move back into a `DynamicCache` (`unload`), to which `DecodingBatch` appends the new rows as usual. The
 next step moves everything into the buffers again (`load`).
@@ -272,7 +272,7 @@ class StaticDecoder:
         self._storage: _Storage | None = None
         self._buffers: dict[tuple[int, int], _Buffers] = {}
         self._graph_pool: Any = None
-        # Identifies the weights that the graphs were recorded with; see `_forget_changed_weights`.
+        # Identifies the weights that the graphs were recorded with; see `_drop_outdated_graphs`.
         self._weights_key: Any = None
         self._has_warned = False
         # The batch that is loaded into the buffers:
@@ -302,7 +302,7 @@ class StaticDecoder:
         if previous is not None:
             previous.leave_static_buffers()
         _check_layers(state.cache)
-        self._forget_changed_weights()
+        self._drop_outdated_graphs()
 
         rows, length = state.mask.shape
         # Reserve at least one column for the next step.
@@ -346,7 +346,7 @@ class StaticDecoder:
         if not rows:
             self.release()
         elif self._current and num_slots(len(rows)) < self._current.slots:
-            self._move_together(num_slots(len(rows)))
+            self._move_to_fewer_slots(num_slots(len(rows)))
 
     @property
     def is_full(self) -> bool:
@@ -476,7 +476,7 @@ class StaticDecoder:
         assert self._current is not None
         return to_device(torch.tensor(self._slots), self._current.mask.device)
 
-    def _forget_changed_weights(self) -> None:
+    def _drop_outdated_graphs(self) -> None:
         """Drop all graphs if weights have moved in memory, or adapters were enabled, disabled or merged.
 
         A graph contains the addresses of the weights, and computes the adapters that were active when it was recorded.
@@ -546,7 +546,7 @@ class StaticDecoder:
         buffers.positions[:rows, 0] = next_positions
         buffers.column.fill_(length)
 
-    def _move_together(self, slots: int) -> None:
+    def _move_to_fewer_slots(self, slots: int) -> None:
         """Move the rows into buffers with fewer slots, which are views of the same memory.
 
         Args:
@@ -627,7 +627,11 @@ _DECODERS: weakref.WeakKeyDictionary[Any, StaticDecoder | None] = weakref.WeakKe
 
 
 def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
-    """Return the decoder of a model; None on a CPU, for a model in training, and after a failure."""
+    """Return the decoder of a model; None if steps must run without CUDA graphs.
+
+    This is the case if the model is not on a CUDA device, if it is being trained, if its attention kernel is not sdpa,
+    or after a failure.
+    """
     if model.device.type != "cuda":
         return None
     language_model = model.language_model

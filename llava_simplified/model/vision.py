@@ -292,7 +292,7 @@ class VisionTower(nn.Module):
             except (AttributeError, RuntimeError, TypeError) as error:
                 # Models of other kinds fail in different ways if they are called with `pixel_values` only.
                 raise ValueError(
-                    f"{self.model.config.model_type} cannot be used as vision tower: if it is called with "
+                    f"{self.model.config.model_type} cannot be used as a vision tower: if it is called with "
                     "`pixel_values` only, it does not return a grid of features "
                     f"({type(error).__name__}: {error}). Choose another --vision_tower"
                 ) from error

@@ -150,14 +150,14 @@ def _has_file(name_or_path: str, name: str) -> bool:
 
 def _find_file(name_or_path: str, name: str) -> Path:
     """Return the path of a model's file; raise OSError if it is missing."""
-    # For a hub repository, let Transformers raise the error, because its message is more helpful. For a local
-    # folder, raise our own error below.
+    # For a hub repository, let Transformers raise the error, because its message gives the reason. For a local folder,
+    # raise our own error below.
     is_folder = Path(name_or_path).is_dir()
     try:
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=not is_folder)
     except OSError as error:
         raise OSError(
-            f"{name_or_path}: there is no {name}; pass a folder that contains all files of the model ({error})"
+            f"{name_or_path}: cannot load {name} ({error}); pass a folder that contains all files of the model"
         ) from error
     if path is None:
         raise FileNotFoundError(f"{name} is missing; copy it into {name_or_path}")

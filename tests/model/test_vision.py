@@ -127,7 +127,7 @@ def test_model_without_a_grid_of_features_is_refused(tmp_path: Path) -> None:
     )
     ViTMAEModel(config).save_pretrained(tmp_path)
     CLIPImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vit_mae cannot be used as vision tower"):
+    with pytest.raises(ValueError, match="vit_mae cannot be used as a vision tower"):
         VisionTower.from_pretrained(str(tmp_path))
 
 
