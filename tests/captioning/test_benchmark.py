@@ -112,7 +112,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 # ---- data sets ----
 
 
-def test_every_benchmark_can_be_named() -> None:
+def test_command_and_tests_know_every_benchmark() -> None:
     assert tuple(BENCHMARKS) == BENCHMARK_NAMES == tuple(WRITERS)
 
 
@@ -231,7 +231,7 @@ def test_nocaps_with_a_server_has_scores_by_domain(
     rows = read_rows(output / "greedy.jsonl")
     for row in rows:
         assert row["instruction"] == DEFAULT_INSTRUCTION
-        # The server sends back what it has received: each image has its own caption.
+        # The server derives the caption from the bytes of the image, so each image has its own.
         assert row["pred_output"] == caption_of((tmp_path / "nocaps" / row["image"]).read_bytes())
     run = json.loads((output / "scores.json").read_text())["runs"]["greedy"]
     sizes = {domain: scores["images"] for domain, scores in run["domains"].items()}
@@ -281,7 +281,7 @@ def curious_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.medium
-def test_coco_with_a_checkpoint_is_captioned_twice_and_continues(
+def test_coco_with_a_checkpoint_is_captioned_with_both_decodings_and_continues(
     curious_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "coco"
