@@ -86,7 +86,7 @@ def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> Non
     from pycocoevalcap.meteor import meteor as meteor_module
     from pycocoevalcap.rouge.rouge import Rouge
 
-    # `evaluate` and the expected scores share a process of METEOR, which loads its tables for seconds.
+    # `evaluate` and the expected scores share a process of METEOR, because loading its tables takes seconds.
     monkeypatch.setattr(meteor_module, "Meteor", functools.cache(meteor_module.Meteor))
     samples = make_samples(60, trials=2)
     result = evaluate(samples, resamples=0)
