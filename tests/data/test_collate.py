@@ -170,7 +170,7 @@ def test_plan_packs_fills_packs_and_depends_on_the_seed() -> None:
 def test_plan_packs_fills_packs_of_conceptual_captions(pack_length: int, least_fill: float) -> None:
     """Examples have 196 patches, a prompt of 20 tokens, and a caption of 3 to 50 words (mean 10.3).
 
-    Only four examples would fit into a pack of 1024 positions, and a tenth of it would stay empty. Longer packs fill better.
+    A pack of 1024 positions would hold four examples, and a tenth of it would stay empty. Longer packs are fuller.
     """
     words = np.random.default_rng(0).lognormal(2.25, 0.42, 20_000).clip(3, 50)
     assert 9.5 < words.mean() < 11

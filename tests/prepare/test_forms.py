@@ -475,7 +475,7 @@ def test_embedded_images_are_read_by_the_names_in_the_records(
 
 
 @pytest.mark.parametrize("form", [ms_swift, trl, llama_factory, finevision_json])
-def test_chat_rows_train_without_conversion(
+def test_open_records_reads_chat_rows_without_conversion(
     form: Callable[[Path], ExpectedSource], tmp_path: Path
 ) -> None:
     made = form(tmp_path)

@@ -1,4 +1,4 @@
-"""Responses that curl accepts are accepted, in large and small pieces. Others are refused with the kind of the error."""
+"""Responses that curl accepts are accepted, in large and small pieces. Others are refused with a kind of error."""
 
 from __future__ import annotations
 
