@@ -768,7 +768,7 @@ def test_bad_rows_are_set_aside_with_their_reasons(
 def test_image_with_nan_logits_is_set_aside(
     model: Llava, folder: Path, tmp_path: Path, options: GenerationOptions
 ) -> None:
-    """The other images of the batch have the same captions as without the bad image, except in a sampled beam search."""
+    """The other images of the batch have the same captions as without the bad one, except in a sampled beam search."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert caption_file(folder_job(folder, whole, options=options), model) == (6, 1)
     with nan_features_for(model, (folder / "2.jpg").read_bytes()):

@@ -579,7 +579,7 @@ def test_command_captions_all_slices_with_ray(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray sends the jobs of the slices to other processes. Here they are pickled as for Ray, and run in this process."""
+    """Ray sends the jobs of the slices to other processes. Here they are pickled as for Ray, but run in this process."""
 
     def run_tasks(function: Any, specs: list[CaptionJob], engine: str) -> list[Any]:
         assert engine == "ray"

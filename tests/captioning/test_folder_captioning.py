@@ -127,7 +127,7 @@ def test_conflicts_and_damaged_images_are_listed_with_reasons(
     assert all("0.jpg and 0.png" in row["error"] for row in rows if row["image"] != "bad.jpg")
     assert str(failures) in package_log.text
     assert set(texts(folder)) == {"1.txt", "2.txt", "sub/d.txt", failures.name, "0.png"}
-    # The next job tries images that failed again.
+    # The next job retries the images that failed.
     (folder / "0.png").unlink()
     (folder / "bad.jpg").unlink()
     assert caption_file(sidecar_job(folder), model) == (4, 0)

@@ -134,13 +134,13 @@ def test_tiff_is_rotated_once_wherever_its_orientation_is_stored(
         opened = Image.open(source)
         opened.getexif()
         opened.load()
-        assert np.array_equal(load_pixels(opened), expected), "loaded by its owner"
+        assert np.array_equal(load_pixels(opened), expected), "loaded by the caller"
     with Image.open(path) as opened:
         opened.load()
     assert np.array_equal(load_pixels(opened), expected), "loaded and closed"
 
 
-def test_tiff_that_its_owner_has_changed_is_not_read_again(tmp_path: Path) -> None:
+def test_tiff_that_the_caller_has_changed_is_not_read_again(tmp_path: Path) -> None:
     image = make_image("L")
     path = tmp_path / "1.tif"
     image.save(path, tiffinfo={EXIF_ORIENTATION: 3})

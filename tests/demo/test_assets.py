@@ -213,8 +213,8 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(random_lite0(), weights)
     write_wheel(folder, "tiny_tower", "0.2", "tiny_tower/models/lite.pth", weights.getvalue())
 
-    # Each pair of images has the same bytes. Emoji with odd numbers are skin variants of those with even numbers, and
-    # their code points include the presentation selector.
+    # Each pair of images has the same bytes. Emoji with odd numbers are skin variants of those with even numbers. Their
+    # entries in the file of names include the presentation selector.
     drawings = {"package/README.md": b""}
     names = []
     for i in range(10):

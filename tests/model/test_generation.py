@@ -328,7 +328,7 @@ def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: st
         if beginnings and len(rows) != 2:
             expected_rows.append(len(beginnings))
     handle.remove()
-    del rows[1]  # of the step before which the sequence was not cancelled yet
+    del rows[1]  # was counted before the sequence was cancelled
     assert rows == expected_rows
     # Some of the samples have separated by now, and some have not.
     assert any(len(prompts) < count < samples * len(prompts) - 1 for count in rows)

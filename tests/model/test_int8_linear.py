@@ -69,7 +69,7 @@ def test_int8_linear_computes_each_row_alone_and_keeps_shape_and_dtype() -> None
 
 
 @pytest.mark.medium
-def test_quantized_checkpoint_captions_alone_as_in_a_batch(
+def test_quantized_checkpoint_generates_the_same_captions_alone_and_in_a_batch(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     save_llava(models_folder, tmp_path / "model")

@@ -110,7 +110,7 @@ def test_add_lora_trains_biases_if_asked(models_folder: Path, bias: str) -> None
     )
 
 
-def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder: Path) -> None:
+def test_freeze_of_a_full_tower_trains_only_the_used_parameters(models_folder: Path) -> None:
     parts = TrainedParts(vision_tower="full")
     model = build(models_folder, dtype="bfloat16")
     freeze(model, parts)

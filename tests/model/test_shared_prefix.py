@@ -261,7 +261,7 @@ def predictions_of_example(example: Example, tokens_per_image: int) -> list[Pred
     st.integers(1, 3),
 )
 @settings(max_examples=num_examples(100), deadline=None)
-def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
+def test_batch_predicts_every_token_from_the_same_context_as_a_separate_sequence(
     rows: list[list[Example]], tokens_per_image: int
 ) -> None:
     batch = Collator(tokens_per_image, 0)(rows)

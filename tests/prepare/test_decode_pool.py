@@ -73,7 +73,7 @@ def test_decode_pool_does_not_block_the_event_loop() -> None:
     assert asyncio.run(run()) > 10
 
 
-def test_decode_pool_gives_up_slow_images_and_decodes_the_others() -> None:
+def test_decode_pool_gives_up_on_slow_images_and_decodes_the_others() -> None:
     """If there are more slow images than threads, the others must wait. Waiting does not count as their decoding time."""
     release = threading.Event()
 
@@ -111,7 +111,7 @@ def test_decode_pool_admits_images_by_their_pixels() -> None:
     half = b"%d" % (LIMIT // 2)
     third = b"%d" % (LIMIT // 3)
     run_all(decode, [half, third, b"10"] * 10)
-    assert LIMIT // 2 < most <= LIMIT + 10 * decode_pool._NUM_THREADS, "except for tiny images"
+    assert LIMIT // 2 < most <= LIMIT + 10 * decode_pool._NUM_THREADS, "small images do not count"
     huge = b"%d" % (2 * LIMIT)
     most = 0
     run_all(decode, [half, huge, third] * 4)

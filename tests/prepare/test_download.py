@@ -376,7 +376,7 @@ def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path
 def test_plan_shards_by_two_jobs_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other job publishes its plan after this job has written its own plan, but before this job publishes it."""
+    """Another job publishes a plan after this job has written its own plan, but before this job publishes it."""
     source = tmp_path / "x.tsv"
     source.write_text("a cat\thttp://127.0.0.1/1.jpg\n")
     settings = settings_of(source)

@@ -280,7 +280,7 @@ def test_opted_out_reads_both_conventions(headers: list[tuple[str, str]], forbid
     assert bool(opted_out(CIMultiDict(headers))) == forbids
 
 
-def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
+def test_fetch_obeys_robots_txt_with_the_robots_option(server: Server) -> None:
     # This text is too long to arrive in one piece.
     comment = "# comment\n" * 30_000
     server.targets["robots"] = f"User-agent: *\n{comment}Disallow: /png/\n"
@@ -290,7 +290,7 @@ def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
     assert server.served == {"/robots.txt": 1, "/ok/1.jpg": 1}
 
 
-def test_fetch_sends_an_honest_user_agent(server: Server) -> None:
+def test_fetch_sends_a_user_agent_with_the_program_and_the_contact(server: Server) -> None:
     options = FetchOptions(allow_private=True, contact="https://lab.example/crawl")
     fetch(server.url("ok/1.jpg"), options)
     lines = server.requests[0].splitlines()
@@ -359,7 +359,7 @@ def test_fetch_all_connects_to_every_host_before_it_opens_second_connections(
     assert sorted(closed_hosts) == sorted(hosts)
 
 
-def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> None:
+def test_fetch_all_starts_with_the_host_that_has_the_most_urls(server: Server) -> None:
     """If this host were started last, only its four connections would be busy at the end."""
     few = [server.url("ok/1.jpg", f"127.0.0.{number}") for number in range(2, 12)]
     many = [server.url(f"ok/{number}.jpg", "127.0.0.1") for number in range(12)]
@@ -449,8 +449,8 @@ def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
 # ---- hosts that are down or ask for pauses ----
 
 
-def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
-    """Otherwise each row of this host would wait for a timeout. A host that answers some requests is not given up."""
+def test_fetch_all_gives_up_on_a_host_that_is_down(server: Server) -> None:
+    """Otherwise each row of this host would wait for a timeout. A host that answers some requests is kept."""
     down = [server.url(f"hang/{number}.jpg", "127.0.0.2") for number in range(100)]
     mixed = []
     for number in range(30):
@@ -464,7 +464,7 @@ def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
 
-def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
+def test_fetch_all_does_not_give_up_on_a_host_because_of_slow_redirects_to_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The redirecting hosts use up the time of their rows; the target of the redirects answers quickly."""
@@ -485,7 +485,9 @@ def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
     assert kinds_of(results[len(slow) :]) == {"ok"}
 
 
-def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server) -> None:
+def test_fetch_all_does_not_give_up_on_a_host_because_of_the_pause_of_another(
+    server: Server,
+) -> None:
     """Some URLs of a host redirect to another host, which requests a long pause."""
     server.targets["there"] = server.url("busy/3600.jpg", "127.0.0.2")
     urls = []
@@ -497,7 +499,7 @@ def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server
     assert server.served["/busy/3600.jpg"] == 1
 
 
-def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
+def test_fetch_all_waits_for_the_time_in_retry_after(server: Server) -> None:
     start = time.monotonic()
     (fetched,) = fetch(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
     assert (fetched.kind, fetched.http) == ("http_429", 429)
@@ -505,7 +507,7 @@ def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
     assert time.monotonic() - start >= 1
 
 
-def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) -> None:
+def test_fetch_all_gives_up_on_a_host_that_requests_a_long_pause(server: Server) -> None:
     urls = [server.url(f"ok/{number}.jpg") for number in range(20)]
     options = FetchOptions(allow_private=True, per_host=1)
     results = fetch([server.url("busy/3600.jpg"), *urls], options)
@@ -514,7 +516,7 @@ def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) ->
     assert sum(server.served.values()) == 1
 
 
-def test_fetch_all_gives_up_a_host_that_asks_for_pauses_again_and_again(
+def test_fetch_all_gives_up_on_a_host_that_requests_many_pauses(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each pause is short, but one pause for each row of a long list would add up to hours."""

@@ -30,7 +30,7 @@ class ExpectedSource(NamedTuple):
     """What `convert` must find in a source.
 
     Attributes:
-        records: (images, captions or turns) of each record.
+        records: The images of each record, and its captions or turns.
         issues: The number of occurrences of each issue.
         source: The name or pattern of the source in the folder; empty if the folder is the source.
         sidecar: The value of `--sidecar`.

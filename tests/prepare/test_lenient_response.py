@@ -1,4 +1,4 @@
-"""Responses that curl accepts are accepted, in large and small pieces. Others are refused with a kind of error."""
+"""Responses that curl accepts are accepted, in large and small pieces. The kind of a refusal names its cause."""
 
 from __future__ import annotations
 

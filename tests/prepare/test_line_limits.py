@@ -135,7 +135,7 @@ def test_endless_line_is_an_error_in_every_compression(
 
 @pytest.mark.parametrize("suffix", ["txt", "tsv", "jsonl", "json"])
 def test_line_just_below_the_limit_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
-    """Lines before and after it, where the format allows them, are read too."""
+    """The shorter rows beside it are read, too."""
     url = "http://a.example/1.jpg"
     caption = "x" * (LIMIT - 1000)
     texts = {

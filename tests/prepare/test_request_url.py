@@ -1,4 +1,4 @@
-"""Valid URLs stay unchanged, invalid characters are encoded, and other texts are errors of a documented kind."""
+"""Valid URLs stay unchanged, invalid characters are encoded, and other texts are errors of the kind bad_url or scheme."""
 
 from __future__ import annotations
 

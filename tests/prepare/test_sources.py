@@ -177,7 +177,7 @@ def test_read_source_names_embedded_images_of_parquet_by_their_rows(tmp_path: Pa
     ]
 
 
-def test_read_source_does_not_take_other_bytes_for_images(tmp_path: Path) -> None:
+def test_read_source_does_not_mistake_other_bytes_for_images(tmp_path: Path) -> None:
     laion = {"url": [U], "text": ["a cat"], "phash": [b"123"]}
     pq.write_table(pa.table(laion), tmp_path / "laion.parquet")
     assert read(tmp_path / "laion.parquet")[0] == [SourceRow(0, "", U, ("a cat",))]
@@ -554,7 +554,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 @pytest.mark.medium
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
 @settings(max_examples=num_examples(100), deadline=None)
-def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
+def test_read_source_reads_every_line_of_a_list_as_one_url(urls: list[str]) -> None:
     """This is true for each form of a list, even if the URLs contain the separators of tables."""
     lines = "".join(f"{url}\n" for url in urls)
     forms = {
@@ -649,13 +649,13 @@ def test_read_source_reads_csv_with_semicolons(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["1.jpg", U])
-def test_read_source_takes_names_of_columns_in_any_language_for_a_header(
+def test_read_source_reads_column_names_in_any_language_as_a_header(
     tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "x.csv").write_text(f"Bild;Beschreibung\n{name};eine Katze\n{name};ein Hund\n")
     rows, issues = read(tmp_path / "x.csv")
     assert [row.image or row.url for row in rows] == [name, name]
-    assert sum(issues.counts.values()) == 1, "the skipped header is noted"
+    assert sum(issues.counts.values()) == 1, "the line that is read as a header is noted"
     # A line after the first one is not a header, even if it has no image name.
     (tmp_path / "x.csv").write_text(f"{name};a\nBild;b\n{name};c\n")
     assert len(read(tmp_path / "x.csv")[0]) == 3
