@@ -143,7 +143,7 @@ def test_coco_images_are_found_under_their_names_of_2017(tmp_path: Path) -> None
     assert names == [f"train2017/{image_id:012}.jpg" for image_id in range(1, 5)]
 
 
-def test_official_split_of_coco_is_read_if_it_is_asked_for(tmp_path: Path) -> None:
+def test_official_split_of_coco_is_read_if_requested(tmp_path: Path) -> None:
     content = {
         "images": [{"id": 3, "file_name": "000000000003.jpg"}],
         "annotations": [{"image_id": 3, "caption": text} for text in REFERENCES],

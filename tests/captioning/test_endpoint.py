@@ -743,7 +743,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.medium
-def test_command_needs_no_torch(
+def test_command_runs_without_torch(
     server: FaultyEndpoint, image_files: list[Path], tmp_path: Path
 ) -> None:
     data = tmp_path / "data.json"

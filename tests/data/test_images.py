@@ -436,7 +436,7 @@ def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) 
         assert grey_levels.max() < 2.01
         assert grey_levels.mean() < 0.2
 
-    # The config of the stock processor says that it pads, which must not be ignored.
+    # The config of the stock processor enables padding. This must not be ignored.
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="--image_aspect_ratio pad"):
         ImageTransform.from_pretrained(tmp_path / "stock")

@@ -160,7 +160,7 @@ def test_reward_demo_needs_a_finished_demo(tmp_path: Path) -> None:
         check_finished(tmp_path)
 
 
-def test_reward_demo_starts_anew_after_another_demo(tmp_path: Path) -> None:
+def test_reward_demo_starts_from_the_beginning_after_another_demo(tmp_path: Path) -> None:
     finish_demo(tmp_path)
     finished = tmp_path / "reward" / "finished_steps.json"
     finished.parent.mkdir()

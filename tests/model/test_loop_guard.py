@@ -36,7 +36,7 @@ def generated(model: Llava, options: list[GenerationOptions]) -> list[list[int]]
     return list(batch.generated_ids.values())
 
 
-def test_decoding_batch_ends_a_looping_sequence_and_no_other(model: Llava) -> None:
+def test_decoding_batch_ends_only_a_looping_sequence_with_the_guard(model: Llava) -> None:
     plain = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS)
     unguarded = [replace(plain, start_with="two"), plain, replace(plain, start_with="two"), plain]
     guarded = [replace(unguarded[0], loop_guard=8), replace(plain, loop_guard=8), *unguarded[2:]]

@@ -237,7 +237,7 @@ def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
         ImageTransform.from_pretrained(tower)(strip)
     assert error.value.kind == "too_large"
     assert clean(records, output, rules=rules, workers=1) == {"ok": 2}
-    # With borders (`pad`), training can read it, because the square around it is never in memory as a whole.
+    # With borders (`pad`), training can read it, because the complete square around it is never in memory.
     options = {"vision_tower": tower, "image_aspect_ratio": "pad"}
     assert clean(records, output, rules=rules, workers=1, **options) == {"ok": 2}
 

@@ -1,4 +1,4 @@
-"""Decode images in threads beside the event loop, within limits of time and of pixels."""
+"""Images are decoded in threads, so that the event loop can continue, within limits of time and of pixels."""
 
 from __future__ import annotations
 

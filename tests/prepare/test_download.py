@@ -367,7 +367,7 @@ def test_download_in_slices_and_merge(
     check_output(output, url_jobs)
 
 
-def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path: Path) -> None:
+def test_download_of_a_slice_without_shards_is_not_an_error(server: Server, tmp_path: Path) -> None:
     tsv, _ = write_source(tmp_path, server.port, 4, {"ok": 1})
     argv = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
     assert main(argv) == 0

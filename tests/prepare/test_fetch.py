@@ -446,7 +446,7 @@ def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
     asyncio.run(run())
 
 
-# ---- hosts that are down or ask for pauses ----
+# ---- hosts that are down or request pauses ----
 
 
 def test_fetch_all_gives_up_on_a_host_that_is_down(server: Server) -> None:

@@ -161,7 +161,7 @@ def write_sbu(folder: Path) -> Path:
 
 
 def write_arrays(folder: Path, rows: dict[str, str]) -> Path:
-    """Write a JSON object of arrays, one after the other."""
+    """Write a JSON object of arrays: key -> JSON of one element, in which NUMBER stands for its index."""
     path = folder / "x.json"
     with path.open("w") as file:
         file.write("{")

@@ -705,7 +705,7 @@ def test_read_source_notes_images_of_coco_without_an_annotation(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("order", [("images", "annotations"), ("annotations", "images")])
-def test_read_source_gives_no_caption_to_an_ambiguous_id_of_coco(
+def test_read_source_skips_ambiguous_image_ids_of_coco(
     tmp_path: Path, order: tuple[str, str]
 ) -> None:
     coco = {
