@@ -377,6 +377,6 @@ def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
         demo = Demo(tmp_path, terminal)
         demo.durations.append(1.0)
         watcher = Watcher(demo, steps, 1, None)
-    # A quarter of 100 expected seconds took 50 seconds: 150 s remain here, and everything after it takes
+    # A quarter of a step of 100 expected seconds took 50 seconds: 150 s of this step remain, and the later steps take
     # twice the expected 910 s.
     assert watcher._time_left(50.0, 0.25) == f"about {round((150 + 2 * 910) / 60)} minutes left"

@@ -62,7 +62,7 @@ def test_mentioned_objects_follows_the_rules(caption: str, objects: list[str]) -
     assert mentioned_objects(caption) == objects
 
 
-def test_vocabulary_has_the_80_categories_and_no_word_twice() -> None:
+def test_vocabulary_has_the_80_categories_and_no_ambiguous_plural() -> None:
     vocabulary = load_vocabulary()
     assert len(set(vocabulary.category_of.values())) == 80
     for category in set(vocabulary.category_of.values()):

@@ -243,7 +243,7 @@ def test_dpo_of_two_branches_equals_the_formula_over_separate_sequences(
     assert_same(gradients_of(model, loss), expected)
 
 
-def test_constant_reward_gives_exactly_no_gradient(models_folder: Path) -> None:
+def test_constant_reward_gives_gradients_of_exactly_zero(models_folder: Path) -> None:
     model = build_llava(models_folder, "llama")
     prompt, answers = answers_of(model)
     rows = branch_examples(Example(prompt, [], make_images(model, 1)), answers[0], True)

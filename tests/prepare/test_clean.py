@@ -373,7 +373,7 @@ def test_clean_command_compacts_images_for_training(
 
 @pytest.mark.medium
 def test_clean_refuses_compacted_shards_of_other_records_or_sizes(tmp_path: Path) -> None:
-    """Otherwise the captions of one run would be joined to the images of another."""
+    """Otherwise captions of one run would be joined to images of another, or images of two sizes would be mixed."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(encode_jpeg(make_photo(ord(name))))
         (tmp_path / f"{name}.json").write_text(json.dumps([make_row(f"{name}.jpg", name)]))
@@ -558,7 +558,7 @@ def test_clean_handles_a_damaged_animation_without_an_error(
 
 
 @pytest.mark.medium
-def test_clean_sets_texts_aside_that_are_not_unicode(tmp_path: Path) -> None:
+def test_clean_sets_aside_invalid_unicode_and_other_rows_unchanged(tmp_path: Path) -> None:
     make_photo(1).save(tmp_path / "a.png")
     good = make_row("a.png", "line\u2028line\u2029line\x85 \U0001f600")
     bad = [make_row("a.png", "a \ud83d b"), make_row("caf\udce9.png", "x"), {"video": "a.mp4"}]
