@@ -112,7 +112,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 # ---- data sets ----
 
 
-def test_every_benchmark_can_be_named() -> None:
+def test_command_and_tests_know_every_benchmark() -> None:
     assert tuple(BENCHMARKS) == BENCHMARK_NAMES == tuple(WRITERS)
 
 
@@ -143,7 +143,7 @@ def test_coco_images_are_found_under_their_names_of_2017(tmp_path: Path) -> None
     assert names == [f"train2017/{image_id:012}.jpg" for image_id in range(1, 5)]
 
 
-def test_official_split_of_coco_is_read_if_it_is_asked_for(tmp_path: Path) -> None:
+def test_official_split_of_coco_is_read_if_requested(tmp_path: Path) -> None:
     content = {
         "images": [{"id": 3, "file_name": "000000000003.jpg"}],
         "annotations": [{"image_id": 3, "caption": text} for text in REFERENCES],
@@ -231,7 +231,7 @@ def test_nocaps_with_a_server_has_scores_by_domain(
     rows = read_rows(output / "greedy.jsonl")
     for row in rows:
         assert row["instruction"] == DEFAULT_INSTRUCTION
-        # The server sends back what it has received: each image has its own caption.
+        # The server derives the caption from the bytes of the image, so each image has its own.
         assert row["pred_output"] == caption_of((tmp_path / "nocaps" / row["image"]).read_bytes())
     run = json.loads((output / "scores.json").read_text())["runs"]["greedy"]
     sizes = {domain: scores["images"] for domain, scores in run["domains"].items()}
@@ -281,7 +281,7 @@ def curious_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.medium
-def test_coco_with_a_checkpoint_is_captioned_twice_and_continues(
+def test_coco_with_a_checkpoint_is_captioned_with_both_decodings_and_continues(
     curious_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "coco"

@@ -120,7 +120,7 @@ def test_open_inputs_finds_images_in_shards(
     assert image_names(folder, "What?")[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
 
 
-def test_open_inputs_returns_the_folder_of_the_names(
+def test_open_inputs_returns_the_folder_that_contains_the_images(
     folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -175,7 +175,7 @@ def test_caption_file_captions_a_folder_with_two_instructions(
 def test_caption_file_resumes_after_any_byte(
     model: Llava, folder: Path, output: Path, size: int | None
 ) -> None:
-    """The file ends inside a row, or between the two captions of an image."""
+    """The file is empty, ends inside a row or between the two captions of an image, or is complete."""
     job = folder_job(folder, output, batch_size=2)
     caption_file(job, model)
     complete = output.read_bytes()
@@ -525,7 +525,7 @@ def test_caption_with_ray_captions_all_slices(
 
 
 @pytest.mark.parametrize("option", ["--trials", "--num-return-sequences", "--num_return_sequences"])
-def test_caption_accepts_both_names_of_trials(
+def test_caption_accepts_every_name_of_trials(
     jobs: list[CaptionJob], folder: Path, option: str
 ) -> None:
     argv = [str(folder), "--model-path", "m", "--temperature", "1", option, "4"]
@@ -562,7 +562,7 @@ def test_predict_replaces_the_failures_of_an_earlier_array(
         assert len(json.loads(output.read_text())) == 2 - failed
 
 
-def test_predict_exit_status_is_1_if_no_image_can_be_read(
+def test_caption_exit_status_is_1_if_no_image_can_be_read(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     monkeypatch.setattr(runner, "caption_file", lambda job: CaptionCounts(0, 3))
@@ -610,8 +610,8 @@ def draw_color(path: Path, color: str) -> None:
     Image.new("RGB", (40, 30), color).save(path)
 
 
-def test_input_that_does_not_exist_is_named_as_such(tmp_path: Path) -> None:
-    """The error must not say that it is a file of another kind."""
+def test_error_names_a_missing_file_and_a_folder_without_images(tmp_path: Path) -> None:
+    """The error about a missing file must not say that the file is of an unsupported kind."""
     with pytest.raises(ValueError, match=r"no\.jpg: no such file"):
         open_inputs([str(tmp_path / "no.jpg")], None, ["What?"])
     (tmp_path / "text.txt").write_text("x")
@@ -635,7 +635,7 @@ def test_pattern_opens_the_files_that_it_matched(
     assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, "the black one"
 
 
-def test_brackets_of_an_existing_folder_are_no_wildcard(
+def test_brackets_of_an_existing_folder_are_not_a_wildcard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As a wildcard, [1-9] would match the other folder.
@@ -675,7 +675,7 @@ def test_links_and_folders_that_are_not_followed_are_counted(
         open_inputs(f"{tmp_path}/*", None, ["What?"])
 
 
-def test_folder_counts_what_is_no_image_and_finds_every_image(
+def test_folder_counts_what_is_not_an_image_and_finds_every_image(
     folder: Path, data_folder: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
     photo = data_folder / "images" / "0.jpg"
@@ -768,7 +768,7 @@ def test_bad_rows_are_set_aside_with_their_reasons(
 def test_image_with_nan_logits_is_set_aside(
     model: Llava, folder: Path, tmp_path: Path, options: GenerationOptions
 ) -> None:
-    """All images are in one batch. The captions of the other images are the same as without the bad image."""
+    """The other images of the batch have the same captions as without the bad one, except in a sampled beam search."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert caption_file(folder_job(folder, whole, options=options), model) == (6, 1)
     with nan_features_for(model, (folder / "2.jpg").read_bytes()):

@@ -30,7 +30,7 @@ from llava_simplified.captioning.caption_text import (
         (
             "one two three four five one two three four five",
             None,
-        ),  # the repeated part is longer than the search looks for
+        ),  # the repeated part is longer than the longest one that is searched for
         ("one two three four one two three four", "one two three four"),
         ("A cat, a cat, a cat, a cat, asleep", "A cat"),
         ("你好你好你好", "你好"),

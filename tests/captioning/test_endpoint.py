@@ -106,7 +106,7 @@ TEMPORARY = (
 )
 
 
-def test_every_fault_that_passes_costs_no_image(
+def test_temporary_faults_lose_no_image(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
 ) -> None:
     job = with_endpoint(job, timeout=1.0)
@@ -114,7 +114,7 @@ def test_every_fault_that_passes_costs_no_image(
         server.faults[path.read_bytes()] = [fault]
     assert caption_file(job) == CaptionCounts(NUM_IMAGES, 0)
     assert not assert_accounted_for(job, image_files)
-    # Exactly these images were requested twice.
+    # Each of the images with a fault was requested once more.
     assert len(server.requests) == NUM_IMAGES + len(TEMPORARY)
 
 
@@ -134,7 +134,7 @@ LASTING = {
 }
 
 
-def test_every_fault_that_lasts_is_named(
+def test_lasting_faults_are_failures_that_name_their_cause(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
 ) -> None:
     for path, fault in zip(image_files, LASTING):
@@ -231,7 +231,7 @@ def test_rows_keep_the_order_when_the_first_answer_comes_last(
     assert not assert_accounted_for(job, image_files)
 
 
-def test_records_behind_a_slow_one_are_bounded(
+def test_number_of_requests_after_a_slow_one_is_limited(
     server: FaultyEndpoint,
     job: CaptionJob,
     image_files: list[Path],
@@ -277,7 +277,7 @@ def test_job_stops_at_max_failures_and_continues(
     assert len(server.requests) == sent + NUM_IMAGES - 5
 
 
-def test_next_run_retries_what_the_server_failed_but_nothing_else(
+def test_next_run_retries_only_failures_of_the_server(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
 ) -> None:
     for path, fault in zip(image_files, ("500", "400", "refusal")):
@@ -296,10 +296,10 @@ def test_next_run_retries_what_the_server_failed_but_nothing_else(
 
 
 @pytest.mark.parametrize("size", [0, 500, -30])
-def test_killed_job_continues_without_asking_twice(
+def test_killed_job_continues_without_repeating_requests(
     server: FaultyEndpoint, job: CaptionJob, size: int
 ) -> None:
-    """The output file ends inside a row, or between the captions of an image."""
+    """The output file is empty, or ends inside a row or between the captions of an image."""
     job = replace(job, options=SAMPLED)
     caption_file(job)
     complete = Path(job.output).read_bytes()
@@ -311,7 +311,7 @@ def test_killed_job_continues_without_asking_twice(
     assert len(server.requests) == NUM_IMAGES - kept
 
 
-def test_interrupted_job_leaves_no_task_and_continues(
+def test_interrupted_job_leaves_few_threads_and_continues(
     server: FaultyEndpoint,
     job: CaptionJob,
     image_files: list[Path],
@@ -352,7 +352,7 @@ def test_wrong_settings_end_the_job_at_once(
         server.always[path.read_bytes()] = status
     with pytest.raises(EndpointError, match=message):
         caption_file(with_endpoint(job, concurrency=2))
-    assert len(server.requests) <= 4  # those in flight, and one more for each
+    assert len(server.requests) <= 4  # the two in flight, and at most one more for each
     assert not list(Path(job.output).parent.iterdir()), "an empty job leaves no files"
 
 
@@ -398,7 +398,7 @@ def test_too_long_retry_after_ends_the_job(
 
 
 @pytest.mark.parametrize(("max_n", "requests"), [(100, 1), (2, 2), (1, 3), (0, 3)])
-def test_several_captions_from_servers_that_ignore_or_refuse_n(
+def test_several_captions_from_servers_that_accept_limit_or_refuse_n(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path], max_n: int, requests: int
 ) -> None:
     server.max_n = max_n
@@ -554,7 +554,7 @@ def test_empty_and_cut_captions_are_counted(
         (b"\xff", "\ufffd"),
     ],
 )
-def test_error_message_reads_the_forms_of_all_servers(body: bytes, message: str) -> None:
+def test_error_message_reads_the_forms_of_several_servers(body: bytes, message: str) -> None:
     assert error_message(body) == message
 
 
@@ -579,7 +579,7 @@ def test_command_captions_all_slices_with_ray(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray sends the jobs of the slices to other processes. Here they are pickled as for Ray, and run in this process."""
+    """Ray sends the jobs of the slices to other processes. Here they are pickled as for Ray, but run in this process."""
 
     def run_tasks(function: Any, specs: list[CaptionJob], engine: str) -> list[Any]:
         assert engine == "ray"
@@ -632,7 +632,7 @@ def test_command_prints_the_caption_of_one_image(
         (["--endpoint", "http://h/v1", "--model", "m", "--api-key-env", "NOT_SET"], "NOT_SET"),
     ],
 )
-def test_command_refuses_options_that_contradict(argv: list[str], message: str) -> None:
+def test_command_refuses_invalid_and_contradictory_options(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         caption_main(["images", *argv])
     assert "secret" not in str(error.value)
@@ -704,13 +704,13 @@ def test_sidecar_job_that_stopped_continues(
         assert (output / f"{path.stem}.txt").read_text() == caption_of(path.read_bytes()) + "\n"
 
 
-def test_commands_of_the_page_run(
+def test_commands_of_the_documentation_page_run(
     server: FaultyEndpoint,
     image_files: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Run the commands of the page one after the other, except for those with Ray, which another test starts."""
+    """Run the commands of docs/captioning-with-vllm.md one after the other, without those that require Ray."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(image_files[0].parent, "photos")
     Path("shards").mkdir()
@@ -743,7 +743,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.medium
-def test_command_needs_no_torch(
+def test_command_runs_without_torch(
     server: FaultyEndpoint, image_files: list[Path], tmp_path: Path
 ) -> None:
     data = tmp_path / "data.json"

@@ -102,7 +102,9 @@ def test_output_folder_mirrors_the_images(model: Llava, folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("existing", ["append", "prepend", "overwrite"])
-def test_existing_files_are_changed_as_told(model: Llava, folder: Path, existing: str) -> None:
+def test_existing_files_are_changed_by_the_chosen_policy(
+    model: Llava, folder: Path, existing: str
+) -> None:
     caption_file(sidecar_job(folder, sidecars=SidecarOptions(existing=existing)), model)
     caption = caption_of(model, folder / "sub" / "d.jpg")
     expected = {
@@ -125,7 +127,7 @@ def test_conflicts_and_damaged_images_are_listed_with_reasons(
     assert all("0.jpg and 0.png" in row["error"] for row in rows if row["image"] != "bad.jpg")
     assert str(failures) in package_log.text
     assert set(texts(folder)) == {"1.txt", "2.txt", "sub/d.txt", failures.name, "0.png"}
-    # They are tried again by the next job.
+    # The next job retries the images that failed.
     (folder / "0.png").unlink()
     (folder / "bad.jpg").unlink()
     assert caption_file(sidecar_job(folder), model) == (4, 0)
@@ -286,7 +288,7 @@ def test_job_that_is_killed_at_a_file_continues(
 def start_child(job: CaptionJob) -> int:
     """Run a job in a forked process, which need not import anything; return its process id."""
     if sys.platform == "win32":
-        pytest.skip("Windows does not fork processes")
+        pytest.skip("requires os.fork")
     child = os.fork()
     if child:
         return child
@@ -298,9 +300,9 @@ def start_child(job: CaptionJob) -> int:
         os._exit(status)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
 @pytest.mark.parametrize("existing", ["skip", "append", "prepend"])
-def test_every_caption_is_whole_after_five_kills(
+def test_every_caption_is_complete_after_five_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: str
 ) -> None:
     """Kill the job with kill -9; only its model is replaced. tests/test_kill.py does the same with the command."""
@@ -489,7 +491,7 @@ def test_command_writes_beside_the_images_by_default(jobs: list[CaptionJob], fol
         ("--instruction a --prompt-file b", "--prompt-file"),
     ],
 )
-def test_command_refuses_options_that_contradict(
+def test_command_refuses_invalid_and_contradictory_options(
     jobs: list[CaptionJob], folder: Path, options: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -500,7 +502,7 @@ def test_command_refuses_options_that_contradict(
 @pytest.mark.parametrize(
     "changes", [{"sidecars": SidecarOptions()}, {"prompts": (WeightedPrompt(1, "a"),)}]
 )
-def test_records_have_neither_sidecar_files_nor_other_prompts(
+def test_records_refuse_sidecar_files_and_other_prompts(
     model: Llava, data_folder: Path, tmp_path: Path, changes: dict
 ) -> None:
     job = CaptionJob(
@@ -515,7 +517,7 @@ def test_records_have_neither_sidecar_files_nor_other_prompts(
         caption_file(job, model)
 
 
-def test_one_image_is_printed_with_its_style(
+def test_printed_caption_has_the_prefix_and_the_forced_beginning(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "load_model", lambda _: model)
@@ -541,7 +543,7 @@ def test_sidecar_files_of_images_are_not_reported_as_left_out(
 # ---- the page of the documentation ----
 
 
-def test_page_can_be_typed_from_start_to_end(
+def test_commands_of_the_documentation_page_run_in_order(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "captioning.md").read_text(encoding="utf-8")

@@ -46,7 +46,9 @@ def test_read_prompt_file_reads_weights_comments_and_windows_files(tmp_path: Pat
         (b"\xff\xfea", "UTF-8"),
     ],
 )
-def test_read_prompt_file_refuses(tmp_path: Path, contents: bytes, message: str) -> None:
+def test_read_prompt_file_refuses_invalid_files(
+    tmp_path: Path, contents: bytes, message: str
+) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(contents)
     with pytest.raises(ValueError, match=f"--prompt-file .*prompts.txt.*{message}"):
@@ -74,7 +76,7 @@ def test_choose_prompt_depends_on_seed_and_image_only() -> None:
     assert "".join(prompt.text for prompt in chosen[:8]) == "abbaaaaa"
 
 
-def test_fill_prompt_fills_in_fields_and_no_placeholders() -> None:
+def test_fill_prompt_fills_in_fields_without_adding_placeholders() -> None:
     prompt = WeightedPrompt(1, "<image> {name} in {folder}: {tags}")
     assert fill_prompt(prompt, "dogs/a.jpg", "/photos", "big, red") == (
         "<image> a in dogs: big, red"

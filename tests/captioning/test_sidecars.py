@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("\ufeffold".encode("utf-16-le"), "prepend", "\ufeffnew, old".encode("utf-16-le")),
     ],
 )
-def test_existing_file(
+def test_text_is_combined_with_an_existing_file_by_the_policy(
     tmp_path: Path, existing: bytes | None, policy: str, expected: bytes
 ) -> None:
     if existing is not None:
@@ -113,7 +113,7 @@ def test_images_with_the_same_stem_are_a_named_conflict(tmp_path: Path) -> None:
     assert set(contents(tmp_path)) == {"b.txt", "sub/a.txt"}
 
 
-def test_conflict_is_none_where_the_existing_file_is_kept(tmp_path: Path) -> None:
+def test_same_stem_is_not_a_conflict_if_the_existing_file_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("by hand")
     assert write(tmp_path, ["a.jpg", "a.png"]) == []
     assert contents(tmp_path) == {"a.txt": b"by hand"}

@@ -168,9 +168,9 @@ def test_plan_packs_fills_packs_and_depends_on_the_seed() -> None:
 
 @pytest.mark.parametrize(("pack_length", "least_fill"), [(4096, 0.95), (2048, 0.94)])
 def test_plan_packs_fills_packs_of_conceptual_captions(pack_length: int, least_fill: float) -> None:
-    """Examples have 196 patches, a prompt of 20 tokens, and a caption of 3 to 50 words (10.3 in the mean).
+    """Examples have 196 patches, a prompt of 20 tokens, and a caption of 3 to 50 words (mean 10.3).
 
-    Four examples fit into 1024 positions, and a tenth of the positions stays empty.
+    A pack of 1024 positions would hold four examples, and a tenth of it would stay empty. Longer packs are fuller.
     """
     words = np.random.default_rng(0).lognormal(2.25, 0.42, 20_000).clip(3, 50)
     assert 9.5 < words.mean() < 11

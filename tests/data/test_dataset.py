@@ -320,7 +320,7 @@ def test_image_names_that_do_not_match_exactly_are_counted(
 
 
 def test_bad_records_are_logged_once(tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
-    """By the step that sets them aside, and not by the step that opens the file before."""
+    """`drop_bad_records` logs them, so `open_records` does not."""
     row = '{"image": "0.jpg", "instruction": "What?", "response": "a cat"}'
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join([row, '{"image": 3}', row, "no JSON"]))

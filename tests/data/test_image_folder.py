@@ -1,4 +1,4 @@
-"""A name of an image is resolved by exactly one rule, and never silently leads to another file."""
+"""An image name is resolved by exactly one rule, and never silently leads to the file of another image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_files(folder: Path, *names: str) -> Path:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())  # the file says which one it is
+        path.write_bytes(name.encode())  # the content identifies the file
     return folder
 
 
@@ -73,7 +73,7 @@ def test_exact_name_wins_over_every_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["img.jpg", "IMG"])
-def test_several_files_are_ambiguous(tmp_path: Path, name: str) -> None:
+def test_name_that_matches_several_files_is_ambiguous(tmp_path: Path, name: str) -> None:
     make_files(tmp_path, "IMG.JPG", "Img.jpg", "img.JPEG")
     with pytest.raises(ImageError, match="exact name") as error:
         read_image_bytes(name, tmp_path)
@@ -113,7 +113,7 @@ def test_nothing_outside_of_the_folder_is_found(tmp_path: Path) -> None:
         assert error.value.kind == "missing"
 
 
-def test_absolute_path_that_exists_is_never_a_namesake(tmp_path: Path) -> None:
+def test_existing_absolute_path_never_leads_to_a_file_of_the_same_name(tmp_path: Path) -> None:
     folder = make_files(tmp_path / "images", "1.jpg", "cats/1.jpg", "0.tar")
     outside = make_files(tmp_path / "other", "1.jpg", "cats/1.jpg", "0.tar")
     matches = NameMatches()
@@ -124,13 +124,13 @@ def test_absolute_path_that_exists_is_never_a_namesake(tmp_path: Path) -> None:
         assert error.value.kind == "unsafe"
         with pytest.raises(OutsideFolderError):
             locate_file(path, folder)
-    check_distinct([str(outside / "1.jpg"), "1.jpg"], folder)  # no two names of one file
+    check_distinct([str(outside / "1.jpg"), "1.jpg"], folder)  # these are two different files
     assert not matches.rules
-    # As soon as the file is gone, the path is one of another machine.
+    # Once the file is gone, the path is treated as a path of another machine.
     (outside / "cats/1.jpg").unlink()
     assert read_image_bytes(str(outside / "cats/1.jpg"), folder, matches) == b"cats/1.jpg"
     assert dict(matches.rules) == {"suffix": 1}
-    # A folder and a pipe are no files, and no images.
+    # A folder at this path is not an image file, so the path is treated in the same way.
     (outside / "cats/1.jpg").mkdir()
     assert read_image_bytes(str(outside / "cats/1.jpg"), folder, matches) == b"cats/1.jpg"
 
@@ -167,7 +167,7 @@ def test_absolute_path_may_lead_to_the_folder_through_links(tmp_path: Path) -> N
 def test_only_local_paths_of_windows_are_looked_up(
     monkeypatch: pytest.MonkeyPatch, name: str, looked_up: bool
 ) -> None:
-    """To look up a network path sends the user's credentials to the server in it."""
+    """Looking up a network path would send the user's credentials to the server that the path names."""
     asked: list[str] = []
 
     class WindowsPath(PureWindowsPath):

@@ -83,7 +83,7 @@ PNG_METADATA = {
     "text without a key": png_chunk(b"iTXt", b""),
     "unknown compression": png_chunk(b"zTXt", b"k\0\7" + b"x"),
     "broken exif": png_chunk(b"eXIf", b"II*\0\xff\xff\xff\x7f"),
-    "exif that is none": png_chunk(b"eXIf", b"hello"),
+    "text in place of exif": png_chunk(b"eXIf", b"hello"),
     "exif with a wrong checksum": png_chunk(b"eXIf", b"II*\0", 1),
     "text with a wrong checksum": png_chunk(b"tEXt", b"k\0v", 1),
     "broken color profile": png_chunk(b"iCCP", b"p\0\0garbage"),
@@ -136,7 +136,7 @@ def test_png_keeps_its_orientation_and_transparency_beside_a_bad_text() -> None:
         b"Exif\0\0II*\0\x08\0\0\0\x05\0",
     ],
 )
-def test_broken_exif_never_decides_over_pixels(image_format: str, exif: bytes) -> None:
+def test_broken_exif_never_changes_pixels(image_format: str, exif: bytes) -> None:
     if image_format == "TIFF":
         # In a TIFF, a tag contains the position of the EXIF directory. Here this position is after the end of the file.
         tags = TiffImagePlugin.ImageFileDirectory_v2()
@@ -249,7 +249,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["open", "load", "n_frames", "getexif", "simplejpeg"])
-def test_whatever_a_decoder_raises_is_an_image_error_with_its_name(
+def test_errors_of_decoders_become_image_errors_that_name_their_type(
     monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
 ) -> None:
     formats = {"simplejpeg": "JPEG", "n_frames": "GIF"}
@@ -353,7 +353,7 @@ def test_other_formats_are_named(data: bytes, kind: str, name: str) -> None:
         *(("WebM or Matroska video", "a"), ("Git LFS pointer", "a"), ("UVW image", "a")),
     ],
 )
-def test_article_is_that_of_the_spoken_name(name: str, article: str) -> None:
+def test_article_fits_the_pronunciation_of_the_name(name: str, article: str) -> None:
     assert with_article(name) == f"{article} {name}"
 
 
@@ -440,10 +440,10 @@ def test_strip_that_does_not_fit_into_a_jpeg_is_too_large() -> None:
         ("I;16", "PNG", {}),
     ],
 )
-def test_decoding_takes_the_documented_memory_per_pixel(
+def test_decoding_takes_at_most_the_documented_memory_per_pixel(
     mode: str, image_format: str, options: dict[str, Any]
 ) -> None:
-    """tracemalloc does not count Pillow's own buffers, so the test adds them: 4 bytes per pixel."""
+    """tracemalloc does not count Pillow's own buffers, so the test adds them: 1 or 4 bytes per pixel."""
     width, height = 800, 500
     image = Image.new(mode, (width, height))
     data = encode(image, image_format, **options)
@@ -472,8 +472,8 @@ def test_decoding_takes_the_documented_memory_per_pixel(
 def gif(*comments: bytes, frames: int = 3) -> bytes:
     """Return an animated GIF with the given blocks before its first frame and at its end."""
     file = io.BytesIO()
-    pictures = [draw(40, 30).rotate(90 * number).convert("P") for number in range(frames)]
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])
+    drawn = [draw(40, 30).rotate(90 * number).convert("P") for number in range(frames)]
+    drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:])
     data = file.getvalue()
     start = 13 + 3 * 2 ** ((data[10] & 7) + 1)
     blocks = b"".join(comments)

@@ -33,7 +33,7 @@ IN_MEMORY_MODES = [*FORMATS_BY_MODE, "La", "RGBa", "HSV", "I;16B", "I;16L", "I;1
 
 
 def make_image(mode: str) -> Image.Image:
-    """Return a small image of any mode; if the mode has transparency, with all values of alpha."""
+    """Return a small image of any mode; if the mode has transparency, the opacity increases from 0 at the left edge."""
     y, x = np.mgrid[:20, :30]
     rgb = np.stack([x * 8, y * 12, 255 - x * 8], axis=2).astype(np.uint8)
     image = Image.fromarray(rgb)
@@ -90,7 +90,7 @@ def test_load_pixels_of_a_file_its_bytes_and_the_pil_image_are_equal(
     for source in (path, io.BytesIO(data)):
         loaded = Image.open(source)
         loaded.load()
-        for _ in range(2):  # the image stays as it is
+        for _ in range(2):  # the first call must not change the image
             assert np.array_equal(load_pixels(loaded), expected)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(load_pixels(upright), expected), "the orientation is applied once"
@@ -105,7 +105,7 @@ XMP = '<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><y tiff:Orientation="6"/></
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("place", ["tag", "XMP", "tag and XMP"])
 @pytest.mark.parametrize("pages", [1, 2])
-def test_tiff_is_rotated_once_wherever_its_orientation_is(
+def test_tiff_is_rotated_once_wherever_its_orientation_is_stored(
     tmp_path: Path, mode: str, compression: str | None, place: str, pages: int
 ) -> None:
     image = make_image(mode)
@@ -134,13 +134,13 @@ def test_tiff_is_rotated_once_wherever_its_orientation_is(
         opened = Image.open(source)
         opened.getexif()
         opened.load()
-        assert np.array_equal(load_pixels(opened), expected), "loaded by its owner"
+        assert np.array_equal(load_pixels(opened), expected), "loaded by the caller"
     with Image.open(path) as opened:
         opened.load()
     assert np.array_equal(load_pixels(opened), expected), "loaded and closed"
 
 
-def test_tiff_that_its_owner_has_changed_is_not_read_again(tmp_path: Path) -> None:
+def test_tiff_that_the_caller_has_changed_is_not_read_again(tmp_path: Path) -> None:
     image = make_image("L")
     path = tmp_path / "1.tif"
     image.save(path, tiffinfo={EXIF_ORIENTATION: 3})
@@ -185,7 +185,7 @@ def test_transparent_shade_of_gray_is_white(mode: str) -> None:
     assert np.array_equal(pixels[~is_shade], load_pixels(image)[~is_shade])
 
 
-def test_values_beyond_sixteen_bits_are_white_and_do_not_wrap() -> None:
+def test_values_outside_sixteen_bits_are_clipped_and_do_not_wrap() -> None:
     image = Image.fromarray(np.array([[-5, 0, 65_535, 65_536, 1_000_000]], dtype=np.int32))
     assert load_pixels(image)[0, :, 0].tolist() == [0, 0, 255, 255, 255]
 

@@ -59,7 +59,7 @@ def test_decode_image_equals_pillow(image_format: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_decode_image_reads_jpeg_in_every_color_space(mode: str) -> None:
+def test_decode_image_reads_rgb_gray_and_cmyk_jpegs(mode: str) -> None:
     data = encode(draw_photo(mode=mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode_image(data).astype(int) - expected).mean() < 1
@@ -194,7 +194,7 @@ NOT_PORTABLE = {
 
 
 @pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
-def test_portable_image_is_read_alike_by_a_simple_decoder(name: str) -> None:
+def test_portable_image_has_the_same_pixels_in_a_simple_decoder(name: str) -> None:
     data = {**PORTABLE, **NOT_PORTABLE}[name]()
     image = portable_image(data, 90)
     assert (image.data == data) == (name in PORTABLE)
@@ -208,7 +208,7 @@ def test_portable_image_is_read_alike_by_a_simple_decoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
-def test_portable_image_has_at_most_the_longer_side(name: str) -> None:
+def test_portable_image_limits_the_longer_side(name: str) -> None:
     data = {**PORTABLE, **NOT_PORTABLE}[name]()
     image = portable_image(data, 45)
     pixels = load_pixels(data)
@@ -436,7 +436,7 @@ def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) 
         assert grey_levels.max() < 2.01
         assert grey_levels.mean() < 0.2
 
-    # The config of the stock processor says that it pads, which must not be ignored.
+    # The config of the stock processor enables padding. This must not be ignored.
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="--image_aspect_ratio pad"):
         ImageTransform.from_pretrained(tmp_path / "stock")

@@ -1,4 +1,4 @@
-"""A warning of libjpeg about damage makes an image unusable, even after a harmless warning. Harmless ones do not."""
+"""A libjpeg warning about damage makes an image unusable, even after a harmless one. Harmless warnings alone do not."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("warning", list(HARMLESS))
-def test_harmless_warning_leaves_the_pixels_of_pillow(warning: str) -> None:
+def test_jpeg_with_a_harmless_warning_is_decoded_as_by_pillow(warning: str) -> None:
     data = HARMLESS[warning](encode())
     with pytest.raises(ValueError, match=warning) as strict:
         simplejpeg.decode_jpeg(data, "RGB", strict=True)
@@ -119,10 +119,10 @@ def test_harmless_warning_leaves_the_pixels_of_pillow(warning: str) -> None:
     assert shrink_image(data, 32).height == 32
 
 
-def test_all_harmless_warnings_at_once_leave_the_pixels_of_pillow() -> None:
+def test_jpeg_with_all_harmless_warnings_is_decoded_as_by_pillow() -> None:
     data = encode()
     for change in HARMLESS.values():
-        if change is not with_adobe_code_of_cmyk:  # a file has one code
+        if change is not with_adobe_code_of_cmyk:  # a file has only one color transform code
             data = change(data)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(decode_image(data), expected)
@@ -146,13 +146,13 @@ def cut_and_close(data: bytes) -> bytes:
 
 
 def overwrite_with_zeros(data: bytes) -> bytes:
-    """Replace the end by zeros, as in a failed download whose size was reserved in advance."""
+    """Replace the end with zeros, as in a failed download whose size was reserved in advance."""
     kept = cut(data)
     return kept + bytes(len(data) - len(kept) - 2) + EOI
 
 
 def overwrite_with_many_zeros(data: bytes) -> bytes:
-    """Replace the end by more zeros than the missing pixels need."""
+    """Replace the end with more zeros than the missing pixels need."""
     return cut(data) + bytes(5000) + EOI
 
 
@@ -168,7 +168,7 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("warning", [None, *HARMLESS])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
-def test_damage_is_found_also_behind_a_harmless_warning(
+def test_damage_is_also_found_after_a_harmless_warning(
     damage: Callable[[bytes], bytes], warning: str | None, options: dict[str, object]
 ) -> None:
     data = damage(encode(**options))

@@ -76,7 +76,7 @@ def test_match_name_prefers_the_longest_suffix(
         ("", "1.jpg"),
     ],
 )
-def test_match_name_finds_no_other_image(name: str, candidate: str) -> None:
+def test_match_name_does_not_match_another_image(name: str, candidate: str) -> None:
     assert match_name(name, [candidate]) is None
     assert match_name(candidate, [name]) is None
 

@@ -13,7 +13,7 @@ import pytest
 
 from llava_simplified.data.shards import ShardWriter
 
-# An import fails if sys.modules has None for the package, as if it was not installed.
+# An import fails if sys.modules has None for the package, as if it were not installed.
 BLOCK_IMPORTS = """
 import sys
 for name in ("pyarrow", "fsspec", "aiohttp", "aiodns", "matplotlib"):

@@ -1,4 +1,4 @@
-"""Transparency of every kind of PNG, compared with its samples as the test has written them."""
+"""Transparency of every kind of PNG, compared with the samples that the test writes into the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from llava_simplified.data.images import check_image, decode_image, load_pixels, portable_image
 
 GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA = 0, 2, 3, 4, 6
-# Color type -> (channels, the bits that a channel may have), by the specification of PNG.
+# Color type -> (channels, allowed bits per channel), from the specification of PNG.
 FORMS = {
     GRAY: (1, (1, 2, 4, 8, 16)),
     RGB: (3, (8, 16)),
@@ -53,7 +53,7 @@ def encode(samples: np.ndarray, color_type: int, bits: int, *others: bytes) -> b
 
 
 def make_png(color_type: int, bits: int, with_trns: bool, *others: bytes) -> Png:
-    """Return a random PNG. Some pixels have the transparent color, others differ from it in the last bit only."""
+    """Return a random PNG. Some pixels have the transparent color; others differ from it in the last bit only."""
     channels, _ = FORMS[color_type]
     maximum = 2**bits - 1
     random = np.random.default_rng(color_type * 100 + bits)
@@ -113,7 +113,7 @@ def test_transparency_of_every_png_is_white(
     png = make_png(color_type, bits, with_trns)
     for form, image in opened_forms(png.data, tmp_path / "1.png"):
         if (color_type, bits, form) == (RGB, 16, "loaded from memory"):
-            continue  # Pillow has dropped the lower bytes, see the next test.
+            continue  # Pillow has dropped the lower bytes; see the next test.
         difference = np.abs(load_pixels(image) - png.expected)  # type: ignore[arg-type]
         assert difference.max() < 1, form
     checked = check_image(png.data)

@@ -45,7 +45,7 @@ EXPECTED = Record(
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_every_form_is_read_as_it_is(form: str) -> None:
+def test_every_form_becomes_the_same_record(form: str) -> None:
     record = Record.from_json(ROWS[form], "x row 0")
     assert record == EXPECTED
     assert not pair_problem(record)
@@ -79,7 +79,7 @@ def test_malformed_pairs_are_errors(changes: dict[str, Any], named: str) -> None
         Record.from_json({**ROWS["trl"], **changes}, "x row 3")
 
 
-def test_a_table_with_empty_columns_of_pairs_has_no_pairs() -> None:
+def test_a_row_with_null_columns_of_a_pair_has_no_pair() -> None:
     row = {"instruction": "What?", "response": "a cat", "chosen": None, "rejected": None}
     record = Record.from_json(row, "x")
     assert record.rejected is None

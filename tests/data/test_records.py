@@ -72,7 +72,7 @@ def test_turn_whose_content_is_elsewhere_or_missing_is_refused(turn: dict[str, o
         Record.from_json({"messages": messages}, "row 0")
 
 
-def test_conversation_trains_every_answer_and_nothing_else(data_folder: Path) -> None:
+def test_conversation_has_labels_for_every_answer_and_nothing_else(data_folder: Path) -> None:
     row = {"id": "x", "image": "0.jpg", "conversations": CONVERSATION}
     record = Record.from_json(row, "row 0")
     prompt = Prompt(make_tokenizer())
@@ -126,7 +126,7 @@ def test_conversation_trains_every_answer_and_nothing_else(data_folder: Path) ->
         ),
     ],
 )
-def test_record_inserts_placeholders_before_the_first_user_turn(
+def test_record_inserts_placeholders_at_the_start_of_the_first_user_turn(
     row: dict, turns: list, responses: tuple
 ) -> None:
     record = Record.from_json(row, "row 0")
@@ -181,10 +181,10 @@ def test_prediction_row_has_the_fields_of_the_tutorial() -> None:
         ("", "", ()),
     ],
 )
-def test_prediction_is_a_record_with_the_reference_or_else_the_caption(
+def test_prediction_becomes_a_record_of_its_references_or_its_text(
     tmp_path: Path, references: object, prediction: str, responses: tuple[str, ...]
 ) -> None:
-    """A prediction becomes a record with its references as responses, or with its caption if it has no references."""
+    """The responses of the record are the references, or the generated text if there are no references."""
     row = {"index": 0, "image": "0.jpg", "instruction": "What?"}
     row |= {"gt_caption": references, "pred_output": prediction}
     assert Record.from_json(row, "row 0").responses == responses
@@ -246,7 +246,7 @@ def test_record_refuses_what_would_train_as_something_else(row: dict, message: s
     "key",
     ["Image", "image_bytes", "image_list", "file_name", "path", "media", "frames", "thumbnail"],
 )
-def test_record_refuses_an_image_by_a_key_that_is_not_read(key: str) -> None:
+def test_record_refuses_an_image_under_a_key_that_is_not_read(key: str) -> None:
     for value in ("0.jpg", ["0.PNG", "1.webp"]):
         with pytest.raises(ValueError, match=f"row 7: .*{key!r}.*'image'"):
             Record.from_json({key: value, **TEXT}, "row 7")
@@ -300,7 +300,7 @@ def test_record_refuses_unsupported_keys_of_a_turn(form: str, changed: dict) -> 
         {"responses": ["a cat"], **TEXT},
     ],
 )
-def test_record_refuses_a_part_of_the_prompt_that_is_not_read(row: dict) -> None:
+def test_record_refuses_further_keys_that_would_be_ignored(row: dict) -> None:
     with pytest.raises(
         ValueError, match=f"row 7: .*{next(key for key in row if key != 'instruction')}"
     ):

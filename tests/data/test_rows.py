@@ -1,4 +1,4 @@
-"""Files of rows: JSON is scanned in blocks, and rows are read in any order, also in other processes."""
+"""Files of rows: JSON is scanned in blocks, and rows are read in any order, also after pickling."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ FORMATS = st.tuples(
 )
 
 
-def has_lone_surrogates(value: object) -> bool:
-    """Return True if the value cannot be encoded in UTF-8."""
+def has_surrogates(value: object) -> bool:
+    """Return whether the value may be impossible to encode in UTF-8: its JSON has surrogates, single or in pairs."""
     return "\\ud" in json.dumps(value)
 
 
@@ -53,7 +53,7 @@ def test_scan_json_reads_an_array_as_json_does(values: list, json_format: tuple)
     text = json.dumps(values, ensure_ascii=ensure_ascii, indent=indent)
     data = text.encode("utf-8", "surrogatepass")
     items = list(scan_json(io.BytesIO(data), "x", block))
-    if not has_lone_surrogates(values):
+    if not has_surrogates(values):
         assert [value for _, value, _, _ in items] == values
         assert [json.loads(data[start:end]) for _, _, start, end in items] == values
 
@@ -69,7 +69,7 @@ def test_scan_json_yields_the_elements_of_arrays_in_an_object(
 ) -> None:
     ensure_ascii, indent, block = json_format
     text = json.dumps(values, ensure_ascii=ensure_ascii, indent=indent)
-    if has_lone_surrogates(values):
+    if has_surrogates(values):
         return
     expected = []
     for key, value in values.items():

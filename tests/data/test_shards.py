@@ -1,4 +1,4 @@
-"""Shards: other tools can read ours, and we can read any image of shards that other tools have written."""
+"""Shards: other tools can read what `ShardWriter` writes, and single images can be read from shards of other tools."""
 
 from __future__ import annotations
 
@@ -193,9 +193,9 @@ def test_tar_members_rejects_what_is_not_a_tar(tmp_path: Path) -> None:
                 "GNU.sparse.realsize": "5",
             },
             b"no number\n",
-            id="no number in the map of holes",
+            id="not a number in the map of holes",
         ),
-        pytest.param({"GNU.sparse.map": "0,x"}, b"abc", id="no number in the header"),
+        pytest.param({"GNU.sparse.map": "0,x"}, b"abc", id="not a number in the header"),
         # This tar is valid, but the contents of a sparse file are not a single range of bytes.
         pytest.param(
             {"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"},
@@ -293,7 +293,7 @@ def test_read_image_bytes_opens_nothing_outside_the_folder(tmp_path: Path, image
     assert error.value.kind == "unsafe"
 
 
-def test_read_image_bytes_uses_the_base_name_of_paths_outside_the_folder(tmp_path: Path) -> None:
+def test_read_image_bytes_uses_the_base_name_of_paths_that_do_not_exist(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(b"top")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "1.jpg").write_bytes(b"sub")

@@ -106,14 +106,14 @@ def test_pages_beyond_the_limit_are_not_counted() -> None:
     assert count_frames(tiff_of_pages(3_000)) == MAX_DIRECTORIES
 
 
-def test_pages_that_name_each_other_are_counted_once() -> None:
+def test_pages_that_form_a_cycle_are_counted_once() -> None:
     data = bytearray(tiff_of_pages(5))
     data[-4:] = (8).to_bytes(4, "little")
     assert not has_many_directories(bytes(data))
     assert count_frames(bytes(data)) == 6
 
 
-def test_orientation_of_ordinary_exif_still_counts() -> None:
+def test_orientation_of_ordinary_exif_is_still_applied() -> None:
     exif = Image.Exif()
     exif[274] = 6
     assert decode_image(encoded("JPEG", (48, 40), exif=exif)).shape == (48, 40, 3)

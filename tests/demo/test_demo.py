@@ -1,4 +1,4 @@
-"""`llava demo`: every command of it, with tiny models instead of the real ones."""
+"""`llava demo`: every command that it runs, with tiny models instead of the real ones."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def read_reward_log(folder: Path) -> list[float]:
 def check_documentation_scripts(
     tiny: DemoAssets, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run what `make docs` runs, the tutorial and the README's image, with the demo's model."""
+    """Run the scripts that write the tutorial, the rewards page and the README's image, with the demo's model."""
     monkeypatch.syspath_prepend(DOCS)
     import make_picture
     import make_rewards
     import make_tutorial
 
-    # The scripts must write here, and not into docs/. The template stays where it is looked for.
+    # The scripts read their templates from DOCS and write there, so replace it with a folder that has the templates.
     for script in (make_tutorial, make_rewards):
         monkeypatch.setattr(script, "DOCS", tmp_path)
         monkeypatch.setattr(script, "FIGURES", tmp_path / "img")
@@ -143,7 +143,7 @@ def check_documentation_scripts(
 
 
 def finish_demo(output: Path) -> None:
-    """Write what a reward demo needs of a finished demo."""
+    """Write the files of a finished demo that a reward demo requires."""
     (output / "model").mkdir(parents=True)
     (output / "model" / "llava.json").write_text("{}")
     (output / "predictions.json").write_text("[]")
@@ -154,13 +154,13 @@ def test_reward_demo_needs_a_finished_demo(tmp_path: Path) -> None:
         demo_command.main(["--reward", "--output", str(tmp_path)])
     finish_demo(tmp_path)
     check_finished(tmp_path)
-    # The model was trained again, and has not captioned yet.
+    # Simulate a model that was trained again after the predictions were written.
     os.utime(tmp_path / "predictions.json", (1, 1))
     with pytest.raises(ValueError, match="make demo"):
         check_finished(tmp_path)
 
 
-def test_reward_demo_starts_anew_after_another_demo(tmp_path: Path) -> None:
+def test_reward_demo_starts_from_the_beginning_after_another_demo(tmp_path: Path) -> None:
     finish_demo(tmp_path)
     finished = tmp_path / "reward" / "finished_steps.json"
     finished.parent.mkdir()
@@ -180,7 +180,7 @@ def test_reward_demo_continues_the_model_and_compares_with_its_captions(tmp_path
     model_args, _, args = parse_arguments(train[1:])
     assert model_args.init_from == str(tmp_path / "demo" / "model")
     assert (args.objective, args.max_steps) == ("rloo", 3)
-    # What the checkpoint was trained with must be the same; `llava train` checks the rest.
+    # These options must be the same as those of the demo's model; `llava train` checks the others.
     demo = yaml.safe_load(recipes.resolve_recipe("demo").read_text())
     reward = yaml.safe_load(recipes.resolve_recipe("demo_reward").read_text())
     for name in ("mm_vision_select_layer", "mm_token_pool", "template", "lora_r", "lora_alpha"):
@@ -317,7 +317,7 @@ def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
 def test_report_of_the_last_step_is_not_replaced_by_that_of_a_running_demo(
     tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy machine, the page of the running demo would be written after the final one."""
+    """Otherwise, on a busy machine, the page of the running demo could be written after the final one."""
     monkeypatch.setattr(demo_steps.Watcher, "REDRAW_SECONDS", 0.01)
     assets = DemoAssets(*[data_folder / "images"] * 6)
     with redirect_output(tmp_path / "log.txt") as terminal:
@@ -360,11 +360,11 @@ def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
     assert run_demo(steps) == [train]  # interrupted
     fail_at = "evaluate"
     assert run_demo(steps) == [[*train, "--resume_from_checkpoint", "true"], evaluate]
-    assert list((tmp_path / "model").iterdir()) == []  # the checkpoints of the finished run
+    assert list((tmp_path / "model").iterdir()) == []  # checkpoints of a finished run are deleted
     fail_at = ""
     assert run_demo(steps) == [evaluate]
     assert run_demo(steps) == []
-    # With another option nothing of the first model is used.
+    # With another option, the model is trained from the start, and no partial result of the first model is used.
     (tmp_path / "predictions.json.part.jsonl").write_text("{}\n")
     changed = [steps[0]._replace(argv=[*train, "--seed", "1"]), steps[1]]
     assert run_demo(changed) == [[*train, "--seed", "1"], evaluate]
@@ -377,6 +377,6 @@ def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
         demo = Demo(tmp_path, terminal)
         demo.durations.append(1.0)
         watcher = Watcher(demo, steps, 1, None)
-    # A quarter of 100 expected seconds took 50 seconds: 150 s remain here, and everything after it takes
+    # A quarter of a step of 100 expected seconds took 50 seconds: 150 s of this step remain, and the later steps take
     # twice the expected 910 s.
     assert watcher._time_left(50.0, 0.25) == f"about {round((150 + 2 * 910) / 60)} minutes left"

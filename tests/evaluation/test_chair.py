@@ -62,7 +62,7 @@ def test_mentioned_objects_follows_the_rules(caption: str, objects: list[str]) -
     assert mentioned_objects(caption) == objects
 
 
-def test_vocabulary_has_the_80_categories_and_no_word_twice() -> None:
+def test_vocabulary_has_the_80_categories_and_no_ambiguous_plural() -> None:
     vocabulary = load_vocabulary()
     assert len(set(vocabulary.category_of.values())) == 80
     for category in set(vocabulary.category_of.values()):
@@ -86,10 +86,10 @@ ANNOTATED = [["person", "dining table"], ["cat"], []]
 def test_chair_equals_an_example_computed_by_hand() -> None:
     trials = [list(captions) for captions in zip(*CAPTIONS)]
     table = score_metrics(chair_metrics(trials, REFERENCES, ANNOTATED), resamples=0, seed=0)
-    # First trial: bench is invented; mentions are 3 + 0 + 3. Second trial: dog is; mentions are 2 + 2 + 1.
+    # First trial: "bench" is hallucinated; 3 + 0 + 3 mentions. Second trial: "dog" is hallucinated; 2 + 2 + 1 mentions.
     assert [scores["CHAIRs"].value for scores in table.trials] == [1 / 3, 1 / 3]
     assert [scores["CHAIRi"].value for scores in table.trials] == [1 / 6, 1 / 5]
-    # The best caption of an image is the one with fewer faults: none here has any.
+    # The best caption of an image is the one with the fewest hallucinations. Here, it has none.
     assert table.best["CHAIRs"].value == table.best["CHAIRi"].value == 0
 
 
@@ -234,7 +234,7 @@ def test_chair_equals_the_published_procedure_on_generated_captions() -> None:
     table = score_metrics(chair_metrics([captions], references, annotated), resamples=200, seed=0)
     assert table.mean["CHAIRs"].value == pytest.approx(sentences / 50)
     assert table.mean["CHAIRi"].value == pytest.approx(hallucinated / mentioned)
-    assert 10 < sentences < 50, "the comparison must see both kinds"
+    assert 10 < sentences < 50, "captions with and without hallucinations are compared"
     assert table.mean["CHAIRi"].low < table.mean["CHAIRi"].value < table.mean["CHAIRi"].high
 
 

@@ -118,7 +118,7 @@ def test_read_references_finds_images_by_id_and_by_name(tmp_path: Path, image: s
 
 @pytest.mark.parametrize("image", ["000000000042.jpg", "photo_1.jpg", "00001.tar#000000001"])
 def test_read_predictions_names_an_image_without_references(tmp_path: Path, image: str) -> None:
-    """A number in another name, or in that of a shard, is not an image id, although there are references of image 1."""
+    """A number in a name of another form, such as that of a shard, is not an image id."""
     coco = tmp_path / "coco.json"
     coco.write_text('{"annotations": [{"image_id": 1, "caption": "a"}]}')
     references = read_references(coco)
@@ -308,7 +308,7 @@ def test_evaluate_scores_records_of_text_alone(tmp_path: Path, data_folder: Path
 def test_evaluate_accepts_text_that_breaks_other_programs(
     tmp_path: Path, data_folder: Path, suffix: str
 ) -> None:
-    """Half a surrogate pair, separators that are no line breaks in JSON, and characters that HTML has to escape."""
+    """Half a surrogate pair, separators that are not line breaks in JSON, and characters that HTML has to escape."""
     text = "a \ud83d b \u2028 c \x85 d \u2029 <b> \U0001f600 \x00"
     rows = make_rows(text, image="1.jpg", gt_caption=text)
     rows += make_rows("x", index=1, image="half \udcff.jpg", gt_caption=["y", text])
@@ -319,7 +319,7 @@ def test_evaluate_accepts_text_that_breaks_other_programs(
     if suffix == "jsonl":
         options.append(
             "--no-java"
-        )  # METEOR, which loads its tables for seconds, gets the same text from both
+        )  # METEOR takes seconds to load its tables, and its input is the same for both suffixes
     output = tmp_path / "scores.json"
     report = tmp_path / "report.html"
     assert main([str(path), *options, "--output", str(output), "--report", str(report)]) == 0
@@ -497,7 +497,7 @@ def write_two_programs(folder: Path, *, second_id: int = 2) -> list[str]:
 
 
 def test_files_of_two_programs_are_compared_image_by_image(tmp_path: Path) -> None:
-    """One program numbers the images and names their folder, the other has ids, so positions and names differ."""
+    """One program writes positions and paths of images; the other writes image ids, in another order."""
     words = write_two_programs(tmp_path)
     scores = tmp_path / "scores.json"
     assert main([*words, "--output", str(scores), "--resamples", "20"]) == 0
@@ -509,7 +509,7 @@ def test_files_of_two_programs_are_compared_image_by_image(tmp_path: Path) -> No
     assert (exact["better"], exact["worse"], exact["equal"]) == (0, 1, 1)
 
 
-def test_files_of_other_images_are_not_compared(tmp_path: Path) -> None:
+def test_files_of_different_images_are_not_compared(tmp_path: Path) -> None:
     words = write_two_programs(tmp_path, second_id=3)
     scores = tmp_path / "scores.json"
     assert main([*words, "--output", str(scores), "--resamples", "0"]) == 0
@@ -526,7 +526,7 @@ def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
         replace(order[0], index="1003", image="val/a/1.jpg"),
     ]
     assert align_samples(samples, order) == order
-    # Without its folder, the name fits both images. And samples are only aligned if their references are equal.
+    # Not aligned: a name without its folder, which fits both images; other references; and a missing image.
     assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
     assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
     assert align_samples(samples[:1], order) is None

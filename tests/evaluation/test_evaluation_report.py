@@ -92,7 +92,7 @@ def test_report_shows_the_best_images_first(image_folder: Path) -> None:
 
 
 def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -> None:
-    """A number at the end of a name does not make it a checkpoint: the order stays, and no curve over steps is drawn."""
+    """A run whose name ends with a number is not a checkpoint: the order stays, and no curve over steps is drawn."""
     first = make_run("clip-vit-base-patch16", ("a cat", "a cat"), ("a red dog", "the sea"))
     second = make_run("effnet-b0", ("a boat", "a cat"), ("a boat", "the sea"))
     comparison = compare_runs(first.samples, first.result, second.samples, second.result)
@@ -108,7 +108,7 @@ def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -
     )
     html = output.read_text(encoding="utf-8")
     assert_self_contained(html)
-    # The image that lost is shown beside the captions of both runs.
+    # The image whose score decreased is shown beside the captions of both runs.
     losses = html[html.index("The greatest losses") : html.index('<section id="images">')]
     assert losses.count('<img src="data:image/webp;base64,') == 1
     text = " ".join(Page(html).text.split())

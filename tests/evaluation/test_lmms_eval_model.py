@@ -1,7 +1,7 @@
-"""The model of lmms-eval: its texts equal those of `Llava.caption`, its log-likelihoods those of a plain loop.
+"""The model class for lmms-eval: its texts equal those of `Llava.caption`, its log-likelihoods those of a plain loop.
 
-If lmms-eval is not installed, the few classes of it that the model uses are replaced by fakes. The tests at the end
-run lmms-eval itself.
+If lmms-eval is not installed, stand-ins replace the two classes that the model requires. The last test runs lmms-eval
+itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StandInResult(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model_class() -> Iterator[Any]:
-    """The class of the model, imported with lmms-eval or with the stand-in."""
+    """The class of the model, imported with lmms-eval or with the stand-ins."""
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_LMMS_EVAL:
             names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.instance")
@@ -75,7 +75,7 @@ def images(photos: list[bytes]) -> list[Image.Image]:
 
 @pytest.fixture
 def evaluated(model_class: Any, checkpoint: Path, images: list[Image.Image]) -> Any:
-    """The model, with a task of one image per document and its answer."""
+    """The model, with a task whose documents have one image and one answer each."""
     evaluated = model_class(str(checkpoint), batch_size=4)
     documents = [{"image": image, "answer": CHOICES[i % 3]} for i, image in enumerate(images)]
     evaluated.task_dict = {"local": {"test": documents}}
@@ -192,7 +192,7 @@ def test_options_of_tasks_are_applied(evaluated: Any, caplog: pytest.LogCaptureF
     assert "image_aspect_ratio" in record.getMessage()
 
 
-def test_answers_end_with_the_context(evaluated: Any) -> None:
+def test_answers_end_where_the_context_is_full(evaluated: Any) -> None:
     [short] = generate(evaluated, QUESTION, [0], max_new_tokens=3)
     turns = [Message("user", f"<image>\n{QUESTION}")]
     prompt = evaluated.model.prompt.render(turns, None).input_ids
@@ -282,8 +282,8 @@ def test_batch_size_is_checked(model_class: Any, checkpoint: Path) -> None:
 # ---- lmms-eval itself ----
 
 
-def test_package_imports_no_lmms_eval() -> None:
-    """The entry point names the class that exists, and importing it needs no lmms-eval."""
+def test_entry_point_leads_to_an_existing_class() -> None:
+    """pyproject.toml names the function that returns the manifest, and the manifest names the class of the model."""
     module, _, name = lmms_eval_plugin.MODEL_CLASS.rpartition(".")
     source = find_spec(module)
     assert source is not None

@@ -86,7 +86,7 @@ def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> Non
     from pycocoevalcap.meteor import meteor as meteor_module
     from pycocoevalcap.rouge.rouge import Rouge
 
-    # `evaluate` and the expected scores share a process of METEOR, which loads its tables for seconds.
+    # `evaluate` and the expected scores share a process of METEOR, because loading its tables takes seconds.
     monkeypatch.setattr(meteor_module, "Meteor", functools.cache(meteor_module.Meteor))
     samples = make_samples(60, trials=2)
     result = evaluate(samples, resamples=0)
@@ -199,7 +199,7 @@ def test_interval_of_a_mean_is_as_wide_as_its_standard_error_predicts() -> None:
     assert (score.high - score.low) / 2 == pytest.approx(1.96 * standard_error, rel=0.06)
 
 
-# ---- trials, simple metrics, and checks beside the scores ----
+# ---- trials, simple metrics, and other checks ----
 
 
 def test_evaluate_returns_mean_and_best_of_trials() -> None:
@@ -276,7 +276,7 @@ def test_evaluate_rejects_samples_that_cannot_be_scored(
 # ---- CLIPScore ----
 
 
-def test_clip_score_equals_the_whole_model_one_pair_at_a_time(tmp_path: Path) -> None:
+def test_clip_score_equals_that_of_clip_model_for_each_pair(tmp_path: Path) -> None:
     """The expected scores follow Hessel et al. 2021, with the embeddings that `CLIPModel` returns."""
     import torch
     from PIL import Image
@@ -317,7 +317,7 @@ def test_clip_score_equals_the_whole_model_one_pair_at_a_time(tmp_path: Path) ->
 
 
 @pytest.mark.medium
-def test_clip_scores_rejects_folders_without_a_whole_clip_model(tmp_path: Path) -> None:
+def test_clip_scores_rejects_folders_without_a_complete_clip_model(tmp_path: Path) -> None:
     from tiny import save_vision_model
 
     captions = [["a"] * 3]

@@ -1,4 +1,4 @@
-"""Tests of the tokenizer: its tokens equal those of Stanford's, stored ones and, where Java is installed, live ones."""
+"""Tests of the tokenizer: its tokens equal those of Stanford's, recorded and, where Java is installed, live."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ EXPECTED_TOKENS = {
     "a.k.a.U.S. ......5U.S. ’１1 ’95 hello.、": "a.k.a.u.s. .5 u.s. １1 ’95 hello. 、",
 }
 
-# Random captions are put together from these pieces, of which there are some for each part of the rules.
+# Random captions are built from these pieces. Each group tests one part of the rules.
 PIECES = {
     "abbreviations": "Jan. Inc. no. fig. pt. pty. ltd. co. U.S. U.S e.g. Ill. ill. Mr. A. a.k.a. Ph.D. vs. 5 x The the É "
     "A , ; ? ! \" - 's . <b> ... It 、",
@@ -117,7 +117,7 @@ def test_tokenize_accepts_half_a_surrogate_pair() -> None:
     assert tokenize("a \ud83d \U0001f600 #b") == "a #b"
 
 
-def real_captions() -> list[str]:
+def typical_captions() -> list[str]:
     """Return the recorded captions, their words in another order, and captions like those of COCO."""
     dice = random.Random(1)
     words = sorted({word for caption in EXPECTED_TOKENS for word in caption.split()})
@@ -143,8 +143,8 @@ def random_captions(kind: str) -> list[str]:
 def character_captions() -> list[str]:
     """Return every character of Unicode on its own and within a word, without surrogates and line breaks.
 
-    Above the basic plane, only assigned characters: the original has no class for any character there. `make test`
-    takes all characters of Latin and Greek and all punctuation, and a sample of the others.
+    Above the basic plane, only assigned characters are included: the original has no class for any character there.
+    `make test` uses all characters of Latin and Greek and all punctuation, and a sample of the others.
     """
     common = [*range(0x400), *range(0x2000, 0x2070), *range(0x3000, 0x3040)]
     basic = sample(range(0x400, 0x10000), 8000)
@@ -165,7 +165,7 @@ def is_assigned(code: int) -> bool:
 @needs_java
 def test_tokenize_equals_the_server_live() -> None:
     """All captions are tokenized in one process, because starting Java takes longer than tokenizing."""
-    captions = [*real_captions(), *character_captions()]
+    captions = [*typical_captions(), *character_captions()]
     for kind in PIECES:
         captions += random_captions(kind)
     assert_equal_to_server(captions)

@@ -126,7 +126,7 @@ def prompt(data: bytes) -> None:
 
 
 def http(data: bytes) -> None:
-    """The URL in the first line is parsed or raises UrlError. The response in the other lines never raises an error."""
+    """The URL in the first line is parsed or raises UrlError. The response in the other lines never causes an error."""
     first, _, response = data.partition(b"\n")
     text = first.decode("utf-8", "surrogateescape")
     base = parse_url("http://a.example/b/c?d")
@@ -149,7 +149,7 @@ def _receive(response: bytes, size: int) -> None:
     loop = _loop()
     handler = LenientResponseHandler(loop)
     transport = _transport()
-    transport.reset_mock()  # it remembers every call
+    transport.reset_mock()  # the mock records every call
     handler.connection_made(transport)
     handler.set_response_params(timer=None, read_until_eof=True, auto_decompress=False)
     for start in range(0, len(response), size):
@@ -159,7 +159,7 @@ def _receive(response: bytes, size: int) -> None:
 
 @lru_cache(maxsize=1)
 def _transport() -> asyncio.Transport:
-    # Made once, because it takes longer than a response.
+    # Create the mock only once, because this takes longer than processing a response.
     return mock.create_autospec(asyncio.Transport, instance=True)
 
 
@@ -169,7 +169,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def image_seeds() -> Iterator[bytes]:
-    picture = Image.radial_gradient("L").resize((20, 12))
+    gradient = Image.radial_gradient("L").resize((20, 12))
     exif = Image.Exif()
     exif[274] = 6
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
@@ -182,9 +182,9 @@ def image_seeds() -> Iterator[bytes]:
             ):
                 buffer = io.BytesIO()
                 try:
-                    picture.convert(mode).save(buffer, form, **options)
+                    gradient.convert(mode).save(buffer, form, **options)
                 except (OSError, ValueError, KeyError, TypeError):
-                    continue  # a form that can't hold this mode
+                    continue  # this format cannot store this mode
                 yield buffer.getvalue()
 
 

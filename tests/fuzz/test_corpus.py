@@ -10,7 +10,7 @@ import targets
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_target_accepts_its_corpus(name: str) -> None:
+def test_target_accepts_its_known_inputs(name: str) -> None:
     target = targets.TARGETS[name]
     randomness = random.Random(0)
     known = list(targets.seeds(name))

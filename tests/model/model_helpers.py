@@ -1,4 +1,4 @@
-"""Tiny models and images that the tests of this folder share."""
+"""The names of the tested language models, images and batches, which the tests of this folder share."""
 
 from __future__ import annotations
 

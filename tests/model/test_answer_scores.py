@@ -72,7 +72,7 @@ def assert_equals_plain_loop(model: Llava, questions: list[Question]) -> None:
 
 @contextmanager
 def count_forwards(model: Llava) -> Iterator[list[int]]:
-    """Append the number of positions of each forward pass of the language model."""
+    """Yield a list to which each forward pass of the language model appends its number of positions."""
     positions: list[int] = []
 
     def note(_: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -117,7 +117,9 @@ def test_all_answers_of_a_question_are_one_forward(models_folder: Path) -> None:
     assert positions == [prompt_length + sum(map(len, question.answers))]
 
 
-def test_many_answers_are_split(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_answers_are_split_into_several_sequences(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_llava(models_folder).double()
     questions = make_questions(model)
     longest = max(map(len, questions[0].answers))
@@ -128,7 +130,7 @@ def test_many_answers_are_split(models_folder: Path, monkeypatch: pytest.MonkeyP
     assert len(positions) == 3 + len(questions[0].answers)
 
 
-def test_greedy_answer_is_greedy(models_folder: Path) -> None:
+def test_is_greedy_marks_the_generated_answer_and_its_beginning(models_folder: Path) -> None:
     model = build_llava(models_folder)
     question = make_questions(model)[0]
     assert question.pixel_values is not None

@@ -186,7 +186,7 @@ def test_save_checkpoint_replaces_a_checkpoint_and_keeps_other_files(
     save_checkpoint(model, output, config, parts)
     assert (output / "trainer_log.jsonl").exists()
     assert torch.equal(compute_logits(load_checkpoint(output)), compute_logits(model))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "a temporary folder is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no temporary folder is left"
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_weights_digest_of_a_hub_model_covers_the_files_that_are_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copy(models_folder / "clip" / "config.json", snapshot)
-    # It must not return the digest of an empty set of weights.
+    # Without this error, the digest would be that of an empty set of weights.
     with pytest.raises(OSError, match=r"no model\.safetensors"):
         weights_digest("me/clip")
     shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)

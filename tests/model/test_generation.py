@@ -223,7 +223,7 @@ def test_generate_beams_equal_transformers(models_folder: Path) -> None:
 def test_generate_ignores_the_generation_config_of_the_base_model(
     models_folder: Path, sampled: bool, adapted: bool
 ) -> None:
-    """No method of generation inherits settings from `generation_config.json` or `config.json`."""
+    """Beam search, with and without sampling, inherits no settings from `generation_config.json` or `config.json`."""
     options = GenerationOptions(
         max_new_tokens=8, num_beams=3, num_return_sequences=2, temperature=float(sampled), seed=1
     )
@@ -328,7 +328,7 @@ def test_samples_with_equal_beginnings_share_a_row(models_folder: Path, text: st
         if beginnings and len(rows) != 2:
             expected_rows.append(len(beginnings))
     handle.remove()
-    del rows[1]  # before the sequence was cancelled
+    del rows[1]  # was counted before the sequence was cancelled
     assert rows == expected_rows
     # Some of the samples have separated by now, and some have not.
     assert any(len(prompts) < count < samples * len(prompts) - 1 for count in rows)
@@ -417,7 +417,7 @@ def test_decoding_batch_cancel_leaves_the_others_unchanged(models_folder: Path) 
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like those of Llama 2 and Mistral, mostly of the bytes of UTF-8."""
+    """Return a tokenizer like those of Llama 2 and Mistral, whose tokens are mostly single bytes."""
     names = ["<s>", "</s>", "<unk>", "▁", "▁a", "x", "日", "\n"]
     names += [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = {name: number for number, name in enumerate(names)}
@@ -449,7 +449,7 @@ def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed:
     model.prompt = Prompt(tokenizer, "plain")
     prompt = model.prompt.render([Message("user", "What?")], None).input_ids
     options = GenerationOptions(max_new_tokens=30, temperature=1.0, seed=seed)
-    with torch.no_grad():  # every token is about as likely
+    with torch.no_grad():  # make all tokens about equally likely
         model.language_model.get_output_embeddings().weight.mul_(0.1)
     texts = list(stream(model, prompt, None, options))
     assert texts[-1] == generate(model, [prompt], None, options)[0][0]
@@ -522,8 +522,8 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
 # ---- a forced beginning ----
 
 
-def test_start_is_the_beginning_of_the_trained_answer(models_folder: Path) -> None:
-    """Its tokens equal those of the beginning of such an answer in training, and it is part of the returned text."""
+def test_start_is_tokenized_as_in_a_trained_answer(models_folder: Path) -> None:
+    """`start_with` has the same tokens as the beginning of an answer in training, and is part of the returned text."""
     model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(max_new_tokens=5, start_with=" A photo of ")

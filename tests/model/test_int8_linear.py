@@ -45,7 +45,7 @@ def test_int8_linear_equals_a_loop_over_integers(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 24, bias=bias)
     x = torch.randn(5, 64)
-    x[0] *= 100  # one row with large activations must not take the precision of the others
+    x[0] *= 100  # a row with large activations must not reduce the precision of the other rows
     output = Int8Linear(linear)(x)
     # A value in the middle of two integers may be rounded either way.
     torch.testing.assert_close(output.double(), multiply_integers(x, linear), rtol=2e-3, atol=2e-3)
@@ -69,7 +69,7 @@ def test_int8_linear_computes_each_row_alone_and_keeps_shape_and_dtype() -> None
 
 
 @pytest.mark.medium
-def test_quantized_checkpoint_captions_alone_as_in_a_batch(
+def test_quantized_checkpoint_generates_the_same_captions_alone_and_in_a_batch(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     save_llava(models_folder, tmp_path / "model")
@@ -80,7 +80,7 @@ def test_quantized_checkpoint_captions_alone_as_in_a_batch(
     images = [data_folder / "images" / f"{number}.jpg" for number in range(3)]
     together = model.caption(images, max_new_tokens=8)
     assert together == [model.caption(image, max_new_tokens=8) for image in images]
-    # The weights of the file are unchanged by the release of its pages.
+    # Quantization releases the memory pages of the file. This must not change its weights.
     exact = load_checkpoint(tmp_path / "model", device="cpu")
     ids = torch.arange(12)[None]
     expected = exact.language_model(input_ids=ids).logits
@@ -108,7 +108,7 @@ def test_activations_lose_a_bit_where_products_overflow(monkeypatch: pytest.Monk
     multiply = int8_linear._multiply
     monkeypatch.setattr(
         int8_linear, "_multiply", lambda *args: multiply(*args).clamp_max(32)
-    )  # of 64
+    )  # the exact product is 64
     try:
         assert activation_levels() == 63
     finally:

@@ -226,7 +226,7 @@ def test_image_placeholders_are_expanded_and_rows_padded_on_either_side() -> Non
 
 @pytest.mark.medium
 @pytest.mark.parametrize("text", LANGUAGE_MODELS)
-def test_generate_batched_captions_equal_single_ones(models_folder: Path, text: str) -> None:
+def test_generate_in_a_batch_equals_generate_alone(models_folder: Path, text: str) -> None:
     model = build_llava(models_folder, text)
     pixels = make_images(model, 4)
     questions = [

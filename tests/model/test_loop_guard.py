@@ -1,4 +1,4 @@
-"""Sequences that repeat themselves are stopped. Their finished texts equal those without stopping, cut afterward."""
+"""Sequences that repeat themselves are stopped. Once the loop is cut off, the texts are the same as without stopping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(models_folder: Path) -> Llava:
 
 
 def generated(model: Llava, options: list[GenerationOptions]) -> list[list[int]]:
-    """Return the token ids that each of the options generates, in one batch, each for another image."""
+    """Return the token ids for each of the options. The sequences are in one batch, each with a different image."""
     prompt = model.prompt.render([Message("user", "<image>\nWhat?")], None).input_ids
     features = encode_images(model, make_images(model, len(options)))
     batch = DecodingBatch(model, [prompt] * len(options), features, options)
@@ -36,14 +36,14 @@ def generated(model: Llava, options: list[GenerationOptions]) -> list[list[int]]
     return list(batch.generated_ids.values())
 
 
-def test_decoding_batch_ends_a_looping_sequence_and_no_other(model: Llava) -> None:
+def test_decoding_batch_ends_only_a_looping_sequence_with_the_guard(model: Llava) -> None:
     plain = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS)
     unguarded = [replace(plain, start_with="two"), plain, replace(plain, start_with="two"), plain]
     guarded = [replace(unguarded[0], loop_guard=8), replace(plain, loop_guard=8), *unguarded[2:]]
     with looping(model, LOOP):
         before = generated(model, unguarded)
         after = generated(model, guarded)
-    assert after[1:] == before[1:], "rows without a loop, and without the guard, are the same"
+    assert after[1:] == before[1:], "rows without a loop or without the guard are the same"
     assert after[0] == before[0][: len(after[0])]
     words = model.prompt.decode(after[0]).split()
     # The sentence, eight words of its repetition, and one more word, which shows that the eighth is complete.
@@ -82,7 +82,7 @@ def test_sequence_that_loops_is_cut_there_however_it_continues(num_repeated: int
     assert num_found > 50
 
 
-def test_word_that_may_continue_is_no_repetition_yet() -> None:
+def test_word_that_may_continue_is_not_a_repetition_yet() -> None:
     prompt = Prompt(make_tokenizer())
     assert not is_looping(prompt, [], 2)
     assert not is_looping(prompt, prompt.encode_start("a dog a dog"), 2)

@@ -87,7 +87,7 @@ def test_check_trainable_refuses_what_should_be_frozen_or_is_not_trained(
         check_trainable(model, TrainedParts())
 
 
-def test_freeze_trains_the_whole_language_model_or_only_the_projector(models_folder: Path) -> None:
+def test_freeze_trains_the_full_language_model_or_only_the_projector(models_folder: Path) -> None:
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts("full"))
     check_trainable(model, TrainedParts("full"))
@@ -110,7 +110,7 @@ def test_add_lora_trains_biases_if_asked(models_folder: Path, bias: str) -> None
     )
 
 
-def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder: Path) -> None:
+def test_freeze_of_a_full_tower_trains_only_the_used_parameters(models_folder: Path) -> None:
     parts = TrainedParts(vision_tower="full")
     model = build(models_folder, dtype="bfloat16")
     freeze(model, parts)

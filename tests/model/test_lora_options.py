@@ -60,7 +60,7 @@ def build(folder: Path, options: dict[str, Any], dtype: str = "float32") -> Llav
 
 
 def train(model: torch.nn.Module) -> None:
-    """Change all trained weights at random, in the same way in every model with the same weights."""
+    """Change the weights of the adapter at random, in the same way in every model with the same parameter names."""
     generator = torch.Generator().manual_seed(8)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -183,7 +183,7 @@ def test_adapter_computes_what_peft_computes(models_folder: Path, variant: str) 
     """Compare our adapter with PEFT's before and after training, and after merging with stock PEFT."""
     options = VARIANTS[variant]
     model = build(models_folder, options)
-    torch.manual_seed(5)  # of the random decomposition
+    torch.manual_seed(5)  # for the random decomposition, as in `build`
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", **options)
     config.target_modules = config.target_modules or "all-linear"
     stock: Any = get_peft_model(stock_model(models_folder), config).eval()

@@ -9,7 +9,7 @@ from torch import nn
 from llava_simplified.model.projector import build_projector, init_projector_scale
 
 
-def test_build_projector_has_the_layers_that_its_name_says() -> None:
+def test_build_projector_has_the_layers_of_its_kind() -> None:
     assert isinstance(build_projector("linear", 4, 8), nn.Linear)
     mlp = build_projector("mlp3x_gelu", 4, 8)
     assert [type(layer).__name__ for layer in mlp] == ["Linear", "GELU", "Linear", "GELU", "Linear"]

@@ -125,7 +125,7 @@ def test_shared_and_packed_examples_equal_separate_ones(
 
 
 def test_sliding_window_is_shorter_than_the_tested_examples(models_folder: Path) -> None:
-    """If the window was longer, the test above would not detect a mask without a window."""
+    """If the window were longer, the test above would not detect a mask without a window."""
     model = build_llava(models_folder, "mistral")
     _, separate = make_examples(model)
     longest = max(len(example.input_ids) for example in separate)
@@ -164,7 +164,7 @@ def test_examples_of_a_pack_and_branches_do_not_affect_each_other(models_folder:
 # ---- the mask ----
 
 
-def test_shared_prefix_mask_draws_segments_branches_and_windows() -> None:
+def test_shared_prefix_mask_separates_segments_and_branches_and_limits_windows() -> None:
     def ids(digits: str) -> torch.Tensor:
         return torch.tensor([[int(digit) for digit in digits]])
 
@@ -261,7 +261,7 @@ def predictions_of_example(example: Example, tokens_per_image: int) -> list[Pred
     st.integers(1, 3),
 )
 @settings(max_examples=num_examples(100), deadline=None)
-def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
+def test_batch_predicts_every_token_from_the_same_context_as_a_separate_sequence(
     rows: list[list[Example]], tokens_per_image: int
 ) -> None:
     batch = Collator(tokens_per_image, 0)(rows)
@@ -296,7 +296,7 @@ def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
 def test_attention_kwargs_refuse_a_model_without_position_ids(
     config: transformers.PreTrainedConfig,
 ) -> None:
-    """Without this check, such a model would be trained with a wrong loss (for MPT, by 0.3 %), without an error."""
+    """Without this check, the loss of such a model would silently be wrong (by 0.3 % for MPT)."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     ids = torch.zeros(1, 3, dtype=torch.long)
@@ -354,7 +354,7 @@ def varlen_attention(
 def test_flash_attention_gets_the_boundaries_of_the_sequences(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel requires CUDA, so a loop replaces it; the code of Transformers before it is tested."""
+    """The kernel requires CUDA, so a loop replaces it. This tests the code of Transformers that calls the kernel."""
 
     def other_kernel(*_: object, **__: object) -> None:
         raise AssertionError("without boundaries, sequences would attend to each other")
@@ -380,10 +380,10 @@ def test_flash_attention_gets_the_boundaries_of_the_sequences(
 
 @pytest.mark.medium
 @pytest.mark.parametrize("text", ["mistral", "llama", "gemma2"])
-def test_flex_attention_masks_equal_eager_ones(
+def test_flex_attention_equals_eager_attention(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, only the uncompiled forward pass can be tested. Gemma 2 has both types of layers."""
+    """On a CPU, only the uncompiled forward pass can be tested. Gemma 2 has layers with and without a window."""
     monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda _: flex_attention)
     model = build_llava(models_folder, text)
     model.language_model.set_attn_implementation("eager")

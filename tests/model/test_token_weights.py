@@ -1,4 +1,4 @@
-"""Weighted losses of branches equal plain REINFORCE over separate sequences, in float64."""
+"""REINFORCE, clipped ratios and DPO over shared prompts equal plain formulas over separate sequences, in float64."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_equal_captions_trained_once_equal_plain_reinforce(
     model = build_float64(models_folder, "qwen2", monkeypatch)
     prompt, answers = answers_of(model)
     images = make_images(model, 3)
-    # Shorter than the answers together.
+    # A prompt that is shorter than the answers together.
     prompt = [prompt[0], IMAGE_INDEX, prompt[-1]]
     long, short = [*answers[0], *answers[1]], answers[1][0]
     groups = [
@@ -243,7 +243,7 @@ def test_dpo_of_two_branches_equals_the_formula_over_separate_sequences(
     assert_same(gradients_of(model, loss), expected)
 
 
-def test_constant_reward_gives_exactly_no_gradient(models_folder: Path) -> None:
+def test_constant_reward_gives_gradients_of_exactly_zero(models_folder: Path) -> None:
     model = build_llava(models_folder, "llama")
     prompt, answers = answers_of(model)
     rows = branch_examples(Example(prompt, [], make_images(model, 1)), answers[0], True)

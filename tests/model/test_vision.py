@@ -121,7 +121,7 @@ def test_layer_out_of_range_is_refused(models_folder: Path) -> None:
 
 
 def test_model_without_a_grid_of_features_is_refused(tmp_path: Path) -> None:
-    """A masked autoencoder drops most patches, and other patches at every call."""
+    """A masked autoencoder drops most patches, and different ones at every call."""
     config = ViTMAEConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )

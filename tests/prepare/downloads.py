@@ -15,7 +15,7 @@ import loopback
 
 from llava_simplified.data.images import decode_image, read_image_bytes
 
-# The kinds of URLs that the server answers quickly.
+# The share of each kind of URL, without those that the server answers slowly or not at all.
 FAST_MIX = {kind: share for kind, share in loopback.MIX.items() if kind not in ("hang", "drip")}
 SHARD_SIZE = 50
 
@@ -25,7 +25,7 @@ Job = tuple[str, str, int]  # URL, kind of the server's response, number of the 
 def write_source(
     folder: Path, port: int, count: int = 120, mix: dict[str, int] = FAST_MIX
 ) -> tuple[Path, list[Job]]:
-    """Write a TSV of URLs; return its path, and the kind of response and the image of each URL."""
+    """Write a TSV of URLs; return its path, and the `Job` of each URL."""
     url_jobs = [(url, kind, number) for url, kind, number in loopback.urls(count, port, mix=mix)]
     path = folder / "train.tsv"
     path.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in url_jobs))

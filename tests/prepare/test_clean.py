@@ -39,7 +39,7 @@ def encode_jpeg(image: Image.Image, **options: Any) -> bytes:
 
 
 def write_bad_images(folder: Path) -> dict[str, str]:
-    """Write one image of each kind that must be set aside; return the reasons by file name."""
+    """Write images that must be set aside; return the reasons by file name, also for names without a file."""
     data = encode_jpeg(make_photo(1, 400, 300), quality=90)
     middle = len(data) // 2
     damaged = data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
@@ -237,7 +237,7 @@ def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
         ImageTransform.from_pretrained(tower)(strip)
     assert error.value.kind == "too_large"
     assert clean(records, output, rules=rules, workers=1) == {"ok": 2}
-    # With borders (`pad`), training can read it, because the square around it is never in memory as a whole.
+    # With borders (`pad`), training can read it, because the complete square around it is never in memory.
     options = {"vision_tower": tower, "image_aspect_ratio": "pad"}
     assert clean(records, output, rules=rules, workers=1, **options) == {"ok": 2}
 
@@ -261,7 +261,7 @@ def test_clean_refuses_more_pixels_than_training(tmp_path: Path) -> None:
     assert Rules().max_pixels == MAX_PIXELS
 
 
-def test_clean_refuses_another_suffix_before_it_works(mixed: Mixed) -> None:
+def test_clean_refuses_an_unknown_suffix_before_it_starts(mixed: Mixed) -> None:
     with pytest.raises(ValueError, match=r"out\.txt.*\.jsonl"):
         clean(mixed.records, mixed.folder / "out.txt", image_folder=mixed.images)
     assert not list(mixed.folder.glob("*.work"))
@@ -300,7 +300,7 @@ def test_clean_sets_aside_duplicates_of_an_earlier_image(tmp_path: Path, dedupe:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("dedupe", ["exact", "perceptual"])
-def test_clean_keeps_other_captions_of_an_image_and_other_images_beside_it(
+def test_clean_keeps_new_captions_and_new_combinations_of_an_image(
     tmp_path: Path, dedupe: str
 ) -> None:
     for number in range(3):
@@ -372,14 +372,14 @@ def test_clean_command_compacts_images_for_training(
 
 
 @pytest.mark.medium
-def test_clean_refuses_compacted_shards_of_other_records(tmp_path: Path) -> None:
-    """Otherwise the captions of one run would be joined to the images of another."""
+def test_clean_refuses_compacted_shards_of_other_records_or_sizes(tmp_path: Path) -> None:
+    """Otherwise captions of one run would be joined to images of another, or images of two sizes would be mixed."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(encode_jpeg(make_photo(ord(name))))
         (tmp_path / f"{name}.json").write_text(json.dumps([make_row(f"{name}.jpg", name)]))
     options: dict[str, Any] = {"compact": tmp_path / "shards", "workers": 1}
     clean(tmp_path / "a.json", tmp_path / "out.json", **options)
-    clean(tmp_path / "a.json", tmp_path / "out.json", **options)  # the same again is no error
+    clean(tmp_path / "a.json", tmp_path / "out.json", **options)  # repeating a run is not an error
     with pytest.raises(ValueError, match=r"--compact .*shards.*records_sha256"):
         clean(tmp_path / "b.json", tmp_path / "out.json", compact_size=224, **options)
     with pytest.raises(ValueError, match=r"--compact .*shards.*compact_size was 224.* 64"):
@@ -455,7 +455,7 @@ def test_clean_does_not_use_the_results_of_other_rules(mixed: Mixed) -> None:
 
 
 @pytest.mark.medium
-def test_clean_in_slices_is_put_together_by_a_last_call(
+def test_clean_combines_the_results_of_slices_in_a_last_run(
     mixed: Mixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_RECORDS", 4)
@@ -483,7 +483,7 @@ def test_clean_is_refused_while_another_run_writes(
 
 
 @pytest.mark.medium
-def test_two_cleanings_into_one_output_leave_one_complete_output(mixed: Mixed) -> None:
+def test_two_runs_of_clean_into_one_output_leave_one_complete_output(mixed: Mixed) -> None:
     command = [sys.executable, "-m", "llava_simplified.cli", "clean", str(mixed.records)]
     command += ["--output", str(mixed.output), "--image-folder", str(mixed.images), "--quiet"]
     runs = [
@@ -541,7 +541,7 @@ def break_second_frame(data: bytes) -> bytes:
     ("image_format", "damage"),
     [("AVIF", break_time_scale), ("TIFF", break_second_frame), ("GIF", break_second_frame)],
 )
-def test_clean_sets_a_damaged_animation_aside(
+def test_clean_handles_a_damaged_animation_without_an_error(
     tmp_path: Path, image_format: str, damage: Callable[[bytes], bytes]
 ) -> None:
     buffer = io.BytesIO()
@@ -558,7 +558,7 @@ def test_clean_sets_a_damaged_animation_aside(
 
 
 @pytest.mark.medium
-def test_clean_sets_texts_aside_that_are_not_unicode(tmp_path: Path) -> None:
+def test_clean_sets_aside_invalid_unicode_and_other_rows_unchanged(tmp_path: Path) -> None:
     make_photo(1).save(tmp_path / "a.png")
     good = make_row("a.png", "line\u2028line\u2029line\x85 \U0001f600")
     bad = [make_row("a.png", "a \ud83d b"), make_row("caf\udce9.png", "x"), {"video": "a.mp4"}]

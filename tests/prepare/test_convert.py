@@ -293,14 +293,14 @@ def test_convert_refuses_conversations_in_parquet(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_convert_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_convert_that_fails_leaves_no_output(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}, {"image": ')
     with pytest.raises(ValueError, match="not JSON at byte"):
         convert(str(tmp_path / "x.json"), tmp_path / "o.json")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_record_writer_refuses_another_suffix(tmp_path: Path) -> None:
+def test_record_writer_refuses_an_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"o\.csv.*\.json, \.jsonl or \.parquet"):
         RecordWriter(tmp_path / "o.csv")
 
@@ -327,7 +327,7 @@ def test_reduce_command_draws_a_random_sample_in_order(
         reduce(path, tmp_path / "none.json", 0, 0)
 
 
-def test_reduce_names_a_row_that_is_not_json(tmp_path: Path) -> None:
+def test_reduce_without_a_valid_row_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"image": "1.jpg", "response": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl row 0: not JSON"):
         reduce(tmp_path / "x.jsonl", tmp_path / "o.jsonl", 1, 0)
@@ -355,7 +355,7 @@ def test_reduce_leaves_out_a_row_that_is_not_json_and_names_it(
     assert "x.jsonl row 1" in caplog.text
 
 
-def test_reduce_of_no_record_is_an_error(tmp_path: Path) -> None:
+def test_reduce_of_an_empty_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match=r"x\.json.*no record"):
         reduce(tmp_path / "x.json", tmp_path / "o.json", 3, 0)

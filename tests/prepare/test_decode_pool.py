@@ -1,4 +1,4 @@
-"""Decode images in threads beside the event loop, within limits of time and of pixels."""
+"""Images are decoded in threads, so that the event loop can continue, within limits of time and of pixels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_all(
     return asyncio.run(run())
 
 
-def test_decode_pool_returns_results_and_errors_in_place() -> None:
+def test_decode_pool_returns_results_and_errors_in_order() -> None:
     def decode(data: bytes) -> EncodedImage:
         if data == b"2":
             raise ImageError("corrupt", "two")
@@ -73,7 +73,7 @@ def test_decode_pool_does_not_block_the_event_loop() -> None:
     assert asyncio.run(run()) > 10
 
 
-def test_decode_pool_gives_up_slow_images_and_goes_on_with_the_others() -> None:
+def test_decode_pool_gives_up_on_slow_images_and_decodes_the_others() -> None:
     """If there are more slow images than threads, the others must wait. Waiting does not count as their decoding time."""
     release = threading.Event()
 
@@ -111,14 +111,14 @@ def test_decode_pool_admits_images_by_their_pixels() -> None:
     half = b"%d" % (LIMIT // 2)
     third = b"%d" % (LIMIT // 3)
     run_all(decode, [half, third, b"10"] * 10)
-    assert LIMIT // 2 < most <= LIMIT + 10 * decode_pool._NUM_THREADS, "small ones do not count"
+    assert LIMIT // 2 < most <= LIMIT + 10 * decode_pool._NUM_THREADS, "small images do not count"
     huge = b"%d" % (2 * LIMIT)
     most = 0
     run_all(decode, [half, huge, third] * 4)
-    assert alone == 4, "a larger one is decoded, but alone"
+    assert alone == 4, "an image beyond the limit is decoded alone"
 
 
-def test_decode_pool_does_not_wait_for_a_decoder_at_the_end() -> None:
+def test_decode_pool_closes_without_waiting_for_a_decoder() -> None:
     async def run() -> None:
         pool = DecodePool(10, max_pixels=10**9)
         job = asyncio.create_task(pool.run(lambda data: (time.sleep(20), image_of(data))[1], b"1"))

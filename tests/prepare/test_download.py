@@ -36,7 +36,7 @@ OPEN = FetchOptions(allow_private=True, timeout=20, retries=0)
 
 
 def run(tsv: Path, output: Path, options: FetchOptions = OPEN, **more: Any) -> dict[str, Any]:
-    """Download with small shards, in one worker process, because starting another one takes longer than a shard."""
+    """Download with small shards, in one worker process: starting another one takes longer than fetching a shard."""
     return download(
         str(tsv), str(output), options, **{"shard_size": SHARD_SIZE, "workers": 1, **more}
     )
@@ -144,7 +144,7 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
 
 @pytest.mark.parametrize("command", ["download", "convert"])
 def test_row_without_a_caption_is_counted_once(tmp_path: Path, command: str) -> None:
-    """As an image without a caption, and not for its empty captions, too."""
+    """It is counted as an image without a caption. Its empty captions are not counted in addition."""
     rows = ["0,a cat", "1,", "2,", "2,a dog", "3,", "3,", "4,"]
     source = tmp_path / "x.csv"
     source.write_text("url,caption\n" + "".join(f"http://a.example/{row}\n" for row in rows))
@@ -157,7 +157,7 @@ def test_row_without_a_caption_is_counted_once(tmp_path: Path, command: str) -> 
         settings = settings_of(source)
         lines = plan_shards(str(source), Columns(), store, settings, "")["oddities"]
         kind = "no caption (the image is downloaded, but no record is written)"
-    # Images 1, 3 and 4 have none. Image 2 has an empty one beside another.
+    # Images 1, 3 and 4 have no caption. Image 2 has an empty caption and another one.
     assert [line.split(" (first")[0].strip() for line in lines] == [
         f"3 {kind}",
         "1 empty caption (skipped)",
@@ -182,8 +182,8 @@ def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) 
 
 
 @pytest.mark.medium
-def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path) -> None:
-    """The settings and the report contain the name even if it is not UTF-8."""
+def test_download_of_a_source_whose_file_name_is_not_utf_8(server: Server, tmp_path: Path) -> None:
+    """The name is written to the settings and the report, which must not fail if it is not UTF-8."""
     source = tmp_path / os.fsdecode(b"caf\xe9.tsv")
     source.write_text(f"a cat\t{server.url('ok/1.jpg')}\n")
     run(source, tmp_path / "out")
@@ -278,7 +278,7 @@ def test_download_refuses_other_settings_for_the_same_output(
     with pytest.raises(ValueError, match=r"out.*shard_size was 50.* 60"):
         run(tsv, tmp_path / "out", shard_size=60)
     size = tsv.stat().st_size
-    # This row would never be fetched.
+    # Add a row: the plan does not contain it, so it would never be fetched.
     tsv.write_text(tsv.read_text() + "one more\thttp://127.0.0.1/1.jpg\n")
     with pytest.raises(ValueError, match=f"out.*bytes was {size}"):
         run(tsv, tmp_path / "out")
@@ -367,7 +367,7 @@ def test_download_in_slices_and_merge(
     check_output(output, url_jobs)
 
 
-def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path: Path) -> None:
+def test_download_of_a_slice_without_shards_is_not_an_error(server: Server, tmp_path: Path) -> None:
     tsv, _ = write_source(tmp_path, server.port, 4, {"ok": 1})
     argv = [str(tsv), "--output", str(tmp_path / "out"), "--allow-private", "--shards", "5/8"]
     assert main(argv) == 0
@@ -376,7 +376,7 @@ def test_download_of_a_slice_without_shards_is_no_error(server: Server, tmp_path
 def test_plan_shards_by_two_jobs_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job publishes its plan after this job has written its plan, and before it publishes it."""
+    """Another job publishes a plan after this job has written its own plan, but before this job publishes it."""
     source = tmp_path / "x.tsv"
     source.write_text("a cat\thttp://127.0.0.1/1.jpg\n")
     settings = settings_of(source)
@@ -415,7 +415,7 @@ def test_merge_manifests_without_a_shard_leaves_nothing_behind(tmp_path: Path) -
         ("--limit", {"limit": -1}),
     ],
 )
-def test_download_refuses_numbers_that_would_fetch_nothing(
+def test_download_refuses_numbers_that_are_too_small(
     tmp_path: Path, option: str, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=f"{option} .*at least 1"):
@@ -435,7 +435,7 @@ def test_failure_kinds_contain_every_outcome_of_the_server() -> None:
     assert outcomes <= {"ok", *FAILURE_KINDS}
 
 
-def test_fetch_options_default_to_the_limit_of_training() -> None:
+def test_fetch_options_default_to_the_pixel_limit_of_training() -> None:
     assert FetchOptions().max_pixels == MAX_PIXELS
 
 
@@ -476,7 +476,7 @@ def test_download_of_a_source_without_urls_is_refused(tmp_path: Path) -> None:
 def test_download_raises_the_limit_of_open_files_or_names_it(
     server: Server, tmp_path: Path
 ) -> None:
-    """If the limit cannot be raised, no row is recorded as a failure of a server."""
+    """If the hard limit is too low, the error names it and the option that requires fewer files."""
     tsv, _ = write_source(tmp_path, server.port, 300, {"ok": 1})
     for hard_limit, expected in ((2000, ["300 ok"]), (200, ["--concurrency", "200", "ulimit -Hn"])):
         command = (
@@ -510,7 +510,7 @@ def test_download_progress_counts_the_rows_of_this_run(
         return watch.progress.line()
 
     now = [100.0]
-    # Replace `time` only in this module. Servers of other tests run in threads of this process, and need the real time.
+    # Replace `time` only in `jobs`. Servers of other tests run in threads of this process, and need the real time.
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     append(0, "".join(row(index) for index in range(1000)))
     watch = DownloadProgress(tmp_path, range(5), {3}, 100_000, True)
@@ -587,10 +587,10 @@ def test_store_publish_leaves_no_temporary_copy_after_an_error(
     assert store.fs.ls(store.root, detail=False) == []
 
 
-def test_store_sees_what_other_processes_have_written(
+def test_store_finds_files_that_other_processes_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File systems of buckets cache the list of files in a folder."""
+    """Like the file systems of buckets, this one caches the list of files in a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remembered: dict[str, list] = {}
     ls = MemoryFileSystem.ls
@@ -656,7 +656,7 @@ def test_finished_rows_drops_a_torn_line_and_an_image_that_the_disk_lost(tmp_pat
 def test_fetch_shard_killed_while_it_is_published_is_finished_by_the_next_run(
     server: Server, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process is killed at one of three steps after the last row. No row is lost or fetched twice."""
+    """The process is killed at one of three steps after the last row. No row is lost, and no image is fetched again."""
     tsv, url_jobs = write_source(tmp_path, server.port, 40)
     output = tmp_path / "out"
     store = Store(str(output))

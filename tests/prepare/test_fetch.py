@@ -114,7 +114,7 @@ def test_fetch_refuses_other_schemes(url: str) -> None:
         "http://x:99999/",
     ],
 )
-def test_fetch_of_a_malformed_url_is_an_outcome_and_no_exception(url: str) -> None:
+def test_fetch_of_a_malformed_url_is_an_outcome_and_not_an_exception(url: str) -> None:
     assert fetch(url)[0].kind in ("bad_url", "scheme", "dns")
 
 
@@ -152,7 +152,7 @@ def test_fetch_of_a_bad_redirect_costs_only_its_row(server: Server, location: st
     assert kinds == ["bad_url", "bad_url", "ok"]
 
 
-def test_fetch_records_a_fault_of_its_own_and_goes_on(
+def test_fetch_records_an_internal_error_and_continues(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     get = Fetcher._get
@@ -179,7 +179,7 @@ def test_fetch_obeys_the_readable_lines_of_a_damaged_robots_txt(server: Server) 
 
 # ---- addresses that are not public ----
 
-# All notations of the same address. aiohttp or the resolver may refuse some of them earlier, as another outcome.
+# Notations of local addresses -> allowed outcomes: aiohttp or the resolver may refuse some of them before the guard.
 PRIVATE_HOSTS = {
     "127.0.0.1": ["blocked_address"],
     "localhost": ["blocked_address"],
@@ -205,7 +205,7 @@ def test_fetch_refuses_private_addresses_in_every_notation(server: Server, host:
 def test_fetch_refuses_a_redirect_to_a_private_address(
     server: Server, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """127.0.0.2 is allowed like a public server. It redirects to an address that must be refused."""
+    """127.0.0.2 counts as public here. It redirects to an address that must be refused."""
 
     def is_public_or_first_hop(address: str) -> bool:
         return address == "127.0.0.2" or is_public(address)
@@ -242,7 +242,7 @@ def test_fetch_refuses_a_redirect_to_a_private_address(
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
         ("2001:0:0:0:0:0:80ff:fffe", False),  # Teredo of 127.0.0.1
-        # A local translator: only itself knows which bits are the address.
+        # A local NAT64 prefix: only the translator knows which bits are the IPv4 address.
         ("64:ff9b:1:7f00:0:100:808:808", False),
         ("fec0::1", False),
         ("::7f00:1", False),
@@ -280,7 +280,7 @@ def test_opted_out_reads_both_conventions(headers: list[tuple[str, str]], forbid
     assert bool(opted_out(CIMultiDict(headers))) == forbids
 
 
-def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
+def test_fetch_obeys_robots_txt_with_the_robots_option(server: Server) -> None:
     # This text is too long to arrive in one piece.
     comment = "# comment\n" * 30_000
     server.targets["robots"] = f"User-agent: *\n{comment}Disallow: /png/\n"
@@ -290,7 +290,7 @@ def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
     assert server.served == {"/robots.txt": 1, "/ok/1.jpg": 1}
 
 
-def test_fetch_sends_an_honest_user_agent(server: Server) -> None:
+def test_fetch_sends_a_user_agent_with_the_program_and_the_contact(server: Server) -> None:
     options = FetchOptions(allow_private=True, contact="https://lab.example/crawl")
     fetch(server.url("ok/1.jpg"), options)
     lines = server.requests[0].splitlines()
@@ -305,7 +305,7 @@ def test_fetch_sends_an_honest_user_agent(server: Server) -> None:
 def test_fetch_all_limits_requests_per_host_and_lets_hosts_take_turns(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One host has 60 URLs that come first in the list, ten others have one each."""
+    """One host has 60 URLs, which come first in the list; ten others have one each."""
     in_flight: Counter[str] = Counter()
     most: Counter[str] = Counter()
     order: list[str] = []
@@ -331,12 +331,12 @@ def test_fetch_all_limits_requests_per_host_and_lets_hosts_take_turns(
     assert set(order[:16]) >= set(small_hosts), "the small hosts did not wait"
 
 
-def test_fetch_all_opens_a_second_connection_only_where_slots_are_free(
+def test_fetch_all_connects_to_every_host_before_it_opens_second_connections(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ten hosts and five workers, no host gets a second connection before each has got its first one.
+    """With ten hosts and five workers, no host gets a second connection before each host has one.
 
-    The last request to a host closes its connection.
+    The last request to each host closes its connection.
     """
     connected: list[str] = []
     create_connection = aiohttp.TCPConnector._create_connection
@@ -353,14 +353,14 @@ def test_fetch_all_opens_a_second_connection_only_where_slots_are_free(
     results = fetch(urls, replace(OPEN, concurrency=5))
     assert kinds_of(results) == {"ok"}
     assert sorted(connected[:10]) == sorted(hosts)
-    assert len(connected) < 20, "connections are used again"
+    assert len(connected) < 20, "connections are reused"
     closing = [request for request in server.requests if "connection: close" in request.lower()]
     closed_hosts = [re.search(r"Host: ([\d.]+)", request)[1] for request in closing]
     assert sorted(closed_hosts) == sorted(hosts)
 
 
-def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> None:
-    """If this host was started last, only its four connections would be busy at the end."""
+def test_fetch_all_starts_with_the_host_that_has_the_most_urls(server: Server) -> None:
+    """If this host were started last, only its four connections would be busy at the end."""
     few = [server.url("ok/1.jpg", f"127.0.0.{number}") for number in range(2, 12)]
     many = [server.url(f"ok/{number}.jpg", "127.0.0.1") for number in range(12)]
     assert kinds_of(fetch([*few, *many], replace(OPEN, concurrency=4))) == {"ok"}
@@ -370,10 +370,7 @@ def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> No
 def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for a free slot does not count toward the timeout of a row.
-
-    The forty rows, four at a time, take much longer than this timeout.
-    """
+    """Waiting for a free slot does not count toward the timeout of a row: forty rows, four at a time, take longer."""
     in_flight = most = 0
     request_once = Fetcher._request
 
@@ -449,11 +446,11 @@ def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
     asyncio.run(run())
 
 
-# ---- hosts that are down or ask for pauses ----
+# ---- hosts that are down or request pauses ----
 
 
-def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
-    """Otherwise each of its rows would take a timeout. A host that answers some requests is not given up."""
+def test_fetch_all_gives_up_on_a_host_that_is_down(server: Server) -> None:
+    """Otherwise each row of this host would wait for a timeout. A host that answers some requests is kept."""
     down = [server.url(f"hang/{number}.jpg", "127.0.0.2") for number in range(100)]
     mixed = []
     for number in range(30):
@@ -467,10 +464,10 @@ def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
 
-def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
+def test_fetch_all_does_not_give_up_on_a_host_because_of_slow_redirects_to_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The redirecting hosts have used up the time of their rows, and the target of the redirects answers quickly."""
+    """The redirecting hosts use up the time of their rows; the target of the redirects answers quickly."""
     request_once = Fetcher._request
     target = "127.0.0.1"
 
@@ -488,7 +485,9 @@ def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
     assert kinds_of(results[len(slow) :]) == {"ok"}
 
 
-def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server) -> None:
+def test_fetch_all_does_not_give_up_on_a_host_because_of_the_pause_of_another(
+    server: Server,
+) -> None:
     """Some URLs of a host redirect to another host, which requests a long pause."""
     server.targets["there"] = server.url("busy/3600.jpg", "127.0.0.2")
     urls = []
@@ -500,7 +499,7 @@ def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server
     assert server.served["/busy/3600.jpg"] == 1
 
 
-def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
+def test_fetch_all_waits_for_the_time_in_retry_after(server: Server) -> None:
     start = time.monotonic()
     (fetched,) = fetch(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
     assert (fetched.kind, fetched.http) == ("http_429", 429)
@@ -508,7 +507,7 @@ def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
     assert time.monotonic() - start >= 1
 
 
-def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) -> None:
+def test_fetch_all_gives_up_on_a_host_that_requests_a_long_pause(server: Server) -> None:
     urls = [server.url(f"ok/{number}.jpg") for number in range(20)]
     options = FetchOptions(allow_private=True, per_host=1)
     results = fetch([server.url("busy/3600.jpg"), *urls], options)
@@ -517,10 +516,10 @@ def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) ->
     assert sum(server.served.values()) == 1
 
 
-def test_fetch_all_gives_up_a_host_that_asks_for_one_pause_after_the_other(
+def test_fetch_all_gives_up_on_a_host_that_requests_many_pauses(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each pause is short, but the pauses of a thousand rows, each with two requests, would take a night."""
+    """Each pause is short, but one pause for each row of a long list would add up to hours."""
     monkeypatch.setattr(fetch_hosts, "MAX_PAUSE", 1.5)
     kinds = Counter(fetched.kind for fetched in fetch([server.url("busy/1.jpg")] * 50))
     assert kinds["rate_limited"] > 30

@@ -1,7 +1,7 @@
 """Folders and rows in the forms that other programs write. Their content is known without our reader.
 
-Every form is a function that writes a source and returns its records: the images, and the turns of the conversation or
-the captions. `convert` must find exactly these, and count exactly the rows that it leaves out.
+Every form is a function that writes a source and returns its records (the images, and the turns of the conversation or
+the captions) and its issues. `convert` must find exactly these records, and count exactly these issues.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from llava_simplified.prepare.sources import read_source
 Turn = tuple[str, str]
 
 
-class Made(NamedTuple):
-    """The content of a source: records as (images, captions or turns), and the issues with their counts."""
+class ExpectedSource(NamedTuple):
+    """What `convert` must find in a source.
+
+    Attributes:
+        records: The images of each record, and its captions or turns.
+        issues: The number of occurrences of each issue.
+        source: The name or pattern of the source in the folder; empty if the folder is the source.
+        sidecar: The value of `--sidecar`.
+    """
 
     records: list[tuple[tuple[str, ...], Any]]
     issues: dict[str, int]
@@ -52,27 +59,29 @@ def pair(folder: Path, name: str, sidecar: str, caption: str | bytes) -> None:
 # ---- sidecars ----
 
 
-def flat_sidecars(folder: Path) -> Made:
+def flat_sidecars(folder: Path) -> ExpectedSource:
     for number in range(40):
         pair(folder, f"{number}.jpg", f"{number}.txt", f"1girl, solo, {number} hats")
     records = [((f"{n}.jpg",), [f"1girl, solo, {n} hats"]) for n in range(40)]
-    return Made(records, {})
+    return ExpectedSource(records, {})
 
 
-def sidecar_like_a_table(folder: Path) -> Made:
+def sidecar_like_a_table(folder: Path) -> ExpectedSource:
     text = "a screenshot of readme.png, dark theme"
     pair(folder, "a.png", "a.txt", text)
-    return Made([(("a.png",), [text])], {})
+    return ExpectedSource([(("a.png",), [text])], {})
 
 
-def suffixes_in_capitals(folder: Path) -> Made:
+def suffixes_in_capitals(folder: Path) -> ExpectedSource:
     pair(folder, "A.JPG", "A.TXT", "one")
     pair(folder, "b.Png", "b.CAPTION", "two")
     pair(folder, "c.webp", "c.caption", "three")
-    return Made([(("A.JPG",), ["one"]), (("b.Png",), ["two"]), (("c.webp",), ["three"])], {})
+    return ExpectedSource(
+        [(("A.JPG",), ["one"]), (("b.Png",), ["two"]), (("c.webp",), ["three"])], {}
+    )
 
 
-def nested_folders_with_unicode(folder: Path) -> Made:
+def nested_folders_with_unicode(folder: Path) -> ExpectedSource:
     decomposed = unicodedata.normalize("NFD", "café")
     pair(folder, "10_cats/é ü.jpg", "10_cats/é ü.txt", "ein Kätzchen")
     pair(folder, f"a/b/c/{decomposed}.png", "a/b/c/café.txt", "composed beside decomposed")
@@ -82,10 +91,10 @@ def nested_folders_with_unicode(folder: Path) -> Made:
         ((f"a/b/c/{decomposed}.png",), ["composed beside decomposed"]),
         (("日本/猫 (1).webp",), ["猫です"]),
     ]
-    return Made(records, {})
+    return ExpectedSource(records, {})
 
 
-def missing_halves(folder: Path) -> Made:
+def missing_halves(folder: Path) -> ExpectedSource:
     pair(folder, "a-1.jpg", "a-1.txt", "one")
     pair(folder, "a.jpg", "a.txt", "two")
     image(folder, "lonely.jpg")
@@ -99,10 +108,10 @@ def missing_halves(folder: Path) -> Made:
         "sidecar without an image (skipped)": 2,
         "another file (not read)": 1,
     }
-    return Made([(("a-1.jpg",), ["one"]), (("a.jpg",), ["two"])], issues)
+    return ExpectedSource([(("a-1.jpg",), ["one"]), (("a.jpg",), ["two"])], issues)
 
 
-def names_with_both_suffixes(folder: Path) -> Made:
+def names_with_both_suffixes(folder: Path) -> ExpectedSource:
     pair(folder, "a.jpg", "a.jpg.txt", "of the JPEG")
     pair(folder, "a.png", "a.txt", "of the stem")
     pair(folder, "b.jpg", "b.txt", "of both")
@@ -115,10 +124,10 @@ def names_with_both_suffixes(folder: Path) -> Made:
         (("b.png",), ["of both"]),
         (("v1.2.jpg",), ["a dot in the name"]),
     ]
-    return Made(records, {"sidecar of several images (used for each)": 1})
+    return ExpectedSource(records, {"sidecar of several images (used for each)": 1})
 
 
-def text_encodings(folder: Path) -> Made:
+def text_encodings(folder: Path) -> ExpectedSource:
     texts = {
         "bom": b"\xef\xbb\xbfone",
         "crlf": b"two\r\nlines\r\n",
@@ -145,27 +154,27 @@ def text_encodings(folder: Path) -> Made:
         "UTF-16 (decoded)": 1,
         "NUL byte (removed)": 1,
     }
-    return Made(records, issues)
+    return ExpectedSource(records, issues)
 
 
-def lines_as_captions(folder: Path) -> Made:
+def lines_as_captions(folder: Path) -> ExpectedSource:
     pair(folder, "a.jpg", "a.txt", "one\n\ntwo\r\nthree\n")
-    return Made(
+    return ExpectedSource(
         [(("a.jpg",), ["one", "two", "three"])], {"CRLF line end (removed)": 1}, sidecar="lines"
     )
 
 
-def two_kinds_of_sidecars(folder: Path) -> Made:
+def two_kinds_of_sidecars(folder: Path) -> ExpectedSource:
     pair(folder, "a.jpg", "a.txt", "cat, sofa")
     (folder / "a.caption").write_text("A cat on a sofa.")
     issues = {"another file (not read)": 1}
-    return Made([(("a.jpg",), ["A cat on a sofa."])], issues, sidecar="caption")
+    return ExpectedSource([(("a.jpg",), ["A cat on a sofa."])], issues, sidecar="caption")
 
 
 # ---- imagefolders and tables ----
 
 
-def metadata_of_kohya(folder: Path) -> Made:
+def metadata_of_kohya(folder: Path) -> ExpectedSource:
     image(folder, "1.png")
     image(folder, "sub/2.png")
     image(folder, "3.png")
@@ -177,32 +186,32 @@ def metadata_of_kohya(folder: Path) -> Made:
         "byte order mark (removed)": 1,
         "CRLF line end (removed)": 2,
     }
-    return Made([(("1.png",), ["one"]), (("sub/2.png",), ["two"])], issues)
+    return ExpectedSource([(("1.png",), ["one"]), (("sub/2.png",), ["two"])], issues)
 
 
-def metadata_in_splits(folder: Path) -> Made:
+def metadata_in_splits(folder: Path) -> ExpectedSource:
     for split in ("train", "test"):
         image(folder, f"{split}/1.jpg")
         (folder / split / "metadata.csv").write_text(f'file_name,text\n1.jpg,"{split}, quoted"\n')
     records = [(("test/1.jpg",), ["test, quoted"]), (("train/1.jpg",), ["train, quoted"])]
-    return Made(records, {})
+    return ExpectedSource(records, {})
 
 
-def table_beside_a_folder(folder: Path) -> Made:
+def table_beside_a_folder(folder: Path) -> ExpectedSource:
     image(folder, "Images/1.jpg")
     (folder / "captions.txt").write_text("image,caption\n1.jpg,A cat .\n1.jpg,A pet .\n")
     issues = {"another file or folder beside the source (not read)": 1}
-    return Made([(("1.jpg",), ["A cat .", "A pet ."])], issues)
+    return ExpectedSource([(("1.jpg",), ["A cat .", "A pet ."])], issues)
 
 
-def metadata_json_of_kohya(folder: Path) -> Made:
+def metadata_json_of_kohya(folder: Path) -> ExpectedSource:
     rows = {
         "1.jpg": {"caption": "one", "tags": "a, b", "train_resolution": [512, 512]},
         "2.jpg": {"tags": "c, d"},
     }
     (folder / "meta.json").write_text(json.dumps(rows))
     issues = {"tags beside a caption (not read)": 1}
-    return Made([(("1.jpg",), ["one"]), (("2.jpg",), ["c, d"])], issues, "meta.json")
+    return ExpectedSource([(("1.jpg",), ["one"]), (("2.jpg",), ["c, d"])], issues, "meta.json")
 
 
 # ---- chats ----
@@ -210,7 +219,7 @@ def metadata_json_of_kohya(folder: Path) -> Made:
 QUESTION = "What is this?"
 
 
-def ms_swift(folder: Path) -> Made:
+def ms_swift(folder: Path) -> ExpectedSource:
     rows = [
         {
             "messages": [
@@ -234,15 +243,15 @@ def ms_swift(folder: Path) -> Made:
         ("assistant", "It is."),
     ]
     records = [(("1.jpg", "2.jpg"), turns), ((), [("user", "Hi"), ("assistant", "Ho")])]
-    return Made(records, {"malformed chat (skipped)": 1}, "x.jsonl")
+    return ExpectedSource(records, {"malformed chat (skipped)": 1}, "x.jsonl")
 
 
 def part(kind: str, **values: Any) -> dict[str, Any]:
-    """Return a part as `datasets` returns it: with all keys, most of them null."""
+    """Return a content part as `datasets` returns it: keys that the part does not use are null."""
     return {"type": kind, "text": None, "index": None, **values}
 
 
-def trl(folder: Path) -> Made:
+def trl(folder: Path) -> ExpectedSource:
     user = [part("image", index=1), part("text", text="Compare."), part("image", index=0)]
     row = {
         "messages": [
@@ -256,10 +265,10 @@ def trl(folder: Path) -> Made:
     }
     (folder / "x.json").write_text(json.dumps([row, row]))
     turns = [("user", "<image>\nCompare.\n<image>\n"), ("assistant", "They differ.")]
-    return Made([(("2.jpg", "1.jpg"), turns)] * 2, {}, "x.json")
+    return ExpectedSource([(("2.jpg", "1.jpg"), turns)] * 2, {}, "x.json")
 
 
-def parts_with_paths(folder: Path) -> Made:
+def parts_with_paths(folder: Path) -> ExpectedSource:
     contents = [
         [{"type": "image", "image": "1.jpg"}, {"type": "text", "text": QUESTION}],
         [{"image": "file://2.jpg"}, {"text": QUESTION}],
@@ -274,10 +283,10 @@ def parts_with_paths(folder: Path) -> Made:
     (folder / "x.jsonl").write_text("\n".join(lines))
     turns = [("user", f"<image>\n{QUESTION}"), ("assistant", "a cat")]
     records = [((f"{number}.jpg",), turns) for number in (1, 2, 3)]
-    return Made(records, {"malformed chat (skipped)": 2}, "x.jsonl")
+    return ExpectedSource(records, {"malformed chat (skipped)": 2}, "x.jsonl")
 
 
-def llama_factory(folder: Path) -> Made:
+def llama_factory(folder: Path) -> ExpectedSource:
     row = {
         "conversations": [
             {"from": "human", "value": "Hi."},
@@ -296,10 +305,10 @@ def llama_factory(folder: Path) -> Made:
         ("human", "And <image> this?"),
         ("gpt", "a cat"),
     ]
-    return Made([(("a/1.jpg",), turns)], {}, "x.json")
+    return ExpectedSource([(("a/1.jpg",), turns)], {}, "x.json")
 
 
-def finevision_json(folder: Path) -> Made:
+def finevision_json(folder: Path) -> ExpectedSource:
     row = {
         "images": ["1.jpg", "2.jpg"],
         "texts": [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": "2"}],
@@ -307,7 +316,7 @@ def finevision_json(folder: Path) -> Made:
     }
     (folder / "x.json").write_text(json.dumps([row]))
     turns = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
-    return Made([(("1.jpg", "2.jpg"), turns)], {}, "x.json")
+    return ExpectedSource([(("1.jpg", "2.jpg"), turns)], {}, "x.json")
 
 
 # ---- Parquet and Arrow ----
@@ -320,7 +329,7 @@ def embedded(*names: str) -> list[dict[str, Any]]:
     return [{"bytes": name.encode(), "path": None} for name in names]
 
 
-def finevision_parquet(folder: Path) -> Made:
+def finevision_parquet(folder: Path) -> ExpectedSource:
     images = [embedded("1", "2"), embedded("3"), None, []]
     texts = [[{"user": f"{n}?", "assistant": str(n)}] for n in range(4)]
     schema = pa.schema({"images": pa.list_(IMAGE), "texts": TEXTS})
@@ -328,10 +337,10 @@ def finevision_parquet(folder: Path) -> Made:
     pq.write_table(table, folder / "x.parquet", row_group_size=2)
     turns = [[("user", f"{n}?"), ("assistant", str(n))] for n in range(4)]
     names = [("x.parquet#0/0", "x.parquet#0/1"), ("x.parquet#1/0",), (), ()]
-    return Made(list(zip(names, turns)), {}, "x.parquet")
+    return ExpectedSource(list(zip(names, turns)), {}, "x.parquet")
 
 
-def trl_parquet(folder: Path) -> Made:
+def trl_parquet(folder: Path) -> ExpectedSource:
     content = [part("image"), part("text", text=QUESTION)]
     messages = [
         {"role": "user", "content": content},
@@ -342,10 +351,10 @@ def trl_parquet(folder: Path) -> Made:
     pq.write_table(pa.table(rows), folder / "train-1.parquet")
     turns = [("user", f"<image>\n{QUESTION}"), ("assistant", "a cat")]
     names = [(f"train-{part}.parquet#{row}/0",) for part in (0, 1) for row in range(3)]
-    return Made([(name, turns) for name in names], {}, "train-*.parquet")
+    return ExpectedSource([(name, turns) for name in names], {}, "train-*.parquet")
 
 
-def parquet_with_bytes_and_paths(folder: Path) -> Made:
+def parquet_with_bytes_and_paths(folder: Path) -> ExpectedSource:
     values = [
         {"bytes": b"1", "path": "a.jpg"},
         {"bytes": None, "path": "b.jpg"},
@@ -359,10 +368,10 @@ def parquet_with_bytes_and_paths(folder: Path) -> Made:
         (("b.jpg",), ["caption 1"]),
         (("x.parquet#3",), ["caption 3"]),
     ]
-    return Made(records, {"row without an image (skipped)": 1}, "x.parquet")
+    return ExpectedSource(records, {"row without an image (skipped)": 1}, "x.parquet")
 
 
-def datasets_embedded(folder: Path) -> Made:
+def datasets_embedded(folder: Path) -> ExpectedSource:
     names = [["1", "2", "3"], ["4"]]
     tables = [
         pa.table({"image": pa.array(embedded(*part), IMAGE), "text": [f"no. {n}" for n in part]})
@@ -375,18 +384,18 @@ def datasets_embedded(folder: Path) -> Made:
         (("data-00000-of-00002.arrow#2",), ["no. 3"]),
         (("data-00001-of-00002.arrow#0",), ["no. 4"]),
     ]
-    return Made(records, {})
+    return ExpectedSource(records, {})
 
 
-def datasets_by_path(folder: Path) -> Made:
+def datasets_by_path(folder: Path) -> ExpectedSource:
     values = [{"bytes": None, "path": f"sub/{n}.jpg"} for n in range(3)]
     columns = {"image": pa.array(values, IMAGE), "caption": ["a", "", "c"]}
     save_to_disk(folder, [pa.table(columns)])
     issues = {"image without any caption (skipped)": 1}
-    return Made([(("sub/0.jpg",), ["a"]), (("sub/2.jpg",), ["c"])], issues)
+    return ExpectedSource([(("sub/0.jpg",), ["a"]), (("sub/2.jpg",), ["c"])], issues)
 
 
-def datasets_of_chats_in_one_split(folder: Path) -> Made:
+def datasets_of_chats_in_one_split(folder: Path) -> ExpectedSource:
     columns = {
         "images": pa.array([embedded("1", "2")], pa.list_(IMAGE)),
         "texts": pa.array([[{"user": "Hi", "assistant": "Ho"}]], TEXTS),
@@ -395,7 +404,7 @@ def datasets_of_chats_in_one_split(folder: Path) -> Made:
     (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
     arrow = "train/data-00000-of-00001.arrow"
     turns = [("user", "Hi"), ("assistant", "Ho")]
-    return Made([((f"{arrow}#0/0", f"{arrow}#0/1"), turns)], {})
+    return ExpectedSource([((f"{arrow}#0/0", f"{arrow}#0/1"), turns)], {})
 
 
 FORMS = [
@@ -431,7 +440,7 @@ def read_output(path: Path) -> list[tuple[tuple[str, ...], Any]]:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_convert_finds_the_records_of_every_form(
-    form: Callable[[Path], Made], tmp_path: Path
+    form: Callable[[Path], ExpectedSource], tmp_path: Path
 ) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
@@ -444,7 +453,7 @@ def test_convert_finds_the_records_of_every_form(
     assert sorted(found, key=key) == sorted(made.records, key=key)
     assert issues.counts == made.issues
 
-    # The output can be trained on: it has the same images, each with a placeholder in the text.
+    # Training can read the output: it has the same images, each with a placeholder in the text.
     records = open_records(output)
     for record, (images, _) in zip(records, found):
         assert record.images == images
@@ -456,7 +465,7 @@ def test_convert_finds_the_records_of_every_form(
     "form", [finevision_parquet, trl_parquet, datasets_embedded, datasets_of_chats_in_one_split]
 )
 def test_embedded_images_are_read_by_the_names_in_the_records(
-    form: Callable[[Path], Made], tmp_path: Path
+    form: Callable[[Path], ExpectedSource], tmp_path: Path
 ) -> None:
     contents = []
     for images, _ in form(tmp_path).records:
@@ -466,7 +475,9 @@ def test_embedded_images_are_read_by_the_names_in_the_records(
 
 
 @pytest.mark.parametrize("form", [ms_swift, trl, llama_factory, finevision_json])
-def test_chat_rows_train_without_conversion(form: Callable[[Path], Made], tmp_path: Path) -> None:
+def test_open_records_reads_chat_rows_without_conversion(
+    form: Callable[[Path], ExpectedSource], tmp_path: Path
+) -> None:
     made = form(tmp_path)
     records = open_records(tmp_path / made.source, max_bad_records=1.0)
     for index, (images, turns) in enumerate(made.records):
@@ -476,7 +487,7 @@ def test_chat_rows_train_without_conversion(form: Callable[[Path], Made], tmp_pa
         assert len(record.turns) == len(turns) - 1
 
 
-def test_parquet_of_chats_trains_without_conversion(tmp_path: Path) -> None:
+def test_open_records_reads_a_parquet_file_of_chats_without_conversion(tmp_path: Path) -> None:
     made = finevision_parquet(tmp_path)
     records = open_records(tmp_path / "x.parquet")
     assert [record.images for record in records] == [images for images, _ in made.records]
@@ -516,7 +527,7 @@ def test_images_without_captions_are_counted_in_the_error(tmp_path: Path) -> Non
         read(tmp_path)
 
 
-def test_splits_of_a_dataset_must_be_named(tmp_path: Path) -> None:
+def test_a_dataset_of_several_splits_requires_the_name_of_one(tmp_path: Path) -> None:
     for split in ("train", "test"):
         save_to_disk(tmp_path / split, [pa.table({"image": embedded("1"), "text": [split]})])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
@@ -533,13 +544,15 @@ def test_splits_of_a_dataset_must_be_named(tmp_path: Path) -> None:
         ({"_data_files": [], "_indices_data_files": [{"filename": "i"}]}, "selection"),
     ],
 )
-def test_a_damaged_dataset_is_named(state: dict, message: str, tmp_path: Path) -> None:
+def test_a_dataset_that_cannot_be_read_is_an_error_that_says_why(
+    state: dict, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
-def test_an_arrow_file_that_is_torn_is_named(tmp_path: Path) -> None:
+def test_a_torn_arrow_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     datasets_embedded(tmp_path)
     path = tmp_path / "data-00000-of-00002.arrow"
     path.write_bytes(path.read_bytes()[:-300])
@@ -595,6 +608,6 @@ ANSWER = {"role": "assistant", "content": "a cat"}
         ),
     ],
 )
-def test_record_refuses_chats_that_would_train_as_something_else(row: dict, message: str) -> None:
+def test_record_refuses_malformed_and_ambiguous_chats(row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"row 7.*{message}"):
         Record.from_json(row, "row 7")

@@ -1,4 +1,4 @@
-"""Names of hosts beyond ASCII, and names that are none: fetched as by curl, or an error of their own row only."""
+"""Host names with characters beyond ASCII are resolved as by curl; an invalid host is an error of its own row only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.request_url import UrlError, host_of, parse_url
 
 OPEN = FetchOptions(allow_private=True, timeout=5, retries=0)
-# What is in the list -> what the DNS is asked for: IDNA 2008 with the mapping of UTS 46, as in curl.
+# Host in the URL -> name that is looked up in the DNS: IDNA 2008 with the mapping of UTS 46, as in curl.
 NAMES = {
     "b\u00fccher.example": "xn--bcher-kva.example",
     "B\u00dcCHER.Example": "xn--bcher-kva.example",
@@ -43,7 +43,7 @@ NAMES = {
     "xn--zzzzzzzzzz99999999999999": "xn--zzzzzzzzzz99999999999999",
     "a" * 63 + ".example": "a" * 63 + ".example",
 }
-NO_NAMES = [
+INVALID_HOSTS = [
     *("a..example", ".a.example", ".", "..", "\u2024\u2024", "xn--\u00fc.example"),
     *("a" * 64 + ".example", "\u00fc" * 60 + ".example", ".".join(["a" * 60] * 5)),
     *("\uff0541.example", "a\uff0fb.example", "a\uff20b.example", "a\u200db.example"),
@@ -53,7 +53,7 @@ NO_NAMES = [
 
 
 class StubResolver(aiohttp.abc.AbstractResolver):
-    """Resolves every name to the loopback address, and keeps the names."""
+    """Resolve every name to the loopback address, and record the names."""
 
     names: ClassVar[list[str]] = []
 
@@ -67,9 +67,9 @@ class StubResolver(aiohttp.abc.AbstractResolver):
     async def close(self) -> None: ...
 
 
-@pytest.fixture(name="asked")
+@pytest.fixture(name="looked_up")
 def stub_resolver(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns the names that the DNS was asked for."""
+    """Replace the DNS with `StubResolver`, and return the list of the names that it resolves."""
     monkeypatch.setattr(aiohttp.connector, "DefaultResolver", StubResolver)
     monkeypatch.setattr(StubResolver, "names", [])
     return StubResolver.names
@@ -86,21 +86,21 @@ def fetch(urls: list[str], options: FetchOptions = OPEN) -> list[FetchResult]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("robots", [False, True])
 def test_name_is_resolved_and_sent_as_by_curl(
-    server: Server, asked: list[str], name: str, robots: bool
+    server: Server, looked_up: list[str], name: str, robots: bool
 ) -> None:
     server.targets["robots"] = ""
     options = FetchOptions(allow_private=True, timeout=5, retries=0, robots=robots)
     url = server.url("ok/\u00fc.jpg", name)
     (fetched,) = fetch([url], options)
     assert fetched.kind == "ok", fetched
-    assert asked[0] == NAMES[name] == host_of(url)
+    assert looked_up[0] == NAMES[name] == host_of(url)
     assert server.requests[-1].split(" ")[1] == "/ok/%C3%BC.jpg"
     assert f"Host: {NAMES[name]}".lower().rstrip(".") in server.requests[-1].lower()
 
 
-@pytest.mark.parametrize("name", NO_NAMES)
-def test_what_is_no_name_is_refused_before_the_dns_is_asked(
-    server: Server, asked: list[str], name: str
+@pytest.mark.parametrize("name", INVALID_HOSTS)
+def test_invalid_host_is_refused_before_the_dns_is_asked(
+    server: Server, looked_up: list[str], name: str
 ) -> None:
     url = server.url("ok/1.jpg", name)
     with pytest.raises(UrlError) as error:
@@ -109,24 +109,26 @@ def test_what_is_no_name_is_refused_before_the_dns_is_asked(
     server.targets["there"] = url
     results = fetch([url, server.url("redirect/there"), server.url("ok/1.jpg")])
     assert [fetched.kind for fetched in results] == ["bad_url", "bad_url", "ok"]
-    assert not asked
+    assert not looked_up
     assert all(fetched.detail.encode() for fetched in results[:2]), "can be written to a file"
 
 
-def test_redirect_leads_to_a_name_beyond_ascii(server: Server, asked: list[str]) -> None:
+def test_redirect_to_an_internationalized_name_is_followed(
+    server: Server, looked_up: list[str]
+) -> None:
     for target in ("b\u00fccher.example", "xn--a"):
         server.targets["there"] = server.url("ok/1.jpg", target)
         (fetched,) = fetch([server.url("redirect/there")])
         assert fetched.kind == "ok", fetched
-        assert asked.pop() == NAMES[target]
+        assert looked_up.pop() == NAMES[target]
 
 
 @pytest.mark.medium
-def test_download_loses_no_row_for_a_name(
+def test_download_keeps_rows_whose_host_is_unknown_or_invalid(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a process of its own, where no name can be resolved."""
-    names = [name for name in (*NAMES, *NO_NAMES) if name.isprintable()]
+    """The DNS is not replaced here, and it cannot resolve any of the names."""
+    names = [name for name in (*NAMES, *INVALID_HOSTS) if name.isprintable()]
     urls = [f"http://{name}:{server.port}/ok/1.jpg" for name in [*names, "127.0.0.1"]]
     source = tmp_path / "urls.txt"
     source.write_text("\n".join(urls))

@@ -1,4 +1,4 @@
-"""Responses that curl accepts are accepted, in pieces of any size. Ambiguous responses are refused."""
+"""Responses that curl accepts are accepted, in large and small pieces. The kind of a refusal names its cause."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ACCEPTED = {
     "chunked": OK + CHUNKED + b"\r\n" + CHUNKS,
     "chunked and a length": OK + CHUNKED + b"Content-Length: 5\r\n\r\n" + CHUNKS,
     "identity": OK + b"Transfer-Encoding: identity\r\n" + BODY,
-    "more behind the body": OK + BODY + b"more",
+    "more after the body": OK + BODY + b"more",
     "100 and 103 before": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: x\r\n\r\n"
     + OK
     + BODY,
@@ -69,12 +69,12 @@ REFUSED = {
     "nothing": (b"", "connection"),
     "different lengths": (OK + b"Content-Length: 5\r\n" + BODY, "protocol"),
     "negative length": (OK + b"Content-Length: -1\r\n\r\n" + JPEG, "protocol"),
-    "length is no number": (OK + b"Content-Length: abc\r\n\r\n" + JPEG, "protocol"),
+    "length is not a number": (OK + b"Content-Length: abc\r\n\r\n" + JPEG, "protocol"),
     "body too short": (OK + LENGTH + b"0\r\n\r\n" + JPEG, "truncated"),
     "chunks too short": (OK + CHUNKED + b"\r\n" + CHUNKS[:-7], "truncated"),
     "endless head": (OK + b"X: a\r\n" * 100_000, "protocol"),
     "status of four digits": (b"HTTP/1.1 0200 OK\r\n" + BODY, "protocol"),
-    "opt-out behind a control character": (OK + b"X-Robots-Tag: noai\0\r\n" + BODY, "opt_out"),
+    "opt-out before a control character": (OK + b"X-Robots-Tag: noai\0\r\n" + BODY, "opt_out"),
     "opt-out in a second header": (
         OK + b"X-Robots-Tag: all\r\nX-Robots-Tag: noai\r\n" + BODY,
         "opt_out",

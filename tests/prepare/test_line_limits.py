@@ -1,4 +1,4 @@
-"""A small compressed file may contain one endless line: no source of captions can fill the memory with it."""
+"""A small compressed file may contain an extremely long line: reading it must not fill the memory."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from llava_simplified.prepare.sources import read_source
 
 MEGABYTE = 1 << 20
 BOMB_MEGABYTES = 48
-# Several times the limit, because a text is decoded and split, but a part of the bomb.
+# Several times `LIMIT`, because a text is decoded and split, but only a fraction of the bomb.
 MAX_MEMORY = 16 * MEGABYTE
 LIMIT = 500_000  # in place of `MAX_ROW_BYTES` and `MAX_TEXT_BYTES`, because tracing memory is slow
 ROW = '{"image": "1.jpg", "caption": "a cat"}'
-# name of the file -> its beginning, and the text that is then repeated without end; the line or byte of the error
+# Name of the file -> (its beginning, the bytes that fill the rest, the position that the error must name).
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {
     "list.txt": (b"http://a.example/1.jpg\nhttp://a.example/", b"a", "line 2"),
     "spaces.txt": (b"http://a.example/1.jpg\n\n", b" ", "line 3"),
@@ -68,7 +68,7 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_bomb(path: Path, begin: bytes, repeated: bytes) -> Path:
-    """Write a file of `BOMB_MEGABYTES` that is compressed by its suffix."""
+    """Write `BOMB_MEGABYTES` of the repeated bytes, compressed in the format of the suffix."""
     block = repeated * (MEGABYTE // len(repeated))
     compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix)
     if compress is not None:
@@ -134,8 +134,8 @@ def test_endless_line_is_an_error_in_every_compression(
 
 
 @pytest.mark.parametrize("suffix", ["txt", "tsv", "jsonl", "json"])
-def test_longest_line_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
-    """The limit itself, in blocks of any alignment, with all other lines before and after it."""
+def test_line_just_below_the_limit_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
+    """The shorter rows beside it are read, too."""
     url = "http://a.example/1.jpg"
     caption = "x" * (LIMIT - 1000)
     texts = {
@@ -176,7 +176,7 @@ def test_longest_line_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
         "\\",
     ],
 )
-def test_long_line_takes_no_quadratic_time(tmp_path: Path, suffix: str, repeated: str) -> None:
+def test_long_line_does_not_take_quadratic_time(tmp_path: Path, suffix: str, repeated: str) -> None:
     long = repeated * (LIMIT // 2 // len(repeated))
     lines = [
         f"http://a.example/1.jpg,{long}",
@@ -187,7 +187,7 @@ def test_long_line_takes_no_quadratic_time(tmp_path: Path, suffix: str, repeated
     path = tmp_path / f"x.{suffix}"
     path.write_text("\n".join([*lines, *(f"http://a.example/{n}.jpg" for n in range(5))]))
     start = time.monotonic()
-    with contextlib.suppress(ValueError):  # not a list or a table that is known
+    with contextlib.suppress(ValueError):  # not all of these files are valid lists or tables
         read_all(path)
     assert time.monotonic() - start < 20
 
@@ -207,7 +207,7 @@ def test_lines_are_the_same_in_blocks_of_any_size(
         assert list(source_files.read_lines(str(path), ParseIssues())) == expected
 
 
-def test_long_rows_of_records_are_set_aside_by_name(tmp_path: Path) -> None:
+def test_long_rows_of_records_are_errors_that_name_the_row_or_the_file(tmp_path: Path) -> None:
     row = '{"image": "1.jpg", "instruction": "What?", "response": "RESPONSE"}'
     path = tmp_path / "x.jsonl"
     path.write_text(row + "\n" + row.replace("RESPONSE", "a" * LIMIT) + "\n" + row)
@@ -224,7 +224,7 @@ def test_long_rows_of_records_are_set_aside_by_name(tmp_path: Path) -> None:
     assert f"{LIMIT:,}" in str(error.value)
 
 
-def test_text_of_a_tar_is_not_read_if_it_is_endless(tmp_path: Path) -> None:
+def test_text_of_a_tar_is_not_read_if_it_is_too_long(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as archive:
         for name, size in [("a.jpg", 10), ("a.txt", 10), ("b.jpg", 10), ("b.txt", 20 * MEGABYTE)]:
@@ -249,7 +249,7 @@ def zeros(path: Path) -> Path:
 
 
 def pipe(path: Path) -> Path:
-    """Make a pipe that nobody writes to: opening it would wait forever."""
+    """Make a pipe without a writer: opening it would wait forever."""
     os.mkfifo(path)
     return path
 

@@ -75,7 +75,7 @@ def test_download_with_resize_stores_images_that_can_be_decoded(
         assert min(pixels.shape[:2]) == 32
 
 
-def test_convert_of_unusual_rows_affects_no_other_row(
+def test_convert_reads_the_rows_around_unusual_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "cc.tsv"
@@ -108,7 +108,7 @@ def test_convert_keeps_the_captions_of_one_coco_image_together(tmp_path: Path) -
 
 
 @pytest.mark.medium
-def test_clean_keeps_the_order_and_names_the_reason(
+def test_clean_keeps_the_order_and_sets_bad_records_aside(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     rows = json.loads((data_folder / "train.json").read_text())

@@ -1,6 +1,6 @@
 """Every reader keeps only a small part of its source in memory: it reads a million rows in less than 300 MB.
 
-Without FUZZ=1, the tests read a tenth of the rows, with a correspondingly lower limit.
+Without FUZZ=1, the tests read a tenth of the rows, with lower limits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM"))
 print(count, int(peak.split()[1]) * 1024)
 """
-# Simulates a directory with an image and a text file for each row, because creating the files would be slow.
+# Simulates a folder with an image and a text file for each row, because creating the files would be slow.
 READ_SIDECARS = """
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
@@ -52,14 +52,14 @@ def walk(folder, onerror=None):
 sidecar_source.os.walk = walk
 sidecar_source._read_captions = lambda *_: ("a caption",)
 """
-# The same for an imagefolder, in which every second image has a row of metadata, ...
+# Simulates an imagefolder in which every second image has a row of metadata.
 READ_IMAGE_FOLDER = """
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
     yield str(folder), [], ["metadata.jsonl", *(f"{n}.jpg" for n in range(2 * ROWS))]
 sidecar_source.os.walk = walk
 """
-# ... and for the members of a tar.
+# Simulates a tar with an image and a text for each row.
 READ_TAR = """
 from llava_simplified.data import shards
 from llava_simplified.prepare import archive_source
@@ -79,7 +79,7 @@ def write_lines(path: Path, line: Callable[[int], str]) -> Path:
 
 
 def tables(image: pa.Array) -> Iterator[pa.Table]:
-    """Yield tables that have `ROWS` rows together, each with the given images."""
+    """Yield tables of `BATCH` rows, `ROWS` rows in total, each with the given column of images."""
     for start in range(0, ROWS, BATCH):
         texts = [f"{CAPTION} {number}" for number in range(start, start + BATCH)]
         yield pa.table({"image": image, "text": texts})
@@ -151,7 +151,7 @@ def write_coco(folder: Path, order: str = "images annotations") -> Path:
     return write_arrays(folder, {key: rows[key] for key in order.split()})
 
 
-def write_coco_backward(folder: Path) -> Path:
+def write_coco_annotations_first(folder: Path) -> Path:
     return write_coco(folder, "annotations images")
 
 
@@ -161,7 +161,7 @@ def write_sbu(folder: Path) -> Path:
 
 
 def write_arrays(folder: Path, rows: dict[str, str]) -> Path:
-    """Write a JSON object of arrays, one after the other."""
+    """Write a JSON object of arrays: key -> JSON of one element, in which NUMBER stands for its index."""
     path = folder / "x.json"
     with path.open("w") as file:
         file.write("{")
@@ -182,8 +182,8 @@ def write_parquet(folder: Path, image: pa.Array | None = None) -> Path:
     return path
 
 
-def write_parquet_by_path(folder: Path) -> Path:
-    """Not all images are embedded, so the reader must look at the bytes of each row."""
+def write_parquet_partly_by_path(folder: Path) -> Path:
+    """Write a Parquet file in which some images are not embedded, so that the bytes of each row must be checked."""
     values = embedded().to_pylist()[:-1]
     return write_parquet(folder, pa.array([*values, {"bytes": None, "path": "1.jpg"}]))
 
@@ -199,7 +199,7 @@ def write_dataset(folder: Path) -> Path:
     "write",
     [
         *(write_tsv, write_csv, write_json, write_conversations, write_chats, write_karpathy),
-        *(write_captions_by_name, write_coco, write_coco_backward, write_sbu),
+        *(write_captions_by_name, write_coco, write_coco_annotations_first, write_sbu),
     ],
 )
 def test_rows_are_read_in_little_memory(write: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_rows_are_read_in_little_memory(write: Callable[[Path], Path], tmp_path:
     assert peak < MAX_BYTES, f"{peak / 1e6:.0f} MB"
 
 
-@pytest.mark.parametrize("write", [write_parquet, write_parquet_by_path, write_dataset])
+@pytest.mark.parametrize("write", [write_parquet, write_parquet_partly_by_path, write_dataset])
 def test_rows_of_arrow_are_read_in_little_memory(
     write: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""URLs are sent unchanged; a text that is not a URL is refused with an error that names the reason."""
+"""Valid URLs stay unchanged, invalid characters are encoded, and other texts are errors of the kind bad_url or scheme."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_resolve_redirect_follows_relative_targets(location: str, expected: str)
         ("http://[2606:4700::1111]:8080/x", "http://[2606:4700::1111]:8080/x"),
     ],
 )
-def test_parse_url_encodes_what_no_url_may_contain(text: str, expected: str) -> None:
+def test_parse_url_turns_a_text_into_a_valid_request_url(text: str, expected: str) -> None:
     assert str(parse_url(text)) == expected
 
 
@@ -90,7 +90,7 @@ def test_parse_url_encodes_what_no_url_may_contain(text: str, expected: str) -> 
         ("data:image/png;base64,AAAA", "scheme"),
     ],
 )
-def test_parse_url_refuses_what_is_no_url(text: str, kind: str) -> None:
+def test_parse_url_refuses_invalid_urls_and_other_schemes(text: str, kind: str) -> None:
     with pytest.raises(UrlError) as error:
         parse_url(text)
     assert error.value.kind == kind

@@ -167,7 +167,7 @@ def test_read_source_reads_parquet_files_of_urls(
     assert read_captions(tmp_path / "part-*.parquet") == [(U, "a cat")], "a glob pattern"
 
 
-def test_read_source_names_the_row_of_a_parquet_file_with_images(tmp_path: Path) -> None:
+def test_read_source_names_embedded_images_of_parquet_by_their_rows(tmp_path: Path) -> None:
     images = [{"bytes": b"x", "path": "1.jpg"}, {"bytes": b"y", "path": "2.jpg"}]
     table = pa.table({"image": images, "text": ["a cat", "a dog"]})
     pq.write_table(table, tmp_path / "train.parquet")
@@ -177,7 +177,7 @@ def test_read_source_names_the_row_of_a_parquet_file_with_images(tmp_path: Path)
     ]
 
 
-def test_read_source_does_not_take_other_bytes_for_images(tmp_path: Path) -> None:
+def test_read_source_does_not_mistake_other_bytes_for_images(tmp_path: Path) -> None:
     laion = {"url": [U], "text": ["a cat"], "phash": [b"123"]}
     pq.write_table(pa.table(laion), tmp_path / "laion.parquet")
     assert read(tmp_path / "laion.parquet")[0] == [SourceRow(0, "", U, ("a cat",))]
@@ -417,7 +417,7 @@ def test_read_source_leaves_out_names_outside_their_folder(tmp_path: Path, name:
     assert issues.counts == {"image path with '..' (skipped)": 1}
 
 
-def test_read_source_keeps_the_rows_behind_an_unclosed_quote(tmp_path: Path) -> None:
+def test_read_source_keeps_the_rows_after_an_unclosed_quote(tmp_path: Path) -> None:
     following = [f"http://a.example/{number}.jpg,dog {number}" for number in range(60)]
     lines = ["url,caption", f'{U},"a cat', *following]
     (tmp_path / "x.csv").write_text("\n".join(lines))
@@ -469,7 +469,7 @@ def test_read_source_does_not_join_rows_with_inch_marks(tmp_path: Path) -> None:
         ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "captions_.*json"),
     ],
 )
-def test_read_source_names_a_missing_or_ambiguous_column_and_the_first_row(
+def test_read_source_error_says_why_a_file_has_no_usable_rows(
     tmp_path: Path, name: str, text: str, message: str
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -485,7 +485,7 @@ def test_read_source_names_a_missing_or_ambiguous_column_and_the_first_row(
         lambda folder: folder,
     ],
 )
-def test_read_source_names_a_source_that_does_not_exist(
+def test_read_source_refuses_a_source_that_is_missing_or_empty(
     tmp_path: Path, make_path: Callable[[Path], Path]
 ) -> None:
     with pytest.raises(ValueError, match=r"no such file|no file matches|contains nothing"):
@@ -517,8 +517,8 @@ def test_read_source_names_a_torn_file(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.json"])
-def test_read_source_reads_an_archive_of_one_file_only(tmp_path: Path, name: str) -> None:
-    """If an archive has several files, it must not read only the first one."""
+def test_read_source_reads_only_archives_of_one_file(tmp_path: Path, name: str) -> None:
+    """An archive of several files is an error, because reading only the first one would lose the others."""
     text = "image,caption\n1.jpg,a cat\n"
     if name == "x.json":
         text = json.dumps([{"image": "1.jpg", "caption": "a cat"}])
@@ -537,7 +537,7 @@ def test_read_source_reads_an_archive_of_one_file_only(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["x.xlsx", "x.pkl", "x.jpg"])
-def test_read_source_says_that_a_file_is_no_text(tmp_path: Path, name: str) -> None:
+def test_read_source_says_that_a_file_is_not_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04\x14\x00\x06\x00image,caption\n\xff\xd8")
     with pytest.raises(ValueError, match=f"{name}: not a text file.*CSV"):
         read(tmp_path / name)
@@ -554,7 +554,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 @pytest.mark.medium
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
 @settings(max_examples=num_examples(100), deadline=None)
-def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
+def test_read_source_reads_every_line_of_a_list_as_one_url(urls: list[str]) -> None:
     """This is true for each form of a list, even if the URLs contain the separators of tables."""
     lines = "".join(f"{url}\n" for url in urls)
     forms = {
@@ -649,13 +649,13 @@ def test_read_source_reads_csv_with_semicolons(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["1.jpg", U])
-def test_read_source_takes_names_of_columns_in_any_language_for_a_header(
+def test_read_source_reads_column_names_in_any_language_as_a_header(
     tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "x.csv").write_text(f"Bild;Beschreibung\n{name};eine Katze\n{name};ein Hund\n")
     rows, issues = read(tmp_path / "x.csv")
     assert [row.image or row.url for row in rows] == [name, name]
-    assert sum(issues.counts.values()) == 1, "and says so"
+    assert sum(issues.counts.values()) == 1, "the line that is read as a header is noted"
     # A line after the first one is not a header, even if it has no image name.
     (tmp_path / "x.csv").write_text(f"{name};a\nBild;b\n{name};c\n")
     assert len(read(tmp_path / "x.csv")[0]) == 3
@@ -705,7 +705,7 @@ def test_read_source_notes_images_of_coco_without_an_annotation(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("order", [("images", "annotations"), ("annotations", "images")])
-def test_read_source_gives_no_caption_to_an_ambiguous_id_of_coco(
+def test_read_source_skips_ambiguous_image_ids_of_coco(
     tmp_path: Path, order: tuple[str, str]
 ) -> None:
     coco = {
@@ -918,7 +918,7 @@ def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes], start:
 def test_read_source_reads_what_pandas_writes_with_tabs(
     cells: list[str], captions_first: bool
 ) -> None:
-    """`to_csv(sep="\\t")`, and a spreadsheet's tab-delimited text, quote cells with line breaks or quotes."""
+    """`to_csv(sep="\\t")` and spreadsheets that save tab-delimited text quote cells with line breaks or quotes."""
     captions = [f"x{cell.replace(chr(9), ' ')}x" for cell in cells]
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
@@ -933,7 +933,7 @@ def test_read_source_reads_what_pandas_writes_with_tabs(
     assert [" ".join(row.captions[0].split()) for row in rows] == expected
 
 
-# Name -> (rows after the header "caption, url", their captions). In lists of captions, quotes are ordinary text.
+# Name -> (rows of caption and URL, their captions). In lists of captions, quotes are ordinary text.
 STRAY_QUOTES: dict[str, tuple[str, list[str]]] = {
     "lone": ('"one\tURL0\ntwo\tURL1\n', ['"one', "two"]),
     "lone in two rows": ('"one\tURL0\ntwo"\tURL1\n', ['"one', 'two"']),
@@ -960,7 +960,7 @@ def test_read_source_keeps_stray_quotes_of_a_tsv_as_text(
 
 @pytest.mark.medium
 @given(LINES, st.booleans())
-@example([b'"', b'a "'], False)  # inch marks are no quotes, even two of them
+@example([b'"', b'a "'], False)  # inch marks are not quotes, even if there are two
 @settings(max_examples=num_examples(300), deadline=None)
 def test_read_source_accounts_for_every_line_of_a_csv(lines: list[bytes], quoted: bool) -> None:
     """Each line contains a mark: the mark is in a row, or the line is among those that were left out."""

@@ -1,4 +1,4 @@
-"""Continue downloads and cleanings that version 0.1.0 has finished or begun, in tests/fixtures/shard_0_1_0.
+"""Continue runs of `llava download` and `llava clean` of version 0.1.0, in tests/fixtures/shard_0_1_0.
 
 urls.tsv      seven URLs of a server at port 54321
 finished/     a download of the first three rows, as one shard
@@ -66,7 +66,7 @@ def test_read_source_reads_a_finished_shard(work: Path) -> None:
 
 
 @pytest.mark.medium
-def test_download_of_a_finished_shard_requests_nothing_but_retries(
+def test_download_of_a_finished_shard_sends_requests_only_for_retries(
     work: Path, server: Server
 ) -> None:
     before = read_manifest("finished")
