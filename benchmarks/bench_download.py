@@ -53,7 +53,7 @@ class Cost(NamedTuple):
 
 def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
     """Run a command, and return its cost. An error of the command ends the benchmark."""
-    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum before.
+    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum from before this command.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -117,7 +117,7 @@ def check_ours(output: Path, jobs: Sequence[Job], *, exact: bool) -> str:
 
 
 def check_img2dataset(output: Path, jobs: Sequence[Job]) -> str:
-    """Count the images that img2dataset has lost, and the other responses that it has kept; return the counts as text.
+    """Count the images that img2dataset has lost, and the bad responses that it has kept; return the counts as text.
 
     Its reasons for failures are not compared, because it has other names for them.
     """
