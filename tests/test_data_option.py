@@ -96,7 +96,7 @@ def test_prepare_data_reads_the_sidecars_that_are_chosen(folder: Path) -> None:
     assert parse_arguments(options)[1].train_data_path == str(data.records)
 
 
-def test_prepare_data_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_prepare_data_that_fails_leaves_no_records(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("url,words\nhttp://a.example/1.jpg,x\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="no caption column"):
@@ -239,7 +239,7 @@ def test_data_with_a_model_changes_nothing_else(tmp_path: Path) -> None:
         (["--data", "my_folder", "--train_data_path", "x.json"], "--data and --train_data_path"),
     ],
 )
-def test_data_says_what_is_missing(
+def test_data_rejects_a_missing_source_or_model_and_a_second_source(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llava_simplified.small_models, "DEFAULT_CACHE", tmp_path / "empty")
@@ -249,7 +249,7 @@ def test_data_says_what_is_missing(
 
 @pytest.mark.medium
 @pytest.mark.usefixtures("demo_models")
-def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
+def test_train_on_a_folder_writes_a_checkpoint(tmp_path: Path) -> None:
     argv = ["--data", "my_folder", "--max_steps", "2", "--mm_vision_select_layer", "-1", "1"]
     argv += ["--feature_cache_dir", "features"]
     assert train_command.main(argv) == 0
@@ -259,8 +259,10 @@ def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("demo_models")
-def test_preflight_of_a_folder_uses_its_longest_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dry run is another process, which finds the small models by the command line alone."""
+def test_preflight_does_its_dry_run_with_a_folder_and_the_small_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dry run is another process, which gets only the command line."""
     monkeypatch.setattr("llava_simplified.training.preflight.subprocess.run", run_forked)
     root = llava_simplified.small_models.small_models()
     argv = ["--data", "my_folder", "--preflight", "true", "--template", "bare", "--max_steps", "2"]

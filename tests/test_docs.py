@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
 SCRIPTS = {"train.py": "train", "predict.py": "predict"}
-# Options of other programs that the pages mention, and of LLaVA's scripts, which `arguments.py` translates.
+# Options that the pages mention, but that no command of `llava` has: most of them belong to other programs.
 ELSEWHERE = {
     "--help",
     "--strict",
@@ -32,6 +32,7 @@ ELSEWHERE = {
     "--layer",  # of llava_in_one_file.py
     *("--model_args", "--repeats", "--use_cache", "--num_fewshot"),  # of lmms-eval
 }
+# Options of LLaVA's scripts, which `arguments.py` translates.
 TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 
 

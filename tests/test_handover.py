@@ -322,7 +322,7 @@ def record_pairs() -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("reader", "writer"), record_pairs())
-def test_records_of_every_writer_are_read_by(
+def test_records_of_a_writer_are_read_by_a_reader(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
     reader(workshop, workshop.written(writer), tmp_path)
@@ -366,7 +366,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
 def test_predictions_are_read_as_records(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
-    """A small model is trained on the captions of a large one in this way."""
+    """For example, a small model can be trained on the captions that a large one has generated."""
     reader(workshop, workshop.written(writer), tmp_path)
 
 

@@ -269,7 +269,7 @@ def test_inspect_names_ten_problems_and_counts_the_others(
         ),
     ],
 )
-def test_inspect_reports_missing_files_without_a_traceback(
+def test_inspect_reports_missing_and_unsuitable_models_without_a_traceback(
     arguments: list[str], named: str, models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
     paths = {

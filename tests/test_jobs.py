@@ -73,7 +73,7 @@ def test_compare_settings_ignores_what_only_the_earlier_job_had() -> None:
     compare_settings({"a": 1, "dropped": 2}, {"a": 1}, "out")
 
 
-def test_compare_settings_names_another_option() -> None:
+def test_compare_settings_names_the_given_option() -> None:
     with pytest.raises(ValueError, match="--compact") as error:
         compare_settings({"a": 1}, {"a": 2}, "out", option="--compact")
     assert "--output" not in str(error.value)
