@@ -348,7 +348,7 @@ def test_features_of_a_convolutional_tower_equal_those_of_the_package(
 def test_images_equal_those_of_the_package(
     mode: str, models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """The images have any mode, are not square, and must be rotated as their EXIF orientation says."""
+    """The images have various modes, are not square, and must be rotated as their EXIF orientation says."""
     noise = torch.randint(256, (40, 52, 4), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.to(torch.uint8).numpy()).convert(mode)
     exif = Image.Exif()
@@ -395,7 +395,7 @@ def test_token_ids_equal_those_of_the_package(style: str) -> None:
 # ---- the file by itself ----
 
 
-def test_file_is_short_and_imports_nothing_else() -> None:
+def test_file_is_short_and_imports_only_three_libraries() -> None:
     text = PATH.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_LINES
     imported = set()
@@ -456,10 +456,10 @@ def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path)
     assert "greedy:" in run.stdout
 
 
-def test_sampling_follows_the_probabilities_of_the_model(
+def test_temperature_sharpens_the_probabilities_of_sampling(
     models_folder: Path, data_folder: Path
 ) -> None:
-    """The first token is drawn from the probabilities of the model, which a lower temperature sharpens."""
+    """The first token is drawn once at temperature 1.0 and once at 0.5, where the probabilities are squared."""
     data, images = data_folder / "train.json", data_folder / "images"
     case = make_case(models_folder, "llama", "clip", data, images)
     model = make_model(case)
@@ -563,7 +563,7 @@ def test_lora_refuses_language_models_without_linear_layers() -> None:
         one_file.add_lora(model, rank=2, alpha=4)
 
 
-def test_images_with_an_unsupported_filter_are_refused(
+def test_processors_with_an_unsupported_filter_are_refused(
     models_folder: Path, data_folder: Path
 ) -> None:
     processor = one_file.AutoImageProcessor.from_pretrained(models_folder / "clip", backend="pil")

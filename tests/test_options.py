@@ -30,7 +30,7 @@ DIFFERENT_BY_COMMAND = {
     "--concurrency": "requests for images, or for captions",
     "--retries": "of an image, or of a caption",
     "--data-path": "records to caption, or records that have been captioned",
-    "--reward": "the demo's training on rewards, or the rewards that choose pairs",
+    "--reward": "the demo's reinforcement learning, or the rewards that choose pairs",
     "--output": "every command has its own kind of output",
     "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
     "--trials": "predictions have three captions per image, as in LLaVA",
@@ -221,7 +221,7 @@ def test_configure_logging_writes_each_message_once_to_stderr(
 # ---- help texts ----
 
 
-def test_help_texts_do_not_contain_formatting_errors() -> None:
+def test_help_texts_do_not_write_out_numeric_defaults() -> None:
     """Defaults are inserted with %(default)s. A default that is written out could differ from the real one."""
     for name in sorted(COMMANDS):
         if name in TRAINING_COMMANDS:

@@ -752,8 +752,8 @@ def test_render_empty_reasoning_belongs_to_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral-v3", "mistral-v3-tight"])
-def test_render_system_turn_in_training_as_in_generation(name: str) -> None:
-    """Mistral's template writes the system's text only if a question comes last, as at generation."""
+def test_render_keeps_the_system_turn_of_mistral(name: str) -> None:
+    """Mistral's template omits the system's text unless the last turn is a question, as it is for generation."""
     turns = [Message("system", "Be brief."), *user_turn()]
     ours = family(name).prompt.render(turns, None).input_ids
     assert ours == stock_ids(name, turns, add_generation_prompt=True)

@@ -75,7 +75,7 @@ def test_evaluate_scores_prediction_files_of_0_1_0(name: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".jpg"])
 def test_evaluate_accepts_references_and_training_captions(suffix: str) -> None:
-    """References are given by name, or by the name without its suffix, as the ids of COCO files are."""
+    """The keys of the references are file names, with or without the suffix (ids in COCO files have none)."""
     rows = json.loads((PREDICTIONS / "predictions.json").read_text())
     references = {}
     for row in rows[::3]:

@@ -1,4 +1,4 @@
-"""Run tasks in worker processes, which can fail, die and be replaced; as Ray tasks; and in slices."""
+"""Tests of `run_tasks` (with worker processes that fail or are killed, and on Ray), slices, and the event loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fail_once(path: str) -> str:
 
 
 def fail_always(number: int) -> int:
-    """Fail with an error of the user, which is not retried."""
+    """Fail with a user error (ValueError), which is not retried."""
     raise ValueError(f"row {number} is wrong")
 
 
@@ -82,7 +82,7 @@ def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium
-def test_run_tasks_does_not_retry_an_error_of_the_user() -> None:
+def test_run_tasks_does_not_retry_a_user_error() -> None:
     results = run_tasks(fail_always, [7], workers=1)
     assert [done.error for done in results] == ["row 7 is wrong"], "the message is unchanged"
 
@@ -183,7 +183,7 @@ def test_parse_slice_covers_all_tasks_once() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["3/3", "x", "1", "-1/2"])
-def test_parse_slice_refuses_another_form(wrong: str) -> None:
+def test_parse_slice_refuses_invalid_slices(wrong: str) -> None:
     with pytest.raises(ValueError, match="--shards"):
         parse_slice(wrong, 4)
 
