@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
     Attributes:
         response: The bytes that it sends, or an iterator of bytes, which may wait and need not end.
-        kinds: The correct outcomes.
+        kinds: The correct outcomes, separated by spaces. "redirected" is the outcome "ok" with the image at `/next`.
         end: What the server does with the connection afterward: "keep" it open for the next request, "hang" (keep it,
             but read nothing), "close" it, "half" (close the sending side only) or "reset" it.
     """
@@ -329,7 +329,7 @@ FAULTS: dict[str, Fault] = {
 
 
 class FaultServer:
-    """Serves one of the `FAULTS` at each address, and an image at `/next`. All other paths return 404."""
+    """Serves each of the `FAULTS` at `/fault/NAME`, and an image at `/next`. All other paths return status 404."""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection."""
@@ -415,7 +415,7 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
         yield asyncio.run(fetch_faults())
     finally:
         logger.removeHandler(handler)
-    assert not messages, "nothing was unexpected"
+    assert not messages, "nothing is logged, because every fault is expected"
 
 
 @pytest.mark.medium

@@ -1,4 +1,4 @@
-"""The threat table of SECURITY.md names tests that exist, and every quick attack is in it."""
+"""The tests that the threat table of SECURITY.md names exist."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_full_queue_refuses_requests(model: Llava, photos: list[bytes]) -> None:
     run_engine(model, use, batch_size=2, max_queue=1)
 
 
-def test_submit_refuses_what_exceeds_limits(model: Llava, photos: list[bytes]) -> None:
+def test_submit_refuses_invalid_requests(model: Llava, photos: list[bytes]) -> None:
     async def use(engine: Engine) -> None:
         with engine.open_request() as request:
             with pytest.raises(ImageError) as unreadable:

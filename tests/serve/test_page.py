@@ -54,7 +54,7 @@ CHROMIUM_ARGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-# All in one process: a browser takes seconds to start.
+# Run all of these tests in one process, because a browser takes seconds to start.
 IN_BROWSER = pytest.mark.xdist_group("browser")
 COMPLETE = ".answer:not(.writing)"  # selects answers that have ended
 
@@ -439,7 +439,7 @@ def test_image_can_be_dropped_pasted_and_photographed(
 
 @pytest.mark.slow
 @IN_BROWSER
-def test_follow_up_questions_several_answers_and_markup(
+def test_follow_up_questions_several_answers_and_markup_are_shown(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
     page = visit()

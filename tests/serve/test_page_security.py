@@ -668,7 +668,7 @@ def test_extreme_options_fail_only_their_own_request(
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, "1", True])
-def test_extreme_lengths_are_refused(
+def test_invalid_lengths_are_refused(
     client: httpx.Client, photos: Sequence[bytes], tokens: Any
 ) -> None:
     assert client.post(CHAT, json=chat_body(photos[0], max_tokens=tokens)).status_code == 400
@@ -686,7 +686,7 @@ def test_tiny_temperature_is_greedy(
 
 
 @pytest.mark.medium
-def test_attention_while_others_generate(
+def test_attention_maps_do_not_change_answers_in_progress(
     model: Llava, client: httpx.Client, photos: Sequence[bytes]
 ) -> None:
     """Attention maps are computed between two steps of the batch, and do not change its answers."""
