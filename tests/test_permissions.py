@@ -16,7 +16,7 @@ from llava_simplified.export.export_command import export_main, merge_main
 from llava_simplified.jobs import atomic_directory, atomic_file
 from llava_simplified.training.train_command import train
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX permissions")
 
 
 @pytest.fixture(params=[0o002, 0o027, 0o077], ids=oct)

@@ -111,7 +111,7 @@ def write_lora(
 ) -> Path:
     """Write a LoRA run as original LLaVA and its tutorial do.
 
-    The adapter, and everything else that was trained in a pickle beside it.
+    The folder contains the adapter, and a pickle file with everything else that was trained.
 
     Args:
         checkpoint: One of our checkpoints with an adapter.
@@ -271,7 +271,7 @@ def assert_captions_and_trains(
 @pytest.mark.parametrize(
     ("family", "trained_further"), [("llama", "adapter"), ("mistral", "everything")]
 )
-def test_import_checkpoint_reads_an_original_whole_model(
+def test_import_checkpoint_reads_a_complete_original_model(
     make_source: Callable[[str], Source],
     models_folder: Path,
     data_folder: Path,
@@ -383,7 +383,7 @@ def test_import_command_reads_a_single_projector(
 def test_import_checkpoint_takes_the_borders_from_the_source(
     source: Source, models_folder: Path, tmp_path: Path
 ) -> None:
-    """The pixels are those of the original's rule."""
+    """The pixels equal those of original LLaVA's image processing."""
     _, merged = source
     clip = models_folder / "clip"
     folder = write_original(merged, clip, tmp_path / "llava-v1.5-tiny")
@@ -408,7 +408,7 @@ def test_import_checkpoint_takes_the_borders_from_the_source(
             expected = processor(original, return_tensors="pt")["pixel_values"][0]
             actual = transform.normalize(transform(np.asarray(image)))
             gray_levels = ((actual - expected).abs() * 255 * std).max()
-            # Exactly, if nothing is resized; else Pillow and torch round differently.
+            # Equal, if nothing is resized. A resize in Pillow rounds differently than in torch.
             assert gray_levels < (1e-3 if original.size == (32, 32) else 2.01)
 
 
@@ -568,7 +568,7 @@ def test_import_checkpoint_keeps_nothing_that_differs_from_the_source(
 ) -> None:
     folder = tmp_path / "stock"
     write_stock(models_folder, folder, **change)
-    if "vision_feature_layer" in change:  # a wrong conversion
+    if "vision_feature_layer" in change:  # make the conversion wrong
         config = json.loads((folder / "config.json").read_text())
         del config["vision_feature_layer"]
         config["mm_vision_select_layer"] = -1
@@ -676,7 +676,7 @@ def test_import_checkpoint_refuses_image_start_and_end_tokens(
 
 
 class Trap:
-    """A pickled object that calls a function when it is read: it empties a file."""
+    """A pickled object that calls a function when it is read: it creates a file."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim

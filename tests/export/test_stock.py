@@ -1,4 +1,4 @@
-"""Exported folders load in a process without this project, and compute the same as the checkpoint."""
+"""Exported folders load in a process without this project, and give the checkpoint's logits and captions."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def assert_same_as_checkpoint(result: dict, model: Llava, image: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize(("tower", "language_model"), PAIRS)
-def test_export_stock_computes_the_same_in_another_process(
+def test_export_stock_gives_equal_results_in_another_process(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -217,7 +217,7 @@ def test_export_stock_renders_our_own_templates(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["complete", "endings"])
-def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
+def test_export_stock_writes_a_peft_adapter_with_equal_results(
     models_folder: Path, data_folder: Path, tmp_path: Path, names: str
 ) -> None:
     checkpoint = train_checkpoint(
@@ -259,7 +259,7 @@ def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_export_stock_refuses_what_stock_llava_has_no_form_for(
+def test_export_stock_refuses_what_stock_llava_does_not_support(
     models_folder: Path, data_folder: Path, tmp_path: Path, options: dict, message: str
 ) -> None:
     parts = {"model_name_or_path": "mistral", "vision_tower": "clip"} | options

@@ -145,7 +145,7 @@ def test_gradient_norm_monitor_warns_ten_times_at_most() -> None:
 
 
 def test_gradient_norm_after_steps_without_a_gradient_is_not_reported() -> None:
-    """As in a run on rewards that are all the same for most images."""
+    """In reinforcement learning, the gradient is 0 if all captions of an image have the same reward."""
     monitor = GradientNormMonitor(min_history=5)
     assert [monitor.check(norm) for norm in [0.0] * 10 + [1.0]] == [None] * 11
 

@@ -112,7 +112,7 @@ def test_wandb_gets_images_and_captions(
     evaluated: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real client in offline mode, which writes what it would send."""
+    """The real client runs in offline mode: it writes to files what it would send."""
     wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -149,10 +149,10 @@ def test_cache_refuses_a_tower_that_is_trained(models_folder: Path) -> None:
         FeatureCache(load_tower(models_folder).requires_grad_(True), "w")
 
 
-def test_cache_can_be_filled_by_several_processes(
+def test_two_caches_can_fill_one_folder(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Both opened it empty. Neither may overwrite the other's rows, or store an image twice."""
+    """As two processes do, both open the empty folder. Neither may overwrite the other's rows or store an image twice."""
     tower, images = load_tower(models_folder), data_folder / "images"
     one = FeatureCache(tower, "w", tmp_path)
     other = FeatureCache(tower, "w", tmp_path)
@@ -203,7 +203,7 @@ def test_dummy_image_has_the_form_of_the_cached_images(
 
 
 @pytest.mark.medium
-def test_encode_saves_the_training_run_the_tower(
+def test_training_run_finds_all_features_of_encode(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

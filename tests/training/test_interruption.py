@@ -1,4 +1,4 @@
-"""A signal ends a run with a checkpoint, and with the command that continues it."""
+"""If a signal ends a run, the run saves a checkpoint and prints the command that continues it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llava_simplified.training.interruption import (
 )
 from llava_simplified.training.trainer import LlavaTrainer
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
 
@@ -56,7 +56,7 @@ def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
     def send_in_second_step(self: ThroughputMeter) -> None:
         steps.append(1)
         if len(steps) == 2:
-            # Twice, as a launcher does that passes it on.
+            # Send the signal twice, like a launcher that passes it on.
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         start_step(self)

@@ -70,7 +70,7 @@ def test_token_kl_is_unbiased_and_never_negative() -> None:
     assert not token_kl(log_p, log_p).any()
 
 
-def test_dpo_compares_with_the_logistic_function() -> None:
+def test_dpo_losses_equal_the_formula() -> None:
     margins = torch.tensor([2.0, -0.5], dtype=torch.float64)
     expected = torch.log(1 + torch.exp(-0.3 * margins))
     torch.testing.assert_close(dpo_losses(margins, 0.3), expected)

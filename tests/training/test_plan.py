@@ -25,7 +25,7 @@ def measure_peak(small: list[str], large: list[str], result: Path) -> None:
     Args:
         small: Options of a run before the measurement: libraries, thread pools and code are loaded then.
         large: Options of the measured run.
-        result: The file.
+        result: File for the measured number.
     """
     # By default glibc keeps freed memory: a quarter more, which no plan can know.
     tune_malloc(131072)
@@ -162,7 +162,7 @@ def test_plan_needs_no_weights(
 def test_recipe_is_planned_without_records(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str], recipe: str
 ) -> None:
-    """As in the documentation: the recipe is planned before there is any data, although it evaluates."""
+    """As in the documentation, plan before there is any data, although the recipe evaluates during training."""
     models = ["--model_name_or_path", str(models_folder / "mistral")]
     models += ["--vision_tower", str(models_folder / "clip")]
     words = ["--config", recipe, *models, "--tflops", "300"]

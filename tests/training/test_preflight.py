@@ -80,7 +80,7 @@ def test_preflight_refuses_what_does_not_fit_and_names_the_remedies(
     assert not scratch_folders(tmp_path / "out")
 
 
-def test_preflight_auto_skips_short_runs_and_runs_under_a_launcher(
+def test_preflight_auto_skips_short_runs_and_launched_runs(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

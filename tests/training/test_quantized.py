@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def bitsandbytes() -> ModuleType:
-    """The library. Imported at the top, it would cost every process that collects the tests seconds."""
+    """The library. Importing it at the top would take seconds in every process that collects the tests."""
     return importlib.import_module("bitsandbytes")
 
 

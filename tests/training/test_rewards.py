@@ -91,7 +91,7 @@ def test_length_is_highest_at_the_length_of_a_reference() -> None:
     assert length_reward("", references) == length_reward("a " * 8, references) == 0
 
 
-def test_every_reward_accepts_an_empty_caption() -> None:
+def test_every_text_reward_accepts_an_empty_caption() -> None:
     assert reward_of("cider,bleu4,rouge_l,word_f1,length", [""] * 4) == pytest.approx([0] * 4)
 
 
@@ -130,7 +130,7 @@ def test_frequencies_of_other_records_or_of_a_damaged_file_are_counted_again(
         assert json.loads(path.read_text())["data"] == "train.json"
 
 
-# ---- functions of one's own ----
+# ---- reward functions of the user ----
 
 OWN_MODULE = """
 import os, time
@@ -192,7 +192,7 @@ def test_own_function_gets_paths_references_and_captions(own_module: str) -> Non
 def test_own_function_that_fails_is_an_error_with_the_record(own_module: str, name: str) -> None:
     with pytest.raises(ValueError, match=name) as error:
         own_reward(f"{own_module}:{name}")
-    # The second caption, and not the whole batch.
+    # The error names the record of the second caption only.
     assert [record_id for record_id in IDS if record_id in str(error.value)] == [IDS[1]]
 
 

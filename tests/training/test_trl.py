@@ -18,9 +18,9 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.export.stock import export_stock
 from llava_simplified.training.build_trainer import build_trainer
 
-pytest.importorskip("trl", reason="TRL, of the extra bench, is not installed")
+pytest.importorskip("trl", reason="TRL is not installed (extra: bench)")
 
-# (sizes of chosen and rejected differ), our options, TRL's options. TRL's loss "aot" of a single pair is that of
+# Number of pairs (their answers differ in length), our options, TRL's options. TRL's loss "aot" of a single pair is that of
 # conservative DPO, and its "sft" is the mean over the tokens of the chosen answer.
 CASES: list[tuple[int, dict[str, float], dict[str, Any]]] = [
     (3, {}, {"loss_type": ["sigmoid"]}),
