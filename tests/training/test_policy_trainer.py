@@ -37,7 +37,7 @@ def share_of_a(images, references, captions):
     return [caption.count("a") / (1 + len(caption)) for caption in captions]
 
 def constant(images, references, captions):
-    return [0.0] * len(captions)  # captions without an end token get 0 anyway
+    return [0.0] * len(captions)  # so the worst reward, which captions without an end token get, is 0 too
 
 def broken(images, references, captions):
     return [float("nan")] * len(captions)

@@ -134,7 +134,7 @@ def test_resume_accepts_the_same_records_in_another_place(
 def test_resume_of_a_checkpoint_without_a_digest_compares_the_path(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
-    """Version 0.1.0 stored no digest, and had no option `--image_aspect_ratio`."""
+    """Version 0.1.0 stored neither a digest of the data nor `image_aspect_ratio`."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     config = run / "checkpoint-1" / "llava.json"

@@ -279,8 +279,8 @@ def test_projector_stage_is_followed_by_lora_stage(
     second = run_training(training_options(models_folder, data_folder, tmp_path / "2", **changes))
     assert_equal_weights(projector_weights(first), projector_weights(second))
 
-    # With the first three, the weights would have the right shapes, but the wrong meaning. The last two options
-    # contradict each other.
+    # In the first three cases, the weights would have the right shapes, but would not fit the features. In the last case,
+    # two options contradict each other.
     for change, message in (
         ({"mm_vision_select_layer": -1}, "Pass --mm_vision_select_layer -2"),
         ({"image_aspect_ratio": "pad"}, "Pass --image_aspect_ratio crop"),

@@ -20,8 +20,8 @@ from llava_simplified.training.build_trainer import build_trainer
 
 pytest.importorskip("trl", reason="TRL is not installed (extra: bench)")
 
-# Number of pairs (their answers differ in length), our options, TRL's options. TRL's loss "aot" of a single pair is that of
-# conservative DPO, and its "sft" is the mean over the tokens of the chosen answer.
+# Number of pairs (their answers differ in length), our options, TRL's options. TRL's loss "aot" of a single pair is that
+# of conservative DPO, and its "sft" is the mean over the tokens of the chosen answer.
 CASES: list[tuple[int, dict[str, float], dict[str, Any]]] = [
     (3, {}, {"loss_type": ["sigmoid"]}),
     (1, {"sft_weight": 0.4}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.4]}),
