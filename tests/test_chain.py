@@ -42,7 +42,7 @@ def call(*argv: object, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shards", "files"])
-def test_from_a_list_of_urls_to_captions(
+def test_list_of_urls_becomes_captions(
     models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path, way: str
 ) -> None:
     """Of 18 URLs, 16 return images, one is missing, and one returns an HTML page.

@@ -317,7 +317,7 @@ def raise_bug(argv: list[str]) -> int:
     raise TypeError("a bug")
 
 
-def test_exit_status_tells_user_errors_from_interrupts_and_bugs(
+def test_main_distinguishes_interrupts_user_errors_and_bugs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def replace_command(function: str) -> None:

@@ -219,7 +219,7 @@ def test_data_without_a_model_starts_from_the_small_models(
     assert (model.lora_r, args.output_dir, args.num_train_epochs) == (2, "output/mine", 1)
 
 
-def test_data_with_a_model_changes_nothing_else(tmp_path: Path) -> None:
+def test_data_with_a_model_keeps_the_other_defaults(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model_name_or_path: some/model\nlora_r: 5\n")
     for options in (["--config", "my.yaml"], ["--model_name_or_path", "some/model"]):
         model, data, args = parse_arguments(["--data", "my_folder", *options])

@@ -384,7 +384,7 @@ def test_progress_on_a_terminal_redraws_one_line(
     assert last.endswith("\n")
 
 
-def test_progress_without_a_terminal_prints_a_line_now_and_then(
+def test_progress_without_a_terminal_prints_a_line_every_30_seconds(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Progress(0, "rows") as progress:
@@ -413,5 +413,5 @@ def test_progress_that_is_not_enabled_prints_nothing(
     ("seconds", "text"),
     [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (360_000, "100:00:00")],
 )
-def test_format_duration(seconds: float, text: str) -> None:
+def test_format_duration_returns_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text

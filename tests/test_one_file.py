@@ -523,7 +523,7 @@ def saved_checkpoint(
         ("adapter/adapter_config.json", "alpha_pattern", {"q_proj": 2}),
     ],
 )
-def test_checkpoints_with_other_choices_are_refused(
+def test_checkpoints_with_unsupported_settings_are_refused(
     file: str,
     name: str,
     value: Any,

@@ -104,7 +104,9 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_options_suggest_the_nearest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Abbreviations are refused too. They are reported even if required options are missing."""
     for action in options_of(name):
         option = action.option_strings[-1]
@@ -130,7 +132,7 @@ def test_every_option_has_a_help_text(name: str) -> None:
     parser.format_help()
 
 
-def test_options_of_several_commands_are_the_same() -> None:
+def test_options_shared_by_commands_have_one_help_text_and_default() -> None:
     """An option has one help text and one default; training commands have their own."""
     seen: dict[str, set[Any]] = defaultdict(set)
     for name in sorted(COMMANDS):

@@ -67,7 +67,7 @@ def uses_of_posix(path: Path) -> set[tuple[str, str]]:
     return {(path.name, name) for name in found & missing}
 
 
-def test_posix_is_used_only_where_there_is_another_way() -> None:
+def test_posix_names_are_used_only_where_there_is_a_replacement() -> None:
     assert set().union(*map(uses_of_posix, SOURCES)) == OPTIONAL_USES
 
 
@@ -159,7 +159,7 @@ def test_journeys_work_without_posix_and_with_spawned_workers(
 # ---- files ----
 
 
-def test_read_at_reads_the_same_without_pread(
+def test_read_at_returns_the_same_bytes_without_pread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data"
@@ -418,7 +418,7 @@ def test_nothing_is_compiled_for_apple_gpus() -> None:
     assert not kernels.can_compile("mps")
 
 
-def test_package_computes_in_float64_only_where_the_device_has_it() -> None:
+def test_only_known_modules_use_float64() -> None:
     """Apple GPUs have no float64. The trainer checks the device first; the other modules compute on the CPU."""
     uses = {
         path.name

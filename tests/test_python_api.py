@@ -65,7 +65,7 @@ def test_train_refuses_an_unknown_option() -> None:
 
 
 @pytest.mark.parametrize("name", ["predictions.json", "greedy.jsonl"])
-def test_evaluate_scores_prediction_files_of_0_1_0(name: str) -> None:
+def test_evaluate_gives_the_scores_of_0_1_0(name: str) -> None:
     """The scores are those that 0.1.0 computed."""
     expected = json.loads((PREDICTIONS / "scores.json").read_text())
     result = evaluate(PREDICTIONS / name, java=False, resamples=0)

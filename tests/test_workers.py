@@ -107,7 +107,7 @@ def test_run_tasks_ends_with_its_processes_when_tick_raises() -> None:
 
 
 @pytest.mark.slow
-def test_run_tasks_processes_end_with_a_killed_run(tmp_path: Path) -> None:
+def test_worker_processes_end_if_their_run_is_killed(tmp_path: Path) -> None:
     outputs = [tmp_path / "a", tmp_path / "b"]
     script = f"""
 import os, sys, time
@@ -150,7 +150,7 @@ def test_run_tasks_refuses_an_unknown_or_missing_engine(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_run_tasks_and_download_on_ray_return_the_same(
+def test_run_tasks_and_download_give_the_same_results_on_ray(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the ray extra is not installed")

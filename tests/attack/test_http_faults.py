@@ -421,7 +421,7 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
 @pytest.mark.medium
 @pytest.mark.xdist_group("http_faults")
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_costs_one_row(
+def test_fault_affects_only_its_own_row(
     outcomes: dict[str, tuple[FetchResult, FetchResult]], name: str
 ) -> None:
     result, following = outcomes[name]

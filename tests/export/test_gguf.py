@@ -311,7 +311,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
         ("pad", False),
     ],
 )
-def test_export_gguf_warns_of_other_borders(
+def test_export_gguf_warns_if_llamacpp_adds_borders(
     train_pair: TrainPair,
     tmp_path: Path,
     package_log: pytest.LogCaptureFixture,

@@ -380,7 +380,7 @@ def test_import_command_reads_a_single_projector(
 
 
 @pytest.mark.medium
-def test_import_checkpoint_takes_the_borders_from_the_source(
+def test_import_checkpoint_uses_the_aspect_ratio_of_the_source(
     source: Source, models_folder: Path, tmp_path: Path
 ) -> None:
     """The pixels equal those of original LLaVA's image processing."""
@@ -480,7 +480,7 @@ def test_import_checkpoint_reads_a_hugging_face_folder(
 
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", TEMPLATES)
-def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
+def test_import_checkpoint_supports_a_template_that_writes_the_image_token(
     models_folder: Path, image: Path, tmp_path: Path, shape: str
 ) -> None:
     folder = tmp_path / shape
@@ -521,7 +521,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
 
 
 @pytest.mark.medium
-def test_import_checkpoint_compares_sources_without_a_template_with_plain(
+def test_import_checkpoint_uses_plain_for_sources_without_a_template(
     models_folder: Path, image: Path, tmp_path: Path
 ) -> None:
     """Such sources are prompted by hand, in the form of Vicuna, which is also the form of llava-hf's template."""

@@ -272,7 +272,7 @@ def test_export_stock_refuses_what_stock_llava_does_not_support(
 
 
 @pytest.mark.medium
-def test_export_stock_removes_an_export_that_computes_something_else(
+def test_export_stock_removes_an_export_with_different_results(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = train_checkpoint(
@@ -428,7 +428,7 @@ def test_merge_keeps_the_logits_after_the_base_models_have_moved(
 
 @pytest.mark.medium
 @pytest.mark.parametrize("tune_vision_tower", ["full", "lora"])
-def test_a_trained_vision_tower_is_exported_and_merged(
+def test_trained_vision_tower_is_exported_and_merged(
     models_folder: Path, data_folder: Path, tmp_path: Path, tune_vision_tower: str
 ) -> None:
     checkpoint = train_checkpoint(
@@ -651,7 +651,7 @@ def save_large_language_model(folder: Path) -> None:
     not Path("/proc/self/status").exists(),
     reason="reads memory use from /proc, which only Linux has",
 )
-def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) -> None:
+def test_export_stock_keeps_only_one_copy_in_memory(models_folder: Path, tmp_path: Path) -> None:
     """The peak memory of an export, which includes reading it back, is at most 1.2 times the written weights."""
     save_large_language_model(tmp_path / "large")
     clip = models_folder / "clip"

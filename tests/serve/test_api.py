@@ -100,7 +100,9 @@ def test_chat_reports_usage_and_finish_reason(
     assert cut.choices[0].message.content == ended.choices[0].message.content
 
 
-def test_chat_samples_as_library(server: LiveServer, model: Llava, photos: list[bytes]) -> None:
+def test_chat_samples_like_the_library(
+    server: LiveServer, model: Llava, photos: list[bytes]
+) -> None:
     def answers(n: int, **options: Any) -> list[str]:
         messages = user_message(photos[0])
         completion = create_completion(server, messages, max_tokens=8, n=n, **options)
@@ -269,7 +271,7 @@ def test_images_must_be_data_urls(
         "{}",
     ],
 )
-def test_images_are_read_in_all_spellings(
+def test_data_urls_are_read_in_all_spellings(
     server: LiveServer, model: Llava, photos: list[bytes], spelling: str
 ) -> None:
     expected = model.caption(photos[1], "What?", max_new_tokens=5)

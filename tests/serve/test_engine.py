@@ -76,7 +76,9 @@ async def generate_answers(
 
 
 @pytest.mark.medium
-def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
+def test_engine_gives_the_answers_that_the_model_gives_alone(
+    model: Llava, photos: list[bytes]
+) -> None:
     """The requests have no, one or two images, are greedy or sampled, and join the batch at any time."""
     conversation = [
         Message("user", "<image>\nWhat?"),

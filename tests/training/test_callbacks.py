@@ -155,7 +155,7 @@ def test_gradient_norm_after_steps_without_a_gradient_is_not_reported() -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("load_best", [True, False])
-def test_early_stopping_leaves_the_best_checkpoint(
+def test_early_stopping_saves_the_best_or_the_last_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, load_best: bool
 ) -> None:
     """The highest loss is declared the best: unlike the lowest one, it is sure to stop improving."""

@@ -38,7 +38,7 @@ OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strate
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
+def test_signal_ends_the_run_after_the_step_with_a_checkpoint(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

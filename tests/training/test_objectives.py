@@ -42,14 +42,14 @@ def test_grpo_divides_by_the_standard_deviation() -> None:
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456])
 @pytest.mark.parametrize("samples", [2, 3, 5, 7])
-def test_constant_reward_has_exactly_no_advantage(value: float, samples: int) -> None:
+def test_constant_reward_gives_advantages_of_exactly_zero(value: float, samples: int) -> None:
     rewards = torch.full((4, samples), value)
     assert not rloo_advantages(rewards).any()
     assert not grpo_advantages(rewards).any()
     assert not scst_advantages(rewards, rewards[:, 0]).any()
 
 
-def test_clipped_loss_stops_a_token_that_has_moved_far_enough() -> None:
+def test_clipped_loss_gives_no_gradient_to_tokens_that_have_moved_far_enough() -> None:
     ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)
     weights = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     log_probs = ratios.log().requires_grad_()

@@ -150,7 +150,7 @@ def test_reward_option_asks_the_questions_of_the_records(server: FaultyEndpoint)
         ("", None),
     ],
 )
-def test_letter_is_found(text: str, letter: str | None) -> None:
+def test_find_letter_returns_the_letter_of_an_answer_or_none(text: str, letter: str | None) -> None:
     assert find_letter(text, 3) == letter
 
 

@@ -84,7 +84,7 @@ def test_weighted_sum_adds_the_rewards() -> None:
     assert reward_of("cider=0.5, word_f1,length=-2") == pytest.approx(expected)
 
 
-def test_length_is_highest_at_the_length_of_a_reference() -> None:
+def test_length_reward_is_highest_at_the_length_of_a_reference() -> None:
     references = ["one two three four", "one two"]
     assert length_reward("a b c d", references) == length_reward("a b", references) == 1
     assert length_reward("a b c d e", references) == 0.75

@@ -85,7 +85,7 @@ def stock_name(name: str) -> str:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(("count", "options", "trl_options"), CASES)
-def test_dpo_equals_trl(
+def test_loss_and_gradients_of_dpo_equal_those_of_trl(
     models_folder: Path,
     pairs: Path,
     tmp_path: Path,
