@@ -376,7 +376,7 @@ def test_new_projector_equals_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("style", ["byte level", "no BOS", "first", "always", "legacy", "none"])
 def test_token_ids_equal_those_of_the_package(style: str) -> None:
-    """With tokenizers that add spaces in different places, and one without a BOS token."""
+    """The tokenizers add spaces in different places, and one of them has no BOS token."""
     if style in ("byte level", "no BOS"):
         bos = {} if style == "no BOS" else {"bos_token": "<s>"}
         tokenizer = byte_level(["<s>", "</s>"], eos_token="</s>", **bos)
@@ -530,7 +530,7 @@ def test_checkpoints_with_unsupported_settings_are_refused(
     saved_checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    """Otherwise they would load without an error, and compute something else."""
+    """Otherwise they would load without an error, and give other results than in the package."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved_checkpoint, folder)
     config = json.loads((folder / file).read_text())

@@ -247,7 +247,7 @@ def test_values_are_counted_before_the_body_is_parsed() -> None:
 
 @pytest.mark.parametrize("piece", ["%41", "AA ", "A\n", "%3D", "\u2003A", "-_%2B "])
 def test_odd_base64_takes_memory_in_proportion_to_its_text(piece: str) -> None:
-    """Three million escapes or words in a body must not become as many objects."""
+    """Decoding must not create one object for each of the millions of escapes or words that a body may contain."""
     url = "data:image/png;base64," + piece * 100_000
     tracemalloc.start()
     with contextlib.suppress(ValueError):

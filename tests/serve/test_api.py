@@ -847,7 +847,7 @@ def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
 def test_failing_request_gets_500_and_neighbours_their_answers(
     model: Llava, photos: list[bytes]
 ) -> None:
-    """The model returns NaN for one image. A request with it fails, streamed or not."""
+    """The model returns NaN for one image. A request with this image fails, streamed or not."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos[1:7]]
     with live_server(model) as server, nan_features_for(model, photos[0]):
 

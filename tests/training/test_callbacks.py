@@ -78,7 +78,7 @@ def test_progress_shows_steps_losses_and_time_left(
 def test_throughput_and_padding_are_logged(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Three steps of two micro-batches of two samples: six pairs of samples, in order."""
+    """The run has three steps of two micro-batches of two samples, in the order of the file."""
     options = training_options(
         models_folder,
         data_folder,

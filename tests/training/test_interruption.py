@@ -126,7 +126,7 @@ def test_loaders_of_the_trainer_ignore_ctrl_c(
 def test_interrupted_command_prints_the_command_that_continues_it(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C of a terminal reaches the data loader workers, too."""
+    """As with Ctrl-C in a terminal, the signal reaches the data loader workers too."""
     output = tmp_path / "out"
     changes = {"max_steps": 2000, "num_train_epochs": 700, "dataloader_num_workers": 2}
     options = training_options(

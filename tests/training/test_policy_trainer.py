@@ -108,7 +108,7 @@ def test_reward_rises(policy_options: MakeOptions) -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("objective", ["scst", "grpo"])
 def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, objective: str) -> None:
-    """With accumulation, with KL, and without the features of a cache."""
+    """The runs accumulate gradients, have a KL penalty, and do not cache features."""
     changes: dict[str, object] = {
         "objective": objective,
         "kl_coef": 0.1,

@@ -137,7 +137,10 @@ def test_separate_and_packed_pairs_have_the_same_gradient(
 
 @pytest.mark.medium
 def test_chosen_answers_become_likelier_than_rejected_ones(dpo_options: MakeOptions) -> None:
-    """The first margin is zero, because the model is its own reference. With packs, cached features and bfloat16."""
+    """The first margin is zero, because the model is its own reference.
+
+    The run uses packs, cached features and bfloat16.
+    """
     changes = {"packing": True, "pack_length": 128, "cache_vision_features": "memory"}
     output = run_training(dpo_options(max_steps=12, learning_rate=1e-2, bf16=True, **changes))
     # On a CPU, attention without gradients has another kernel, which rounds differently in bfloat16.

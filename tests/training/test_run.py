@@ -106,7 +106,7 @@ def test_train_without_terminal_logs_one_line_per_logging_step(
 def test_eval_loss_is_the_mean_over_tokens_and_not_over_batches(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Captions of one token and of many tokens, in batches of different sizes."""
+    """The captions have one token or many, and the batches have different sizes."""
     rows = json.loads((data_folder / "val.json").read_text())[:3]
     rows[0]["response"] = "a"
     rows[2]["response"] = "a very long caption that goes on and on and on for many words"
@@ -248,7 +248,7 @@ def test_cached_features_do_not_change_the_losses(
 def test_cached_pixels_do_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Features of a tower that is trained cannot be cached, but decoding can be saved."""
+    """Features of a tower that is trained cannot be cached, but the pixels of the images can."""
     losses = []
     for cache in ("off", "auto"):
         options = training_options(

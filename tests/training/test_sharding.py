@@ -183,7 +183,7 @@ def test_two_processes_equal_one_with_other_options(
     engine: str,
     changes: dict[str, object],
 ) -> None:
-    """Also if a process has no image at all: its dummy image has the form of the others."""
+    """In some steps, one process has no image. Its dummy image must have the same form as the images of the other."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     changes = {**mixed, **changes, "max_steps": 3}
