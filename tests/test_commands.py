@@ -105,7 +105,9 @@ def test_finetune_sh_and_predict_sh_run_as_written(
         printed = run(*training, folder=tmp_path, **environment)
         assert "lazy_preprocess has no effect" in printed
         run(*prediction, folder=tmp_path, **environment)
-    assert len(json.loads(output.read_text())) == 12, "three captions of four images"
+    assert len(json.loads(output.read_text())) == 12, (
+        "expected three captions for each of four images"
+    )
 
 
 # ---- launchers ----
@@ -346,7 +348,7 @@ def test_configure_process_sets_passive_waiting_on_shared_cpus(
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     configure_process(uses_torch=uses_torch)
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice is kept"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice must be kept"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("WORLD_SIZE", world_size)
     configure_process(uses_torch=uses_torch)

@@ -67,14 +67,16 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
     package_log.clear()
     assert prepare_data(str(folder)) == first._replace(image_folder=folder)
     assert first.records.stat().st_mtime_ns == written
-    assert "lost.txt" in package_log.text, "what is skipped is named in every run"
+    assert "lost.txt" in package_log.text, "every run must name what it skips"
 
     (folder / "0.txt").write_text("another caption")
     second = prepare_data("my_folder")
     assert second.records != first.records
     captions = {row["image"]: row["response"] for row in read_lines(second.records)}
     assert captions["0.jpg"] == "another caption"
-    assert len(read_lines(first.records)) == 6, "a run that reads it may still be going on"
+    assert len(read_lines(first.records)) == 6, (
+        "the old records must stay: a run that reads them may still be going on"
+    )
     (folder / "0.jpg").rename(folder / "lost.jpg")
     assert prepare_data("my_folder").num_records == 6
     assert [row["image"] for row in read_lines(prepare_data("my_folder").records)][-1] == "lost.jpg"
@@ -108,7 +110,9 @@ def test_prepare_data_uses_records_as_they_are(data_folder: Path) -> None:
     data = prepare_data(str(data_folder / "train.json"))
     assert data.records == data_folder / "train.json"
     assert data.num_records == 12
-    assert data.image_folder == data_folder / "images", "the subfolder that contains the images"
+    assert data.image_folder == data_folder / "images", (
+        "expected the subfolder that contains the images"
+    )
 
 
 def parquet_bytes(caption: str) -> bytes:

@@ -76,11 +76,11 @@ def commands_in(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
     for name, *arguments in commands_in(page.read_text(encoding="utf-8")):
-        assert name in COMMANDS, f"{page.name}: llava {name}"
+        assert name in COMMANDS, f"{page.name}: there is no command llava {name}"
         for argument in arguments:
             option = argument.partition("=")[0]
             assert not option.startswith("--") or option in options_of(name), (
-                f"{page.name}: llava {name} {option}"
+                f"{page.name}: llava {name} has no option {option}"
             )
 
 

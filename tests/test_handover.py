@@ -204,7 +204,7 @@ def read_by_convert(workshop: Workshop, records: Written, output: Path) -> None:
 def read_by_clean(workshop: Workshop, records: Written, output: Path) -> None:
     cleaned = output / "again.json"
     call("clean", records.path, "--image-folder", records.images, "--output", cleaned)
-    assert json.loads(cleaned.read_text()), "the images were found"
+    assert json.loads(cleaned.read_text()), "no image was found"
 
 
 def read_by_reduce(workshop: Workshop, records: Written, output: Path) -> None:
@@ -254,7 +254,7 @@ def read_by_predict(workshop: Workshop, records: Written, output: Path) -> None:
         "--output",
         output / "p.json",
     )
-    assert json.loads((output / "p.json").read_text()), "the images were found"
+    assert json.loads((output / "p.json").read_text()), "no image was found"
 
 
 def read_by_caption(workshop: Workshop, records: Written, output: Path) -> None:
@@ -353,7 +353,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
         options += ["--references", workshop.written(source).path]
     argv = [str(argument) for argument in ("evaluate", predictions.path, *options)]
     if not has_references and writer in ("caption.folder", "caption.shards"):
-        assert llava(argv) == 2, "images alone have no references"
+        assert llava(argv) == 2, "images alone have no references, so the command must fail"
     else:
         assert llava(argv) == 0
 

@@ -78,7 +78,7 @@ def test_inspect_shows_a_sample_token_by_token(
     trained = [line for line in tokens if line[-1] == "yes"]
     # The first </s> is text of the caption, the second is the end token.
     assert "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"
-    assert [line[2] for line in trained].count("1") == 1, "the id of the end token"
+    assert [line[2] for line in trained].count("1") == 1, "expected the id of the end token once"
     assert [int(line[0]) for line in tokens] == list(range(len(tokens)))
 
 

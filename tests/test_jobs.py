@@ -46,7 +46,7 @@ def test_store_or_check_settings_stores_the_settings_of_a_new_job(tmp_path: Path
     assert store_or_check_settings(path, settings, "out") is False
     assert json.loads(path.read_text()) == {"source": "a.tsv", "sizes": [1, 2]}
     assert store_or_check_settings(path, settings, "out") is True, (
-        "tuples and lists are the same in JSON"
+        "tuples and lists must be equal, as in JSON"
     )
 
 
@@ -59,7 +59,9 @@ def test_store_or_check_settings_names_each_difference(tmp_path: Path) -> None:
     for part in ("source", "a.tsv", "b.tsv", "resize", "256", "--output"):
         assert part in message
     assert "limit" not in message
-    assert json.loads(path.read_text()) == {"source": "a.tsv", "limit": 5}, "nothing is changed"
+    assert json.loads(path.read_text()) == {"source": "a.tsv", "limit": 5}, (
+        "the stored settings must not change"
+    )
 
 
 def test_store_or_check_settings_of_a_damaged_file_names_it(tmp_path: Path) -> None:
@@ -372,7 +374,7 @@ def test_progress_on_a_terminal_redraws_one_line(
         progress.advance(50)
         first = capsys.readouterr().err
         progress.advance(50)
-        assert capsys.readouterr().err == "", "not faster than a person can read"
+        assert capsys.readouterr().err == "", "a line must stay long enough to be read"
         clock[0] += 10
         progress.update(300, "3 failed")
         second = capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_every_option_has_a_help_text(name: str) -> None:
     for action in parser._actions:
         assert action.help, action.dest
         # Help texts are phrases, not sentences.
-        assert not action.help.endswith("."), f"llava {name} {action.dest}: {action.help}"
+        assert not action.help.endswith("."), f"llava {name} {action.dest}: ends with a full stop"
     parser.format_help()
 
 

@@ -30,7 +30,7 @@ def assert_permissions(folder: Path, umask: int) -> None:
     for path in [folder, *folder.rglob("*")]:
         expected = 0o777 if path.is_dir() else 0o666
         found = path.stat().st_mode & 0o777
-        assert found == expected & ~umask, f"{path}: {found:o}"
+        assert found == expected & ~umask, f"{path} has the permissions {found:o}"
 
 
 def test_atomic_outputs_have_the_permissions_of_new_files(tmp_path: Path, umask: int) -> None:

@@ -75,7 +75,7 @@ def test_text_files_have_an_encoding() -> None:
     """The default encoding of Windows depends on its language settings."""
     for path in SOURCES:
         for call in TEXT_FILES.findall(path.read_text(encoding="utf-8")):
-            assert "encoding" in call or "utf-8" in call, f"{path}: {call}"
+            assert "encoding" in call or "utf-8" in call, f"{path}: no encoding in {call}"
 
 
 def run_as_on_windows(*arguments: object, folder: Path) -> None:

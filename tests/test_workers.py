@@ -84,7 +84,7 @@ def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
 @pytest.mark.medium
 def test_run_tasks_does_not_retry_a_user_error() -> None:
     results = run_tasks(fail_always, [7], workers=1)
-    assert [done.error for done in results] == ["row 7 is wrong"], "the message is unchanged"
+    assert [done.error for done in results] == ["row 7 is wrong"], "the message must be unchanged"
 
 
 @pytest.mark.medium

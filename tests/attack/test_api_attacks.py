@@ -99,7 +99,7 @@ class Attacker:
         if response.status_code != 200:
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"}
-            assert len(response.content) < 10_000, "the request is not sent back"
+            assert len(response.content) < 10_000, "the request must not be sent back"
         return response.status_code
 
 

@@ -308,7 +308,7 @@ def test_code_of_a_checkpoint_is_not_executed(
         except (ValueError, OSError):
             assert True  # refused, which is as good as ignored
         assert not marker.exists()
-        assert sys.stdin.read() == "y\n" * 100, "nobody was asked"
+        assert sys.stdin.read() == "y\n" * 100, "the user must not be asked"
 
 
 def test_code_runs_where_it_is_trusted(models_folder: Path, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_every_loader_passes_trust_remote_code() -> None:
                 found += 1
                 names = {keyword.arg for keyword in node.keywords}
                 # A processor of a fixed class has no code to trust, and passes the argument on.
-                assert "trust_remote_code" in names, f"{path}:{node.lineno}"
+                assert "trust_remote_code" in names, f"{path}:{node.lineno}: no trust_remote_code"
     assert found >= 15
 
 

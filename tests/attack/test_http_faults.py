@@ -395,12 +395,12 @@ async def fetch_faults() -> dict[str, tuple[FetchResult, FetchResult]]:
 
     async def fetch() -> None:
         async for row, _, result in fetch_all(enumerate(urls), OPTIONS):
-            assert row not in results, "one outcome"
+            assert row not in results, "a row must have only one outcome"
             results[row] = result
 
     async with server:
         await asyncio.wait_for(fetch(), MAX_SECONDS)
-    assert len(results) == len(urls), "no row is lost"
+    assert len(results) == len(urls), "a row has no outcome"
     return {name: (results[2 * n], results[2 * n + 1]) for n, name in enumerate(names)}
 
 
@@ -415,7 +415,7 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
         yield asyncio.run(fetch_faults())
     finally:
         logger.removeHandler(handler)
-    assert not messages, "nothing is logged, because every fault is expected"
+    assert not messages, "nothing may be logged, because every fault is expected"
 
 
 @pytest.mark.medium

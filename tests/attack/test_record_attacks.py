@@ -158,4 +158,4 @@ def test_evaluate_ends_with_a_status_on_mutated_predictions(
         assert time.perf_counter() - start < MAX_SECONDS, what
         output = capsys.readouterr()
         assert "Traceback" not in output.err + output.out
-        assert "\x1b]" not in output.err + output.out, "a control sequence reaches the terminal"
+        assert "\x1b]" not in output.err + output.out, "a control sequence reached the terminal"

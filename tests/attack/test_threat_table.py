@@ -22,4 +22,4 @@ def test_named_tests_exist() -> None:
     assert len(named) >= 30
     for file, name in named:
         found = names_of_tests(ROOT / file) if file else attacks
-        assert name in found, f"{file}::{name}"
+        assert name in found, f"SECURITY.md names a test that does not exist: {file}::{name}"

@@ -244,7 +244,7 @@ def test_export_gguf_refuses_what_llamacpp_does_not_support(
     checkpoint = train_pair(tower, language_model, tune_mm_mlp_adapter=True, max_steps=1, **options)
     with pytest.raises(ValueError, match=message):
         export_gguf(checkpoint, tmp_path / "gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
 
 
 @pytest.mark.medium

@@ -575,7 +575,7 @@ def test_import_checkpoint_keeps_nothing_that_differs_from_the_source(
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         import_checkpoint(folder, tmp_path / "ours")
-    assert [path.name for path in tmp_path.iterdir()] == ["stock"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"], "nothing may be left behind"
 
 
 def test_import_command_names_wrong_images_before_the_conversion(tmp_path: Path) -> None:
@@ -710,7 +710,7 @@ def test_import_checkpoint_refuses_a_pickle_that_runs_code(
     assert not victim.exists()
     assert not (tmp_path / "ours").exists()
     torch.load(folder / name, weights_only=False)
-    assert victim.exists(), "the trap works"
+    assert victim.exists(), "the trap must work, or the test would prove nothing"
 
 
 # ---- projectors without an activation ----

@@ -268,7 +268,7 @@ def test_export_stock_refuses_what_stock_llava_does_not_support(
     checkpoint = train_checkpoint(data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts)
     with pytest.raises(ValueError, match=message):
         export_stock(checkpoint, tmp_path / "stock")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
 
 
 @pytest.mark.medium
@@ -582,7 +582,7 @@ def test_demo_recipes_end_in_an_export_with_equal_captions(
     argv = [output, model.instruction, *images]
     captions = json.loads(run_without_project(CAPTION_PROCESS, *argv, folder=tmp_path))
     assert captions == model.caption(images, max_new_tokens=8)
-    assert len(set(captions)) > 10, "the captions depend on the images"
+    assert len(set(captions)) > 10, "the captions must depend on the images"
 
 
 # ---- memory ----

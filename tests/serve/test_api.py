@@ -113,7 +113,7 @@ def test_chat_samples_like_the_library(
     sampled = model.caption(photos[0], "What?", num_return_sequences=3, max_new_tokens=8, **options)
     assert answers(3, **options) == sampled
     assert answers(3, **{**options, "seed": 4}) != sampled
-    assert len(set(answers(16))) > 1, "several answers are sampled without a temperature, too"
+    assert len(set(answers(16))) > 1, "several answers must be sampled even without a temperature"
     # Logits divided by this temperature would be infinite.
     greedy = model.caption(photos[0], "What?", max_new_tokens=8)
     assert answers(1, temperature=1e-40) == [greedy]
@@ -130,7 +130,7 @@ def test_stream_equals_complete_answer(server: LiveServer, photos: list[bytes]) 
         server, messages, stream=True, stream_options=stream_options, **options
     )
     for chunk in stream:
-        assert usage is None, "the usage comes last"
+        assert usage is None, "the usage must come last"
         usage = chunk.usage
         for choice in chunk.choices:
             assert finish_reasons[choice.index] is None
@@ -540,7 +540,7 @@ def test_max_tokens_is_clamped_to_limit_and_context(
     limits = Limits(max_tokens=30)
     with without_end_tokens(model), live_server(model, limits=limits) as server:
         longest = server.post(chat_body(photos[0])).json()
-        assert "warnings" not in longest, "there is nothing to clamp without a requested length"
+        assert "warnings" not in longest, "without a requested length, there must be no warning"
         assert longest["usage"]["completion_tokens"] == 30
         for tokens in (31, 10**9, 10**400):
             response = server.post(chat_body(photos[0], **{name: tokens})).json()
@@ -665,7 +665,7 @@ def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]
             for name in ("xn--a", "xn--.example", "a..example", "b\u00fccher.invalid", "a" * 64):
                 assert refusal(server, f"http://{name}/1.png").code in ("bad_url", "dns")
             assert "scheme" in refusal(server, "file:///etc/passwd").message
-        assert not ImageHost.requests, "no request has reached the host"
+        assert not ImageHost.requests, "a request has reached the host"
         allow_private = FetchOptions(retries=0, allow_private=True)
         with live_server(model, limits=Limits(fetch=allow_private)) as server:
             assert "scheme" in refusal(server, f"{url}/redirect").message

@@ -133,7 +133,7 @@ def test_stop_text_of_several_tokens_ends_answer(model: Llava, photos: list[byte
         return unaffected, stopped
 
     unaffected, stopped = run_engine(model, use)
-    assert unaffected == [whole], "held-back text is sent when the answer ends"
+    assert unaffected == [whole], "held-back text must be sent when the answer ends"
     assert stopped == [whole[: whole.index(stop)].rstrip()]
 
 

@@ -58,7 +58,7 @@ def test_wrong_option_is_named(
     assert named in error and "Traceback" not in error
     hint = "`llava serve --help` lists the options."
     lines = [line for line in error.splitlines() if line and line != hint]
-    assert len(lines) == 1, "the error is one line"
+    assert len(lines) == 1, "the error must be one line"
 
 
 def test_unreadable_examples_folder_is_named(

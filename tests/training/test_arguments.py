@@ -258,7 +258,9 @@ def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
     comments = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Check" in line or "Expect" in line for line in comments)
     units = ("day", "hour", "minute")
-    assert any(unit in " ".join(comments) for unit in units), "the expected time"
+    assert any(unit in " ".join(comments) for unit in units), (
+        "the comments must state the expected time"
+    )
 
 
 # ---- arguments and options ----

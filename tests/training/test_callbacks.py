@@ -185,7 +185,7 @@ def test_early_stopping_saves_the_best_or_the_last_checkpoint(
     curve = read_log(output, "eval_loss")
     best = curve.index(max(curve)) + 1
     assert len(curve) == best + 2 < 12
-    assert best % 3 != 0, "not one of --save_steps"
+    assert best % 3 != 0, "the best step must not be one of --save_steps"
     last_step = best if load_best else best + 2
     assert read_checkpoint_config(output)["training"]["steps"] == last_step
     assert not (output / "trainer_state").exists()

@@ -123,7 +123,7 @@ def test_wandb_gets_images_and_captions(
     wandb.teardown()  # until then its service continues to write
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     images = sorted((folder / "files" / "media" / "images").glob("eval_captions_*.png"))
-    assert len(images) == 2 * 2, "two images at two evaluations"
+    assert len(images) == 2 * 2, "expected two images at each of two evaluations"
     with Image.open(images[0]) as image:
         assert image.size == (32, 32)
     rows = read_rows(tmp_path / "out" / "eval_captions" / "step-8.jsonl")

@@ -106,7 +106,7 @@ def test_cache_describes_its_content(
 ) -> None:
     tower = load_tower(models_folder)
     cache = FeatureCache(tower, "digest", tmp_path)
-    assert not list(tmp_path.iterdir()), "a cache that is only read may be read-only"
+    assert not list(tmp_path.iterdir()), "opening a cache must not write to it: it may be read-only"
     cache.fill(["0.jpg"], data_folder / "images", progress=False)
     description = json.loads((tmp_path / f"{cache_key(tower, 'digest')}.json").read_text())
     assert description["content"] == "features"

@@ -66,7 +66,7 @@ def test_signal_ends_the_run_after_the_step_with_a_checkpoint(
         with pytest.raises(TrainingInterrupted) as interrupted:
             run_training(options)
     assert (interrupted.value.signal, interrupted.value.step) == (number, 2)
-    assert signal.getsignal(number) is handler, "the handler of the caller is back"
+    assert signal.getsignal(number) is handler, "the handler of the caller must be restored"
     assert not (tmp_path / "out" / "llava.json").exists()
 
     resumed = run_training([*options, "--resume_from_checkpoint", "true"])

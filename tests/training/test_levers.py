@@ -101,7 +101,7 @@ def test_option_does_not_change_the_losses(
     output = tmp_path / "out"
     graphs_before = counters["stats"]["unique_graphs"]
     losses = train_losses(models_folder, data_folder, records, output, OPTIONS[name])
-    assert plain_losses[-1] < 0.6 * plain_losses[0], "the model learns"
+    assert plain_losses[-1] < 0.6 * plain_losses[0], "the model must learn"
     assert losses == pytest.approx(plain_losses, rel=2e-3)
     assert losses[:5] == pytest.approx(plain_losses[:5], rel=1e-5)
     if name == "all":

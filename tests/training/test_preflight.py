@@ -64,7 +64,7 @@ def test_preflight_reports_an_error_of_the_first_steps(
     with pytest.raises(ValueError, match="preflight: .* at step 2"):
         main(options)
     assert not scratch_folders(output)
-    assert not (output / "trainer_log.jsonl").exists(), "the run itself has not started"
+    assert not (output / "trainer_log.jsonl").exists(), "the run itself must not start"
 
 
 @pytest.mark.medium

@@ -110,7 +110,7 @@ def test_projector_trains_on_a_quantized_language_model(
     model = Llava.from_pretrained(run_training(options))
     linears = [m for m in model.language_model.modules() if isinstance(m, nn.Linear)]
     quantized = [m for m in linears if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(quantized) == len(linears) - 1, "all but the output layer"
+    assert len(quantized) == len(linears) - 1, "all layers but the output layer must be quantized"
 
 
 def test_bits_that_cannot_be_used_are_refused(
