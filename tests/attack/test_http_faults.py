@@ -25,7 +25,7 @@ from llava_simplified.prepare.fetch_options import FetchOptions
 
 OPTIONS = FetchOptions(
     allow_private=True,
-    timeout=6,  # ample for what is answered at once, also on a busy machine
+    timeout=6,  # enough for responses that are sent at once, even on a busy machine
     retries=0,
     per_host=1,
     concurrency=32,

@@ -292,7 +292,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     pixels = np.stack([x, y, np.full_like(x, 250)], axis=2).astype(np.uint8)
     ours = transform(pixels).permute(1, 2, 0).numpy().astype(int)
     theirs = resize_as_llamacpp(Image.fromarray(pixels), 224).astype(int)
-    # Along the lines through the center. Blue is 250 in the image and 104 in the borders.
+    # Compare the two lines through the center. Blue is 250 in the image and 104 in the borders.
     for line, other in ((ours[112], theirs[112]), (ours[:, 112], theirs[:, 112])):
         inside, other_inside = line[:, 2] > 177, other[:, 2] > 177
         assert (inside != other_inside).sum() <= 2

@@ -111,7 +111,7 @@ print(json.dumps({"logits": logits, "caption": caption, "adapted": adapted}))
 def stock_server() -> subprocess.Popen[str]:
     """Start the process that cannot import the project. It ends when the tests close its input."""
     return subprocess.Popen(
-        # Isolated: it does not look for modules where the tests look for them.
+        # -I isolates the process: it ignores PYTHONPATH and the current folder.
         [sys.executable, "-I", "-c", STOCK_SERVER],
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
@@ -383,7 +383,7 @@ def test_export_stock_writes_a_processor_that_makes_images_square(
     assert config["image_processor_type"] == "LlavaImageProcessor"
     assert config["do_pad"] is True
 
-    # A border is where the stock processor puts it, in the mean color.
+    # Our borders have the same position as those of the stock processor, and the mean color.
     processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
     white = Image.new("RGB", (32, 16), "white")
     pixels = processor.image_processor(white, return_tensors="pt")["pixel_values"][0]

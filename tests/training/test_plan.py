@@ -27,7 +27,7 @@ def measure_peak(small: list[str], large: list[str], result: Path) -> None:
         large: Options of the measured run.
         result: File for the measured number.
     """
-    # By default glibc keeps freed memory: a quarter more, which no plan can know.
+    # By default, glibc does not return all freed memory. The peak would be a quarter higher, which no plan can predict.
     tune_malloc(131072)
     train(*parse_arguments(small))
     before = read_memory("RssAnon") + read_memory(
@@ -168,7 +168,7 @@ def test_recipe_is_planned_without_records(
     words = ["--config", recipe, *models, "--tflops", "300"]
     assert main(words) == 0
     assert "one step" in capsys.readouterr().out
-    # With records it is the plan of a run, which would be refused.
+    # With records, this is the plan of a run that would be refused.
     with pytest.raises(ValueError, match="--eval_data_path"):
         main([*words, "--train_data_path", str(data_folder / "train.json")])
 

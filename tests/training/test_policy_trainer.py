@@ -130,7 +130,7 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
     ]
     again = run_training(resumed)
     assert_equal_weights(trained_weights(output), trained_weights(again))
-    # Reward and KL of the last step, too: the reference is not the checkpoint that was resumed.
+    # Reward and KL of the last step are equal too: the reference is not the checkpoint that was resumed.
     for key in ("reward", "kl"):
         assert read_log(again, key) == read_log(output, key)[-1:]
 
@@ -299,7 +299,7 @@ def test_supervised_loss_is_mixed_in(
     # References are not samples: the model is its own reference, and only samples have an entropy.
     statistics = trainer._read_statistics()
     assert statistics["kl"] == pytest.approx(0, abs=1e-8)
-    assert 0 < statistics["entropy"] < 6  # log of the vocabulary
+    assert 0 < statistics["entropy"] < 6  # about the log of the vocabulary's size
 
 
 @pytest.mark.medium

@@ -168,7 +168,7 @@ def test_resumed_run_and_accumulation_give_the_same_weights(dpo_options: MakeOpt
     options = dpo_options("resumed", **changes)
     again = run_training([*options, "--resume_from_checkpoint", str(output / "checkpoint-2")])
     assert_equal_weights(trained_weights(output), trained_weights(again))
-    # The reference is not the checkpoint that was resumed.
+    # Margin and loss are equal too: the reference is not the checkpoint that was resumed.
     for key in ("margin", "loss"):
         assert read_log(again, key) == read_log(output, key)[-2:]
 

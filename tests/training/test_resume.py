@@ -51,7 +51,7 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(
     )
     output = tmp_path / "killed"
     options = training_options(models_folder, data_folder, output, **OPTIONS)
-    # With another number of threads, sums would be taken in another order.
+    # With another number of threads, sums would be computed in another order.
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = ForkedProcess([ROOT / "train.py", *options], environment=environment)
     steps = random.Random(seed).randrange(3, 13)  # after the first checkpoint

@@ -215,7 +215,7 @@ def test_own_function_runs_in_worker_processes(own_module: str) -> None:
     first = reward(RECORDS, CAPTIONS)
     assert len(set(first)) == 2
     assert os.getpid() not in first
-    # The processes are used again.
+    # The second call uses the same processes.
     assert set(reward(RECORDS, CAPTIONS)) == set(first)
 
 
@@ -242,7 +242,7 @@ def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> Non
     with pytest.raises(ValueError, match="--reward_timeout 2 s") as error:
         reward(IDS[:2], images, REFERENCES[:2], CAPTIONS[:2])
     assert IDS[1] in str(error.value)
-    # The processes were ended, and others take their place.
+    # Other processes have replaced those that were ended.
     reward._timeout = 600.0
     assert reward(IDS[:2], images, REFERENCES[:2], ["a", "b"]) == quick
 
@@ -268,7 +268,7 @@ def test_clipscore_equals_the_evaluation(data_folder: Path, tmp_path: Path) -> N
     reward = Reward("clipscore", [], RewardOptions(clip=str(tmp_path)))
     assert reward(records, captions) == pytest.approx(expected[0].tolist(), abs=1e-6)
     assert (expected[0] > 0.01).sum() > 2
-    # From the cached images, in another order.
+    # The scores are the same if the images come from the cache, in another order.
     again = reward(records[::-1], captions[::-1])
     assert again[::-1] == pytest.approx(expected[0].tolist(), abs=1e-6)
 

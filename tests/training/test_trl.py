@@ -36,7 +36,7 @@ def pairs(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     random = np.random.default_rng(0)
     rows = []
     for index in range(3):
-        # As large as the tower's input: neither library resizes them.
+        # The images are as large as the tower's input, so neither library resizes them.
         pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
         row = {"image": f"{index}.png", "instruction": "What is this?"}
@@ -144,7 +144,7 @@ def test_loss_and_gradients_of_dpo_equal_those_of_trl(
         processing_class=AutoProcessor.from_pretrained(folders["current"]),
     )
     peer_batch = trl_batch(peer, pairs, count)
-    # The same texts, as tokens.
+    # Both sides train the same tokens.
     mask = peer_batch["completion_mask"].bool()
     found = torch.cat([peer_batch["input_ids"][index][mask[index]] for index in range(2 * count)])
     assert sorted(found.tolist()) == sorted(batch["labels"].tolist())
