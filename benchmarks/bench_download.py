@@ -59,7 +59,7 @@ def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    # A thread reads the output, so that a full pipe does not stop the command.
+    # A thread reads the output, so that a full pipe does not block the command.
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     reader.start()

@@ -182,7 +182,7 @@ def test_warm_up_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     import step_times
 
     monkeypatch.setattr(step_times, "measure_matmul", lambda dtype: 1e11)
-    # The first two steps take 50 seconds, the others 2 and 4. A last one marks the end of the one before it.
+    # The first two steps take 50 seconds each, the next ones 2 and 4. The start of the last step ends the fourth one.
     summary = step_times.summarize(
         [(0, 6.5), (50, 6.0), (100, 5.0), (102, 4.0), (106, 3.0)], "float32"
     )

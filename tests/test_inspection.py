@@ -57,7 +57,7 @@ def test_inspect_shows_both_answers_of_a_pair(
     answers = [[line for line in tokens if line[-1] == kind] for kind in ("yes", "rejected")]
     texts = ["".join(line[1] for line in answer) for answer in answers]
     assert texts == ["␣a␣red␣car</s>", "␣two␣dogs</s>"]
-    # Both follow the same prompt.
+    # Both answers follow the same prompt.
     assert answers[0][0][0] == answers[1][0][0]
     assert "row 1: both answers of the pair are equal" in output
     totals = read_totals(output)

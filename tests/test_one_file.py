@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """The inputs and results of one training step."""
 
     input_ids: torch.Tensor
-    positions: list[int]  # in the flattened batch, at which a token is predicted
+    positions: list[int]  # positions in the flattened batch at which a token is predicted
     targets: list[int]
     loss: float
     gradients: dict[str, torch.Tensor]

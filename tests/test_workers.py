@@ -159,7 +159,7 @@ def test_run_tasks_and_download_give_the_same_results_on_ray(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     squares = run_tasks(square, range(6), engine="ray", workers=2)
     results = [next(squares)]
-    # Ray was started for the first run; the others use it while that run goes on.
+    # Ray was started for the first run. The other runs use it while the first one is still running.
     assert ray.is_initialized()
     paths = [str(tmp_path / name) for name in ("good0", "bad1", "good2")]
     killed = run_tasks(die_once, paths, engine="ray", workers=2)

@@ -207,7 +207,7 @@ def import_again() -> None:
 
 
 def import_everything() -> None:
-    """Import every module of the package anew, and exit with an error if that fails. For a process of its own."""
+    """Import every module of the package anew, and exit with an error if that fails. Call it in a separate process."""
     import_again()
     package = importlib.import_module(PACKAGE)
     names = [

@@ -20,7 +20,7 @@ from llava_simplified.workers import tune_malloc
 
 
 def measure_peak(small: list[str], large: list[str], result: Path) -> None:
-    """Write the peak memory of a run's steps, in bytes. For a process of its own.
+    """Write the peak memory of a run's steps, in bytes. Call it in a separate process.
 
     Args:
         small: Options of a run before the measurement: libraries, thread pools and code are loaded then.

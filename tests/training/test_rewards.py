@@ -37,7 +37,7 @@ IDS = ["train.json row 1", "train.json row 2", "train.json row 3", "train.json r
 
 @dataclass
 class CaptionedRecord:
-    """What rewards read of a record."""
+    """The attributes of a record that rewards read."""
 
     id: str
     image: str = ""
