@@ -1,7 +1,7 @@
 """Exercise 1: break the label mask, and see the loss lie.
 
-Task: change `make_sequence` so that the prompt counts in the loss too. Train both models for the same steps. Which one
-has the lower loss? Which one is better at what it should learn, the answers?
+Task: change `make_sequence` so that the prompt counts in the loss too. Train both models for the same number of steps.
+Which one has the lower loss? Which one is better at what it should learn, the answers?
 """
 
 from __future__ import annotations

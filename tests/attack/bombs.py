@@ -51,7 +51,7 @@ def zeros(count: int) -> bytes:
 
 
 def progressive_jpeg(scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
-    """Return a JPEG whose first refinement scan is repeated."""
+    """Return a progressive JPEG whose second scan is repeated `scans` times."""
     data = encoded("JPEG", size, progressive=True, quality=30)
     starts = [index for index in range(len(data)) if data[index : index + 2] == b"\xff\xda"]
     second, third = starts[1], starts[2]
@@ -153,7 +153,7 @@ def gif_with_comments(comments: bytes) -> bytes:
 
 
 def bmp_of_run_lengths(width: int, height: int, codes: bytes) -> bytes:
-    """Return a BMP whose pixels are these codes."""
+    """Return a BMP whose pixels are run-length encoded, as these codes."""
     start = 14 + 40 + 1024
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(codes), 0, 0, 256, 0)
     return (

@@ -249,7 +249,7 @@ CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
 
 
 def poison(folder: Path, marker: Path, known_type: bool) -> None:
-    """Make every configuration in a folder name a class in a Python file of the folder."""
+    """Add a Python file to a folder, and let every configuration in the folder refer to a class in this file."""
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     for name, entries in {
         "config.json": {

@@ -72,7 +72,7 @@ def answer(head: bytes, body: bytes = JPEG, status: bytes = OK) -> bytes:
 
 
 def repeat(first: bytes, piece: bytes, seconds: float = 0.0) -> Pieces:
-    """Yield the same piece forever."""
+    """Return an iterator function that yields `first`, and then the same piece forever."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield first
@@ -383,7 +383,7 @@ class FaultServer:
 
 
 async def fetch_faults() -> dict[str, tuple[FetchResult, FetchResult]]:
-    """Request each fault from another address, and then an image from the same address."""
+    """Request each fault from an address of its own, and then an image from the same address."""
     names = list(FAULTS)
     server = await asyncio.start_server(FaultServer(), "0.0.0.0", 0, limit=1_000_000)
     port = server.sockets[0].getsockname()[1]

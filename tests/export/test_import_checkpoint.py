@@ -416,7 +416,7 @@ def test_import_checkpoint_uses_the_aspect_ratio_of_the_source(
 
 
 def name_in_transformers_4(name: str) -> str:
-    """Return a weight's name in a folder written by transformers 4, as those of llava-hf on the hub."""
+    """Return a weight's name in a folder that transformers 4 has written, such as those of llava-hf on the hub."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower."):
         bare_name = name.removeprefix("vision_tower.").removeprefix("vision_model.")

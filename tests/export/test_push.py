@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
         return {"url": f"{self.url}/{name}", "name": name}
 
     def choose_upload_modes(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer how each file is to be sent: weights as large files, others within the commit."""
+        """Return how each file must be sent: weights as large files, others within the commit."""
         files = []
         for file in request["files"]:
             mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
@@ -62,7 +62,7 @@ class Hub(ThreadingHTTPServer):
         return {"files": files}
 
     def choose_upload_addresses(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer where each large file is to be sent."""
+        """Return where each large file must be sent."""
         objects = request["objects"]
         for blob in objects:
             blob["actions"] = {"upload": {"href": f"{self.url}/storage/{blob['oid']}"}}

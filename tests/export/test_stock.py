@@ -303,7 +303,7 @@ def test_export_stock_removes_an_export_with_different_results(
 
 
 def names_in_vllm() -> re.Pattern[str]:
-    """Return a pattern of the weights that vLLM loads.
+    """Return a pattern that matches the names of the weights that vLLM loads.
 
     vLLM has modules of its own (vllm/model_executor/models/llava.py and clip.py), and finds their
     weights by these names.

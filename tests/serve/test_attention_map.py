@@ -53,7 +53,7 @@ def expected_attention(model: Llava, prompt: list[int], pixels: torch.Tensor) ->
 
 
 def check_token_attention(model: Llava) -> torch.Tensor:
-    """Compare `token_attention` with `expected_attention`, and return it."""
+    """Assert that `token_attention` equals `expected_attention`, and return what it has computed."""
     prompt, pixels = prepare_question(model, QUESTION)
     grids = token_attention(model, prompt, ANSWER_IDS, model.vision_tower(pixels))
     patches_per_image = grids[0, 0].numel()
