@@ -264,7 +264,7 @@ def main() -> None:
         "--tutorial",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Also run the tutorial's downloader, in the case http",
+        help="Also run the tutorial's downloader (only in the case http)",
     )
     parser.add_argument(
         "--peer-venv",
