@@ -418,8 +418,8 @@ def run_sides(
             if name in TRAINING_PEERS:
                 runs.append(measure_peer(folder, template, name, batch, steps))
             else:
-                words = ["--steps", args.steps, "--run", folder, *models, name, batch]
-                run_child(__file__, *words, name=name)
+                arguments = ["--steps", args.steps, "--run", folder, *models, name, batch]
+                run_child(__file__, *arguments, name=name)
                 runs.append(json.loads((folder / "result.json").read_text()))
             print(f"{name}: {runs[-1]['seconds']:.2f} s per step", file=sys.stderr, flush=True)
     return results

@@ -86,7 +86,7 @@ class ForkedProcess:
         self._stderr = tempfile.NamedTemporaryFile(prefix="stderr")  # noqa: SIM115
         self._process = fork_process(
             _run_argv,
-            [str(word) for word in argv],
+            [str(argument) for argument in argv],
             str(folder or Path.cwd()),
             {**os.environ, **environment},
             (self._stdout.name, self._stderr.name),

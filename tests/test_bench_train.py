@@ -43,12 +43,12 @@ def make_result(loss: float, seconds: float, **more: Any) -> dict[str, Any]:
 # ---- command line ----
 
 
-@pytest.mark.parametrize("words", [["--peer", "megatron"], ["--peer"]])
-def test_unknown_peer_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("argv", [["--peer", "megatron"], ["--peer"]])
+def test_unknown_peer_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from bench_train import build_parser
 
     with pytest.raises(SystemExit):
-        build_parser().parse_args(words)
+        build_parser().parse_args(argv)
     assert "--peer" in capsys.readouterr().err
 
 

@@ -149,8 +149,12 @@ def test_launchers_start_one_run_with_two_processes(
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
         options = ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
     with command_programs(tmp_path / "bin", scripts=[script]):
-        name, *words = LAUNCHERS[launcher].split()
-        command = [Path(sys.executable).parent / name, *words, tmp_path / "bin" / script.name]
+        name, *launcher_options = LAUNCHERS[launcher].split()
+        command = [
+            Path(sys.executable).parent / name,
+            *launcher_options,
+            tmp_path / "bin" / script.name,
+        ]
         options += [
             *training_options(models_folder, data_folder),
             *("--per_device_train_batch_size", 2, "--logging_steps", 1),

@@ -534,8 +534,8 @@ def test_checkpoints_with_unsupported_settings_are_refused(
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved_checkpoint, folder)
     config = json.loads((folder / file).read_text())
-    of_architecture = file == "llava.json" and name != "trained_tower"
-    entries = config["architecture"] if of_architecture else config
+    is_architecture_entry = file == "llava.json" and name != "trained_tower"
+    entries = config["architecture"] if is_architecture_entry else config
     entries[name] = value
     (folder / file).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=name):

@@ -506,8 +506,8 @@ def test_import_checkpoint_supports_a_template_that_writes_the_image_token(
     assert Prompt(tokenizer).render(turns, None) == model.prompt.render(turns, None)
     # The export is compared with the checkpoint, and equals the source again. Its template accepts lists.
     export_stock(tmp_path / "ours", tmp_path / "again", images=[image])
-    picture = {"type": "image", "image": Image.open(image)}
-    parts = [{"role": "user", "content": [picture, {"type": "text", "text": INSTRUCTION}]}]
+    image_part = {"type": "image", "image": Image.open(image)}
+    parts = [{"role": "user", "content": [image_part, {"type": "text", "text": INSTRUCTION}]}]
     processor = AutoProcessor.from_pretrained(tmp_path / "again", backend="pil")
     assert processor.image_token == token
     inputs = processor.apply_chat_template(

@@ -148,8 +148,8 @@ def test_tower_flops_are_those_of_its_matrices(models_folder: Path) -> None:
     assert count_tower_flops(tower) == expected
 
 
-def run_module(module: str, words: Sequence[str]) -> None:
-    sys.argv = [module, *words]
+def run_module(module: str, argv: Sequence[str]) -> None:
+    sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__")
 
 
@@ -158,9 +158,9 @@ def run_in_child(command: Sequence[str], **_: object) -> CompletedProcess:
 
     The process is a child of this one, and not of a server as in `cli_process`, because its CPU time is measured.
     """
-    _, option, module, *words = command
+    _, option, module, *argv = command
     assert option == "-m"
-    process = multiprocessing.get_context("fork").Process(target=run_module, args=(module, words))
+    process = multiprocessing.get_context("fork").Process(target=run_module, args=(module, argv))
     process.start()
     process.join()
     return CompletedProcess(command, process.exitcode, "", "")

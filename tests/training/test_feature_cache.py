@@ -191,12 +191,12 @@ def test_dummy_image_has_the_form_of_the_cached_images(
 
     cache = FeatureCache(tower, "w", pixels=pixels)
     dataset.features = cache.fill(["0.jpg"], data_folder / "images", progress=False)
-    ((name, blank),) = dummy_image_batch(model, dataset).items()
+    ((name, dummy),) = dummy_image_batch(model, dataset).items()
     assert name == ("pixel_values" if pixels else "image_features")
     cached = dataset.features["0.jpg"]
-    assert blank.shape[1:] == cached.shape
-    assert blank.dtype == cached.dtype
-    assert not blank.any()
+    assert dummy.shape[1:] == cached.shape
+    assert dummy.dtype == cached.dtype
+    assert not dummy.any()
 
 
 # ---- llava encode ----

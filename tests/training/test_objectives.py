@@ -101,8 +101,8 @@ def test_bandit_of_two_captions_learns_the_better_one(objective: str) -> None:
             advantages = rloo_advantages(rewards)
         else:
             advantages = grpo_advantages(rewards)
-        of_samples = log_probs[drawn]
-        loss = clipped_policy_loss(of_samples, of_samples.detach(), advantages[0] / 5)
+        sample_log_probs = log_probs[drawn]
+        loss = clipped_policy_loss(sample_log_probs, sample_log_probs.detach(), advantages[0] / 5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -165,12 +165,12 @@ def test_recipe_is_planned_without_records(
     """As in the documentation, plan before there is any data, although the recipe evaluates during training."""
     models = ["--model_name_or_path", str(models_folder / "mistral")]
     models += ["--vision_tower", str(models_folder / "clip")]
-    words = ["--config", recipe, *models, "--tflops", "300"]
-    assert main(words) == 0
+    argv = ["--config", recipe, *models, "--tflops", "300"]
+    assert main(argv) == 0
     assert "one step" in capsys.readouterr().out
     # With records, this is the plan of a run that would be refused.
     with pytest.raises(ValueError, match="--eval_data_path"):
-        main([*words, "--train_data_path", str(data_folder / "train.json")])
+        main([*argv, "--train_data_path", str(data_folder / "train.json")])
 
 
 def test_plan_refuses_a_deepspeed_config_without_a_stage(tmp_path: Path) -> None:

@@ -250,8 +250,8 @@ def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> Non
 def test_cider_of_a_single_record_is_refused() -> None:
     with pytest.raises(ValueError, match="word_f1"):
         CiderScorer(DocumentFrequencies.count(REFERENCES[:1]))
-    of_two = CiderScorer(DocumentFrequencies.count(REFERENCES[:2]))
-    assert math.isfinite(of_two.score("a", REFERENCES[0]))
+    scorer = CiderScorer(DocumentFrequencies.count(REFERENCES[:2]))
+    assert math.isfinite(scorer.score("a", REFERENCES[0]))
 
 
 # ---- clipscore ----
