@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-# Name of each section, and the words of its command after `python benchmarks/`.
+# Name of each section -> the script in this folder that measures it, and its options.
 BENCHMARKS = {
     "train": "bench_train.py",
     "train_peers": "bench_train.py --peer llama-factory ms-swift",
@@ -44,16 +44,18 @@ def run_benchmark(name: str) -> str:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
         for line in run.stdout or ():
             print(line, end="", flush=True)
-            # Leave out what DeepSpeed prints during its import: there is no GPU.
+            # Leave out the line that DeepSpeed prints when it is imported on a machine without a GPU.
             if "real_accelerator.py" not in line:
                 lines.append(line)
     if run.returncode:
-        sys.exit(f"{script} failed; {RESULTS.name} contains the benchmarks before it")
+        sys.exit(
+            f"{script} failed (see above); the results of the benchmarks before it are in {RESULTS.name}"
+        )
     return "".join(lines).strip("\n")
 
 
 def read_sections() -> dict[str, str]:
-    """Return the sections of RESULTS.md by the name of the benchmark."""
+    """Return the sections of RESULTS.md by benchmark name."""
     if not RESULTS.exists():
         return {}
     text = RESULTS.read_text(encoding="utf-8")

@@ -193,7 +193,7 @@ def make_stock_generate(
 def caption_all(
     side: str, models: tuple[str, str], folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure a side that runs in Python, in a separate process.
+    """Measure a side that runs in Python, in this process, which was started for it.
 
     Returns:
         "rate": captions per second; "memory": peak bytes; "first_token": seconds (only with llama.cpp);

@@ -56,7 +56,7 @@ class Duration(NamedTuple):
 
 
 def damage(data: bytes, fault: str) -> bytes:
-    """Return the bytes of an image with one of `FAULTS`. A missing image is not changed, but not written either."""
+    """Return the bytes of an image with one of `FAULTS`. For "missing", return them unchanged; they are not written."""
     middle = len(data) // 2
     if fault == "truncated":
         return data[:middle]
@@ -92,7 +92,7 @@ def write_images(folder: Path, count: int, photos: Path | None) -> dict[str, str
 def time_command(command: Sequence[str]) -> Duration:
     """Run a command, and return its duration. An error of the command ends the benchmark."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum before.
+    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum from before this command.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -151,7 +151,7 @@ def print_speed(best: dict[str, Duration], startup: dict[str, Duration], count: 
 def print_disagreements(
     kinds: dict[str, str], kept_by_ours: set[str], kept_by_tutorial: set[str]
 ) -> None:
-    """Print the number of images on which the two sides disagree, and of our wrong decisions."""
+    """Print the number of images on which the two sides disagree, and the number of our wrong decisions."""
     rejected_by_ours = kept_by_tutorial - kept_by_ours
     rejected_by_tutorial = kept_by_ours - kept_by_tutorial
     wrong = [image for image, kind in kinds.items() if (kind == "good") != (image in kept_by_ours)]

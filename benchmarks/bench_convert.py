@@ -2,8 +2,9 @@
 
     python benchmarks/bench_convert.py [--rows 3300000]
 
-Prints seconds, rows per second and peak memory of `llava convert` (.json, .jsonl, .parquet); the time and the
-memory of `open_records` on each result; and the same for the usual way: `csv` and `json`, with all rows in memory.
+Prints seconds, rows per second and peak memory of `llava convert` (.json, .jsonl, .parquet), and the time and the
+memory of `open_records` on each result. For comparison, prints the cost of the usual way (`csv` and `json.dump`, with
+all rows in memory) and the time of `json.load`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Cost(NamedTuple):
 
 
 def write_tsv(path: Path, rows: int) -> None:
-    """Write `caption<TAB>url` lines as in CC3M: ten words on average, one row in 20,000 malformed."""
+    """Write `caption<TAB>url` lines as in CC3M: eleven words on average, one row in 20,000 malformed."""
     draw = random.Random(0)
     captions = []
     for _ in range(50_000):

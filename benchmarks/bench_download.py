@@ -53,13 +53,13 @@ class Cost(NamedTuple):
 
 def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
     """Run a command, and return its cost. An error of the command ends the benchmark."""
-    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum before.
+    # The CPU time of child processes is only available as a sum over all of them, so subtract the sum from before this command.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    # A thread reads the output, so that a full pipe does not stop the command.
+    # A thread reads the output, so that a full pipe does not block the command.
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     reader.start()
@@ -117,7 +117,7 @@ def check_ours(output: Path, jobs: Sequence[Job], *, exact: bool) -> str:
 
 
 def check_img2dataset(output: Path, jobs: Sequence[Job]) -> str:
-    """Count the images that img2dataset has lost, and the other responses that it has kept; return the counts as text.
+    """Count the images that img2dataset has lost, and the bad responses that it has kept; return the counts as text.
 
     Its reasons for failures are not compared, because it has other names for them.
     """
@@ -264,7 +264,7 @@ def main() -> None:
         "--tutorial",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Also run the tutorial's downloader, in the case http",
+        help="Also run the tutorial's downloader (only in the case http)",
     )
     parser.add_argument(
         "--peer-venv",

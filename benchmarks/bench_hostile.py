@@ -1,4 +1,4 @@
-"""Measure `llava serve` with many clients, first all healthy, then together with hostile ones.
+"""Measure `llava serve` with many healthy clients, first alone, and then together with hostile ones.
 
     python benchmarks/bench_hostile.py [--clients 200] [--seconds 300] [--hostile 0.1]
 
@@ -334,7 +334,8 @@ def main() -> int:
         phases = []
         for number in (0, hostile):
             # Start a new server for each phase, so that its memory does not include the memory of the previous phase.
-            # With two places per client, the queue is never full, so no healthy request may be rejected.
+            # The queue has room for two requests per client, so it is never full, and a rejected healthy request is a
+            # fault.
             with running_server(checkpoint, queue=2 * args.clients) as (process, url):
                 phases.append(asyncio.run(run_phase(process, url, healthy, number, args.seconds)))
     alone, attacked = phases

@@ -168,11 +168,11 @@ def num_steps(args: argparse.Namespace) -> int:
 
 
 def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one side, in a separate process.
+    """Measure one side, in this process, which was started for it.
 
     Returns:
-        "seconds": of a step; "sampling": the part of them for sampling; "tokens": mean length of a sample; "memory":
-        peak bytes.
+        "seconds": duration of a step; "sampling": seconds of it that are spent on sampling; "tokens": mean length of a
+        sample; "memory": peak bytes.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A training step of `llava train`, of stock LLaVA under transformers' Trainer and TRL, and of the tutorial.
+"""Compare a training step of `llava train` with stock LLaVA in transformers' Trainer and TRL, and with the tutorial.
 
     python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 2] [--rounds 1]
     python benchmarks/bench_train.py --peer llama-factory ms-swift
@@ -265,7 +265,7 @@ def train_trl(folder: Path, models: Models, batch: int, steps: int) -> None:
 
 
 def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) -> dict[str, Any]:
-    """Measure one side, in a separate process.
+    """Measure one side, in this process, which was started for it.
 
     Returns:
         What `step_times.summarize` returns.
@@ -326,7 +326,8 @@ def step_flops(folder: Path, models: Models, images: int) -> float:
         attended += prefix_length**2 / 2
         for length in answer_lengths:
             attended += length * (prefix_length + length / 2)
-    # Scores and weighted sums, a multiplication and an addition each, three times.
+    # Two matrix products (the scores and the weighted sums) cost two FLOPs each per pair and channel, three times:
+    # forward, and for the gradients of both factors.
     attention = 12 * attended * hidden * num_layers
     layers = num_tokens * (4 * frozen_weights + 6 * lora_weights)
     head = 4 * num_trained * hidden * config.vocab_size
@@ -349,7 +350,7 @@ def choose_peers(names: list[str] | None) -> dict[str, str]:
 
 
 def choose_ours(names: list[str] | None) -> list[str]:
-    """Return the lines of our side: all, or the first and the last beside peers, which are slow."""
+    """Return the lines of our side to measure: the first and the last if peers are named (they are slow), or all."""
     lines = list(OURS)
     return [lines[0], lines[-1]] if names else lines
 
@@ -417,15 +418,15 @@ def run_sides(
             if name in TRAINING_PEERS:
                 runs.append(measure_peer(folder, template, name, batch, steps))
             else:
-                words = ["--steps", args.steps, "--run", folder, *models, name, batch]
-                run_child(__file__, *words, name=name)
+                arguments = ["--steps", args.steps, "--run", folder, *models, name, batch]
+                run_child(__file__, *arguments, name=name)
                 runs.append(json.loads((folder / "result.json").read_text()))
             print(f"{name}: {runs[-1]['seconds']:.2f} s per step", file=sys.stderr, flush=True)
     return results
 
 
 def print_versions(results: Results) -> None:
-    """Print the versions of both sides, if they are not installed in one environment."""
+    """Print the versions of our side and of the peers, if the peers have environments of their own."""
     compared = [runs[0]["versions"] for runs in results.values() if "versions" in runs[0]]
     if not compared:
         return

@@ -137,7 +137,7 @@ def check(actual: Result, expected: Result, tolerance: float) -> Values:
     """Return the largest difference of losses and gradients.
 
     Raises:
-        AssertionError: It exceeds the tolerance, or the two results have gradients of different weights.
+        AssertionError: A difference exceeds the tolerance, or the two results have gradients of different weights.
     """
     actual_loss, actual_gradients = actual
     expected_loss, expected_gradients = expected

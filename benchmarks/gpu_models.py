@@ -38,7 +38,7 @@ TEMPLATE = (
     "{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# The tokenizer has one token per byte, so texts are short: the prompt has about 20 tokens, a caption about 12 with
+# Each byte is a token, so these texts are short: the prompt has about 20 tokens, a caption about 12 with
 # its end token, as in Conceptual Captions.
 INSTRUCTION = "Say:"
 CAPTION_LENGTHS = (8, 15)  # minimum and maximum number of characters

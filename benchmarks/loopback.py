@@ -173,7 +173,7 @@ _STATUS = {
 class _Handler(asyncio.Protocol):
     """One connection.
 
-    The attributes are shared by all connections of a server, because `start` creates a subclass for each server.
+    These attributes are shared by all connections of a server, because `start` creates a subclass for each server.
 
     Attributes:
         latency: Seconds between a request and its response.
@@ -298,7 +298,7 @@ async def start(
 
 
 def make_certificate(folder: Path) -> Path:
-    """Write a temporary certificate for all hosts of this server, and return it."""
+    """Write a temporary certificate for all hosts of this server, and return its path."""
     certificate = folder / "cert.pem"
     names = ",".join(f"IP:{host}" for host in HOSTS)
     command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=loopback"]

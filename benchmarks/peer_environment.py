@@ -45,8 +45,8 @@ def create_peer_python(
         folder: Folder of the environment.
         requirements: What pip installs into it.
         constraints: Versions of what the requirements depend on, as in a constraints file of pip.
-        optional: Packages that the peer requires but does without. They are removed if they cannot be
-            imported.
+        optional: Packages that are installed with the peer, but that it can do without. They are removed if they
+            cannot be imported.
 
     Raises:
         subprocess.CalledProcessError: The installation failed.
@@ -72,7 +72,7 @@ def remove_broken_packages(python: Path, packages: Sequence[str]) -> None:
 
     Args:
         python: Python of the environment.
-        packages: Names that are those of a module, too.
+        packages: Names of packages. Each must also be the name of the module that the package provides.
 
     Raises:
         subprocess.CalledProcessError: A package could not be removed.

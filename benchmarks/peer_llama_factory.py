@@ -1,4 +1,4 @@
-"""LLaMA-Factory as its README runs it, in its own virtual environment. Started by bench_train.py --peer.
+"""Run LLaMA-Factory as its README does, in its own virtual environment. Started by bench_train.py --peer.
 
     python peer_llama_factory.py RUN.json RESULT.json
 
@@ -7,8 +7,8 @@ Settings that differ from its defaults or its examples, and why:
 - Gradient checkpointing is off: it costs a second forward pass, and no other side has it.
 - The template is registered here, because its `chatml` template also trains the line break after an answer.
 - The projector is trained, as on all sides: LoRA leaves it frozen unless `additional_target` names it.
-- No packing: the captions differ by a few tokens, so there is little padding, and packed sequences would
-  need an attention mask per sample, which sdpa on a CPU does not skip.
+- No packing: the lengths of the captions differ by a few tokens, so there is little padding. With packed
+  sequences, sdpa on a CPU would also compute the attention scores between captions, which are masked.
 - No Liger kernels and no unsloth: both need a GPU.
 """
 
@@ -82,7 +82,7 @@ def training_arguments(run: PeerRun) -> dict[str, Any]:
 
 
 def provide_torchaudio() -> None:
-    """Let LLaMA-Factory import torchaudio where it is missing. Only recordings would use it."""
+    """Add an empty module torchaudio if it is missing: LLaMA-Factory imports it, but needs it only for audio."""
     if find_spec("torchaudio") is None:
         module = ModuleType("torchaudio")
         module.__spec__ = ModuleSpec("torchaudio", loader=None)

@@ -1,4 +1,4 @@
-"""ms-swift as its README runs it, in its own virtual environment. Started by bench_train.py --peer.
+"""Run ms-swift as its README does, in its own virtual environment. Started by bench_train.py --peer.
 
     python peer_ms_swift.py RUN.json RESULT.json
 

@@ -1,7 +1,7 @@
 """Measure the training steps of any subclass of transformers' Trainer, in the process that trains.
 
-Our side and all peers are measured by this one rule, so the file imports nothing of our package: it also runs
-in the virtual environment of a peer.
+Our side and all peers are measured by this code. It imports nothing of our package, because it also runs in the
+virtual environments of the peers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure_matmul(dtype: str) -> float:
 
 
 def summarize(steps: list[Step], dtype: str) -> dict[str, float]:
-    """Return what is compared of a run that has just ended in this process.
+    """Return the figures to compare of a run that has just ended in this process.
 
     Args:
         steps: The steps that `record_steps` has recorded.

@@ -1,8 +1,8 @@
 """Programs that bench_train.py compares a training step with, each in its own virtual environment.
 
 Every peer trains the stock LLaVA model that our comparison with TRL assembles, saved as a folder, on the same
-images and texts. It has no template for this language model, so its script registers one, whose text is taken
-from the chat template of the tokenizer. All prompts and labels are then the same tokens on all sides.
+images and texts. No peer has a template for this language model, so the script of each peer registers one, whose text
+is taken from the chat template of the tokenizer. Prompts and labels are then the same tokens on all sides.
 
 Two programs are missing here. unsloth 2026.10 trains text models on a CPU, but its vision models need a GPU.
 axolotl 0.19 requires packages with GPU kernels (xformers, Triton, Liger, flash-linear-attention) and warns that
@@ -35,7 +35,7 @@ class TrainingPeer:
         requirement: What pip installs, with the version.
         script: File in this folder that runs in its environment.
         image_text: What stands for the image in a message. A peer may add the line break itself.
-        optional: Packages that it requires, but does without.
+        optional: Packages that are installed with it, but that it can do without.
     """
 
     name: str
@@ -117,7 +117,8 @@ def write_stock_model(model: Any, processor: Any, folder: Path) -> None:
     """Write a stock LLaVA model that was assembled in memory, and its processor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    # Without the mapping, which only a loaded model has, the tower would lose a part of its names.
+    # Only a model that was loaded from files has this mapping. Without it, the weights of the tower would be saved
+    # under incomplete names.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

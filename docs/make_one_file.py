@@ -94,7 +94,7 @@ def make_model(assets: DemoAssets, records: list[dict[str, str]], cache: dict[st
 
 def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> dict[str, Any]:
     """Run every step of the file on one record, and return the values that the template shows."""
-    # The page changes only if the code does.
+    # Set the seeds, so that the page changes only if the code does.
     random.seed(0)
     torch.manual_seed(0)
     records = one_file.read_records(assets.train_json)
@@ -227,7 +227,7 @@ def describe_parts(model: Any) -> list[tuple[str, int, str]]:
         "projector": [],
     }
     for name, parameter in model.named_parameters():
-        # The LoRA matrices are inside the language model, but the page shows them as a part.
+        # The LoRA matrices are inside the language model, but the page shows them as a separate part.
         if "lora_" in name:
             part = "LoRA"
         else:

@@ -43,7 +43,7 @@ def main() -> None:
 
     folder = fetch(args.cache_dir).images
     rows = json.loads(args.predictions.read_text(encoding="utf-8"))
-    # Show evenly spread rows, so that nobody has selected the good ones.
+    # Show evenly spread rows, so that good and bad captions appear as often as in the predictions.
     step = max(1, len(rows) // 16)
     evenly_spread = rows[::step][:16]
     figure, axes = plt.subplots(2, 8, figsize=(13, 5.6), dpi=75)

@@ -176,7 +176,7 @@ def log_probabilities(
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the scores before and after `make demo-reward`, and draw its rewards."""
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    # The evaluation has two runs: the model before and after training on rewards.
+    # The evaluation has two runs: the model before and after reinforcement learning.
     before, after = scores.values()
     rows = []
     for name in ("CIDEr-D", "word F1"):

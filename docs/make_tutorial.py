@@ -225,7 +225,7 @@ def generate_caption(
 
 
 def share_prefix() -> tuple[list[int], torch.Tensor]:
-    """Return position ids and attention mask of a prompt of four tokens with two captions of two tokens."""
+    """Return position ids and attention mask of a prompt of four tokens with two captions of two tokens each."""
     # The token ids do not matter. Branch 0 is the prompt, whose placeholder becomes two image tokens.
     example = Example(
         input_ids=[7, IMAGE_INDEX, 8, 1, 2, 3, 4],

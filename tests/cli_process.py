@@ -1,8 +1,9 @@
 """Run commands in separate processes that start immediately, since they are forked from one that has imported torch.
 
 This is for tests that need a process: for its exit status, a signal or `kill -9`. `python train.py` needs several
-seconds to import torch and transformers; a forked process has imported them already. A fork cannot show the import
-itself, nor the effect of variables that libraries read while they are imported, such as OMP_WAIT_POLICY.
+seconds to import torch and transformers; a forked process has imported them already. Tests that use a forked process
+cannot cover the import itself, or the effect of variables that libraries read while they are imported, such as
+OMP_WAIT_POLICY.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
 def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
     # Exclude what the server has imported from garbage collection, which runs several times at the end of a training run.
     gc.freeze()
-    # Reset the start method. Otherwise a server would also start the data-loader workers, unlike in a real command.
+    # Reset the start method. Otherwise the fork server would also start the data-loader workers, unlike in a real command.
     multiprocessing.set_start_method(None, force=True)
     target(*args)
 
@@ -85,7 +86,7 @@ class ForkedProcess:
         self._stderr = tempfile.NamedTemporaryFile(prefix="stderr")  # noqa: SIM115
         self._process = fork_process(
             _run_argv,
-            [str(word) for word in argv],
+            [str(argument) for argument in argv],
             str(folder or Path.cwd()),
             {**os.environ, **environment},
             (self._stdout.name, self._stderr.name),
@@ -158,12 +159,12 @@ def _run_argv(
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     if "OMP_NUM_THREADS" in environment:
-        # torch has read this variable when the server imported it, so it must be applied here.
+        # torch read this variable when the fork server imported torch, so it must be applied here.
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if sys.platform == "linux":
-        # Fork workers, as commands do that have not imported torch. The server has imported it.
+        # Fork workers, as commands do that have not imported torch. The fork server has imported it.
         workers.start_method = lambda: "fork"
     sys.argv = argv
     if argv[0] == "llava":

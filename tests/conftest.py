@@ -36,7 +36,7 @@ LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
 VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
 
 
-# Libraries that the package or the tests import, in parts that are slow to import. One that is not installed is left out.
+# Modules of libraries that the package or the tests import, and that are slow to import. A missing one is skipped.
 LIBRARIES = [
     "aiohttp",
     "datasets",

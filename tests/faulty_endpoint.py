@@ -15,7 +15,7 @@ from typing import Any
 
 
 def caption_of(image: bytes, number: int = 0) -> str:
-    """Return the caption that the server generates for an image file. No other image has the same caption."""
+    """Return the caption of an image file with a sample number. It differs for every image and every number."""
     return f"image {hashlib.sha256(image).hexdigest()[:12]} é {number}"
 
 

@@ -1,4 +1,4 @@
-"""Load `llava_in_one_file.py`, which is no part of a package."""
+"""Load `llava_in_one_file.py`, which is not part of a package."""
 
 from __future__ import annotations
 

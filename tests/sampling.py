@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 from typing import TypeVar
 
-# `make fuzz` sets it.
+# `make fuzz` sets this variable.
 IS_COMPLETE = bool(os.environ.get("FUZZ"))
 
 T = TypeVar("T")
@@ -22,5 +22,5 @@ def sample(cases: Iterable[T], count: int) -> list[T]:
 
 
 def num_examples(complete: int) -> int:
-    """Return how many random inputs a test tries: all of `complete` in `make fuzz`, else a third."""
+    """Return how many random inputs a test tries: `complete` in `make fuzz`, otherwise a third of it."""
     return complete if IS_COMPLETE else complete // 3

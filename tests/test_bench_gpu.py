@@ -21,7 +21,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     return found
 
 
-def test_bench_gpu_goes_on_after_a_section_has_failed(
+def test_bench_gpu_runs_the_next_section_if_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -40,7 +40,7 @@ def test_bench_gpu_goes_on_after_a_section_has_failed(
     assert "matmul TFLOP/s" in capsys.readouterr().out
 
 
-def test_bench_gpu_measures_all_sections_after_one_has_failed(
+def test_bench_gpu_measures_all_other_sections_if_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -80,7 +80,7 @@ def test_bench_gpu_measures_all_sections_after_one_has_failed(
 def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this test, each section runs in a separate process."""
+    """Unlike in the tests above, each section runs in a separate process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_gpu
 

@@ -1,4 +1,4 @@
-"""`benchmarks/bench_train.py` and its peers, without the peers: command line, settings, results."""
+"""Tests of `benchmarks/bench_train.py` and the scripts of its peers. The peers are neither installed nor run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def make_result(loss: float, seconds: float, **more: Any) -> dict[str, Any]:
 # ---- command line ----
 
 
-@pytest.mark.parametrize("words", [["--peer", "megatron"], ["--peer"]])
-def test_unknown_peer_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("argv", [["--peer", "megatron"], ["--peer"]])
+def test_unknown_peer_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from bench_train import build_parser
 
     with pytest.raises(SystemExit):
-        build_parser().parse_args(words)
+        build_parser().parse_args(argv)
     assert "--peer" in capsys.readouterr().err
 
 
@@ -111,7 +111,7 @@ def test_each_caption_is_one_conversation_with_its_image(tmp_path: Path) -> None
     assert samples[2]["images"] == [str(tmp_path / "1.png")]
 
 
-def test_prompt_is_that_of_the_tokenizer() -> None:
+def test_split_prompt_uses_the_chat_template_of_the_tokenizer() -> None:
     from training_peers import split_prompt
 
     def render(turns: list[dict[str, str]], **options: bool) -> str:
@@ -152,7 +152,7 @@ def test_peer_trains_with_the_settings_of_all_sides(
     assert "multi_modal_projector" in str(arguments)  # LoRA alone would leave it frozen
 
 
-def test_llama_factory_finds_the_data(tmp_path: Path) -> None:
+def test_llama_factory_arguments_name_the_data_and_turn_checkpointing_off(tmp_path: Path) -> None:
     import peer_llama_factory
 
     run = make_run(tmp_path)
@@ -163,7 +163,9 @@ def test_llama_factory_finds_the_data(tmp_path: Path) -> None:
     assert arguments["disable_gradient_checkpointing"]
 
 
-def test_ms_swift_finds_the_data(tmp_path: Path) -> None:
+def test_ms_swift_arguments_name_the_data_and_turn_checkpointing_and_shuffling_off(
+    tmp_path: Path,
+) -> None:
     import peer_ms_swift
 
     run = make_run(tmp_path)
@@ -180,7 +182,7 @@ def test_warm_up_steps_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     import step_times
 
     monkeypatch.setattr(step_times, "measure_matmul", lambda dtype: 1e11)
-    # The first two steps take 50 seconds, the others 2 and 4. A last one marks the end of the one before it.
+    # The first two steps take 50 seconds each, the next ones 2 and 4. The start of the last step ends the fourth one.
     summary = step_times.summarize(
         [(0, 6.5), (50, 6.0), (100, 5.0), (102, 4.0), (106, 3.0)], "float32"
     )
@@ -253,7 +255,7 @@ def test_table_shows_ratios_to_every_peer(
     assert rows[-1].split() == ["ours", "4.00", "4.00", "3.00", "1.00", "6.0200", "50%"]
 
 
-def test_comparison_with_another_loss_is_refused(
+def test_comparison_is_refused_if_the_first_losses_differ(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bench_train
@@ -269,7 +271,7 @@ def test_comparison_with_another_loss_is_refused(
     assert "ms-swift" in str(refusal.value)
 
 
-def test_results_have_a_section_for_every_benchmark(
+def test_results_of_every_benchmark_are_written_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = __import__("all")

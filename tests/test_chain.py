@@ -42,10 +42,13 @@ def call(*argv: object, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shards", "files"])
-def test_from_a_list_of_urls_to_captions(
+def test_list_of_urls_becomes_captions(
     models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path, way: str
 ) -> None:
-    """Of 18 URLs, 16 return images, one is missing and one returns a page; with `llava`, and with the tutorial's scripts."""
+    """Of 18 URLs, 16 return images, one is missing, and one returns an HTML page.
+
+    "shards" is the way of `llava download`, and "files" that of the tutorial's scripts.
+    """
     names = [*(f"{i}.jpg" for i in range(16)), "gone.jpg", "page.jpg"]
     captions = [
         row["response"]
@@ -58,7 +61,7 @@ def test_from_a_list_of_urls_to_captions(
     )
     tower = models_folder / "clip"
     if way == "shards":
-        told = call(
+        summary = call(
             "llava",
             "download",
             tsv,
@@ -88,7 +91,7 @@ def test_from_a_list_of_urls_to_captions(
         records, images = tmp_path / "clean.jsonl", tmp_path / "small"
     else:
         scripts = ROOT / "data_preprocessing"
-        told = call(
+        summary = call(
             scripts / "retrieve_images.py",
             tsv,
             "--output",
@@ -119,9 +122,9 @@ def test_from_a_list_of_urls_to_captions(
         )
         call(scripts / "reduce.py", "clean.json", "--count", 12, folder=tmp_path)
         records = tmp_path / "clean_12.json"
-    assert told.split()[:2] == ["16", "ok"]
-    assert "1 html" in told
-    assert "1 http_404" in told
+    assert summary.split()[:2] == ["16", "ok"]
+    assert "1 html" in summary
+    assert "1 http_404" in summary
     call(
         ROOT / "train.py",
         "--model_name_or_path",

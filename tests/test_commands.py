@@ -22,8 +22,8 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
-# The launchers start a program, not Python: it forks the two processes from one that has imported everything, as it
-# forks the launchers themselves.
+# With these options, a launcher starts a program instead of a Python script. The program lets each process be forked
+# from one that has imported everything (see `command_programs`).
 LAUNCHERS = {
     "deepspeed": "deepspeed --no_python --num_accelerators 2 --master_port 29871",
     "torchrun": "torchrun --no-python --nproc_per_node 2 --master_port 29872",
@@ -46,7 +46,7 @@ def run(*arguments: object, folder: Path, **environment: object) -> str:
 
 
 def training_options(models: Path, data: Path) -> list[object]:
-    """Return the options of the tutorial's training, with tiny models and two steps."""
+    """Return the options of the tutorial's training run, with tiny models and two steps."""
     return [
         *("--model_name_or_path", models / "mistral", "--vision_tower", models / "clip"),
         *("--train_data_path", data / "train.json", "--train_image_folder", data / "images"),
@@ -85,7 +85,7 @@ def test_train_py_and_predict_py_work_as_in_the_tutorial(
 def test_finetune_sh_and_predict_sh_run_as_written(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """The script has all options of LLaVA's finetune.sh. Only its models are replaced, by tiny ones."""
+    """`finetune.sh` has all options of LLaVA's script. Only the models, the steps and the workers are replaced."""
     for split in ("train", "val"):
         records = tmp_path / f"{split}.json"
         records.symlink_to(data_folder / f"{split}.json")
@@ -105,7 +105,9 @@ def test_finetune_sh_and_predict_sh_run_as_written(
         printed = run(*training, folder=tmp_path, **environment)
         assert "lazy_preprocess has no effect" in printed
         run(*prediction, folder=tmp_path, **environment)
-    assert len(json.loads(output.read_text())) == 12, "three captions of four images"
+    assert len(json.loads(output.read_text())) == 12, (
+        "expected three captions for each of four images"
+    )
 
 
 # ---- launchers ----
@@ -133,7 +135,7 @@ def single_process_loss(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_start_one_training_of_two_processes(
+def test_launchers_start_one_run_with_two_processes(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -147,8 +149,12 @@ def test_launchers_start_one_training_of_two_processes(
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
         options = ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
     with command_programs(tmp_path / "bin", scripts=[script]):
-        name, *words = LAUNCHERS[launcher].split()
-        command = [Path(sys.executable).parent / name, *words, tmp_path / "bin" / script.name]
+        name, *launcher_options = LAUNCHERS[launcher].split()
+        command = [
+            Path(sys.executable).parent / name,
+            *launcher_options,
+            tmp_path / "bin" / script.name,
+        ]
         options += [
             *training_options(models_folder, data_folder),
             *("--per_device_train_batch_size", 2, "--logging_steps", 1),
@@ -184,7 +190,7 @@ def test_llava_version_is_the_version_of_the_package(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
 )
-def test_llava_suggests_the_nearest_command(
+def test_llava_suggests_the_nearest_command_if_one_is_similar(
     name: str, suggestion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([name]) == 2
@@ -317,7 +323,7 @@ def raise_bug(argv: list[str]) -> int:
     raise TypeError("a bug")
 
 
-def test_exit_status_tells_user_errors_from_interrupts_and_bugs(
+def test_main_distinguishes_interrupts_user_errors_and_bugs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def replace_command(function: str) -> None:
@@ -346,7 +352,7 @@ def test_configure_process_sets_passive_waiting_on_shared_cpus(
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     configure_process(uses_torch=uses_torch)
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice is kept"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice must be kept"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("WORLD_SIZE", world_size)
     configure_process(uses_torch=uses_torch)

@@ -67,14 +67,16 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
     package_log.clear()
     assert prepare_data(str(folder)) == first._replace(image_folder=folder)
     assert first.records.stat().st_mtime_ns == written
-    assert "lost.txt" in package_log.text, "what is skipped is named in every run"
+    assert "lost.txt" in package_log.text, "every run must name what it skips"
 
     (folder / "0.txt").write_text("another caption")
     second = prepare_data("my_folder")
     assert second.records != first.records
     captions = {row["image"]: row["response"] for row in read_lines(second.records)}
     assert captions["0.jpg"] == "another caption"
-    assert len(read_lines(first.records)) == 6, "a run that reads it may still be going on"
+    assert len(read_lines(first.records)) == 6, (
+        "the old records must stay: a run that reads them may still be going on"
+    )
     (folder / "0.jpg").rename(folder / "lost.jpg")
     assert prepare_data("my_folder").num_records == 6
     assert [row["image"] for row in read_lines(prepare_data("my_folder").records)][-1] == "lost.jpg"
@@ -96,7 +98,7 @@ def test_prepare_data_reads_the_sidecars_that_are_chosen(folder: Path) -> None:
     assert parse_arguments(options)[1].train_data_path == str(data.records)
 
 
-def test_prepare_data_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_prepare_data_that_fails_leaves_no_records(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("url,words\nhttp://a.example/1.jpg,x\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="no caption column"):
@@ -108,7 +110,9 @@ def test_prepare_data_uses_records_as_they_are(data_folder: Path) -> None:
     data = prepare_data(str(data_folder / "train.json"))
     assert data.records == data_folder / "train.json"
     assert data.num_records == 12
-    assert data.image_folder == data_folder / "images", "the subfolder that contains the images"
+    assert data.image_folder == data_folder / "images", (
+        "expected the subfolder that contains the images"
+    )
 
 
 def parquet_bytes(caption: str) -> bytes:
@@ -219,7 +223,7 @@ def test_data_without_a_model_starts_from_the_small_models(
     assert (model.lora_r, args.output_dir, args.num_train_epochs) == (2, "output/mine", 1)
 
 
-def test_data_with_a_model_changes_nothing_else(tmp_path: Path) -> None:
+def test_data_with_a_model_keeps_the_other_defaults(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model_name_or_path: some/model\nlora_r: 5\n")
     for options in (["--config", "my.yaml"], ["--model_name_or_path", "some/model"]):
         model, data, args = parse_arguments(["--data", "my_folder", *options])
@@ -239,7 +243,7 @@ def test_data_with_a_model_changes_nothing_else(tmp_path: Path) -> None:
         (["--data", "my_folder", "--train_data_path", "x.json"], "--data and --train_data_path"),
     ],
 )
-def test_data_says_what_is_missing(
+def test_data_rejects_a_missing_source_or_model_and_a_second_source(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llava_simplified.small_models, "DEFAULT_CACHE", tmp_path / "empty")
@@ -249,7 +253,7 @@ def test_data_says_what_is_missing(
 
 @pytest.mark.medium
 @pytest.mark.usefixtures("demo_models")
-def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
+def test_train_on_a_folder_writes_a_checkpoint(tmp_path: Path) -> None:
     argv = ["--data", "my_folder", "--max_steps", "2", "--mm_vision_select_layer", "-1", "1"]
     argv += ["--feature_cache_dir", "features"]
     assert train_command.main(argv) == 0
@@ -259,8 +263,10 @@ def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("demo_models")
-def test_preflight_of_a_folder_uses_its_longest_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dry run is another process, which finds the small models by the command line alone."""
+def test_preflight_does_its_dry_run_with_a_folder_and_the_small_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dry run is another process, which gets only the command line."""
     monkeypatch.setattr("llava_simplified.training.preflight.subprocess.run", run_forked)
     root = llava_simplified.small_models.small_models()
     argv = ["--data", "my_folder", "--preflight", "true", "--template", "bare", "--max_steps", "2"]

@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
 SCRIPTS = {"train.py": "train", "predict.py": "predict"}
-# Options of other programs that the pages mention, and of LLaVA's scripts, which `arguments.py` translates.
+# Options that the pages mention, but that no command of `llava` has: most of them belong to other programs.
 ELSEWHERE = {
     "--help",
     "--strict",
@@ -32,6 +32,7 @@ ELSEWHERE = {
     "--layer",  # of llava_in_one_file.py
     *("--model_args", "--repeats", "--use_cache", "--num_fewshot"),  # of lmms-eval
 }
+# Options of LLaVA's scripts, which `arguments.py` translates.
 TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 
 
@@ -75,11 +76,11 @@ def commands_in(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
     for name, *arguments in commands_in(page.read_text(encoding="utf-8")):
-        assert name in COMMANDS, f"{page.name}: llava {name}"
+        assert name in COMMANDS, f"{page.name}: there is no command llava {name}"
         for argument in arguments:
             option = argument.partition("=")[0]
             assert not option.startswith("--") or option in options_of(name), (
-                f"{page.name}: llava {name} {option}"
+                f"{page.name}: llava {name} has no option {option}"
             )
 
 

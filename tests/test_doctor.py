@@ -35,7 +35,7 @@ def test_doctor_reports_a_complete_installation_and_exits_with_0(
         assert "; for " in line[0], f"no purpose of {name}"
 
 
-def test_doctor_judges_the_core_without_the_limits_of_extras(
+def test_doctor_ignores_version_limits_of_extras_when_it_checks_the_core(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requirements = ["torch>=2", "torch<1; extra == 'quant'"]

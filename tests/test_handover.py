@@ -204,7 +204,7 @@ def read_by_convert(workshop: Workshop, records: Written, output: Path) -> None:
 def read_by_clean(workshop: Workshop, records: Written, output: Path) -> None:
     cleaned = output / "again.json"
     call("clean", records.path, "--image-folder", records.images, "--output", cleaned)
-    assert json.loads(cleaned.read_text()), "the images were found"
+    assert json.loads(cleaned.read_text()), "no image was found"
 
 
 def read_by_reduce(workshop: Workshop, records: Written, output: Path) -> None:
@@ -254,7 +254,7 @@ def read_by_predict(workshop: Workshop, records: Written, output: Path) -> None:
         "--output",
         output / "p.json",
     )
-    assert json.loads((output / "p.json").read_text()), "the images were found"
+    assert json.loads((output / "p.json").read_text()), "no image was found"
 
 
 def read_by_caption(workshop: Workshop, records: Written, output: Path) -> None:
@@ -322,7 +322,7 @@ def record_pairs() -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("reader", "writer"), record_pairs())
-def test_records_of_every_writer_are_read_by(
+def test_records_of_a_writer_are_read_by_a_reader(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
     reader(workshop, workshop.written(writer), tmp_path)
@@ -353,7 +353,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
         options += ["--references", workshop.written(source).path]
     argv = [str(argument) for argument in ("evaluate", predictions.path, *options)]
     if not has_references and writer in ("caption.folder", "caption.shards"):
-        assert llava(argv) == 2, "images alone have no references"
+        assert llava(argv) == 2, "images alone have no references, so the command must fail"
     else:
         assert llava(argv) == 0
 
@@ -366,7 +366,7 @@ def test_predictions_of_every_writer_are_read_by_evaluate(
 def test_predictions_are_read_as_records(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
 ) -> None:
-    """A small model is trained on the captions of a large one in this way."""
+    """For example, a small model can be trained on the captions that a large one has generated."""
     reader(workshop, workshop.written(writer), tmp_path)
 
 

@@ -24,7 +24,7 @@ SCORES_OF_TEXTS = [
         "rouge",
     )
 ]
-# Training requests rewards from a server with the same client with which `captioning` requests captions.
+# The HTTP client of `captioning`. Training uses it too, to request rewards from a server.
 CLIENT_OF_SERVERS = ["captioning/endpoint_client", "captioning/endpoint_options"]
 # Each line may import from the lines above it. A name is a package (folder) or a single file. The files of one package
 # may import each other, but two names on one line may not. `prepare` writes the files that `data` reads, so it uses the
@@ -51,7 +51,7 @@ ORDER = [
 def rank(module: str) -> int:
     """Return the line of ORDER that contains a module, such as "data/images" or "prompt".
 
-    A module may be listed by its own name and by that of its package. Then its own name is used.
+    If ORDER contains both the module and its package, the line of the module is returned.
     """
     found = [
         (len(name), line)

@@ -57,7 +57,7 @@ def test_histogram_counts_values() -> None:
     assert chart.columns[0].height == chart.columns[1].height > 0
     assert chart.columns[1].text == "1 to 2 kB: 2 images"
     rate = histogram("Rate", "rows per second", values, x_label="s", bins=4, per_unit=True)
-    assert "0 to 0.5 s: 2 rows" in rate.columns[0].text, "one row in half a second"
+    assert "0 to 0.5 s: 2 rows" in rate.columns[0].text, "expected one row in half a second"
 
 
 def test_histogram_accepts_equal_values() -> None:

@@ -57,7 +57,7 @@ def test_inspect_shows_both_answers_of_a_pair(
     answers = [[line for line in tokens if line[-1] == kind] for kind in ("yes", "rejected")]
     texts = ["".join(line[1] for line in answer) for answer in answers]
     assert texts == ["␣a␣red␣car</s>", "␣two␣dogs</s>"]
-    # Both follow the same prompt.
+    # Both answers follow the same prompt.
     assert answers[0][0][0] == answers[1][0][0]
     assert "row 1: both answers of the pair are equal" in output
     totals = read_totals(output)
@@ -78,7 +78,7 @@ def test_inspect_shows_a_sample_token_by_token(
     trained = [line for line in tokens if line[-1] == "yes"]
     # The first </s> is text of the caption, the second is the end token.
     assert "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"
-    assert [line[2] for line in trained].count("1") == 1, "the id of the end token"
+    assert [line[2] for line in trained].count("1") == 1, "expected the id of the end token once"
     assert [int(line[0]) for line in tokens] == list(range(len(tokens)))
 
 
@@ -269,7 +269,7 @@ def test_inspect_names_ten_problems_and_counts_the_others(
         ),
     ],
 )
-def test_inspect_reports_missing_files_without_a_traceback(
+def test_inspect_reports_missing_and_unsuitable_models_without_a_traceback(
     arguments: list[str], named: str, models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
     paths = {

@@ -46,7 +46,7 @@ def test_store_or_check_settings_stores_the_settings_of_a_new_job(tmp_path: Path
     assert store_or_check_settings(path, settings, "out") is False
     assert json.loads(path.read_text()) == {"source": "a.tsv", "sizes": [1, 2]}
     assert store_or_check_settings(path, settings, "out") is True, (
-        "tuples and lists are the same in JSON"
+        "tuples and lists must be equal, as in JSON"
     )
 
 
@@ -59,7 +59,9 @@ def test_store_or_check_settings_names_each_difference(tmp_path: Path) -> None:
     for part in ("source", "a.tsv", "b.tsv", "resize", "256", "--output"):
         assert part in message
     assert "limit" not in message
-    assert json.loads(path.read_text()) == {"source": "a.tsv", "limit": 5}, "nothing is changed"
+    assert json.loads(path.read_text()) == {"source": "a.tsv", "limit": 5}, (
+        "the stored settings must not change"
+    )
 
 
 def test_store_or_check_settings_of_a_damaged_file_names_it(tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_compare_settings_ignores_what_only_the_earlier_job_had() -> None:
     compare_settings({"a": 1, "dropped": 2}, {"a": 1}, "out")
 
 
-def test_compare_settings_names_another_option() -> None:
+def test_compare_settings_names_the_given_option() -> None:
     with pytest.raises(ValueError, match="--compact") as error:
         compare_settings({"a": 1}, {"a": 2}, "out", option="--compact")
     assert "--output" not in str(error.value)
@@ -372,7 +374,7 @@ def test_progress_on_a_terminal_redraws_one_line(
         progress.advance(50)
         first = capsys.readouterr().err
         progress.advance(50)
-        assert capsys.readouterr().err == "", "not faster than a person can read"
+        assert capsys.readouterr().err == "", "a line must stay long enough to be read"
         clock[0] += 10
         progress.update(300, "3 failed")
         second = capsys.readouterr().err
@@ -384,7 +386,7 @@ def test_progress_on_a_terminal_redraws_one_line(
     assert last.endswith("\n")
 
 
-def test_progress_without_a_terminal_prints_a_line_now_and_then(
+def test_progress_without_a_terminal_prints_a_line_every_30_seconds(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Progress(0, "rows") as progress:
@@ -413,5 +415,5 @@ def test_progress_that_is_not_enabled_prints_nothing(
     ("seconds", "text"),
     [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (360_000, "100:00:00")],
 )
-def test_format_duration(seconds: float, text: str) -> None:
+def test_format_duration_returns_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text

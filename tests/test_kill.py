@@ -1,4 +1,4 @@
-"""kill -9 of the commands that can be resumed: nothing is lost, nothing is done twice, the result is the same.
+"""Kill the commands that can be resumed: nothing is lost, nothing is done twice, and the result is the same.
 
 Each case is a command that is killed several times at random moments and then run to its end. Its output must be equal
 to that of an uninterrupted run. To add a command, write the four functions of `Case` and add it to `CASES`.
@@ -39,7 +39,7 @@ from llava_simplified.model.config import LlavaConfig, TrainedParts
 
 NUM_SIDECAR_IMAGES = 240
 MAX_DELAY = 0.4  # seconds from the first progress to the kill
-# Seconds in which workers without a parent must have ended. They check every half second whether it is alive.
+# Seconds after the death of their parent in which workers must end. They check every half second whether it is alive.
 WORKERS_END = 10
 
 
@@ -230,7 +230,7 @@ def compare_captions(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path
 
 # ---- llava caption --write txt ----
 
-# Every third image has a sidecar file: with and without a byte order mark, with the line ends of Windows.
+# Every third image has a sidecar file with one of these texts. They differ in byte order marks and line ends.
 EXISTING_TEXTS = (b"by hand\n", b"\xef\xbb\xbftag, tag\r\n", b"one\r\ntwo", "größer,\n".encode())
 
 
@@ -440,7 +440,9 @@ def wait_for_end_of_group(leader: int) -> None:
     """Wait until a process and its workers have ended."""
     deadline = time.monotonic() + WORKERS_END
     while any(is_running_in_group(process, leader) for process in psutil.process_iter()):
-        assert time.monotonic() < deadline, "workers go on without their parent"
+        assert time.monotonic() < deadline, (
+            "workers are still running after their parent was killed"
+        )
         time.sleep(0.02)
 
 
@@ -452,7 +454,7 @@ def is_running_in_group(process: psutil.Process, leader: int) -> bool:
 
 
 def wait_for_progress(process: ForkedProcess, case: Case, output: Path, before: int) -> None:
-    """Wait until the command has finished something more than `before` items."""
+    """Wait until the command has finished more than `before` items."""
     while len(finished_while_running(case, output)) <= before:
         assert process.poll() is None, "too fast: give the case more inputs"
         time.sleep(0.05)
@@ -467,6 +469,6 @@ def finished_while_running(case: Case, output: Path) -> dict[Any, Any]:
 
 
 def assert_not_done_again(finished: dict[Any, Any], now: dict[Any, Any]) -> None:
-    """Check that every item that was finished still is, by the same run as before."""
+    """Check that every finished item is still there, with its value, which would change if it was done again."""
     for item, value in finished.items():
         assert now.get(item) == value, f"{item} was done again, or was lost"

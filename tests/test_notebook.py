@@ -22,7 +22,7 @@ def test_notebook_runs_from_top_to_bottom(
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), (
-        "outputs must be cleared: they would show what no code has computed"
+        "clear the outputs: nothing checks that they are those of the current code"
     )
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     monkeypatch.chdir(NOTEBOOK.parent)

@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """The inputs and results of one training step."""
 
     input_ids: torch.Tensor
-    positions: list[int]  # in the flattened batch, at which a token is predicted
+    positions: list[int]  # positions in the flattened batch at which a token is predicted
     targets: list[int]
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -348,7 +348,7 @@ def test_features_of_a_convolutional_tower_equal_those_of_the_package(
 def test_images_equal_those_of_the_package(
     mode: str, models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """The images have any mode, are not square, and must be rotated as their EXIF orientation says."""
+    """The images have various modes, are not square, and must be rotated as their EXIF orientation says."""
     noise = torch.randint(256, (40, 52, 4), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.to(torch.uint8).numpy()).convert(mode)
     exif = Image.Exif()
@@ -376,7 +376,7 @@ def test_new_projector_equals_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("style", ["byte level", "no BOS", "first", "always", "legacy", "none"])
 def test_token_ids_equal_those_of_the_package(style: str) -> None:
-    """With tokenizers that add spaces in different places, and one without a BOS token."""
+    """The tokenizers add spaces in different places, and one of them has no BOS token."""
     if style in ("byte level", "no BOS"):
         bos = {} if style == "no BOS" else {"bos_token": "<s>"}
         tokenizer = byte_level(["<s>", "</s>"], eos_token="</s>", **bos)
@@ -395,7 +395,7 @@ def test_token_ids_equal_those_of_the_package(style: str) -> None:
 # ---- the file by itself ----
 
 
-def test_file_is_short_and_imports_nothing_else() -> None:
+def test_file_is_short_and_imports_only_three_libraries() -> None:
     text = PATH.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_LINES
     imported = set()
@@ -456,10 +456,10 @@ def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path)
     assert "greedy:" in run.stdout
 
 
-def test_sampling_follows_the_probabilities_of_the_model(
+def test_temperature_sharpens_the_probabilities_of_sampling(
     models_folder: Path, data_folder: Path
 ) -> None:
-    """The first token is drawn from the probabilities of the model, which a lower temperature sharpens."""
+    """The first token is drawn once at temperature 1.0 and once at 0.5, where the probabilities are squared."""
     data, images = data_folder / "train.json", data_folder / "images"
     case = make_case(models_folder, "llama", "clip", data, images)
     model = make_model(case)
@@ -523,19 +523,19 @@ def saved_checkpoint(
         ("adapter/adapter_config.json", "alpha_pattern", {"q_proj": 2}),
     ],
 )
-def test_checkpoints_with_other_choices_are_refused(
+def test_checkpoints_with_unsupported_settings_are_refused(
     file: str,
     name: str,
     value: Any,
     saved_checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    """Otherwise they would load without an error, and compute something else."""
+    """Otherwise they would load without an error, and give other results than in the package."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved_checkpoint, folder)
     config = json.loads((folder / file).read_text())
-    of_architecture = file == "llava.json" and name != "trained_tower"
-    entries = config["architecture"] if of_architecture else config
+    is_architecture_entry = file == "llava.json" and name != "trained_tower"
+    entries = config["architecture"] if is_architecture_entry else config
     entries[name] = value
     (folder / file).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=name):
@@ -563,7 +563,7 @@ def test_lora_refuses_language_models_without_linear_layers() -> None:
         one_file.add_lora(model, rank=2, alpha=4)
 
 
-def test_images_with_an_unsupported_filter_are_refused(
+def test_processors_with_an_unsupported_filter_are_refused(
     models_folder: Path, data_folder: Path
 ) -> None:
     processor = one_file.AutoImageProcessor.from_pretrained(models_folder / "clip", backend="pil")

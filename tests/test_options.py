@@ -30,7 +30,7 @@ DIFFERENT_BY_COMMAND = {
     "--concurrency": "requests for images, or for captions",
     "--retries": "of an image, or of a caption",
     "--data-path": "records to caption, or records that have been captioned",
-    "--reward": "the demo's training on rewards, or the rewards that choose pairs",
+    "--reward": "the demo's reinforcement learning, or the rewards that choose pairs",
     "--output": "every command has its own kind of output",
     "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
     "--trials": "predictions have three captions per image, as in LLaVA",
@@ -104,7 +104,9 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_options_suggest_the_nearest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Abbreviations are refused too. They are reported even if required options are missing."""
     for action in options_of(name):
         option = action.option_strings[-1]
@@ -126,11 +128,11 @@ def test_every_option_has_a_help_text(name: str) -> None:
     for action in parser._actions:
         assert action.help, action.dest
         # Help texts are phrases, not sentences.
-        assert not action.help.endswith("."), f"llava {name} {action.dest}: {action.help}"
+        assert not action.help.endswith("."), f"llava {name} {action.dest}: ends with a full stop"
     parser.format_help()
 
 
-def test_options_of_several_commands_are_the_same() -> None:
+def test_options_shared_by_commands_have_one_help_text_and_default() -> None:
     """An option has one help text and one default; training commands have their own."""
     seen: dict[str, set[Any]] = defaultdict(set)
     for name in sorted(COMMANDS):
@@ -221,7 +223,7 @@ def test_configure_logging_writes_each_message_once_to_stderr(
 # ---- help texts ----
 
 
-def test_help_texts_do_not_contain_formatting_errors() -> None:
+def test_help_texts_do_not_write_out_numeric_defaults() -> None:
     """Defaults are inserted with %(default)s. A default that is written out could differ from the real one."""
     for name in sorted(COMMANDS):
         if name in TRAINING_COMMANDS:

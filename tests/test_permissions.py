@@ -16,7 +16,7 @@ from llava_simplified.export.export_command import export_main, merge_main
 from llava_simplified.jobs import atomic_directory, atomic_file
 from llava_simplified.training.train_command import train
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX permissions")
 
 
 @pytest.fixture(params=[0o002, 0o027, 0o077], ids=oct)
@@ -30,7 +30,7 @@ def assert_permissions(folder: Path, umask: int) -> None:
     for path in [folder, *folder.rglob("*")]:
         expected = 0o777 if path.is_dir() else 0o666
         found = path.stat().st_mode & 0o777
-        assert found == expected & ~umask, f"{path}: {found:o}"
+        assert found == expected & ~umask, f"{path} has the permissions {found:o}"
 
 
 def test_atomic_outputs_have_the_permissions_of_new_files(tmp_path: Path, umask: int) -> None:

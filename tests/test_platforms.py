@@ -67,15 +67,15 @@ def uses_of_posix(path: Path) -> set[tuple[str, str]]:
     return {(path.name, name) for name in found & missing}
 
 
-def test_posix_is_used_only_where_there_is_another_way() -> None:
+def test_posix_names_are_used_only_where_there_is_a_replacement() -> None:
     assert set().union(*map(uses_of_posix, SOURCES)) == OPTIONAL_USES
 
 
 def test_text_files_have_an_encoding() -> None:
-    """The default encoding of Windows depends on the country."""
+    """The default encoding of Windows depends on its language settings."""
     for path in SOURCES:
         for call in TEXT_FILES.findall(path.read_text(encoding="utf-8")):
-            assert "encoding" in call or "utf-8" in call, f"{path}: {call}"
+            assert "encoding" in call or "utf-8" in call, f"{path}: no encoding in {call}"
 
 
 def run_as_on_windows(*arguments: object, folder: Path) -> None:
@@ -159,7 +159,7 @@ def test_journeys_work_without_posix_and_with_spawned_workers(
 # ---- files ----
 
 
-def test_read_at_reads_the_same_without_pread(
+def test_read_at_returns_the_same_bytes_without_pread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data"
@@ -197,7 +197,7 @@ def test_peak_memory_is_known_without_resource(monkeypatch: pytest.MonkeyPatch) 
 
 # ---- names ----
 
-# Parts of paths that Windows can hold.
+# Parts of paths that are valid on Windows.
 part_letters = st.text("abcABC012_-. éß漢", min_size=1, max_size=8)
 parts = part_letters.filter(lambda part: not names.windows_problem(part) and part.strip(" ."))
 roots = st.sampled_from(["C:\\", "d:/", "\\\\server\\share\\", "\\\\?\\C:\\", "\\", ""])
@@ -264,7 +264,7 @@ def test_no_name_leads_out_of_the_folder_on_windows(
         *("a.", "a ", "a:b", "a<b", 'a"b', "a|b", "a?", "*", "a\tb", "a/b", "a\\b"),
     ],
 )
-def test_windows_problem_names_what_windows_cannot_hold(name: str) -> None:
+def test_windows_problem_rejects_names_that_windows_does_not_allow(name: str) -> None:
     assert names.windows_problem(name)
 
 
@@ -286,7 +286,7 @@ def test_sidecar_is_refused_where_windows_has_no_file_for_it(
             writer.path(f"0.tar#{key}")
 
 
-def test_images_on_several_drives_are_an_error_that_names_them(
+def test_images_on_several_drives_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def raise_error(paths: list[Path]) -> str:
@@ -364,7 +364,7 @@ def test_too_many_connections_are_refused_on_windows(monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_worker_asks_the_handle_of_its_parent_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_checks_the_handle_of_its_parent_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Windows, `os.getppid` returns the id of a parent even if the parent has died."""
 
     class Parent:
@@ -418,7 +418,7 @@ def test_nothing_is_compiled_for_apple_gpus() -> None:
     assert not kernels.can_compile("mps")
 
 
-def test_package_computes_in_float64_only_where_the_device_has_it() -> None:
+def test_only_known_modules_use_float64() -> None:
     """Apple GPUs have no float64. The trainer checks the device first; the other modules compute on the CPU."""
     uses = {
         path.name

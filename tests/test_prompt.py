@@ -492,7 +492,9 @@ def test_render_trains_the_answer_and_its_end_token_and_nothing_else(
 @every_family
 @settings(max_examples=num_examples(20), deadline=None, derandomize=True)
 @given(question=any_text)
-def test_render_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> None:
+def test_render_adds_no_control_token_for_text_that_looks_like_one(
+    name: str, question: str
+) -> None:
     tokenizer, prompt, *_ = family(name)
     control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     plain = [i for i in prompt.render(user_turn("x"), None).input_ids if i in control]
@@ -673,7 +675,7 @@ def test_render_on_mistral_trains_the_caption_and_the_end_token(name: str) -> No
     assert tokens == ["▁a", "▁bedroom", "▁with", "▁a", "▁double", "▁bed", "</s>"]
 
 
-def test_plain_template() -> None:
+def test_plain_template_names_the_roles() -> None:
     tokenizer, prompt, *_ = family("plain")
     text = "<s>USER: what is it? ASSISTANT: two cats</s>USER: where? ASSISTANT: on a bench</s>"
     turns = [
@@ -688,7 +690,7 @@ def test_plain_template() -> None:
     assert prompt.name == "plain"
 
 
-def test_bare_template() -> None:
+def test_bare_template_names_no_roles() -> None:
     tokenizer, prompt, *_ = family("plain-bare-bytes")
     text = "<|im_start|>what is it?\ntwo cats<|im_end|>where?\non a bench<|im_end|>"
     turns = [
@@ -744,7 +746,7 @@ def test_render_writes_a_fixed_date() -> None:
     )
 
 
-def test_render_empty_reasoning_belongs_to_the_prompt() -> None:
+def test_render_writes_empty_reasoning_into_the_prompt() -> None:
     tokenizer, prompt, *_ = family("qwen3")
     assert tokenizer.decode(prompt.render(user_turn("x"), None).input_ids).endswith(
         "<think>\n\n</think>\n\n"
@@ -752,8 +754,8 @@ def test_render_empty_reasoning_belongs_to_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral-v3", "mistral-v3-tight"])
-def test_render_system_turn_in_training_as_in_generation(name: str) -> None:
-    """Mistral's template writes the system's text only if a question comes last, as at generation."""
+def test_render_keeps_the_system_turn_of_mistral(name: str) -> None:
+    """Mistral's template omits the system's text unless the last turn is a question, as it is for generation."""
     turns = [Message("system", "Be brief."), *user_turn()]
     ours = family(name).prompt.render(turns, None).input_ids
     assert ours == stock_ids(name, turns, add_generation_prompt=True)
@@ -769,7 +771,7 @@ def test_render_turns_reasoning_off() -> None:
     )
 
 
-def test_render_system_turn_goes_before_the_first_question_without_a_system_role() -> None:
+def test_render_puts_the_system_text_into_the_question_if_there_is_no_system_role() -> None:
     prompt = family("gemma").prompt
     folded = prompt.render([Message("system", "Be brief."), *user_turn("What?")], None)
     assert folded == prompt.render(user_turn("Be brief.\n\nWhat?"), None)

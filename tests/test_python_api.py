@@ -65,7 +65,7 @@ def test_train_refuses_an_unknown_option() -> None:
 
 
 @pytest.mark.parametrize("name", ["predictions.json", "greedy.jsonl"])
-def test_evaluate_scores_prediction_files_of_0_1_0(name: str) -> None:
+def test_evaluate_gives_the_scores_of_0_1_0(name: str) -> None:
     """The scores are those that 0.1.0 computed."""
     expected = json.loads((PREDICTIONS / "scores.json").read_text())
     result = evaluate(PREDICTIONS / name, java=False, resamples=0)
@@ -75,7 +75,7 @@ def test_evaluate_scores_prediction_files_of_0_1_0(name: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".jpg"])
 def test_evaluate_accepts_references_and_training_captions(suffix: str) -> None:
-    """References are given by name, or by the name without its suffix, as the ids of COCO files are."""
+    """The keys of the references are file names, with or without the suffix (ids in COCO files have none)."""
     rows = json.loads((PREDICTIONS / "predictions.json").read_text())
     references = {}
     for row in rows[::3]:

@@ -1,4 +1,4 @@
-"""The tree in the README names every module."""
+"""The tree in the README names every module, and no two modules have the same file name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run tasks in worker processes, which can fail, die and be replaced; as Ray tasks; and in slices."""
+"""Tests of `run_tasks` (with worker processes that fail or are killed, and on Ray), slices, and the event loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fail_once(path: str) -> str:
 
 
 def fail_always(number: int) -> int:
-    """Fail with an error of the user, which is not retried."""
+    """Fail with a user error (ValueError), which is not retried."""
     raise ValueError(f"row {number} is wrong")
 
 
@@ -82,9 +82,9 @@ def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium
-def test_run_tasks_does_not_retry_an_error_of_the_user() -> None:
+def test_run_tasks_does_not_retry_a_user_error() -> None:
     results = run_tasks(fail_always, [7], workers=1)
-    assert [done.error for done in results] == ["row 7 is wrong"], "the message is unchanged"
+    assert [done.error for done in results] == ["row 7 is wrong"], "the message must be unchanged"
 
 
 @pytest.mark.medium
@@ -107,7 +107,7 @@ def test_run_tasks_ends_with_its_processes_when_tick_raises() -> None:
 
 
 @pytest.mark.slow
-def test_run_tasks_processes_end_with_a_killed_run(tmp_path: Path) -> None:
+def test_worker_processes_end_if_their_run_is_killed(tmp_path: Path) -> None:
     outputs = [tmp_path / "a", tmp_path / "b"]
     script = f"""
 import os, sys, time
@@ -150,7 +150,7 @@ def test_run_tasks_refuses_an_unknown_or_missing_engine(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_run_tasks_and_download_on_ray_return_the_same(
+def test_run_tasks_and_download_give_the_same_results_on_ray(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the ray extra is not installed")
@@ -159,7 +159,7 @@ def test_run_tasks_and_download_on_ray_return_the_same(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     squares = run_tasks(square, range(6), engine="ray", workers=2)
     results = [next(squares)]
-    # Ray was started for the first run; the others use it while that run goes on.
+    # Ray was started for the first run. The other runs use it while the first one is still running.
     assert ray.is_initialized()
     paths = [str(tmp_path / name) for name in ("good0", "bad1", "good2")]
     killed = run_tasks(die_once, paths, engine="ray", workers=2)
@@ -183,7 +183,7 @@ def test_parse_slice_covers_all_tasks_once() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["3/3", "x", "1", "-1/2"])
-def test_parse_slice_refuses_another_form(wrong: str) -> None:
+def test_parse_slice_refuses_invalid_slices(wrong: str) -> None:
     with pytest.raises(ValueError, match="--shards"):
         parse_slice(wrong, 4)
 

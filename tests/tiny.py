@@ -60,7 +60,7 @@ def _train_tokenizer() -> str:
 
 
 def make_language_model(kind: str, vocabulary: int) -> PreTrainedModel:
-    """Return a random model of 2 layers, with grouped-query attention; Mistral has a sliding window."""
+    """Return a random model of 2 layers, with grouped-query attention (except OPT); Mistral has a sliding window."""
     common = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

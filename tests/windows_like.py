@@ -1,7 +1,8 @@
 """Run our code as on Windows, on any system: without the modules and functions of POSIX, and with spawned workers.
 
-`import windows_like` changes only the imports of the modules of this package. Libraries have their own code for Windows,
-which cannot run here. Spawned processes import the main module again, and therefore this module too.
+Only the imports in the modules of our package are changed: libraries have their own code for Windows, which cannot run
+here. Importing this module changes nothing; running it does. Spawned processes import the main module again (as
+`__mp_main__`), so they run our code as on Windows too.
 
     python windows_like.py ARGUMENTS [-- ARGUMENTS]...   run `llava ARGUMENTS`, and so on
 """
@@ -206,7 +207,7 @@ def import_again() -> None:
 
 
 def import_everything() -> None:
-    """Import every module of the package anew, and exit with an error if that fails. For a process of its own."""
+    """Import every module of the package anew, and exit with an error if that fails. Call it in a separate process."""
     import_again()
     package = importlib.import_module(PACKAGE)
     names = [
@@ -226,7 +227,7 @@ def import_everything() -> None:
 
 
 def call(argv: list[str]) -> None:
-    """Run several commands, separated by `--`; end with the status of the first that fails."""
+    """Run several commands, separated by `--`; exit with an error if one fails."""
     from llava_simplified import cli
 
     while argv:

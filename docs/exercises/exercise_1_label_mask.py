@@ -1,7 +1,7 @@
 """Exercise 1: break the label mask, and see the loss lie.
 
-Task: change `make_sequence` so that the prompt counts in the loss too. Train both models for the same steps. Which one
-has the lower loss? Which one is better at what it should learn, the answers?
+Task: change `make_sequence` so that the prompt counts in the loss too. Train both models for the same number of steps.
+Which one has the lower loss? Which one is better at what it should learn, the answers?
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def answer_loss(model, args: argparse.Namespace) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Train with correct and with broken labels, and compare the losses."""
     args = parse(argv, __doc__)
-    reported, of_answers = {}, {}
+    reported, answer_losses = {}, {}
     for name, make_sequence in (
         ("correct", correct_make_sequence),
         ("broken", broken_make_sequence),
@@ -46,15 +46,15 @@ def main(argv: list[str] | None = None) -> None:
         llava.add_lora(model, rank=16, alpha=32)
         with patch.object(llava, "make_sequence", make_sequence):
             reported[name] = train(model, args)[-1]
-        of_answers[name] = answer_loss(model, args)
+        answer_losses[name] = answer_loss(model, args)
         print(
-            f"{name} labels: reported loss {reported[name]:.2f}, loss of the answers {of_answers[name]:.2f}"
+            f"{name} labels: reported loss {reported[name]:.2f}, loss of the answers {answer_losses[name]:.2f}"
         )
 
     # The broken run reports a lower loss: the prompt is the same in every sample, soon memorized, and part
     # of the average. The loss of its answers is higher than what it reports.
     assert reported["broken"] < reported["correct"]
-    assert reported["broken"] < of_answers["broken"]
+    assert reported["broken"] < answer_losses["broken"]
 
 
 if __name__ == "__main__":

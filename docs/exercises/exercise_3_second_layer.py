@@ -1,7 +1,7 @@
 """Exercise 3: add a second layer to the projector, as LLaVA-1.5 did.
 
 Task: replace the matrix by linear, GELU, linear. The image tokens must again start at the scale of the word
-embeddings. Train both projectors for the same steps. Then save, and load the checkpoint with the package.
+embeddings. Train both projectors for the same number of steps. Then save, and load the checkpoint with the package.
 """
 
 from __future__ import annotations

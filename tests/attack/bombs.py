@@ -51,7 +51,7 @@ def zeros(count: int) -> bytes:
 
 
 def progressive_jpeg(scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
-    """Return a JPEG whose first refinement scan is repeated."""
+    """Return a progressive JPEG whose second scan is repeated `scans` times."""
     data = encoded("JPEG", size, progressive=True, quality=30)
     starts = [index for index in range(len(data)) if data[index : index + 2] == b"\xff\xda"]
     second, third = starts[1], starts[2]
@@ -153,7 +153,7 @@ def gif_with_comments(comments: bytes) -> bytes:
 
 
 def bmp_of_run_lengths(width: int, height: int, codes: bytes) -> bytes:
-    """Return a BMP whose pixels are these codes."""
+    """Return a BMP whose pixels are run-length encoded, as these codes."""
     start = 14 + 40 + 1024
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(codes), 0, 0, 256, 0)
     return (
@@ -168,7 +168,7 @@ def webp_with_exif(exif: bytes) -> bytes:
 
 
 def avif_with_exif(exif: bytes) -> bytes:
-    """Return an AVIF with this metadata, which Pillow does not write if they are malformed."""
+    """Return an AVIF with this metadata. It may be malformed, and Pillow would not write it then."""
     file = io.BytesIO()
     place_holder = b"MM\0*\0\0\0\x08\0\0" + b"\xab" * (len(exif) - 10)
     Image.new("RGB", (16, 16)).save(file, "AVIF", exif=place_holder)
@@ -200,7 +200,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "png with 100,000 chunks": lambda: png(8, 8, zeros(72), png_chunk(b"tEXt", b"a\0b") * 100_000),
     "png with a huge chunk": lambda: b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 2**31 - 1) + b"IHDR",
-    "png with 2^32 frames": lambda: png(
+    "png with 2^31 frames": lambda: png(
         8, 8, zeros(72), png_chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))
     ),
     "jpeg of 4 gigapixels": lambda: jpeg_with_size(65_535, 65_535),

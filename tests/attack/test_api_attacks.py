@@ -99,7 +99,7 @@ class Attacker:
         if response.status_code != 200:
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"}
-            assert len(response.content) < 10_000, "the request is not sent back"
+            assert len(response.content) < 10_000, "the request must not be sent back"
         return response.status_code
 
 
@@ -124,7 +124,7 @@ def mutated_bodies(body: dict[str, Any], values: Sequence[Any]) -> list[tuple[ob
 
 
 @pytest.mark.medium
-def test_fields_of_other_types(
+def test_fields_of_other_types_cause_no_server_error(
     healthy: HealthyClient, attacker: Attacker, photos: Sequence[bytes]
 ) -> None:
     bodies = mutated_bodies(full_body(photos[1]), OTHER_TYPES)
@@ -135,7 +135,7 @@ def test_fields_of_other_types(
 
 
 @pytest.mark.medium
-def test_attention_fields_of_other_types(
+def test_attention_fields_of_other_types_cause_no_server_error(
     healthy: HealthyClient, attacker: Attacker, photos: Sequence[bytes]
 ) -> None:
     bodies = mutated_bodies(attention_body(photos[1], "a cat"), OTHER_TYPES)
@@ -146,7 +146,7 @@ def test_attention_fields_of_other_types(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [CHAT, ATTENTION])
-def test_all_fields_of_all_types(
+def test_all_fields_of_all_types_cause_no_server_error(
     healthy: HealthyClient, attacker: Attacker, photos: Sequence[bytes], path: str
 ) -> None:
     body = full_body(photos[1]) if path == CHAT else attention_body(photos[1], "a cat")
@@ -193,7 +193,7 @@ def huge_bodies() -> dict[str, bytes]:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("path", [CHAT, pytest.param(ATTENTION, marks=pytest.mark.slow)])
-def test_huge_bodies_are_refused_cheaply(
+def test_huge_bodies_are_answered_cheaply(
     healthy: HealthyClient, attacker: Attacker, path: str
 ) -> None:
     process = psutil.Process()
@@ -246,8 +246,8 @@ def test_values_are_counted_before_the_body_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("piece", ["%41", "AA ", "A\n", "%3D", "\u2003A", "-_%2B "])
-def test_odd_base64_takes_no_more_memory_than_its_text(piece: str) -> None:
-    """Three million escapes or words in a body must not become as many objects."""
+def test_odd_base64_takes_memory_in_proportion_to_its_text(piece: str) -> None:
+    """Decoding must not create one object for each of the millions of escapes or words that a body may contain."""
     url = "data:image/png;base64," + piece * 100_000
     tracemalloc.start()
     with contextlib.suppress(ValueError):
@@ -313,7 +313,7 @@ def test_attention_keeps_no_pixels_while_it_waits(model: Llava) -> None:
         b'"a"',
     ],
 )
-def test_bodies_that_are_no_requests(
+def test_bodies_that_are_not_requests_are_refused(
     healthy: HealthyClient, attacker: Attacker, content: bytes
 ) -> None:
     for path in (CHAT, ATTENTION):
@@ -342,7 +342,7 @@ def test_bodies_that_are_no_requests(
         ({"accept": "\x7f" * 100, "x" * 1000: "y"}, {400}),
     ],
 )
-def test_headers(
+def test_hostile_headers_are_refused(
     healthy: HealthyClient, attacker: Attacker, headers: dict[str, str], statuses_: set[int]
 ) -> None:
     assert attacker.post(b"{}", what=headers, **headers) in statuses_
@@ -365,7 +365,9 @@ JSON_VALUES = st.recursive(
 
 
 @pytest.mark.medium
-def test_generated_requests(healthy: HealthyClient, attacker: Attacker) -> None:
+def test_generated_requests_cause_no_server_error(
+    healthy: HealthyClient, attacker: Attacker
+) -> None:
     fields = sorted(full_body(b"x"))
 
     @settings(
@@ -391,8 +393,8 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
-# Requests whose end two servers could find in different places, with the statuses that are allowed. The names with
-# "two" are valid requests that another request follows.
+# Requests whose end two servers could find in different places, and other unusual requests, with the statuses that are
+# allowed.
 AMBIGUOUS: dict[str, tuple[bytes, set[int]]] = {
     "two lengths": (HEAD + LENGTH + b"Content-Length: 1\r\n\r\n" + BODY, {400}),
     "length and chunks": (
@@ -466,7 +468,9 @@ def exchange_all(server: LiveServer, requests: Sequence[bytes]) -> list[list[int
 
 
 @pytest.mark.medium
-def test_ambiguous_requests(healthy: HealthyClient, server: LiveServer) -> None:
+def test_ambiguous_requests_are_refused_or_answered_once(
+    healthy: HealthyClient, server: LiveServer
+) -> None:
     requests = [request for request, _ in AMBIGUOUS.values()]
     for (name, (_, allowed)), found in zip(AMBIGUOUS.items(), exchange_all(server, requests)):
         # The bytes after the request must not be answered as another request.
@@ -557,7 +561,9 @@ def test_slow_bodies_do_not_keep_a_place(
 
 
 @pytest.mark.medium
-def test_body_for_a_path_that_reads_none(healthy: HealthyClient, server: LiveServer) -> None:
+def test_unexpected_body_does_not_keep_a_connection(
+    healthy: HealthyClient, server: LiveServer
+) -> None:
     """The server answers immediately, and closes the connection although bytes still arrive."""
     start = time.perf_counter()
     head = b"POST /missing HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
@@ -566,7 +572,9 @@ def test_body_for_a_path_that_reads_none(healthy: HealthyClient, server: LiveSer
     assert time.perf_counter() - start < MAX_SECONDS
 
 
-def test_clients_that_leave_during_the_answer(healthy: HealthyClient, server: LiveServer) -> None:
+def test_clients_that_leave_during_the_answer_do_not_keep_a_place(
+    healthy: HealthyClient, server: LiveServer
+) -> None:
     for stream in (b"true", b"false"):
         body = (
             BODY[:-1].replace(b'"max_tokens": 1', b'"max_tokens": 32')

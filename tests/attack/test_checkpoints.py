@@ -104,7 +104,7 @@ def mutations(content: Any, values: list[Any]) -> Iterator[tuple[object, Any]]:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", READERS)
-def test_mutated_json_is_refused_by_name(copied: Path, name: str) -> None:
+def test_mutated_json_is_read_or_refused_by_name(copied: Path, name: str) -> None:
     path = copied / name
     content = json.loads(path.read_text())
     # Loading a tokenizer takes longer than reading the other files.
@@ -116,7 +116,7 @@ def test_mutated_json_is_refused_by_name(copied: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*READERS, "tokenizer.json"])
-def test_mutated_json_is_refused_by_the_whole_loader(copied: Path, name: str) -> None:
+def test_mutated_json_is_loaded_or_refused_by_name(copied: Path, name: str) -> None:
     path = copied / name
     content = json.loads(path.read_text())
     values = [*OTHER_TYPES, *HUGE, nested(90)]
@@ -135,7 +135,7 @@ def test_mutated_json_is_refused_by_the_whole_loader(copied: Path, name: str) ->
     [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000],
     ids=lambda content: content[:5].decode("latin-1"),
 )
-def test_json_file_of_another_form_is_refused_by_name(
+def test_json_file_of_another_form_is_read_or_refused_by_name(
     copied: Path, name: str, content: bytes
 ) -> None:
     (copied / name).write_bytes(content)
@@ -143,7 +143,7 @@ def test_json_file_of_another_form_is_refused_by_name(
 
 
 @pytest.mark.medium
-def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
+def test_checkpoint_with_a_cut_or_missing_file_is_loaded_or_refused_by_name(copied: Path) -> None:
     """Every file is truncated at its beginning, its middle and its end, and deleted."""
     files = sorted(path for path in copied.rglob("*") if path.is_file())
     assert len(files) >= 6
@@ -159,7 +159,7 @@ def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
 
 
 @pytest.mark.medium
-def test_safetensors_header_cannot_ask_for_memory(copied: Path) -> None:
+def test_safetensors_header_cannot_request_memory(copied: Path) -> None:
     path = copied / "projector.safetensors"
     whole = path.read_bytes()
     for length in (2**63 - 1, 2**32, 100_000_001, 5):
@@ -181,7 +181,7 @@ def full_checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.medium
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_mutated_config_of_a_part_is_refused_by_its_folder(
+def test_mutated_config_of_a_part_is_loaded_or_refused_by_its_folder(
     full_checkpoint: Path, tmp_path: Path, part: str
 ) -> None:
     folder = Path(shutil.copytree(full_checkpoint, tmp_path / "copied"))
@@ -212,7 +212,9 @@ def test_mutated_config_of_a_part_is_refused_by_its_folder(
         None,
     ],
 )
-def test_config_of_millions_of_modules_is_refused(tmp_path: Path, config: object) -> None:
+def test_config_of_millions_of_modules_or_of_another_form_is_refused(
+    tmp_path: Path, config: object
+) -> None:
     """Building such a model would take forever, even on the meta device."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
@@ -232,7 +234,9 @@ def test_config_of_millions_of_modules_is_refused(tmp_path: Path, config: object
         {"weight_map": ["model.safetensors"]},
     ],
 )
-def test_index_of_weights_names_files_beside_it(tmp_path: Path, index: object) -> None:
+def test_index_of_weights_that_names_no_file_beside_it_is_refused(
+    tmp_path: Path, index: object
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
@@ -245,7 +249,7 @@ CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: ...\n"
 
 
 def poison(folder: Path, marker: Path, known_type: bool) -> None:
-    """Make every configuration in a folder name a class in a Python file of the folder."""
+    """Add a Python file to a folder, and let every configuration in the folder refer to a class in this file."""
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     for name, entries in {
         "config.json": {
@@ -304,7 +308,7 @@ def test_code_of_a_checkpoint_is_not_executed(
         except (ValueError, OSError):
             assert True  # refused, which is as good as ignored
         assert not marker.exists()
-        assert sys.stdin.read() == "y\n" * 100, "nobody was asked"
+        assert sys.stdin.read() == "y\n" * 100, "the user must not be asked"
 
 
 def test_code_runs_where_it_is_trusted(models_folder: Path, tmp_path: Path) -> None:
@@ -337,7 +341,7 @@ def test_adapter_cannot_name_a_module_to_import(
     assert not marker.exists()
 
 
-def test_every_loader_decides_about_remote_code() -> None:
+def test_every_loader_passes_trust_remote_code() -> None:
     """Without `trust_remote_code`, Transformers asks the user on the terminal, so every call must pass it."""
     classes = ("Auto", "CLIP", "model_class")
     package = Path(llava_simplified.__file__).parent
@@ -354,7 +358,7 @@ def test_every_loader_decides_about_remote_code() -> None:
                 found += 1
                 names = {keyword.arg for keyword in node.keywords}
                 # A processor of a fixed class has no code to trust, and passes the argument on.
-                assert "trust_remote_code" in names, f"{path}:{node.lineno}"
+                assert "trust_remote_code" in names, f"{path}:{node.lineno}: no trust_remote_code"
     assert found >= 15
 
 

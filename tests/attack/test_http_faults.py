@@ -25,7 +25,7 @@ from llava_simplified.prepare.fetch_options import FetchOptions
 
 OPTIONS = FetchOptions(
     allow_private=True,
-    timeout=6,  # ample for what is answered at once, also on a busy machine
+    timeout=6,  # enough for responses that are sent at once, even on a busy machine
     retries=0,
     per_host=1,
     concurrency=32,
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
     Attributes:
         response: The bytes that it sends, or an iterator of bytes, which may wait and need not end.
-        kinds: The correct outcomes.
+        kinds: The correct outcomes, separated by spaces. "redirected" is the outcome "ok" with the image at `/next`.
         end: What the server does with the connection afterward: "keep" it open for the next request, "hang" (keep it,
             but read nothing), "close" it, "half" (close the sending side only) or "reset" it.
     """
@@ -72,7 +72,7 @@ def answer(head: bytes, body: bytes = JPEG, status: bytes = OK) -> bytes:
 
 
 def repeat(first: bytes, piece: bytes, seconds: float = 0.0) -> Pieces:
-    """Yield the same piece forever."""
+    """Return an iterator function that yields `first`, and then the same piece forever."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield first
@@ -329,7 +329,7 @@ FAULTS: dict[str, Fault] = {
 
 
 class FaultServer:
-    """Serves one of the `FAULTS` at each address, and an image at `/next`. All other paths return 404."""
+    """Serves each of the `FAULTS` at `/fault/NAME`, and an image at `/next`. All other paths return status 404."""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection."""
@@ -383,7 +383,7 @@ class FaultServer:
 
 
 async def fetch_faults() -> dict[str, tuple[FetchResult, FetchResult]]:
-    """Request each fault from another address, and then an image from the same address."""
+    """Request each fault from an address of its own, and then an image from the same address."""
     names = list(FAULTS)
     server = await asyncio.start_server(FaultServer(), "0.0.0.0", 0, limit=1_000_000)
     port = server.sockets[0].getsockname()[1]
@@ -395,12 +395,12 @@ async def fetch_faults() -> dict[str, tuple[FetchResult, FetchResult]]:
 
     async def fetch() -> None:
         async for row, _, result in fetch_all(enumerate(urls), OPTIONS):
-            assert row not in results, "one outcome"
+            assert row not in results, "a row must have only one outcome"
             results[row] = result
 
     async with server:
         await asyncio.wait_for(fetch(), MAX_SECONDS)
-    assert len(results) == len(urls), "no row is lost"
+    assert len(results) == len(urls), "a row has no outcome"
     return {name: (results[2 * n], results[2 * n + 1]) for n, name in enumerate(names)}
 
 
@@ -415,13 +415,13 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
         yield asyncio.run(fetch_faults())
     finally:
         logger.removeHandler(handler)
-    assert not messages, "nothing was unexpected"
+    assert not messages, "nothing may be logged, because every fault is expected"
 
 
 @pytest.mark.medium
 @pytest.mark.xdist_group("http_faults")
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_costs_one_row(
+def test_fault_affects_only_its_own_row(
     outcomes: dict[str, tuple[FetchResult, FetchResult]], name: str
 ) -> None:
     result, following = outcomes[name]

@@ -85,7 +85,7 @@ def test_mutated_record_is_read_or_the_error_names_its_row(model: Llava, form: s
 
 
 @pytest.mark.medium
-def test_generated_records(model: Llava) -> None:
+def test_generated_record_is_read_or_the_error_names_its_row(model: Llava) -> None:
     keys = ["image", "instruction", "response", "responses", "conversations", "messages", "images"]
     keys += ["from", "value", "role", "content", "id", "video", "type", "text"]
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -123,14 +123,16 @@ FILES = {
     "long number": b"[" + b"9" * 100_000 + b"]",
     "not text": b"\xff\xfe\x00\x01" * 100,
     "zeros": bytes(100_000),
-    "rows that are no objects": b"[1, null, [], true]",
+    "rows that are not objects": b"[1, null, [], true]",
     "lines of junk": b"{}\n{\n\n]\n",
 }
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize("name", FILES)
-def test_file_of_records_in_another_form(tmp_path: Path, name: str, suffix: str) -> None:
+def test_file_of_another_form_is_read_or_refused_by_name(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
     path = tmp_path / f"records.{suffix}"
     path.write_bytes(FILES[name])
     start = time.perf_counter()
@@ -142,10 +144,10 @@ def test_file_of_records_in_another_form(tmp_path: Path, name: str, suffix: str)
     assert time.perf_counter() - start < MAX_SECONDS
 
 
-def test_evaluate_refuses_mutated_predictions(
+def test_evaluate_ends_with_a_status_on_mutated_predictions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command says what is wrong: `main` returns a status, and raises nothing."""
+    """`main` raises no exception, and prints neither a traceback nor a control sequence."""
     path = tmp_path / "predictions.json"
     for what, mutated in mutations(
         PREDICTION, [None, -1, "", "\x1b]0;x\x07", [None], {}, nested(500)]
@@ -156,4 +158,4 @@ def test_evaluate_refuses_mutated_predictions(
         assert time.perf_counter() - start < MAX_SECONDS, what
         output = capsys.readouterr()
         assert "Traceback" not in output.err + output.out
-        assert "\x1b]" not in output.err + output.out, "a control sequence reaches the terminal"
+        assert "\x1b]" not in output.err + output.out, "a control sequence reached the terminal"

@@ -294,7 +294,7 @@ def test_no_command_lets_data_control_the_terminal(
         for text in printed:
             assert not control_characters(text), (name, ascii(text))
             all_printed += text
-    assert ESCAPED in all_printed, "the commands print names"
+    assert ESCAPED in all_printed, "the commands must print the names in escaped form"
 
 
 def test_logs_and_progress_do_not_control_the_terminal(

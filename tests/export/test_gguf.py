@@ -139,7 +139,7 @@ def run_clip_graph(path: Path, pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tower", "language_model", "options"), MODELS)
-def test_export_gguf_computes_the_same_when_others_read_it(
+def test_export_gguf_gives_equal_results_in_other_readers(
     train_pair: TrainPair,
     data_folder: Path,
     tmp_path: Path,
@@ -185,7 +185,7 @@ def test_export_gguf_computes_the_same_when_others_read_it(
 
 
 @pytest.mark.slow
-def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
+def test_export_gguf_makes_servers_render_the_training_prompt(
     train_pair: TrainPair, tmp_path: Path
 ) -> None:
     """llama.cpp inserts its image marker without a line break; other tools pass a list of parts."""
@@ -233,7 +233,7 @@ def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
         ("clip", "llama", {"mm_projector_type": "mlp3x_gelu"}, "two layers, but this one has 3"),
     ],
 )
-def test_export_gguf_refuses_what_llamacpp_has_no_form_for(
+def test_export_gguf_refuses_what_llamacpp_does_not_support(
     train_pair: TrainPair,
     tmp_path: Path,
     tower: str,
@@ -244,7 +244,7 @@ def test_export_gguf_refuses_what_llamacpp_has_no_form_for(
     checkpoint = train_pair(tower, language_model, tune_mm_mlp_adapter=True, max_steps=1, **options)
     with pytest.raises(ValueError, match=message):
         export_gguf(checkpoint, tmp_path / "gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
 
 
 @pytest.mark.medium
@@ -292,7 +292,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     pixels = np.stack([x, y, np.full_like(x, 250)], axis=2).astype(np.uint8)
     ours = transform(pixels).permute(1, 2, 0).numpy().astype(int)
     theirs = resize_as_llamacpp(Image.fromarray(pixels), 224).astype(int)
-    # Along the lines through the center. Blue is 250 in the image and 104 in the borders.
+    # Compare the two lines through the center. Blue is 250 in the image and 104 in the borders.
     for line, other in ((ours[112], theirs[112]), (ours[:, 112], theirs[:, 112])):
         inside, other_inside = line[:, 2] > 177, other[:, 2] > 177
         assert (inside != other_inside).sum() <= 2
@@ -311,7 +311,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
         ("pad", False),
     ],
 )
-def test_export_gguf_warns_of_other_borders(
+def test_export_gguf_warns_if_llamacpp_adds_borders(
     train_pair: TrainPair,
     tmp_path: Path,
     package_log: pytest.LogCaptureFixture,
@@ -329,7 +329,7 @@ def test_export_gguf_warns_of_other_borders(
 
 
 def wrap_tokenizer(backend: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
-    """Return a transformers tokenizer of a tokenizer with <s> and </s>."""
+    """Wrap a tokenizer that has the tokens <s> and </s> as a transformers tokenizer."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **tokens
     )
@@ -541,11 +541,11 @@ def test_llamacpp_generates_the_same_captions(
     language_model: str,
     options: dict,
 ) -> None:
-    """This test only runs if llama-cpp-python is installed, which compiles for 20 minutes. Images are not resized."""
+    """Requires llama-cpp-python, whose compilation takes 20 minutes. The images already have the tower's size."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if tower == "clip":
         pytest.xfail(
-            "llama.cpp shifts the position embeddings of towers with a CLS token (its issue 25814)"
+            "llama.cpp shifts the position embeddings of towers with a CLS token (llama.cpp issue 25814)"
         )
     checkpoint = train_pair(tower, language_model, **options)
     export_gguf(checkpoint, tmp_path / "gguf")
@@ -557,7 +557,9 @@ def test_llamacpp_generates_the_same_captions(
         Image.open(data_folder / "images" / f"{number}.jpg").resize((32, 32)).save(path)
         urls.append("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
         caption = model.caption(path, max_new_tokens=8)
-        expected.append(caption.replace("\ufffd", "").strip())  # it drops incomplete characters
+        expected.append(
+            caption.replace("\ufffd", "").strip()
+        )  # llama.cpp drops incomplete characters
     argv = [str(tmp_path / "gguf"), model.instruction, *urls]
     command = [sys.executable, "-c", LLAMA_CPP_PROCESS, *argv]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -111,7 +111,7 @@ def write_lora(
 ) -> Path:
     """Write a LoRA run as original LLaVA and its tutorial do.
 
-    The adapter, and everything else that was trained in a pickle beside it.
+    The folder contains the adapter, and a pickle file with everything else that was trained.
 
     Args:
         checkpoint: One of our checkpoints with an adapter.
@@ -271,7 +271,7 @@ def assert_captions_and_trains(
 @pytest.mark.parametrize(
     ("family", "trained_further"), [("llama", "adapter"), ("mistral", "everything")]
 )
-def test_import_checkpoint_reads_an_original_whole_model(
+def test_import_checkpoint_reads_a_complete_original_model(
     make_source: Callable[[str], Source],
     models_folder: Path,
     data_folder: Path,
@@ -380,10 +380,10 @@ def test_import_command_reads_a_single_projector(
 
 
 @pytest.mark.medium
-def test_import_checkpoint_takes_the_borders_from_the_source(
+def test_import_checkpoint_uses_the_aspect_ratio_of_the_source(
     source: Source, models_folder: Path, tmp_path: Path
 ) -> None:
-    """The pixels are those of the original's rule."""
+    """The pixels equal those of original LLaVA's image processing."""
     _, merged = source
     clip = models_folder / "clip"
     folder = write_original(merged, clip, tmp_path / "llava-v1.5-tiny")
@@ -408,7 +408,7 @@ def test_import_checkpoint_takes_the_borders_from_the_source(
             expected = processor(original, return_tensors="pt")["pixel_values"][0]
             actual = transform.normalize(transform(np.asarray(image)))
             gray_levels = ((actual - expected).abs() * 255 * std).max()
-            # Exactly, if nothing is resized; else Pillow and torch round differently.
+            # Equal, if nothing is resized. A resize in Pillow rounds differently than in torch.
             assert gray_levels < (1e-3 if original.size == (32, 32) else 2.01)
 
 
@@ -416,7 +416,7 @@ def test_import_checkpoint_takes_the_borders_from_the_source(
 
 
 def name_in_transformers_4(name: str) -> str:
-    """Return a weight's name in a folder written by transformers 4, as those of llava-hf on the hub."""
+    """Return a weight's name in a folder that transformers 4 has written, such as those of llava-hf on the hub."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower."):
         bare_name = name.removeprefix("vision_tower.").removeprefix("vision_model.")
@@ -480,7 +480,7 @@ def test_import_checkpoint_reads_a_hugging_face_folder(
 
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", TEMPLATES)
-def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
+def test_import_checkpoint_supports_a_template_that_writes_the_image_token(
     models_folder: Path, image: Path, tmp_path: Path, shape: str
 ) -> None:
     folder = tmp_path / shape
@@ -506,8 +506,8 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
     assert Prompt(tokenizer).render(turns, None) == model.prompt.render(turns, None)
     # The export is compared with the checkpoint, and equals the source again. Its template accepts lists.
     export_stock(tmp_path / "ours", tmp_path / "again", images=[image])
-    picture = {"type": "image", "image": Image.open(image)}
-    parts = [{"role": "user", "content": [picture, {"type": "text", "text": INSTRUCTION}]}]
+    image_part = {"type": "image", "image": Image.open(image)}
+    parts = [{"role": "user", "content": [image_part, {"type": "text", "text": INSTRUCTION}]}]
     processor = AutoProcessor.from_pretrained(tmp_path / "again", backend="pil")
     assert processor.image_token == token
     inputs = processor.apply_chat_template(
@@ -521,7 +521,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
 
 
 @pytest.mark.medium
-def test_import_checkpoint_compares_sources_without_a_template_with_plain(
+def test_import_checkpoint_uses_plain_for_sources_without_a_template(
     models_folder: Path, image: Path, tmp_path: Path
 ) -> None:
     """Such sources are prompted by hand, in the form of Vicuna, which is also the form of llava-hf's template."""
@@ -568,14 +568,14 @@ def test_import_checkpoint_keeps_nothing_that_differs_from_the_source(
 ) -> None:
     folder = tmp_path / "stock"
     write_stock(models_folder, folder, **change)
-    if "vision_feature_layer" in change:  # a wrong conversion
+    if "vision_feature_layer" in change:  # make the conversion wrong
         config = json.loads((folder / "config.json").read_text())
         del config["vision_feature_layer"]
         config["mm_vision_select_layer"] = -1
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         import_checkpoint(folder, tmp_path / "ours")
-    assert [path.name for path in tmp_path.iterdir()] == ["stock"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"], "nothing may be left behind"
 
 
 def test_import_command_names_wrong_images_before_the_conversion(tmp_path: Path) -> None:
@@ -676,7 +676,7 @@ def test_import_checkpoint_refuses_image_start_and_end_tokens(
 
 
 class Trap:
-    """A pickled object that calls a function when it is read: it empties a file."""
+    """A pickled object that calls a function when it is read: it creates a file."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -710,7 +710,7 @@ def test_import_checkpoint_refuses_a_pickle_that_runs_code(
     assert not victim.exists()
     assert not (tmp_path / "ours").exists()
     torch.load(folder / name, weights_only=False)
-    assert victim.exists(), "the trap works"
+    assert victim.exists(), "the trap must work, or the test would prove nothing"
 
 
 # ---- projectors without an activation ----

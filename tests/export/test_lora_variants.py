@@ -65,12 +65,12 @@ def test_run_is_resumed_merged_and_exported(
     after = first_logits(Llava.from_pretrained(tmp_path / "merged"), image)
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
-    # Both compare the logits of stock classes with those of the checkpoint.
+    # Each export compares the logits of stock classes with those of the checkpoint.
     for adapter in (False, True):
         export_stock(checkpoint, tmp_path / f"stock-{adapter}", adapter=adapter)
     assert export_gguf(checkpoint, tmp_path / "gguf") > 0
 
-    # The exported base model is the original one, also if PiSSA has changed its weights in training.
+    # The exported base model is the original one, even if PiSSA changed its weights for training.
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock-True" / "base")
     original = load_file(models_folder / "llama" / "model.safetensors")
     name = "layers.0.self_attn.q_proj.weight"

@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
         return {"url": f"{self.url}/{name}", "name": name}
 
     def choose_upload_modes(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer how each file is to be sent: weights as large files, others within the commit."""
+        """Return how each file must be sent: weights as large files, others within the commit."""
         files = []
         for file in request["files"]:
             mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
@@ -62,7 +62,7 @@ class Hub(ThreadingHTTPServer):
         return {"files": files}
 
     def choose_upload_addresses(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer where each large file is to be sent."""
+        """Return where each large file must be sent."""
         objects = request["objects"]
         for blob in objects:
             blob["actions"] = {"upload": {"href": f"{self.url}/storage/{blob['oid']}"}}
@@ -108,7 +108,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if self.path == "/api/repos/create":
             return hub.create_repository(json.loads(data))
-        assert "me/model" in hub.private, "the repository is created first"
+        assert "me/model" in hub.private, "the repository must be created first"
         if self.path == "/api/models/me/model/preupload/main":
             return hub.choose_upload_modes(json.loads(data))
         if self.path == "/me/model.git/info/lfs/objects/batch":
@@ -199,7 +199,7 @@ def test_push_uploads_what_a_dry_run_lists(
     hub: Hub, folder: Path, push: Push, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert push(hub.url, "--dry-run") == 0
-    assert not hub.private, "nothing was sent"
+    assert not hub.private, "a dry run must not send anything"
     listed = capsys.readouterr().out.splitlines()[:-1]
 
     assert push(hub.url, "--private") == 0
@@ -210,7 +210,7 @@ def test_push_uploads_what_a_dry_run_lists(
     texts = {"README.md", "llava.json", "tokenizer.json"}
     weights = {"projector.safetensors", "adapter/adapter_model.safetensors"}
     assert hub.files == {name: (folder / name).read_bytes() for name in texts | weights}
-    assert len(hub.blobs) == 2, "weights are sent as large files"
+    assert len(hub.blobs) == 2, "weights must be sent as large files"
     assert [line.split()[1] for line in listed] == sorted(hub.files)
 
 

@@ -1,4 +1,4 @@
-"""Exported folders load in a process without this project, and compute the same as the checkpoint."""
+"""Exported folders load in a process without this project, and give the checkpoint's logits and captions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ print(json.dumps({"logits": logits, "caption": caption, "adapted": adapted}))
 def stock_server() -> subprocess.Popen[str]:
     """Start the process that cannot import the project. It ends when the tests close its input."""
     return subprocess.Popen(
-        # Isolated: it does not look for modules where the tests look for them.
+        # -I isolates the process: it ignores PYTHONPATH and the current folder.
         [sys.executable, "-I", "-c", STOCK_SERVER],
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
@@ -172,7 +172,7 @@ def assert_same_as_checkpoint(result: dict, model: Llava, image: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize(("tower", "language_model"), PAIRS)
-def test_export_stock_computes_the_same_in_another_process(
+def test_export_stock_gives_equal_results_in_another_process(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -217,7 +217,7 @@ def test_export_stock_renders_our_own_templates(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["complete", "endings"])
-def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
+def test_export_stock_writes_a_peft_adapter_with_equal_results(
     models_folder: Path, data_folder: Path, tmp_path: Path, names: str
 ) -> None:
     checkpoint = train_checkpoint(
@@ -259,7 +259,7 @@ def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_export_stock_refuses_what_stock_llava_has_no_form_for(
+def test_export_stock_refuses_what_stock_llava_does_not_support(
     models_folder: Path, data_folder: Path, tmp_path: Path, options: dict, message: str
 ) -> None:
     parts = {"model_name_or_path": "mistral", "vision_tower": "clip"} | options
@@ -268,11 +268,11 @@ def test_export_stock_refuses_what_stock_llava_has_no_form_for(
     checkpoint = train_checkpoint(data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts)
     with pytest.raises(ValueError, match=message):
         export_stock(checkpoint, tmp_path / "stock")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
 
 
 @pytest.mark.medium
-def test_export_stock_removes_an_export_that_computes_something_else(
+def test_export_stock_removes_an_export_with_different_results(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = train_checkpoint(
@@ -303,7 +303,7 @@ def test_export_stock_removes_an_export_that_computes_something_else(
 
 
 def names_in_vllm() -> re.Pattern[str]:
-    """Return a pattern of the weights that vLLM loads.
+    """Return a pattern that matches the names of the weights that vLLM loads.
 
     vLLM has modules of its own (vllm/model_executor/models/llava.py and clip.py), and finds their
     weights by these names.
@@ -383,7 +383,7 @@ def test_export_stock_writes_a_processor_that_makes_images_square(
     assert config["image_processor_type"] == "LlavaImageProcessor"
     assert config["do_pad"] is True
 
-    # A border is where the stock processor puts it, in the mean color.
+    # Our borders have the same position as those of the stock processor, and the mean color.
     processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
     white = Image.new("RGB", (32, 16), "white")
     pixels = processor.image_processor(white, return_tensors="pt")["pixel_values"][0]
@@ -428,7 +428,7 @@ def test_merge_keeps_the_logits_after_the_base_models_have_moved(
 
 @pytest.mark.medium
 @pytest.mark.parametrize("tune_vision_tower", ["full", "lora"])
-def test_a_trained_vision_tower_is_exported_and_merged(
+def test_trained_vision_tower_is_exported_and_merged(
     models_folder: Path, data_folder: Path, tmp_path: Path, tune_vision_tower: str
 ) -> None:
     checkpoint = train_checkpoint(
@@ -582,7 +582,7 @@ def test_demo_recipes_end_in_an_export_with_equal_captions(
     argv = [output, model.instruction, *images]
     captions = json.loads(run_without_project(CAPTION_PROCESS, *argv, folder=tmp_path))
     assert captions == model.caption(images, max_new_tokens=8)
-    assert len(set(captions)) > 10, "the captions depend on the images"
+    assert len(set(captions)) > 10, "the captions must depend on the images"
 
 
 # ---- memory ----
@@ -651,7 +651,7 @@ def save_large_language_model(folder: Path) -> None:
     not Path("/proc/self/status").exists(),
     reason="reads memory use from /proc, which only Linux has",
 )
-def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) -> None:
+def test_export_stock_keeps_only_one_copy_in_memory(models_folder: Path, tmp_path: Path) -> None:
     """The peak memory of an export, which includes reading it back, is at most 1.2 times the written weights."""
     save_large_language_model(tmp_path / "large")
     clip = models_folder / "clip"

@@ -137,7 +137,8 @@ def paused_after(
     Args:
         model: The model.
         steps: Number of forward passes before the pause.
-        begin: The first forward pass waits for this event, which can be set when all requests have arrived.
+        begin: The first forward pass waits until this function returns True, for example when all requests have
+            arrived.
     """
     resume = threading.Event()
     calls = 0

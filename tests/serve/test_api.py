@@ -100,7 +100,9 @@ def test_chat_reports_usage_and_finish_reason(
     assert cut.choices[0].message.content == ended.choices[0].message.content
 
 
-def test_chat_samples_as_library(server: LiveServer, model: Llava, photos: list[bytes]) -> None:
+def test_chat_samples_like_the_library(
+    server: LiveServer, model: Llava, photos: list[bytes]
+) -> None:
     def answers(n: int, **options: Any) -> list[str]:
         messages = user_message(photos[0])
         completion = create_completion(server, messages, max_tokens=8, n=n, **options)
@@ -111,7 +113,7 @@ def test_chat_samples_as_library(server: LiveServer, model: Llava, photos: list[
     sampled = model.caption(photos[0], "What?", num_return_sequences=3, max_new_tokens=8, **options)
     assert answers(3, **options) == sampled
     assert answers(3, **{**options, "seed": 4}) != sampled
-    assert len(set(answers(16))) > 1, "several answers are sampled without a temperature, too"
+    assert len(set(answers(16))) > 1, "several answers must be sampled even without a temperature"
     # Logits divided by this temperature would be infinite.
     greedy = model.caption(photos[0], "What?", max_new_tokens=8)
     assert answers(1, temperature=1e-40) == [greedy]
@@ -128,7 +130,7 @@ def test_stream_equals_complete_answer(server: LiveServer, photos: list[bytes]) 
         server, messages, stream=True, stream_options=stream_options, **options
     )
     for chunk in stream:
-        assert usage is None, "the usage comes last"
+        assert usage is None, "the usage must come last"
         usage = chunk.usage
         for choice in chunk.choices:
             assert finish_reasons[choice.index] is None
@@ -212,7 +214,7 @@ INVALID: list[tuple[dict[str, Any], int, str | None, str | None]] = [
 @pytest.mark.parametrize(
     ("change", "status", "param", "code"), INVALID, ids=lambda value: str(value)[:40]
 )
-def test_invalid_request_is_named(
+def test_error_of_an_invalid_request_names_the_field(
     server: LiveServer,
     photos: list[bytes],
     change: dict[str, Any],
@@ -269,7 +271,7 @@ def test_images_must_be_data_urls(
         "{}",
     ],
 )
-def test_images_are_read_in_all_spellings(
+def test_data_urls_are_read_in_all_spellings(
     server: LiveServer, model: Llava, photos: list[bytes], spelling: str
 ) -> None:
     expected = model.caption(photos[1], "What?", max_new_tokens=5)
@@ -290,7 +292,7 @@ REQUEST_FIELDS = sorted(get_type_hints(CompletionCreateParamsStreaming))
 MESSAGE_FIELDS = sorted(openai.types.chat.ChatCompletionMessage.model_fields)
 
 # For each field of OpenAI's requests: values that are accepted because they change nothing, and values that request
-# something that the server does not support. Null is accepted for all fields.
+# something that the server does not support. Null is accepted for all fields except `messages`.
 NEUTRAL: dict[str, list[Any]] = {
     "frequency_penalty": [0, 0.0],
     "function_call": ["none", "auto"],
@@ -323,7 +325,7 @@ NEUTRAL: dict[str, list[Any]] = {
     "top_p": [1, 1.0],
     "user": ["me", ""],
     "verbosity": ["medium"],
-    # of other servers
+    # Fields of other servers' APIs.
     "add_generation_prompt": [True],
     "best_of": [1],
     "chat_template_kwargs": [{}],
@@ -364,7 +366,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("field", REQUEST_FIELDS)
-def test_fields_that_ask_for_nothing_are_accepted(
+def test_fields_with_neutral_values_are_accepted(
     server: LiveServer, model: Llava, field: str
 ) -> None:
     expected = model.chat("Say it.", max_new_tokens=5)
@@ -379,7 +381,7 @@ def test_fields_that_ask_for_nothing_are_accepted(
 
 
 @pytest.mark.parametrize("field", sorted(UNSUPPORTED))
-def test_fields_that_ask_for_something_else_are_named(server: LiveServer, field: str) -> None:
+def test_fields_with_unsupported_values_are_refused_by_name(server: LiveServer, field: str) -> None:
     for value in UNSUPPORTED[field]:
         body = {"messages": [{"role": "user", "content": "Say it."}], field: value}
         response = server.post(body)
@@ -445,7 +447,7 @@ EMPTY_ANSWERS: list[dict[str, Any]] = [
 def test_empty_answer_can_be_sent_back(
     server: LiveServer, model: Llava, fields: dict[str, Any]
 ) -> None:
-    """Whichever way it is empty, it is the same conversation."""
+    """The answer of the model does not depend on how the empty answer is written."""
     question, again = Message("user", "Hi"), Message("user", "And now?")
     expected = model.chat([question, Message("assistant", ""), again], max_new_tokens=4)
     messages = [
@@ -459,14 +461,14 @@ def test_empty_answer_can_be_sent_back(
 
 @pytest.mark.parametrize("role", ["system", "developer", "user"])
 @pytest.mark.parametrize("fields", [{"content": None}, {}])
-def test_question_without_content_is_refused(
+def test_message_without_content_is_refused(
     server: LiveServer, role: str, fields: dict[str, Any]
 ) -> None:
     response = server.post({"messages": [{"role": role, **fields}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[0].content")
 
 
-def test_null_beside_what_is_not_supported_is_refused(server: LiveServer) -> None:
+def test_null_content_with_an_unsupported_field_is_refused(server: LiveServer) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     for field, value in [("tool_calls", [call]), ("function_call", call), ("refusal", "No.")]:
         sent = {"role": "assistant", "content": None, field: value}
@@ -481,7 +483,7 @@ def test_part_with_a_hint_for_caching_is_accepted() -> None:
     assert message.to_message("") == Message("user", "Hi")
 
 
-def test_message_with_tool_calls_is_refused(server: LiveServer) -> None:
+def test_message_with_unsupported_fields_is_refused(server: LiveServer) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     for field, value in [("tool_calls", [call]), ("refusal", "No."), ("audio", {"id": "1"})]:
         sent = {"role": "assistant", "content": "Hi", field: value}
@@ -538,7 +540,7 @@ def test_max_tokens_is_clamped_to_limit_and_context(
     limits = Limits(max_tokens=30)
     with without_end_tokens(model), live_server(model, limits=limits) as server:
         longest = server.post(chat_body(photos[0])).json()
-        assert "warnings" not in longest, "nothing was asked for that was not granted"
+        assert "warnings" not in longest, "without a requested length, there must be no warning"
         assert longest["usage"]["completion_tokens"] == 30
         for tokens in (31, 10**9, 10**400):
             response = server.post(chat_body(photos[0], **{name: tokens})).json()
@@ -555,9 +557,7 @@ def test_max_tokens_is_clamped_to_limit_and_context(
         assert not any(hasattr(chunk, "warnings") for chunk in chunks[1:])
 
 
-def test_answer_gets_what_the_prompt_leaves_of_the_context(
-    model: Llava, photos: list[bytes]
-) -> None:
+def test_answer_is_limited_to_the_rest_of_the_context(model: Llava, photos: list[bytes]) -> None:
     body = chat_body(photos[0], max_tokens=40)
     with without_end_tokens(model), live_server(model, max_context=100) as server:
         whole = server.post(body).json()
@@ -665,7 +665,7 @@ def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]
             for name in ("xn--a", "xn--.example", "a..example", "b\u00fccher.invalid", "a" * 64):
                 assert refusal(server, f"http://{name}/1.png").code in ("bad_url", "dns")
             assert "scheme" in refusal(server, "file:///etc/passwd").message
-        assert not ImageHost.requests, "no request has reached the host"
+        assert not ImageHost.requests, "a request has reached the host"
         allow_private = FetchOptions(retries=0, allow_private=True)
         with live_server(model, limits=Limits(fetch=allow_private)) as server:
             assert "scheme" in refusal(server, f"{url}/redirect").message
@@ -847,7 +847,7 @@ def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
 def test_failing_request_gets_500_and_neighbours_their_answers(
     model: Llava, photos: list[bytes]
 ) -> None:
-    """The model returns NaN for one image. A request with it fails, streamed or not."""
+    """The model returns NaN for one image. A request with this image fails, streamed or not."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos[1:7]]
     with live_server(model) as server, nan_features_for(model, photos[0]):
 

@@ -53,7 +53,7 @@ def expected_attention(model: Llava, prompt: list[int], pixels: torch.Tensor) ->
 
 
 def check_token_attention(model: Llava) -> torch.Tensor:
-    """Compare `token_attention` with `expected_attention`, and return it."""
+    """Assert that `token_attention` equals `expected_attention`, and return what it has computed."""
     prompt, pixels = prepare_question(model, QUESTION)
     grids = token_attention(model, prompt, ANSWER_IDS, model.vision_tower(pixels))
     patches_per_image = grids[0, 0].numel()
@@ -69,7 +69,7 @@ def test_token_attention_equals_one_eager_forward(models_folder: Path, language_
     model = build_llava(models_folder, language_model)
     grids = check_token_attention(model)
     assert grids.shape == (len(ANSWER_IDS), 2, 4, 4)
-    assert model.config._attn_implementation == "sdpa", "the model's own kernel is restored"
+    assert model.config._attn_implementation == "sdpa", "the model's own kernel must be restored"
     if language_model == "mistral":
         # The window of 24 tokens is shorter than the prompt, so a part of the first image is outside.
         assert (grids[:, 0] == 0).any()
@@ -134,8 +134,8 @@ def test_attention_map_averages_tokens_of_each_word(models_folder: Path) -> None
     _, (answer_ids,) = model.prompt.render_branches([Message("user", "")], [answer])
     grids = token_attention(model, prompt, answer_ids[:-1], model.vision_tower(pixels))
     ends = [count_tokens(answer[:end]) for end in (1, 10, 15, 17, 18, 20, 25, 28)]
-    assert ends[1] > 2, "a word of several tokens"
-    assert ends[3] > ends[2] + 1, "a character of several tokens"
+    assert ends[1] > 2, "the text must have a word of several tokens"
+    assert ends[3] > ends[2] + 1, "the text must have a character of several tokens"
     for word_map, start, end in zip(maps, [0, *ends], ends):
         torch.testing.assert_close(word_map, grids[start:end].mean(0))
 

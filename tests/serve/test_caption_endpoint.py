@@ -65,7 +65,7 @@ def test_captions_of_our_server_equal_those_of_the_model(
     reasons = {row.pop("finish_reason", None) for row in rows}
     assert rows == read_rows(local.output)
     assert reasons == {None, "length"}
-    assert len({row["pred_output"] for row in rows}) > 10, "the captions depend on the images"
+    assert len({row["pred_output"] for row in rows}) > 10, "the captions must depend on the images"
     assert read_rows(f"{remote.output}.bad.jsonl") == read_rows(f"{local.output}.bad.jsonl")
 
 

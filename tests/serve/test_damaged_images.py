@@ -1,4 +1,4 @@
-"""Every error of a decoder becomes status 400 with the kind of the damage, and the server continues."""
+"""An image that cannot be decoded gets status 400 with the kind of the error as its code; the server continues."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ async def generate_answers(
 
 
 @pytest.mark.medium
-def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
+def test_engine_gives_the_answers_that_the_model_gives_alone(
+    model: Llava, photos: list[bytes]
+) -> None:
     """The requests have no, one or two images, are greedy or sampled, and join the batch at any time."""
     conversation = [
         Message("user", "<image>\nWhat?"),
@@ -131,7 +133,7 @@ def test_stop_text_of_several_tokens_ends_answer(model: Llava, photos: list[byte
         return unaffected, stopped
 
     unaffected, stopped = run_engine(model, use)
-    assert unaffected == [whole], "held-back text is sent when the answer ends"
+    assert unaffected == [whole], "held-back text must be sent when the answer ends"
     assert stopped == [whole[: whole.index(stop)].rstrip()]
 
 
@@ -224,7 +226,7 @@ def test_full_queue_refuses_requests(model: Llava, photos: list[bytes]) -> None:
     run_engine(model, use, batch_size=2, max_queue=1)
 
 
-def test_submit_refuses_what_exceeds_limits(model: Llava, photos: list[bytes]) -> None:
+def test_submit_refuses_invalid_requests(model: Llava, photos: list[bytes]) -> None:
     async def use(engine: Engine) -> None:
         with engine.open_request() as request:
             with pytest.raises(ImageError) as unreadable:

@@ -54,7 +54,7 @@ CHROMIUM_ARGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-# All in one process: a browser takes seconds to start.
+# Run all of these tests in one process, because a browser takes seconds to start.
 IN_BROWSER = pytest.mark.xdist_group("browser")
 COMPLETE = ".answer:not(.writing)"  # selects answers that have ended
 
@@ -236,7 +236,7 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
     assert f"{percent} % of the model's attention" in page.locator("#note").inner_text()
     veil, preview = page.locator("#veil").bounding_box(), page.locator("#preview").bounding_box()
     assert veil["width"] / veil["height"] == pytest.approx(2, rel=0.01), (
-        "the veil covers the image, not its box"
+        "the veil must cover the image, and not its box"
     )
     assert veil["x"] >= preview["x"] - 1 and veil["y"] >= preview["y"] - 1
     centers = [
@@ -250,7 +250,7 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
     left, top, right, bottom = model.vision_tower.transform.visible_region(200, 400)
     assert (left, right) == (0.25, 0.75)
     assert (alpha[:, : int(0.24 * width)] > 175).all(), (
-        "the margin that the tower does not receive is dark"
+        "the margin that the tower does not receive must be dark"
     )
     y = [int((top + (row + 0.5) / rows * (bottom - top)) * height) for row in range(rows)]
     x = [
@@ -434,12 +434,12 @@ def test_image_can_be_dropped_pasted_and_photographed(
     page.wait_for_function("() => document.getElementById('preview').naturalWidth > 48")
     page.locator(COMPLETE).wait_for()
     assert words(page) != captions["paste"]
-    assert page.locator("video").evaluate("v => v.srcObject") is None, "the camera is released"
+    assert page.locator("video").evaluate("v => v.srcObject") is None, "the camera must be released"
 
 
 @pytest.mark.slow
 @IN_BROWSER
-def test_follow_up_questions_several_answers_and_markup(
+def test_follow_up_questions_several_answers_and_markup_are_shown(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
     page = visit()
@@ -543,7 +543,7 @@ def test_failures_of_server_are_explained(
         page.keyboard.press("Enter")
         page.get_by_role("alert").filter(has_text=message).wait_for()
         assert page.get_by_label("Question").input_value() == "And?", (
-            "the question can be sent again"
+            "the question must stay, so that it can be sent again"
         )
         page.unroute("**/v1/chat/completions")
     page.keyboard.press("Enter")
@@ -601,7 +601,7 @@ def test_stopping_or_leaving_frees_sequence(
             page.locator(".answer.writing .word").first.wait_for()
             page.get_by_role("button", name="Stop").click()
             page.locator(COMPLETE).wait_for()
-            assert words(page), "what has arrived remains"
+            assert words(page), "the text that has arrived must remain"
             wait_until_idle(resume)
         with paused_after(model, steps=12) as resume:
             page.get_by_role("button", name="Ask").click()
@@ -651,4 +651,4 @@ def test_open_page_does_not_delay_shutdown(
     show(page, photos[0])
     page.locator(COMPLETE).wait_for()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0, "--timeout is 120 s"
+    assert process.wait(20) == 0, "the server must not wait for --timeout (120 s)"

@@ -198,7 +198,7 @@ def test_other_paths_do_not_exist(client: httpx.Client, server: LiveServer, key:
             if key:
                 assert httpx.request(method, server.url + path).status_code in (401, 404)
     for path in ("/?deep_link=x", "/?__theme=dark", "/?view=api"):
-        assert client.get(path).content == client.get("/").content, "the query is ignored"
+        assert client.get(path).content == client.get("/").content, "the query must be ignored"
 
 
 # ---- files and URLs ----
@@ -322,7 +322,9 @@ def test_attention_fetches_under_same_rules_as_chat(model: Llava) -> None:
         bait.shutdown()
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "messages")
-    assert error["code"] != "image_url_not_allowed", "the URL is allowed, its address is not"
+    assert error["code"] != "image_url_not_allowed", (
+        "the URL is allowed, so its address must be refused"
+    )
     assert not Bait.requests
 
 
@@ -532,7 +534,9 @@ def test_command_passes_hosts_and_examples(
     for host, status in statuses.items():
         assert httpx.get(f"{url}/examples/0", headers={"host": host}).status_code == status
     (tmp_path / "cat.png").unlink()
-    assert httpx.get(f"{url}/examples/0").headers["content-type"] == "image/jpeg", "kept in memory"
+    assert httpx.get(f"{url}/examples/0").headers["content-type"] == "image/jpeg", (
+        "the example must be kept in memory"
+    )
 
 
 # ---- headers ----
@@ -668,7 +672,7 @@ def test_extreme_options_fail_only_their_own_request(
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, "1", True])
-def test_extreme_lengths_are_refused(
+def test_invalid_lengths_are_refused(
     client: httpx.Client, photos: Sequence[bytes], tokens: Any
 ) -> None:
     assert client.post(CHAT, json=chat_body(photos[0], max_tokens=tokens)).status_code == 400
@@ -686,7 +690,7 @@ def test_tiny_temperature_is_greedy(
 
 
 @pytest.mark.medium
-def test_attention_while_others_generate(
+def test_attention_maps_do_not_change_answers_in_progress(
     model: Llava, client: httpx.Client, photos: Sequence[bytes]
 ) -> None:
     """Attention maps are computed between two steps of the batch, and do not change its answers."""

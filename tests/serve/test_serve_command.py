@@ -37,7 +37,7 @@ def run_serve(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, s
         (["--port", "0"], "--port"),
         (["--port", "http"], "--port"),
         (["--host", "nowhere.invalid"], "--host"),
-        (["--host", "192.0.2.1"], "--host"),  # an address for documentation, no machine has it
+        (["--host", "192.0.2.1"], "--host"),  # reserved for documentation, so no machine has it
         (["--examples", "no-such-folder"], "--examples"),
         (["--examples", __file__], "--examples"),
         (["--batch-size", "0"], "--batch-size"),
@@ -58,7 +58,7 @@ def test_wrong_option_is_named(
     assert named in error and "Traceback" not in error
     hint = "`llava serve --help` lists the options."
     lines = [line for line in error.splitlines() if line and line != hint]
-    assert len(lines) == 1, "the mistake is one line"
+    assert len(lines) == 1, "the error must be one line"
 
 
 def test_unreadable_examples_folder_is_named(

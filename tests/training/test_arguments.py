@@ -182,7 +182,7 @@ def test_parse_arguments_sets_the_log_level(
         ),
     ],
 )
-def test_parse_arguments_refuses_a_launcher_that_does_something_else(
+def test_parse_arguments_refuses_launchers_that_do_not_match_the_options(
     environment: dict[str, str], argv: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -258,13 +258,15 @@ def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
     comments = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Check" in line or "Expect" in line for line in comments)
     units = ("day", "hour", "minute")
-    assert any(unit in " ".join(comments) for unit in units), "the expected time"
+    assert any(unit in " ".join(comments) for unit in units), (
+        "the comments must state the expected time"
+    )
 
 
 # ---- arguments and options ----
 
 
-def test_split_options_inverts_to_words() -> None:
+def test_split_options_inverts_to_argv() -> None:
     argv = to_argv({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
     assert split_options(argv) == [
         ("lora_r", ["8"]),
@@ -273,7 +275,7 @@ def test_split_options_inverts_to_words() -> None:
     ]
 
 
-def test_non_default_options_lists_changes_but_no_tokens() -> None:
+def test_non_default_options_lists_changes_without_access_tokens() -> None:
     groups = parse_arguments(["--lora_r", "8", "--hub_token", "secret", "--packing"])
     changed = non_default_options(*groups)
     assert changed["lora_r"] == 8
@@ -297,7 +299,7 @@ def default_of(option: Field[Any]) -> Any:
     default = option.default
     if option.default_factory is not MISSING:
         default = option.default_factory()
-    return getattr(default, "value", default)  # of an enumeration
+    return getattr(default, "value", default)  # the text of an enumeration's member
 
 
 def test_help_lists_every_own_option_in_one_group() -> None:

@@ -59,7 +59,7 @@ REFUSED_OPTIONS = [
         r"mm_projector\.bin: no such folder.*`llava import`",
     ),
 ]
-# Another machine may support them.
+# This machine does not support these options, but another one may.
 REFUSED_ON_THIS_MACHINE = [
     (
         {"attn_implementation": "flash_attention_2", "bf16": "True", "share_prefix": "False"},
@@ -112,7 +112,7 @@ def test_record_without_answer_is_named_before_a_model_is_loaded(
     rows[7] = {key: value for key, value in changed_row.items() if value is not None}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     changes = {
-        "model_name_or_path": "nowhere",  # would be an error of its own, later
+        "model_name_or_path": "nowhere",  # would be an error too, but a later one
         "val_image_folder": data_folder / "images",
         option: tmp_path / "rows.json",
     }
@@ -171,7 +171,7 @@ def test_config_records_the_instruction_of_the_first_image(
     ids=["half a surrogate pair", "long prompt", "video"],
 )
 @pytest.mark.parametrize("cache", ["off", "disk"])
-def test_bad_record_is_set_aside_and_the_run_goes_to_its_end(
+def test_bad_record_is_set_aside_and_the_run_finishes(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

@@ -78,7 +78,7 @@ def test_progress_shows_steps_losses_and_time_left(
 def test_throughput_and_padding_are_logged(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Three steps of two micro-batches of two samples: six pairs of samples, in order."""
+    """The run has three steps of two micro-batches of two samples, in the order of the file."""
     options = training_options(
         models_folder,
         data_folder,
@@ -145,7 +145,7 @@ def test_gradient_norm_monitor_warns_ten_times_at_most() -> None:
 
 
 def test_gradient_norm_after_steps_without_a_gradient_is_not_reported() -> None:
-    """As in a run on rewards that are all the same for most images."""
+    """In reinforcement learning, the gradient is 0 if all captions of an image have the same reward."""
     monitor = GradientNormMonitor(min_history=5)
     assert [monitor.check(norm) for norm in [0.0] * 10 + [1.0]] == [None] * 11
 
@@ -155,7 +155,7 @@ def test_gradient_norm_after_steps_without_a_gradient_is_not_reported() -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("load_best", [True, False])
-def test_early_stopping_leaves_the_best_checkpoint(
+def test_early_stopping_saves_the_best_or_the_last_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, load_best: bool
 ) -> None:
     """The highest loss is declared the best: unlike the lowest one, it is sure to stop improving."""
@@ -185,7 +185,7 @@ def test_early_stopping_leaves_the_best_checkpoint(
     curve = read_log(output, "eval_loss")
     best = curve.index(max(curve)) + 1
     assert len(curve) == best + 2 < 12
-    assert best % 3 != 0, "not one of --save_steps"
+    assert best % 3 != 0, "the best step must not be one of --save_steps"
     last_step = best if load_best else best + 2
     assert read_checkpoint_config(output)["training"]["steps"] == last_step
     assert not (output / "trainer_state").exists()

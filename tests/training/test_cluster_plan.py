@@ -90,7 +90,7 @@ def test_cluster_plan_says_that_captions_were_not_measured() -> None:
 @pytest.mark.parametrize(
     "change", [{"usable_share": -1}, {"usable_share": True}, {"usable_share": "1"}, {"more": 1}]
 )
-def test_read_rates_refuses_what_is_no_file_of_rates(
+def test_read_rates_refuses_a_file_with_wrong_entries(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     path = tmp_path / "rates.json"
@@ -113,9 +113,7 @@ def test_read_rates_refuses_what_is_no_file_of_rates(
         (["--cluster", "2", "--endpoint", "http://x/v1", "--model", "m"], "--measure"),
     ],
 )
-def test_plan_refuses_cluster_options_that_contradict_each_other(
-    options: list[str], named: str
-) -> None:
+def test_plan_refuses_invalid_cluster_options(options: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         main(options)
 
@@ -150,26 +148,26 @@ def test_tower_flops_are_those_of_its_matrices(models_folder: Path) -> None:
     assert count_tower_flops(tower) == expected
 
 
-def run_module(module: str, words: Sequence[str]) -> None:
-    sys.argv = [module, *words]
+def run_module(module: str, argv: Sequence[str]) -> None:
+    sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__")
 
 
 def run_in_child(command: Sequence[str], **_: object) -> CompletedProcess:
     """Run `python -m MODULE ...` without importing libraries again. It takes the place of `subprocess.run`.
 
-    In a child of this process, not of a server as in `cli_process`, because its CPU time is measured.
+    The process is a child of this one, and not of a server as in `cli_process`, because its CPU time is measured.
     """
-    _, option, module, *words = command
+    _, option, module, *argv = command
     assert option == "-m"
-    process = multiprocessing.get_context("fork").Process(target=run_module, args=(module, words))
+    process = multiprocessing.get_context("fork").Process(target=run_module, args=(module, argv))
     process.start()
     process.join()
     return CompletedProcess(command, process.exitcode, "", "")
 
 
 @pytest.mark.slow
-def test_plan_measures_every_step_of_the_recipe(
+def test_plan_measures_every_step_from_download_to_caption(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -198,9 +196,10 @@ def test_plan_measures_every_step_of_the_recipe(
     assert rates.downloaded_share == num_images / 64
     assert rates.usable_share == 1
     sizes = [len(loopback.body_of(kind, number)) for _, kind, number in urls if kind == "ok"]
-    assert rates.bytes_per_url == pytest.approx(sum(sizes) / 64, rel=0.05)  # and bodies of errors
+    # The measured bytes include the bodies of errors, which are small.
+    assert rates.bytes_per_url == pytest.approx(sum(sizes) / 64, rel=0.05)
     assert all(value > 0 for value in asdict(rates).values())
-    # Every image of both samples was captioned once.
+    # There are at least as many captions as images.
     assert len(endpoint.captioned()) >= num_images
     printed = capsys.readouterr().out
     for step in ("download", "clean", "encode", "train", "caption"):

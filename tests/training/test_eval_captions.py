@@ -112,7 +112,7 @@ def test_wandb_gets_images_and_captions(
     evaluated: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real client in offline mode, which writes what it would send."""
+    """The real client runs in offline mode: it writes to files what it would send."""
     wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -123,7 +123,7 @@ def test_wandb_gets_images_and_captions(
     wandb.teardown()  # until then its service continues to write
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     images = sorted((folder / "files" / "media" / "images").glob("eval_captions_*.png"))
-    assert len(images) == 2 * 2, "two images at two evaluations"
+    assert len(images) == 2 * 2, "expected two images at each of two evaluations"
     with Image.open(images[0]) as image:
         assert image.size == (32, 32)
     rows = read_rows(tmp_path / "out" / "eval_captions" / "step-8.jsonl")

@@ -106,7 +106,7 @@ def test_cache_describes_its_content(
 ) -> None:
     tower = load_tower(models_folder)
     cache = FeatureCache(tower, "digest", tmp_path)
-    assert not list(tmp_path.iterdir()), "a cache that is only read may be read-only"
+    assert not list(tmp_path.iterdir()), "opening a cache must not write to it: it may be read-only"
     cache.fill(["0.jpg"], data_folder / "images", progress=False)
     description = json.loads((tmp_path / f"{cache_key(tower, 'digest')}.json").read_text())
     assert description["content"] == "features"
@@ -149,10 +149,10 @@ def test_cache_refuses_a_tower_that_is_trained(models_folder: Path) -> None:
         FeatureCache(load_tower(models_folder).requires_grad_(True), "w")
 
 
-def test_cache_can_be_filled_by_several_processes(
+def test_two_caches_can_fill_one_folder(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Both opened it empty. Neither may overwrite the other's rows, or store an image twice."""
+    """As two processes do, both open the empty folder. Neither may overwrite the other's rows or store an image twice."""
     tower, images = load_tower(models_folder), data_folder / "images"
     one = FeatureCache(tower, "w", tmp_path)
     other = FeatureCache(tower, "w", tmp_path)
@@ -191,19 +191,19 @@ def test_dummy_image_has_the_form_of_the_cached_images(
 
     cache = FeatureCache(tower, "w", pixels=pixels)
     dataset.features = cache.fill(["0.jpg"], data_folder / "images", progress=False)
-    ((name, blank),) = dummy_image_batch(model, dataset).items()
+    ((name, dummy),) = dummy_image_batch(model, dataset).items()
     assert name == ("pixel_values" if pixels else "image_features")
     cached = dataset.features["0.jpg"]
-    assert blank.shape[1:] == cached.shape
-    assert blank.dtype == cached.dtype
-    assert not blank.any()
+    assert dummy.shape[1:] == cached.shape
+    assert dummy.dtype == cached.dtype
+    assert not dummy.any()
 
 
 # ---- llava encode ----
 
 
 @pytest.mark.medium
-def test_encode_saves_the_training_run_the_tower(
+def test_training_run_finds_all_features_of_encode(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

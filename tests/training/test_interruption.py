@@ -1,4 +1,4 @@
-"""A signal ends a run with a checkpoint, and with the command that continues it."""
+"""If a signal ends a run, the run saves a checkpoint and prints the command that continues it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from llava_simplified.training.interruption import (
 )
 from llava_simplified.training.trainer import LlavaTrainer
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
+def test_signal_ends_the_run_after_the_step_with_a_checkpoint(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -56,7 +56,7 @@ def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
     def send_in_second_step(self: ThroughputMeter) -> None:
         steps.append(1)
         if len(steps) == 2:
-            # Twice, as a launcher does that passes it on.
+            # Send the signal twice, like a launcher that passes it on.
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         start_step(self)
@@ -66,7 +66,7 @@ def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
         with pytest.raises(TrainingInterrupted) as interrupted:
             run_training(options)
     assert (interrupted.value.signal, interrupted.value.step) == (number, 2)
-    assert signal.getsignal(number) is handler, "the handler of the caller is back"
+    assert signal.getsignal(number) is handler, "the handler of the caller must be restored"
     assert not (tmp_path / "out" / "llava.json").exists()
 
     resumed = run_training([*options, "--resume_from_checkpoint", "true"])
@@ -126,7 +126,7 @@ def test_loaders_of_the_trainer_ignore_ctrl_c(
 def test_interrupted_command_prints_the_command_that_continues_it(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C of a terminal reaches the data loader workers, too."""
+    """As with Ctrl-C in a terminal, the signal reaches the data loader workers too."""
     output = tmp_path / "out"
     changes = {"max_steps": 2000, "num_train_epochs": 700, "dataloader_num_workers": 2}
     options = training_options(

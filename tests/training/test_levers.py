@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("levers")
 
 RECORDS = 6
 STEPS = 25
-# More than there are examples: a step takes all of them, so that no option can change their order.
+# More than the number of examples: each step uses all of them, so that no option can change their order.
 ALL_EXAMPLES = 99
 
 CACHE = {"cache_vision_features": "memory"}
@@ -101,11 +101,11 @@ def test_option_does_not_change_the_losses(
     output = tmp_path / "out"
     graphs_before = counters["stats"]["unique_graphs"]
     losses = train_losses(models_folder, data_folder, records, output, OPTIONS[name])
-    assert plain_losses[-1] < 0.6 * plain_losses[0], "the model learns"
+    assert plain_losses[-1] < 0.6 * plain_losses[0], "the model must learn"
     assert losses == pytest.approx(plain_losses, rel=2e-3)
     assert losses[:5] == pytest.approx(plain_losses[:5], rel=1e-5)
     if name == "all":
-        # One graph for all layers: the compilation takes most of the time of a short run.
+        # All layers must share one compiled graph, because compiling takes most of the time of a short run.
         assert counters["stats"]["unique_graphs"] - graphs_before == int(can_compile("cpu"))
-        # Also of compiled layers, a checkpoint can be loaded.
+        # A checkpoint can be loaded even if its layers were compiled.
         assert load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)

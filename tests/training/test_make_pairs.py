@@ -26,7 +26,7 @@ RECORDS = [
     },
     {"image": "4.jpg", "instruction": "Name it.", "response": "a tree"},
 ]
-# Best and worst word F1 are in the first and the last place, but in none of them for record 1.
+# The last caption of each record has the worst word F1. The first one has the best, except for record 1.
 CAPTIONS = {
     0: ["a black cat", "a cat", "a cat", "dogs"],
     1: ["a cat", "my pet", "cars"],

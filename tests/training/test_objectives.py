@@ -42,14 +42,14 @@ def test_grpo_divides_by_the_standard_deviation() -> None:
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456])
 @pytest.mark.parametrize("samples", [2, 3, 5, 7])
-def test_constant_reward_has_exactly_no_advantage(value: float, samples: int) -> None:
+def test_constant_reward_gives_advantages_of_exactly_zero(value: float, samples: int) -> None:
     rewards = torch.full((4, samples), value)
     assert not rloo_advantages(rewards).any()
     assert not grpo_advantages(rewards).any()
     assert not scst_advantages(rewards, rewards[:, 0]).any()
 
 
-def test_clipped_loss_stops_a_token_that_has_moved_far_enough() -> None:
+def test_clipped_loss_gives_no_gradient_to_tokens_that_have_moved_far_enough() -> None:
     ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)
     weights = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     log_probs = ratios.log().requires_grad_()
@@ -70,7 +70,7 @@ def test_token_kl_is_unbiased_and_never_negative() -> None:
     assert not token_kl(log_p, log_p).any()
 
 
-def test_dpo_compares_with_the_logistic_function() -> None:
+def test_dpo_losses_equal_the_formula() -> None:
     margins = torch.tensor([2.0, -0.5], dtype=torch.float64)
     expected = torch.log(1 + torch.exp(-0.3 * margins))
     torch.testing.assert_close(dpo_losses(margins, 0.3), expected)
@@ -101,8 +101,8 @@ def test_bandit_of_two_captions_learns_the_better_one(objective: str) -> None:
             advantages = rloo_advantages(rewards)
         else:
             advantages = grpo_advantages(rewards)
-        of_samples = log_probs[drawn]
-        loss = clipped_policy_loss(of_samples, of_samples.detach(), advantages[0] / 5)
+        sample_log_probs = log_probs[drawn]
+        loss = clipped_policy_loss(sample_log_probs, sample_log_probs.detach(), advantages[0] / 5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

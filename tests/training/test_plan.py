@@ -20,14 +20,14 @@ from llava_simplified.workers import tune_malloc
 
 
 def measure_peak(small: list[str], large: list[str], result: Path) -> None:
-    """Write the peak memory of a run's steps, in bytes. For a process of its own.
+    """Write the peak memory of a run's steps, in bytes. Call it in a separate process.
 
     Args:
         small: Options of a run before the measurement: libraries, thread pools and code are loaded then.
         large: Options of the measured run.
-        result: The file.
+        result: File for the measured number.
     """
-    # By default glibc keeps freed memory: a quarter more, which no plan can know.
+    # By default, glibc does not return all freed memory. The peak would be a quarter higher, which no plan can predict.
     tune_malloc(131072)
     train(*parse_arguments(small))
     before = read_memory("RssAnon") + read_memory(
@@ -162,15 +162,15 @@ def test_plan_needs_no_weights(
 def test_recipe_is_planned_without_records(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str], recipe: str
 ) -> None:
-    """As in the documentation: the recipe is planned before there is any data, although it evaluates."""
+    """As in the documentation, plan before there is any data, although the recipe evaluates during training."""
     models = ["--model_name_or_path", str(models_folder / "mistral")]
     models += ["--vision_tower", str(models_folder / "clip")]
-    words = ["--config", recipe, *models, "--tflops", "300"]
-    assert main(words) == 0
+    argv = ["--config", recipe, *models, "--tflops", "300"]
+    assert main(argv) == 0
     assert "one step" in capsys.readouterr().out
-    # With records it is the plan of a run, which would be refused.
+    # With records, this is the plan of a run that would be refused.
     with pytest.raises(ValueError, match="--eval_data_path"):
-        main([*words, "--train_data_path", str(data_folder / "train.json")])
+        main([*argv, "--train_data_path", str(data_folder / "train.json")])
 
 
 def test_plan_refuses_a_deepspeed_config_without_a_stage(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training on rewards: what it improves, resumes, logs and refuses, on tiny models."""
+"""Reinforcement learning with tiny models: what it improves, resumes, logs and refuses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def share_of_a(images, references, captions):
     return [caption.count("a") / (1 + len(caption)) for caption in captions]
 
 def constant(images, references, captions):
-    return [0.0] * len(captions)  # that of a caption without an end, too
+    return [0.0] * len(captions)  # so the worst reward, which captions without an end token get, is 0 too
 
 def broken(images, references, captions):
     return [float("nan")] * len(captions)
@@ -67,7 +67,7 @@ def policy_options(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> MakeOptions:
-    """Return a function that makes the command line of a run on rewards."""
+    """Return a function that makes the command line of a reinforcement learning run."""
     monkeypatch.syspath_prepend(checkpoint.parent)
 
     def make(output: str = "out", **changes: object) -> list[str]:
@@ -108,7 +108,7 @@ def test_reward_rises(policy_options: MakeOptions) -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("objective", ["scst", "grpo"])
 def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, objective: str) -> None:
-    """With accumulation, with KL, and without the features of a cache."""
+    """The runs accumulate gradients, have a KL penalty, and do not cache features."""
     changes: dict[str, object] = {
         "objective": objective,
         "kl_coef": 0.1,
@@ -120,7 +120,7 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
         "save_steps": 2,
     }
     output = run_training(policy_options("whole", **changes))
-    # The model is the reference, up to rounding.
+    # In the first step, the model is its own reference, up to rounding.
     assert read_log(output, "kl")[0] == pytest.approx(0, abs=1e-8)
     assert read_log(output, "kl")[-1] > 1e-5
     resumed = [
@@ -130,7 +130,7 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
     ]
     again = run_training(resumed)
     assert_equal_weights(trained_weights(output), trained_weights(again))
-    # Reward and KL of the last step, too: the reference is not the checkpoint that was resumed.
+    # Reward and KL of the last step are equal too: the reference is not the checkpoint that was resumed.
     for key in ("reward", "kl"):
         assert read_log(again, key) == read_log(output, key)[-1:]
 
@@ -143,7 +143,7 @@ def count_checkpoints(folder: Path) -> int:
 def test_run_that_is_killed_three_times_ends_with_the_same_weights(
     policy_options: MakeOptions, tmp_path: Path
 ) -> None:
-    """kill -9 at random moments: while the model is loaded, samples, trains or saves."""
+    """kill -9 at random moments, for example while the model is loaded, while it samples, or while it is saved."""
     changes: dict[str, object] = {
         "objective": "grpo",
         "sft_weight": 0.1,
@@ -267,7 +267,7 @@ def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) ->
 def test_supervised_loss_is_mixed_in(
     policy_options: MakeOptions, data_folder: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    """A constant reward leaves the supervised loss alone: the mean over images, responses and tokens."""
+    """With a constant reward, only the supervised loss remains: the mean over images, responses and tokens."""
     rows = json.loads((data_folder / "train.json").read_text())
     rows[0]["responses"] = [rows[0].pop("response"), "a man reads"]
     (tmp_path / "train.json").write_text(json.dumps(rows))
@@ -299,7 +299,7 @@ def test_supervised_loss_is_mixed_in(
     # References are not samples: the model is its own reference, and only samples have an entropy.
     statistics = trainer._read_statistics()
     assert statistics["kl"] == pytest.approx(0, abs=1e-8)
-    assert 0 < statistics["entropy"] < 6  # log of the vocabulary
+    assert 0 < statistics["entropy"] < 6  # about the log of the vocabulary's size
 
 
 @pytest.mark.medium

@@ -1,4 +1,4 @@
-"""Training on preference pairs: the loss of its parts, what it improves, resumes, logs and refuses."""
+"""Training on preference pairs: its loss, and what it improves, resumes, logs and refuses."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def prepare_trainer(options: list[str]) -> tuple[PreferenceTrainer, dict[str, to
 
 
 def test_loss_equals_a_loop_over_separate_sequences(dpo_options: MakeOptions) -> None:
-    """With label smoothing and the supervised loss; one sequence after the other, by stock `forward`."""
+    """The loop calls the model's `forward` for one sequence at a time. Label smoothing and supervised loss are on."""
     options = {"dpo_beta": 0.3, "dpo_label_smoothing": 0.1, "sft_weight": 0.5}
     trainer, batch = prepare_trainer(dpo_options(**options))
     loss, _ = trainer.summed_loss(trainer.unwrapped_model, batch)
@@ -137,10 +137,13 @@ def test_separate_and_packed_pairs_have_the_same_gradient(
 
 @pytest.mark.medium
 def test_chosen_answers_become_likelier_than_rejected_ones(dpo_options: MakeOptions) -> None:
-    """From a margin of zero: the model is its reference. With packs, cached features and bfloat16."""
+    """The first margin is zero, because the model is its own reference.
+
+    The run uses packs, cached features and bfloat16.
+    """
     changes = {"packing": True, "pack_length": 128, "cache_vision_features": "memory"}
     output = run_training(dpo_options(max_steps=12, learning_rate=1e-2, bf16=True, **changes))
-    # On a CPU, attention has another kernel without gradients, which rounds otherwise in bfloat16.
+    # On a CPU, attention without gradients has another kernel, which rounds differently in bfloat16.
     assert read_log(output)[0] == pytest.approx(0.6931, abs=0.01)
     assert read_log(output)[-1] < 0.5
     assert read_log(output, "accuracy")[-1] > 0.9
@@ -165,7 +168,7 @@ def test_resumed_run_and_accumulation_give_the_same_weights(dpo_options: MakeOpt
     options = dpo_options("resumed", **changes)
     again = run_training([*options, "--resume_from_checkpoint", str(output / "checkpoint-2")])
     assert_equal_weights(trained_weights(output), trained_weights(again))
-    # The reference is not the checkpoint that was resumed.
+    # Margin and loss are equal too: the reference is not the checkpoint that was resumed.
     for key in ("margin", "loss"):
         assert read_log(again, key) == read_log(output, key)[-2:]
 

@@ -64,7 +64,7 @@ def test_preflight_reports_an_error_of_the_first_steps(
     with pytest.raises(ValueError, match="preflight: .* at step 2"):
         main(options)
     assert not scratch_folders(output)
-    assert not (output / "trainer_log.jsonl").exists(), "the run itself has not started"
+    assert not (output / "trainer_log.jsonl").exists(), "the run itself must not start"
 
 
 @pytest.mark.medium
@@ -80,7 +80,7 @@ def test_preflight_refuses_what_does_not_fit_and_names_the_remedies(
     assert not scratch_folders(tmp_path / "out")
 
 
-def test_preflight_auto_skips_short_runs_and_runs_under_a_launcher(
+def test_preflight_auto_skips_short_runs_and_launched_runs(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,

@@ -31,7 +31,7 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 
 def read_caption(body: dict[str, Any]) -> str:
-    """Answer like a model that knows the caption only: the option that it contains, else "I do not know"."""
+    """Answer like a model that knows only the caption: the letter of an option in the caption, or "I do not know"."""
     prompt = prompt_of(body)
     caption = next(caption for caption in CAPTIONS if f"\n{caption}\n" in prompt)
     for letter, option in OPTION.findall(prompt):
@@ -42,7 +42,7 @@ def read_caption(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyEndpoint]:
-    # The pauses before retries.
+    # Shorten the pauses before retries.
     monkeypatch.setattr(endpoint_client, "FIRST_PAUSE", 0.01)
     with faulty_endpoint() as endpoint:
         endpoint.text_of = read_caption
@@ -69,11 +69,11 @@ def test_reward_is_the_share_of_right_answers(server: FaultyEndpoint) -> None:
     assert all(isinstance(message["content"], str) for message in body["messages"])
 
 
-def test_wrong_letter_counts_as_wrong(server: FaultyEndpoint) -> None:
+def test_constant_letter_is_right_by_chance_only(server: FaultyEndpoint) -> None:
     server.text_of = lambda body: "A"
     reward = make_reward(server, tries=8)
     values = ask(reward)
-    # A model that always prefers the same letter guesses: about half and a third of the orders are right for it.
+    # A constant letter is right for about a third of the orders of three options, and half of those of two.
     assert 0.1 < values[0] < 0.8
     assert reward._counts == {"questions": 8 * 2 * len(CAPTIONS)}
 
@@ -93,7 +93,7 @@ def test_options_are_shuffled_for_each_try_and_equally_for_all_captions(
     assert len(orders["a"]) > 3
     before = sorted(prompt_of(body) for body in server.requests)
     server.requests.clear()
-    # A resumed run asks the same.
+    # A resumed run sends the same prompts.
     ask(make_reward(server, tries=6), CAPTIONS[:2])
     assert sorted(prompt_of(body) for body in server.requests) == before
 
@@ -111,7 +111,7 @@ def test_server_that_keeps_failing_is_an_error_with_the_record(server: FaultyEnd
         ask(make_reward(server, retries=1))
 
 
-def test_refusals_are_counted_and_earn_nothing(server: FaultyEndpoint) -> None:
+def test_refusals_are_counted_and_get_no_reward(server: FaultyEndpoint) -> None:
     server.always[b""] = "refusal"
     reward = make_reward(server)
     assert ask(reward, CAPTIONS[:1]) == [0.0]
@@ -150,7 +150,7 @@ def test_reward_option_asks_the_questions_of_the_records(server: FaultyEndpoint)
         ("", None),
     ],
 )
-def test_letter_is_found(text: str, letter: str | None) -> None:
+def test_find_letter_returns_the_letter_of_an_answer_or_none(text: str, letter: str | None) -> None:
     assert find_letter(text, 3) == letter
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def bitsandbytes() -> ModuleType:
-    """The library. Imported at the top, it would cost every process that collects the tests seconds."""
+    """The library. Importing it at the top would take seconds in every process that collects the tests."""
     return importlib.import_module("bitsandbytes")
 
 
@@ -110,7 +110,7 @@ def test_projector_trains_on_a_quantized_language_model(
     model = Llava.from_pretrained(run_training(options))
     linears = [m for m in model.language_model.modules() if isinstance(m, nn.Linear)]
     quantized = [m for m in linears if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(quantized) == len(linears) - 1, "all but the output layer"
+    assert len(quantized) == len(linears) - 1, "all layers but the output layer must be quantized"
 
 
 def test_bits_that_cannot_be_used_are_refused(

@@ -1,4 +1,4 @@
-"""A killed run is resumed as if nothing had happened, bit for bit; another run is refused."""
+"""A resumed run equals an uninterrupted one bit for bit; resuming with other records or options is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training_runs import (
     training_options,
 )
 
-# As much as possible at once: packs, worker processes, dropout.
+# Everything that makes it difficult to resume exactly: packs, worker processes, dropout.
 OPTIONS = {
     "packing": True,
     "pack_length": 128,
@@ -41,7 +41,7 @@ KILLS = int(os.environ.get("KILLS", "1"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_run_killed_at_a_random_step_resumes_bit_for_bit(
     models_folder: Path, data_folder: Path, tmp_path: Path, seed: int
@@ -51,7 +51,7 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(
     )
     output = tmp_path / "killed"
     options = training_options(models_folder, data_folder, output, **OPTIONS)
-    # With another number of threads, sums would be taken in another order.
+    # With another number of threads, sums would be computed in another order.
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = ForkedProcess([ROOT / "train.py", *options], environment=environment)
     steps = random.Random(seed).randrange(3, 13)  # after the first checkpoint
@@ -96,7 +96,7 @@ def resume(
         lambda rows: rows[:4] + rows,
         lambda rows: rows + rows[:1],
         lambda rows: rows[::-1],
-        # Of the same size.
+        # The file keeps its size.
         lambda rows: [*rows[:7], {**rows[7], "response": rows[7]["response"].upper()}, *rows[8:]],
     ],
     ids=["fewer", "in front", "appended", "reordered", "edited"],
@@ -134,7 +134,7 @@ def test_resume_accepts_the_same_records_in_another_place(
 def test_resume_of_a_checkpoint_without_a_digest_compares_the_path(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
-    """Version 0.1.0 stored no digest, and had no borders of images."""
+    """Version 0.1.0 stored neither a digest of the data nor `image_aspect_ratio`."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     config = run / "checkpoint-1" / "llava.json"

@@ -37,7 +37,7 @@ IDS = ["train.json row 1", "train.json row 2", "train.json row 3", "train.json r
 
 @dataclass
 class CaptionedRecord:
-    """What rewards read of a record."""
+    """The attributes of a record that rewards read."""
 
     id: str
     image: str = ""
@@ -84,14 +84,14 @@ def test_weighted_sum_adds_the_rewards() -> None:
     assert reward_of("cider=0.5, word_f1,length=-2") == pytest.approx(expected)
 
 
-def test_length_is_highest_at_the_length_of_a_reference() -> None:
+def test_length_reward_is_highest_at_the_length_of_a_reference() -> None:
     references = ["one two three four", "one two"]
     assert length_reward("a b c d", references) == length_reward("a b", references) == 1
     assert length_reward("a b c d e", references) == 0.75
     assert length_reward("", references) == length_reward("a " * 8, references) == 0
 
 
-def test_every_reward_accepts_an_empty_caption() -> None:
+def test_every_text_reward_accepts_an_empty_caption() -> None:
     assert reward_of("cider,bleu4,rouge_l,word_f1,length", [""] * 4) == pytest.approx([0] * 4)
 
 
@@ -130,7 +130,7 @@ def test_frequencies_of_other_records_or_of_a_damaged_file_are_counted_again(
         assert json.loads(path.read_text())["data"] == "train.json"
 
 
-# ---- functions of one's own ----
+# ---- reward functions of the user ----
 
 OWN_MODULE = """
 import os, time
@@ -192,7 +192,7 @@ def test_own_function_gets_paths_references_and_captions(own_module: str) -> Non
 def test_own_function_that_fails_is_an_error_with_the_record(own_module: str, name: str) -> None:
     with pytest.raises(ValueError, match=name) as error:
         own_reward(f"{own_module}:{name}")
-    # The second caption, and not the whole batch.
+    # The error names the record of the second caption only.
     assert [record_id for record_id in IDS if record_id in str(error.value)] == [IDS[1]]
 
 
@@ -215,7 +215,7 @@ def test_own_function_runs_in_worker_processes(own_module: str) -> None:
     first = reward(RECORDS, CAPTIONS)
     assert len(set(first)) == 2
     assert os.getpid() not in first
-    # The processes are used again.
+    # The second call uses the same processes.
     assert set(reward(RECORDS, CAPTIONS)) == set(first)
 
 
@@ -242,7 +242,7 @@ def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> Non
     with pytest.raises(ValueError, match="--reward_timeout 2 s") as error:
         reward(IDS[:2], images, REFERENCES[:2], CAPTIONS[:2])
     assert IDS[1] in str(error.value)
-    # The processes were ended, and others take their place.
+    # Other processes have replaced those that were ended.
     reward._timeout = 600.0
     assert reward(IDS[:2], images, REFERENCES[:2], ["a", "b"]) == quick
 
@@ -250,8 +250,8 @@ def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> Non
 def test_cider_of_a_single_record_is_refused() -> None:
     with pytest.raises(ValueError, match="word_f1"):
         CiderScorer(DocumentFrequencies.count(REFERENCES[:1]))
-    of_two = CiderScorer(DocumentFrequencies.count(REFERENCES[:2]))
-    assert math.isfinite(of_two.score("a", REFERENCES[0]))
+    scorer = CiderScorer(DocumentFrequencies.count(REFERENCES[:2]))
+    assert math.isfinite(scorer.score("a", REFERENCES[0]))
 
 
 # ---- clipscore ----
@@ -268,7 +268,7 @@ def test_clipscore_equals_the_evaluation(data_folder: Path, tmp_path: Path) -> N
     reward = Reward("clipscore", [], RewardOptions(clip=str(tmp_path)))
     assert reward(records, captions) == pytest.approx(expected[0].tolist(), abs=1e-6)
     assert (expected[0] > 0.01).sum() > 2
-    # From the cached images, in another order.
+    # The scores are the same if the images come from the cache, in another order.
     again = reward(records[::-1], captions[::-1])
     assert again[::-1] == pytest.approx(expected[0].tolist(), abs=1e-6)
 

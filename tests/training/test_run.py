@@ -106,7 +106,7 @@ def test_train_without_terminal_logs_one_line_per_logging_step(
 def test_eval_loss_is_the_mean_over_tokens_and_not_over_batches(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Captions of one token and of many tokens, in batches of different sizes."""
+    """The captions have one token or many, and the batches have different sizes."""
     rows = json.loads((data_folder / "val.json").read_text())[:3]
     rows[0]["response"] = "a"
     rows[2]["response"] = "a very long caption that goes on and on and on for many words"
@@ -248,7 +248,7 @@ def test_cached_features_do_not_change_the_losses(
 def test_cached_pixels_do_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Features of a tower that is trained cannot be cached, but decoding can be saved."""
+    """Features of a tower that is trained cannot be cached, but the pixels of the images can."""
     losses = []
     for cache in ("off", "auto"):
         options = training_options(
@@ -279,7 +279,8 @@ def test_projector_stage_is_followed_by_lora_stage(
     second = run_training(training_options(models_folder, data_folder, tmp_path / "2", **changes))
     assert_equal_weights(projector_weights(first), projector_weights(second))
 
-    # Weights of these would have the right shapes, and still not fit.
+    # In the first three cases, the weights would have the right shapes, but would not fit the features. In the last case,
+    # two options contradict each other.
     for change, message in (
         ({"mm_vision_select_layer": -1}, "Pass --mm_vision_select_layer -2"),
         ({"image_aspect_ratio": "pad"}, "Pass --image_aspect_ratio crop"),
@@ -393,8 +394,8 @@ def test_projector_has_its_own_learning_rate(
     )
     before, after = trained_weights(unchanged), trained_weights(changed)
     different = {name for name in before if not torch.equal(before[name], after[name])}
-    assert different == {"weight", "bias"}  # of the projector
-    assert read_log(changed, "learning_rate") == [0, 0], "the log shows --learning_rate"
+    assert different == {"weight", "bias"}, "only the projector may change"
+    assert read_log(changed, "learning_rate") == [0, 0], "the log must show --learning_rate"
 
 
 @pytest.mark.medium
@@ -421,7 +422,7 @@ def test_vision_tower_trains_at_its_own_rate_and_resumes(
     tower = vision_tower_weights(uninterrupted, how)
     assert_equal_weights(tower, vision_tower_weights(resumed, how))
 
-    # With --vision_lr 0 the tower stays as it is, and the rest is trained further.
+    # With --vision_lr 0, the tower does not change, but the other parts continue to train.
     changes |= {"vision_lr": 0, "save_strategy": "no", "init_from": uninterrupted, "max_steps": 2}
     further = run_training(
         training_options(models_folder, data_folder, tmp_path / "further", **changes)
@@ -430,7 +431,7 @@ def test_vision_tower_trains_at_its_own_rate_and_resumes(
     before, after = trained_weights(uninterrupted), trained_weights(further)
     assert not all(torch.equal(weight, after[name]) for name, weight in before.items())
 
-    # The trained tower must not get lost without a word.
+    # The trained tower must not be dropped silently.
     frozen_tower = training_options(
         models_folder, data_folder, tmp_path / "other", init_from=uninterrupted, max_steps=1
     )

@@ -24,7 +24,7 @@ ENGINES: dict[str, dict[str, object]] = {
     "zero3": {"deepspeed": ROOT / "ds_configs" / "zero3.json"},
 }
 PROCESSES = 2
-TIMEOUT = 100  # seconds, for a process that waits for the other in vain
+TIMEOUT = 100  # seconds after which a process that waits for the other one is ended
 
 
 def train_as_rank(rank: int, port: int, options: list[str]) -> None:
@@ -146,14 +146,14 @@ def test_two_processes_equal_one(
         captions.append(model.caption(data_folder / "images" / "0.jpg"))
     assert captions[0] == captions[1]
 
-    # Resumed in two processes: bit for bit.
+    # If the run is resumed in two processes, the results are equal bit for bit.
     resume = ["--resume_from_checkpoint", str(two / "checkpoint-3")]
     again = tmp_path / "again"
     options = training_options(models_folder, data_folder, again, **changes)
     train_in_two_processes([*options, *resume])
     assert_same_checkpoints(two / "checkpoint-5", again / "checkpoint-5")
 
-    # Resumed in a single process, without the engine.
+    # The run can also be resumed in a single process, without the engine.
     changes = {**mixed, "per_device_train_batch_size": 2}
     options = training_options(models_folder, data_folder, tmp_path / "one", **changes)
     output = run_training([*options, *resume])
@@ -183,7 +183,7 @@ def test_two_processes_equal_one_with_other_options(
     engine: str,
     changes: dict[str, object],
 ) -> None:
-    """Also if a process has no image at all: its dummy image has the form of the others."""
+    """In some steps, one process has no image. Its dummy image must have the same form as the images of the other."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     changes = {**mixed, **changes, "max_steps": 3}

@@ -33,7 +33,7 @@ def test_training_step_reads_the_device_once(
     monkeypatch: pytest.MonkeyPatch,
     data: dict[str, Any],
 ) -> None:
-    # Take the paths of a GPU, on a CPU.
+    # Use the code paths of a GPU on a CPU.
     monkeypatch.setattr(language_model, "HOST_DEVICES", ())
     steps: list[list[str]] = []
     begin_step, clip = Trainer.training_step, LlavaTrainer._get_grad_norm

@@ -18,10 +18,10 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.export.stock import export_stock
 from llava_simplified.training.build_trainer import build_trainer
 
-pytest.importorskip("trl", reason="TRL, of the extra bench, is not installed")
+pytest.importorskip("trl", reason="TRL is not installed (extra: bench)")
 
-# (sizes of chosen and rejected differ), our options, TRL's options. TRL's loss "aot" of a single pair is that of
-# conservative DPO, and its "sft" is the mean over the tokens of the chosen answer.
+# Number of pairs (their answers differ in length), our options, TRL's options. TRL's loss "aot" of a single pair is that
+# of conservative DPO, and its "sft" is the mean over the tokens of the chosen answer.
 CASES: list[tuple[int, dict[str, float], dict[str, Any]]] = [
     (3, {}, {"loss_type": ["sigmoid"]}),
     (1, {"sft_weight": 0.4}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.4]}),
@@ -36,7 +36,7 @@ def pairs(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     random = np.random.default_rng(0)
     rows = []
     for index in range(3):
-        # As large as the tower's input: neither library resizes them.
+        # The images are as large as the tower's input, so neither library resizes them.
         pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
         row = {"image": f"{index}.png", "instruction": "What is this?"}
@@ -85,7 +85,7 @@ def stock_name(name: str) -> str:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(("count", "options", "trl_options"), CASES)
-def test_dpo_equals_trl(
+def test_loss_and_gradients_of_dpo_equal_those_of_trl(
     models_folder: Path,
     pairs: Path,
     tmp_path: Path,
@@ -144,7 +144,7 @@ def test_dpo_equals_trl(
         processing_class=AutoProcessor.from_pretrained(folders["current"]),
     )
     peer_batch = trl_batch(peer, pairs, count)
-    # The same texts, as tokens.
+    # Both sides train the same tokens.
     mask = peer_batch["completion_mask"].bool()
     found = torch.cat([peer_batch["input_ids"][index][mask[index]] for index in range(2 * count)])
     assert sorted(found.tolist()) == sorted(batch["labels"].tolist())

@@ -34,15 +34,15 @@ def training_options(
         "feature_cache_dir": output.parent / "features",
         **changes,
     }
-    words: list[str] = []
+    argv: list[str] = []
     for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    return words
+        argv += [f"--{name}", str(value)]
+    return argv
 
 
-def run_training(words: list[str]) -> Path:
+def run_training(argv: list[str]) -> Path:
     """Train in this process, and return the output folder."""
-    return train(*parse_arguments(words))
+    return train(*parse_arguments(argv))
 
 
 def read_log(folder: Path, key: str = "loss") -> list[float]:
