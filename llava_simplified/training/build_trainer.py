@@ -337,7 +337,7 @@ def check_options(
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
-    # A plan of a recipe alone, without any records.
+    # `llava plan` can estimate a recipe without any records.
     has_records = not planning or bool(data_args.train_data_path)
     _check_evaluation_options(data_args, args, has_records)
     if args.label_smoothing_factor or args.neftune_noise_alpha:
@@ -430,7 +430,7 @@ def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> Non
     if args.kl_coef:
         raise ValueError(
             f"--kl_coef {args.kl_coef}: --objective dpo has no separate KL term. Remove --kl_coef; --dpo_beta determines "
-            "how close the model stays to the one at the start."
+            "how close the model stays to the initial one."
         )
     if data_args.packing and not data_args.share_prefix:
         raise ValueError(

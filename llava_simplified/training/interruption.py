@@ -44,7 +44,7 @@ def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) ->
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run was stopped by a signal, after it has saved a checkpoint.
+    """A run was ended by a signal, after it had saved a checkpoint.
 
     Attributes:
         signal: Number of the signal.

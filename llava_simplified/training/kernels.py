@@ -127,12 +127,18 @@ def _check_liger(args: TrainingArguments) -> None:
 def _check_compilation(args: TrainingArguments) -> None:
     """Raise ValueError if layers cannot be compiled here."""
     device = args.device.type
-    if args.compile_layers and not can_compile(device):
-        missing = f"the C++ compiler {cpp_compiler()}" if device == "cpu" else "Triton"
-        raise ValueError(
-            f"--compile_layers: {missing} was not found. Install it (or name another compiler in the environment "
-            "variable CXX), or pass --compile_layers False."
+    if not args.compile_layers or can_compile(device):
+        return
+    if device == "mps":
+        reason = "Apple GPUs (mps) are not supported. Pass"
+    elif device == "cpu":
+        reason = (
+            f"the C++ compiler {cpp_compiler()} was not found. Install it, name another one in the environment variable "
+            "CXX, or pass"
         )
+    else:
+        reason = "Triton was not found. Install it, or pass"
+    raise ValueError(f"--compile_layers: {reason} --compile_layers False.")
 
 
 def can_compile(device_type: str) -> bool:

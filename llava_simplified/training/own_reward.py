@@ -1,11 +1,11 @@
-"""A reward function of the user, `--reward module:function`, called in worker processes.
+"""Call the user's reward function, `--reward module:function`, in worker processes.
 
     training process                      worker processes
     captions of a step --+-- part 0 -->   module.function(image paths, references, captions)
                          +-- part 1 -->   ...
     rewards           <--+--------------  numbers, or the error and the record that it belongs to
 
-Called in the training process, a function that hangs or crashes would end the training without naming the record.
+If the function were called in the training process, a hang or a crash would stop the run without naming the record.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     captions: list[str]
 
     def rows(self, start: int, end: int) -> Part:
-        """Return the captions from `start` to before `end`."""
+        """Return the captions `start` to `end - 1` as a part of their own."""
         return Part(
             self.name,
             self.ids[start:end],
@@ -133,7 +133,7 @@ class OwnReward:
 
 
 def call_function(part: Part) -> list[float]:
-    """Call the function of the user. If it fails, find the record that causes the failure.
+    """Call the user's function. If it fails, find the record that causes the failure.
 
     Raises:
         ValueError: The function raises an exception, or does not return one number per caption.
@@ -152,7 +152,7 @@ def call_function(part: Part) -> list[float]:
 
 
 def _call(function: RewardFunction, part: Part) -> list[float]:
-    """Call the function of the user, and check that it returns one number per caption."""
+    """Call the user's function, and check that it returns one number per caption."""
     values = [float(value) for value in function(part.images, part.references, part.captions)]
     if len(values) != len(part.captions):
         raise ValueError(

@@ -60,7 +60,8 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-timeout",
         type=float,
         default=60.0,
-        help="Maximum duration in seconds of a call of module:function, and of a request of qa (default: %(default)s)",
+        help="Maximum duration in seconds of scoring a batch of captions with module:function, and of a request of qa "
+        "(default: %(default)s)",
     )
     group.add_argument("--reward-clip", default="", help="Folder of a CLIP model, for clipscore")
     group.add_argument(
@@ -73,7 +74,7 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-tries",
         type=int,
         default=1,
-        help="How often qa asks each question, each time with its options in another order (default: %(default)s)",
+        help="How often qa asks each question, each time with its options in a new random order (default: %(default)s)",
     )
 
 

@@ -124,7 +124,9 @@ def add_cluster_options(parser: CommandParser) -> None:
         default=400,
         help="Number of URLs of the sample (default: %(default)s)",
     )
-    group.add_argument("--endpoint", help="Endpoint whose speed --measure measures")
+    group.add_argument(
+        "--endpoint", help="URL of an endpoint; with it, --measure also measures captioning"
+    )
     group.add_argument("--model", help="Name of the endpoint's model")
     group.add_argument(
         "--allow-private",
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_cluster_options(plan_options: argparse.Namespace) -> None:
-    """Raise ValueError if the options of `--cluster` cannot be used together."""
+    """Raise ValueError if an option of `--cluster` is out of range, or lacks another option that it requires."""
     if not plan_options.cluster:
         if plan_options.measure:
             raise ValueError("--measure requires --cluster N, the number of machines.")

@@ -1,4 +1,4 @@
-"""Train on the rewards of sampled captions: `--objective scst`, `rloo` or `grpo`.
+"""Train with rewards for sampled captions: `--objective scst`, `rloo` or `grpo`.
 
 One step does the following for each of its images. All captions of a step are sampled from the same weights.
 

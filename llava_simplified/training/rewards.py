@@ -1,8 +1,8 @@
 """Rewards: what a sampled caption is worth, `--reward cider=1.0,length=0.1`.
 
-    cider      CIDEr-D against the record's responses; words that occur with many images count less. In
-               how many images a word occurs is counted over all training records
-    bleu4      BLEU-4 of the single caption
+    cider      CIDEr-D against the record's responses; words that the responses to many images contain count
+               less (the numbers of images are counted over all training records)
+    bleu4      BLEU-4 of each caption by itself, instead of all captions together
     rouge_l    the longest common subsequence with a reference
     word_f1    the best F1 of the words, for any language that separates words by spaces
     length     1 for a caption as long as a reference in words, 0 for twice as long and for an empty one
@@ -56,8 +56,9 @@ class RewardOptions:
     """Options that only some rewards need. Most are command-line options: `workers` is `--reward_workers`.
 
     Attributes:
-        workers: Number of worker processes for a function of the user.
-        timeout: Maximum duration of a call of that function, or of a request to the server, in seconds.
+        workers: Number of worker processes for the user's function.
+        timeout: Maximum duration in seconds of scoring the captions of a step with that function, and of a request to
+            the server.
         clip: Folder of the CLIP model of `clipscore`.
         device: Device on which the CLIP model runs.
         endpoint: Base URL of the server of `qa`.

@@ -341,7 +341,7 @@ class LlavaTrainer(transformers.Trainer):
         last = get_last_checkpoint(str(self.output_dir)) or "none yet"
         return (
             f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
-            "Lower --learning_rate, or pass --bf16 True instead of --fp16 True."
+            "Lower --learning_rate; if the run uses --fp16 True, pass --bf16 True instead."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
