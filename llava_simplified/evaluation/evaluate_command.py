@@ -319,7 +319,7 @@ def _format_text_statistics(result: Evaluation) -> list[str]:
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
-    """Return the corpus scores as JSON values, without the scores of single images.
+    """Return the corpus scores as JSON values, without the scores per image.
 
     A score is a list [value, low, high]. Numbers that were not computed are null.
     """
