@@ -118,7 +118,7 @@ class RequestHandle:
         pixel_values: uint8 (images, 3, height, width), or None without images.
         prompt_hash: Hash of prompt and images, from which random numbers are derived.
         prompt_tokens: Number of tokens of the prompt, including all image tokens.
-        is_closed: Whether the client no longer waits for the answer.
+        is_closed: Whether the `with` block has ended, so that no more of the answer is needed.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -491,7 +491,7 @@ class Engine:
                 request.put(delta)
 
     def _next_requests(self) -> list[RequestHandle]:
-        """Remove the requests that the next step admits from the queue, and return them, oldest first."""
+        """Remove from the queue the requests that the next step admits, and return them, oldest first."""
         # Sequences of closed requests count as free, because the step evicts them before it admits new requests.
         sequences = self.sequences_running.values()
         occupied = [sequence for sequence in sequences if not sequence.request.is_closed]

@@ -516,7 +516,8 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: The checkpoint was trained with different vision layers, images or base weights.
+        ValueError: The checkpoint was trained with different vision layers, another preparation of the images, or
+            different base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]

@@ -88,7 +88,7 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         count_tokens: A function that returns the number of tokens of a caption.
 
     Raises:
-        ValueError: A command failed, or the sample has too few usable images.
+        ValueError: The system is Windows, a command failed, or the sample has too few usable images.
     """
     if sys.platform == "win32":
         raise ValueError(

@@ -11,8 +11,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava pairs`."""
     parser = CommandParser(
         "llava pairs",
-        "Make preference pairs from sampled captions: of each image, the caption with the highest reward is chosen, "
-        "the caption with the lowest is rejected.",
+        "Make preference pairs from sampled captions: for each image, the caption with the highest reward is chosen, "
+        "and the caption with the lowest reward is rejected.",
     )
     parser.add_argument(
         "predictions",
@@ -35,7 +35,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--reward",
         default="cider",
-        help="Rewards with weights, as of `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
+        help="Rewards with weights, as for `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
     )
     parser.add_argument(
         "--min-difference",

@@ -33,7 +33,7 @@ from llava_simplified.training.cider_reward import (
     DocumentFrequencies,
     cached_tokenize,
 )
-from llava_simplified.training.own_reward import OwnReward
+from llava_simplified.training.user_reward import UserReward
 
 BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length", "clipscore", "qa")
 
@@ -312,7 +312,7 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
 
 def _user_function(name: str, options: RewardOptions) -> RewardFunction:
     """Return the reward function that the user wrote, given as `module:function`."""
-    function = OwnReward(name, options.workers, options.timeout)
+    function = UserReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
         return function(

@@ -185,8 +185,8 @@ class LlavaTrainer(transformers.Trainer):
     # of a short caption more weight than a token of a long one.
     #
     # The weights are never updated with values that are not finite. The losses of a step and the norm of
-    # the gradient are read together before the optimizer step. Either ends the run with an error that
-    # names the samples and the last good checkpoint.
+    # the gradient are read together before the optimizer step. If any of them is not finite, the run ends with an
+    # error that names the samples and the last good checkpoint.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

@@ -44,7 +44,7 @@ class Part(NamedTuple):
         )
 
 
-class OwnReward:
+class UserReward:
     """Call the function of `--reward module:function` for the captions of a step.
 
     Args:
