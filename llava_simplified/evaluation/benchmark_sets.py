@@ -67,7 +67,7 @@ class BenchmarkSet:
 
 
 class _Entry(NamedTuple):
-    """An image as a benchmark's file describes it. `names` are its possible file names, the likeliest first."""
+    """An image as a benchmark's file describes it. `names` are its possible file names, the most likely one first."""
 
     names: tuple[str, ...]
     references: tuple[str, ...]

@@ -32,7 +32,8 @@ class Predictions:
 
     Attributes:
         samples: Images with captions and references, in the order of their first rows.
-        counts: Numbers of images by a description: how their references were found, or why they are not scored.
+        counts: Number of images, references or texts by a description: how references were found, why images are not
+            scored, and so on.
         notes: Sentences for the reader of the scores, each with an example.
     """
 

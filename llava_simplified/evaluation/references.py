@@ -20,7 +20,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace lone surrogates by U+FFFD.
+    """Replace lone surrogates with U+FFFD.
 
     A lone surrogate is half a UTF-16 pair. JSON can contain it, but it can be neither printed nor written as UTF-8.
     """

@@ -97,7 +97,8 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         examples.append(file.getvalue())
     if paths and not examples:
         raise ValueError(
-            f"--examples: none of the {len(paths)} images can be read; the warnings above give the reasons"
+            f"--examples: none of the {len(paths)} images can be read, see the warnings above; pass a folder with other "
+            "images"
         )
     return examples
 

@@ -213,7 +213,7 @@ class ChatMessage(StrictModel):
             ValueError: The images do not match the role or the `<image>` placeholders.
         """
         text = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-        # Replace "developer", OpenAI's newer name, by "system", which chat templates support.
+        # Replace "developer", OpenAI's newer name, with "system", which chat templates support.
         role = "system" if self.role == "developer" else self.role
         count = len(self.images)
         if count and role != "user":

@@ -445,8 +445,8 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
     if data_args.packing:
         raise ValueError(
             f"--packing True --objective {objective}: examples are grouped into packs by their length before training, but "
-            "the length of a caption is unknown until it is sampled. Pass --packing False; the captions of an image share "
-            "its prompt anyway."
+            "the length of a caption is unknown until it is sampled. Pass --packing False. To save time, --share_prefix True "
+            "computes the prompt of an image only once."
         )
     # scst compares each sample with the greedy caption; rloo and grpo compare the samples with each other.
     fewest = 1 if objective == "scst" else 2

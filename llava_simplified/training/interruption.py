@@ -31,7 +31,7 @@ def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) ->
     """Make a data-loader worker ignore Ctrl-C.
 
     A terminal sends Ctrl-C to the workers too, but the current step still needs their images. Pass this function as
-    `worker_init_fn`: signal handlers of the training process are inherited by forked workers, but not by spawned ones.
+    `worker_init_fn`; a handler of the training process is not sufficient, because spawned workers do not inherit it.
     SIGTERM still ends a worker.
 
     Args:

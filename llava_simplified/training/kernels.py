@@ -190,7 +190,7 @@ def choose_attention(language_model: CausalLM, requested: str | None, device_typ
 
 
 def use_liger_kernels(language_model: CausalLM) -> None:
-    """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024).
+    """Replace norms, rotary embeddings and gated MLPs with Liger's kernels (Hsu et al., 2024).
 
     Call it before LoRA wraps the layers.
 

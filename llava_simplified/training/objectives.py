@@ -77,7 +77,7 @@ def clipped_policy_loss(
     """Return PPO's clipped loss, summed over the tokens.
 
     The ratio of the probabilities now and at sampling corrects for samples of an older model. A token
-    whose ratio has left the range in the direction of its weight has no gradient any more. For samples
+    whose ratio has left the range in the direction of its weight has no gradient. For samples
     of the same model the ratio is 1, and the gradient is that of plain REINFORCE.
 
     Args:

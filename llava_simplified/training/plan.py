@@ -368,7 +368,7 @@ def measure_step(
     dtype = getattr(torch, args.frozen_dtype)
     rows = args.per_device_train_batch_size * _rows_per_example(data, args)
     with_model = _WithModel(model)
-    # Replace the weights of the meta model by fake ones on "cpu", so that autocast and the kernels behave
+    # Replace the weights of the meta model with fake ones on "cpu", so that autocast and the kernels behave
     # as on a real device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         with MemoryTracker() as tracker:

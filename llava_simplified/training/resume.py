@@ -105,7 +105,7 @@ def run_settings(
         training records.
     """
     settings = non_default_options(model_args, data_args, args)
-    # Transformers replaces this option by an object. Store only its fields that affect the order of the samples.
+    # Transformers replaces this option with an object. Store only its fields that affect the order of the samples.
     accelerator_config = args.accelerator_config
     settings["accelerator_config"] = {
         name: getattr(accelerator_config, name)
