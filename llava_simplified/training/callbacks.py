@@ -235,9 +235,9 @@ class GradientNormMonitor:
 class SampleWarnings:
     """Log and count the warnings of samples; stop a run with too many unreadable images.
 
-    If an image cannot be read, the dataset returns the next sample instead; if an answer is too long, the
-    dataset truncates it. In both cases, the returned sample has a warning, such as "bad image, train.json
-    row 5: ...". The part before the comma is the kind of the warning.
+    The dataset attaches warnings to samples, such as "bad image, train.json row 5: ...". The part before the
+    first comma is the kind of the warning. A bad image is one that cannot be read: the dataset returns the
+    next sample in its place.
 
     Args:
         max_bad_images: `--max_bad_images`, a fraction of all images.
