@@ -107,7 +107,7 @@ def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
         )
     if args.fsdp or is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"{option}: quantized weights cannot be sharded. Use ZeRO stage 2, or pass --bits 16."
+            f"{option}: FSDP and ZeRO stage 3 cannot shard quantized weights. Use ZeRO stage 2, or pass --bits 16."
         )
 
 

@@ -68,7 +68,7 @@ def add_machine_options(parser: CommandParser) -> None:
     group.add_argument(
         "--deepspeed",
         type=Path,
-        help="DeepSpeed config of the run; its ZeRO stage determines what is partitioned across devices",
+        help="DeepSpeed config of the run; its ZeRO stage determines what is sharded across devices",
     )
 
 
@@ -302,7 +302,7 @@ def describe_plan(
     for name, size in plan.memory.items():
         lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
     lines += [
-        f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without overhead of libraries and the allocator",
+        f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without the overhead of libraries and the allocator",
         f"disk              {plan.checkpoint / gigabyte:.2f} GB per checkpoint{checkpoints}; {features}",
     ]
     return "\n".join(lines)

@@ -229,7 +229,9 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
         if name in names and not value:
             raise ValueError(f"--reward {name} requires {option}: {meaning}.")
         if value and name not in names:
-            raise ValueError(f"{option} has no effect without --reward {name}.")
+            raise ValueError(
+                f"{option} has no effect without the reward {name}. Remove the option, or add {name} to --reward."
+            )
     if has_function and options.workers < 0:
         raise ValueError(f"--reward_workers {options.workers}: expected 0 or more.")
     if not options.timeout > 0:

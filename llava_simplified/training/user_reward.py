@@ -124,7 +124,8 @@ class UserReward:
         # `call_function` raises ValueErrors whose messages name the function and the record already.
         if isinstance(error, ValueError):
             raise error
-        raise ValueError(f"--reward {self._name}: {error}, in {_list_records([part])}.") from error
+        records = _list_records([part])
+        raise ValueError(f"--reward {self._name}: {error} (records: {records}).") from error
 
     def _stop(self) -> None:
         assert self._backend is not None
@@ -144,7 +145,7 @@ def call_function(part: Part) -> list[float]:
     except Exception as error:  # a user's function can raise anything
         if len(part.captions) == 1:
             raise _describe(part, error) from error
-        # Call the function for one caption at a time. The call that fails raises an error with its record.
+        # Call the function for one caption at a time. The call that fails raises an error that names its record.
         for row in range(len(part.captions)):
             call_function(part.rows(row, row + 1))
         # No single caption fails: name all records, since the function fails only for them together.
@@ -163,7 +164,7 @@ def _call(function: RewardFunction, part: Part) -> list[float]:
 
 def _describe(part: Part, error: Exception) -> ValueError:
     reason = f"{type(error).__name__}: {error}"
-    return ValueError(f"--reward {part.name}: {reason}, in {_list_records([part])}.")
+    return ValueError(f"--reward {part.name}: {reason} (records: {_list_records([part])}).")
 
 
 def _list_records(parts: Sequence[Part]) -> str:
