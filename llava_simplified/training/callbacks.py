@@ -96,7 +96,7 @@ class ProgressLog(TrainerCallback):
             logger.info("%s: %s", step, describe_evaluation_log(logs))
 
     def _time_left(self, state: TrainerState) -> str:
-        """Return the estimated time left; empty before the first step."""
+        """Return the estimated time left, as the end of a message; empty before the first step."""
         done = state.global_step - self._first_step
         if done <= 0:
             return ""

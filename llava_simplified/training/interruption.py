@@ -117,7 +117,7 @@ class InterruptionCallback(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Save and stop, if a signal has arrived."""
+        """Make the trainer save a checkpoint and stop, if a signal has arrived."""
         # The trainer sets `is_agreed` only if there are several processes.
         stops = self.is_agreed or (args.world_size == 1 and self.signal is not None)
         if stops and state.global_step < state.max_steps:

@@ -191,11 +191,10 @@ class LlavaTrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """Fetch the micro-batches of one step, and count its trained tokens over all processes.
+        """Fetch the micro-batches of one step, and count its items (see `count_items`) over all processes.
 
         Returns:
-            The micro-batches of this process, and the number of trained tokens of the step, a
-            scalar tensor.
+            The micro-batches of this process, and the number of items of the step, a scalar tensor.
         """
         # Stop a finished run that is resumed, which the base class would train for one more step.
         if self.state.global_step >= self.state.max_steps:
@@ -259,8 +258,8 @@ class LlavaTrainer(transformers.Trainer):
             model: The prepared model.
             inputs: A batch of `Collator`; its metadata is removed.
             return_outputs: Return the model's outputs too.
-            num_items_in_batch: Trained tokens of the step on all processes; None: average over this
-                batch only.
+            num_items_in_batch: Number of items (see `count_items`) of the step on all processes; None:
+                average over this batch only.
 
         Raises:
             FloatingPointError: The loss is not finite (with DeepSpeed only; see `_get_grad_norm`).
@@ -270,7 +269,7 @@ class LlavaTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             loss = summed / self.count_items(inputs)
         else:
-            # Cancel the averaging of gradients over the processes, since tokens were counted over all
+            # Cancel the averaging of gradients over the processes, since the items were counted over all
             # of them.
             loss = summed / num_items_in_batch * self.accelerator.num_processes
         self._unchecked_losses.append((loss.detach(), ids))
