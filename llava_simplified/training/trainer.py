@@ -204,17 +204,17 @@ class LlavaTrainer(transformers.Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_micro_batches(batches)
         self._step_sample_ids = []
-        trained = tokens = positions = 0
+        items = tokens = positions = 0
         for batch in batches:
             metadata = batch["metadata"]
             self.sample_warnings.add(batch)
             self._step_sample_ids += metadata["ids"]
-            trained += self.count_items(batch)
+            items += self.count_items(batch)
             tokens += metadata["tokens"]
             positions += batch["input_ids"].numel()
         samples = len(self._step_sample_ids)
         has_signal = int(self.interruption.signal is not None)
-        counts = torch.tensor([trained, samples, tokens, positions, has_signal])
+        counts = torch.tensor([items, samples, tokens, positions, has_signal])
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(to_device(counts, device), "sum")
             # Reading this count waits for the device, once per step. The processes need it, because all of
@@ -222,8 +222,8 @@ class LlavaTrainer(transformers.Trainer):
             num_signals = counts[4]
             self.interruption.is_agreed = bool(num_signals > 0)
         self.throughput.add(counts[1:4])  # samples, tokens and positions
-        total_trained = counts[0]
-        return batches, total_trained
+        total_items = counts[0]
+        return batches, total_items
 
     # Objectives other than cross entropy override the following three methods.
 
