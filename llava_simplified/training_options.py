@@ -348,7 +348,7 @@ class TrainingDefaults:
     reward_tries: int = field(
         default=1,
         metadata={
-            "help": "Number of times that qa asks each question, each time with the choices in another order"
+            "help": "Number of times that qa asks each question, each time with the choices in a new random order"
         },
     )
     num_samples: int = field(

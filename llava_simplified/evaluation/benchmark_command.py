@@ -270,7 +270,7 @@ def _score_all(
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.predictions import read_predictions
 
-    # Read the annotations once for all decodings, because COCO's files have hundreds of megabytes.
+    # Read the annotations once for all decodings, because COCO's files have a size of hundreds of megabytes.
     instances = read_instances(benchmark.instances) if benchmark.instances else None
     samples_by_decoding: dict[str, list[Sample]] = {}
     captioned: list[set[str]] = []
@@ -291,7 +291,7 @@ def _score_all(
 def _score(
     args: argparse.Namespace, samples: Sequence[Sample], instances: References | None = None
 ) -> Evaluation:
-    """Score samples. `instances` are the annotated objects of the images, for CHAIR; None skips it."""
+    """Score samples. `instances` are the annotated objects of the images, for CHAIR; with None, CHAIR is skipped."""
     from llava_simplified.evaluation.chair import annotated_objects
     from llava_simplified.evaluation.metrics import evaluate
     from llava_simplified.evaluation.predictions import read_sample_images

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-# Name of each domain of nocaps in its files -> name in papers, in the order of papers.
+# Name of each domain of nocaps in its files -> name in papers. The order is that of the tables in papers.
 _DOMAINS = {
     "in-domain": "in-domain",
     "near-domain": "near-domain",
@@ -67,7 +67,7 @@ class BenchmarkSet:
 
 
 class _Entry(NamedTuple):
-    """An image as a benchmark's file describes it. `names` are its possible file names, the likeliest first."""
+    """An image as a benchmark's file describes it. `names` are its possible file names, the most likely one first."""
 
     names: tuple[str, ...]
     references: tuple[str, ...]
@@ -339,11 +339,11 @@ def _locate_image(names: Sequence[str], folder: Path, image_folders: Sequence[st
 
 
 def images_by_domain(images: Sequence[BenchmarkImage]) -> Mapping[str, set[str]]:
-    """Return the names of the images of each domain, in the order of papers; empty if there are no domains."""
+    """Return the names of the images of each domain, in the order of `_DOMAINS`; empty if there are no domains."""
     found: dict[str, set[str]] = {}
     for image in images:
         found.setdefault(image.domain, set()).add(image.image)
-    # Put the domains into the order of `_DOMAINS`. In a benchmark without domains, the only key is "", which is left out.
+    # In a benchmark without domains, the only key of `found` is "". The loop leaves it out.
     by_domain: dict[str, set[str]] = {}
     for domain in _DOMAINS.values():
         if domain in found:

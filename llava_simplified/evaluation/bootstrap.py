@@ -62,7 +62,7 @@ def mean_metric(name: str, scores: np.ndarray) -> Metric:
 
     Args:
         name: Name of the metric.
-        scores: Scores of single captions, an array (trials, images).
+        scores: The score of each caption, an array (trials, images).
     """
     return Metric((name,), scores[..., None], lambda sums, num_images: sums / num_images)
 
@@ -75,7 +75,7 @@ class ScoreTable:
         trials: Scores of each trial.
         mean: Mean of the trials' scores.
         best: Scores of the best caption of each image, which is selected for each metric separately.
-        per_image: Scores of single captions by metric, arrays (trials, images).
+        per_image: The score of each caption by metric, arrays (trials, images).
         resampled: The mean on each resample by metric, arrays (resamples,).
     """
 
@@ -120,8 +120,8 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
         values = column.score(column.statistics.sum(axis=1), num_images)  # (trials + 1,)
         for trial, scores in enumerate(table.trials):
             scores[column.name] = _with_interval(values[trial], resampled[:, trial])
-        # For the interval of the mean, average the trials within each resample. Treating the trials as more images
-        # would give an interval that is too narrow, because the captions of one image are not independent.
+        # For the interval of the mean, average the trials within each resample. Treating the trials as additional
+        # images would give an interval that is too narrow, because the captions of one image are not independent.
         mean_resampled = resampled[:, :-1].mean(axis=1)
         table.mean[column.name] = _with_interval(values[:-1].mean(), mean_resampled)
         table.resampled[column.name] = mean_resampled

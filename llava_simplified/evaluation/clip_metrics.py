@@ -116,8 +116,8 @@ class ClipEmbedder:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{option}: {folder} does not contain a complete CLIP model ({reason}). Pass a folder with text model, "
-                "vision model, tokenizer and image processor; a vision tower is not sufficient."
+                f"{option}: {folder} does not contain a complete CLIP model ({reason}). Pass a folder with a text "
+                "model, a vision model, a tokenizer and an image processor; a vision tower is not sufficient."
             ) from None
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:

@@ -144,7 +144,7 @@ def compare_runs(
         second_samples: The same images in the same order.
         second: Its scores, with the same number of resamples and the same seed.
     """
-    # Differences of single images by metric, arrays (images,).
+    # The difference of each image by metric, arrays (images,).
     per_image: dict[str, np.ndarray] = {}
     differences: dict[str, Difference] = {}
     for name in METRIC_NAMES:
@@ -188,7 +188,7 @@ def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
     value = second.mean[name].value - first.mean[name].value
     before = first.resampled.get(name)
     after = second.resampled.get(name)
-    # There is no bootstrap with --resamples 0, and never one of METEOR and SPICE.
+    # Without resamples (--resamples 0), and always for METEOR and SPICE, there is no interval.
     if before is None or after is None or not len(before):
         return Score(value)
     # Resample i of both runs has the same images, so subtract the resamples pairwise.

@@ -319,7 +319,7 @@ def _format_text_statistics(result: Evaluation) -> list[str]:
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
-    """Return the corpus scores as JSON values, without the scores of single images.
+    """Return the corpus scores as JSON values, without the scores per image.
 
     A score is a list [value, low, high]. Numbers that were not computed are null.
     """
@@ -341,7 +341,7 @@ def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
     """Return each score as [value, low, high]."""
     converted: dict[str, list[float | None]] = {}
     for name, score in scores.items():
-        # Replace NaN (an interval that was not computed) by null, because JSON does not support NaN.
+        # Replace NaN (an interval that was not computed) with null, because JSON does not support NaN.
         converted[name] = [None if math.isnan(number) else number for number in score]
     return converted
 
@@ -365,5 +365,5 @@ def comparison_to_json(first: Run, comparison: Comparison) -> dict[str, object]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates by "?". File names can contain them, but UTF-8 cannot encode them."""
+    """Replace lone surrogates with "?". File names can contain them, but UTF-8 cannot encode them."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -112,7 +112,7 @@ def write_report(
         image_folder: Image folder.
         settings: Settings for the table at the end.
         log: `trainer_log.jsonl`, for the training curves.
-        train_captions: Normalized training captions. They mark images whose references are not among them.
+        train_captions: Normalized training captions. Images whose references are not among them are marked.
         comparisons: Comparisons with the first of `runs`, by the name of the run that is compared with it.
         groups: Scores of subsets of the images, such as the domains of nocaps, by run and subset.
 
@@ -357,7 +357,7 @@ class GroupRow(NamedTuple):
 
 
 def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow]:
-    """Return the rows of all subsets, with the runs of a subset below each other."""
+    """Return one row for each subset and run; the rows of a subset follow each other."""
     rows = []
     for run, results in groups.items():
         for group, result in results.items():
@@ -684,7 +684,8 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
         cider_points = curves.pop("CIDEr-D")
         reward_points = curves.pop("reward")
         if reward_points:
-            # The chart below gives the loss as a cross-entropy. In reinforcement learning, it is none: leave it out.
+            # The chart "Loss" below shows cross-entropies. In reinforcement learning, the training loss is not a
+            # cross-entropy, so leave it out.
             del curves["training"]
             reward = {"reward": reward_points}
             charts.append(line_chart("Reward during training", "of sampled captions", reward))

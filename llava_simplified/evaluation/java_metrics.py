@@ -33,7 +33,8 @@ def add_java_metrics(
 ) -> list[str]:
     """Add METEOR and SPICE to the scores, if Java and pycocoevalcap are installed.
 
-    They have no intervals: METEOR's corpus score is not a mean over images, so each resample would require a run of Java.
+    The two have no intervals. For METEOR, each resample would require a run of Java, because its corpus score is not a
+    mean over images.
 
     Args:
         table: The scores, changed in place.

@@ -449,7 +449,7 @@ def _draw_seed() -> int:
 
 
 def _repeat(job: GenerationJob, times: int) -> GenerationJob:
-    """Return a job that samples `times` sequences, or the same job if it is greedy, with only one result."""
+    """Return a job that samples `times` sequences. A greedy job is returned unchanged: its answers would be equal."""
     if not job.options.temperature:
         return job
     options = replace(job.options, num_return_sequences=times)
@@ -467,7 +467,7 @@ def _limit_tokens(options: GenerationOptions, limit: int) -> GenerationOptions:
 def _cut(text: str, until: Sequence[str]) -> str:
     """Return the text before the first of the texts that end an answer."""
     for end in until:
-        # Each cut can only shorten the text, so the order of the texts does not matter.
+        # Each cut can only shorten the text. The order of the texts matters only if they overlap, such as "ab" and "b".
         text = text.partition(end)[0]
     return text.strip()
 

@@ -84,8 +84,9 @@ class Evaluation:
         best: Scores of the best caption of each image, which is selected for each metric separately.
         shuffled: `mean` if each image gets the captions of a different image. Guessing reaches these scores too.
         unseen: `mean` on the images whose references are all missing from the training data.
-        shares: Fraction of distinct captions; with training captions also of novel captions and unseen references.
-        per_image: Scores of single captions by metric, arrays (trials, images).
+        shares: Fraction of distinct captions; with training captions, also the fractions of novel captions and of
+            images whose references are all missing from the training data ("unseen references").
+        per_image: The score of each caption by metric, arrays (trials, images).
         notes: Warnings, and reasons for skipped metrics.
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
         counts: Numbers of predictions and references that were matched or left out, by a description.

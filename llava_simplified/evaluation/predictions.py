@@ -32,7 +32,8 @@ class Predictions:
 
     Attributes:
         samples: Images with captions and references, in the order of their first rows.
-        counts: Numbers of images by a description: how their references were found, or why they are not scored.
+        counts: Number of images, references or texts by a description: how references were found, why images are not
+            scored, and so on.
         notes: Sentences for the reader of the scores, each with an example.
     """
 
@@ -235,7 +236,8 @@ class _Reader:
             raise ValueError(
                 f"{where}: --references has no caption of {image!r} or of any other image of the "
                 "predictions, neither by name nor by image id. Pass the file that belongs to these "
-                "images; the folders at the end of the names must be the same in both files."
+                "images. Two names match if they are equal, or if one is the end of the other (cats/1.jpg and "
+                "photos/cats/1.jpg)."
             )
         result = Predictions(list(self.samples.values()))
         if self.references is not None:

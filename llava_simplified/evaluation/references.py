@@ -20,7 +20,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace lone surrogates by U+FFFD.
+    """Replace lone surrogates with U+FFFD.
 
     A lone surrogate is half a UTF-16 pair. JSON can contain it, but it can be neither printed nor written as UTF-8.
     """
@@ -149,8 +149,8 @@ def read_references(path: Path) -> References:
     """
     content: object = None
     try:
-        # COCO caption files have a few hundred megabytes at most, so read them at once. Other formats are read row
-        # by row below.
+        # COCO caption files have a size of a few hundred megabytes at most, so parse them as a whole. Other formats
+        # are read row by row below.
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -241,13 +241,13 @@ def _check_names(names: Mapping[str, str]) -> None:
 def _read_records(path: Path) -> References:
     """Read the responses of a file of records as references."""
     by_name: dict[str, list[str]] = {}
-    num_without_image = 0
+    num_not_one_image = 0
     num_without_caption = 0
     for record in open_records(path):
         captions = [replace_lone_surrogates(text) for text in record.responses if text.strip()]
         # A response about several images is not a caption of any single one.
         if len(record.images) != 1:
-            num_without_image += 1
+            num_not_one_image += 1
         elif not captions:
             num_without_caption += 1
         else:
@@ -255,7 +255,7 @@ def _read_records(path: Path) -> References:
             known = by_name.setdefault(record.images[0], [])
             known += [text for text in captions if text not in known]
     counts = {
-        "records with no image or several": num_without_image,
+        "records with no image or several": num_not_one_image,
         "records without a caption": num_without_caption,
     }
     return References(by_name, counts=counts)

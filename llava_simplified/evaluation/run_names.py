@@ -14,7 +14,7 @@ _STEP = re.compile(r"(?:(.*)[^A-Za-z])?(?:step|checkpoint)-(\d+)")
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each prediction file: its stem, or the name of its folder if stems are equal."""
+    """Return a name for each prediction file: its stem. If stems are equal, use the folders, or else the full paths."""
     stems = [path.stem for path in paths]
     folders = [path.resolve().parent.name for path in paths]
     for names in (stems, folders):

@@ -88,7 +88,7 @@ class Limits:
         max_images: Maximum number of images in the conversation.
         max_tokens: Maximum number of tokens of an answer; also used for requests that set no maximum.
         fetch: Options for fetching the images of http(s) URLs; None rejects such URLs.
-        strict_model: Reject requests that name another model. By default, the name in a request is ignored.
+        strict_model: Reject requests that name another model, or none. By default, the name in a request is ignored.
     """
 
     max_body: int = 20_000_000
@@ -105,7 +105,7 @@ ConversationT = TypeVar("ConversationT", bound=Conversation)
 #
 #     SecurityHeaders --> HostCheck --> KeyCheck --> route --> ModelEndpoint.__call__
 #                                                                1. open a request (429: the queue is full)
-#                                                                2. read the body (413, 415)
+#                                                                2. read the body (408, 413, 415)
 #                                                                3. `_respond`, unless the client disconnects
 #                                                                4. count and log the status
 #
@@ -191,7 +191,12 @@ class ModelEndpoint:
             logger.info("%d in %.2f s", status, seconds)
 
     async def _read_body(self, request: Request) -> bytes:
-        """Return the body of a request; raise HTTPException if it is too large or not JSON."""
+        """Return the body of a request.
+
+        Raises:
+            HTTPException: The Content-Type is not JSON (415), the body is too large (413), or it arrives too
+                slowly (408).
+        """
         # Require JSON: browsers let any web page send other content types without a preflight request (CORS).
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
@@ -261,7 +266,7 @@ class ModelEndpoint:
         fetched = await self.fetcher.fetch(url)
         if fetched.image is None:
             raise RequestError(
-                f"An image could not be fetched: {fetched.kind}: {fetched.detail}",
+                f"An image could not be fetched ({fetched.kind}): {fetched.detail}",
                 param="messages",
                 code=fetched.kind,
             )
@@ -269,9 +274,9 @@ class ModelEndpoint:
 
 
 def _model_not_found(requested: str | None, name: str) -> RequestError:
-    """Return the error for a request for another model."""
+    """Return the error for a request that names another model, or none (`requested` is None)."""
     return RequestError(
-        f"The model {requested!r} does not exist; this server has {name!r}.",
+        f"Expected the model {name!r}, the only one of this server, got {requested!r}.",
         param="model",
         code="model_not_found",
         status=404,
@@ -462,7 +467,7 @@ def _word_attention(
 ) -> tuple[list[str], list[list[list[float]]]]:
     """Return the words and, for each, its attention to the image's patches (rows, columns).
 
-    Weights are rounded to 4 digits, which halves the size of the response.
+    Weights are rounded to 4 significant digits, which halves the size of the response.
     """
     assert request.pixel_values is not None
     try:
@@ -527,7 +532,7 @@ def _event(content: object, more_body: bool = True) -> dict[str, Any]:
 async def _run_while_connected(
     receive: Receive, response: Coroutine[Any, Any, None], seconds: float
 ) -> None:
-    """Send a response as long as the client is connected.
+    """Send a response; stop when the client disconnects, or when the time limit is reached.
 
     Args:
         receive: ASGI function that returns the disconnect message.
@@ -536,7 +541,7 @@ async def _run_while_connected(
             Otherwise, its request could be in flight forever.
 
     Raises:
-        ClientDisconnect: The client has disconnected.
+        ClientDisconnect: The client has disconnected, or the time limit was reached.
     """
 
     async def wait_for_disconnect() -> None:

@@ -55,7 +55,7 @@ def token_attention(
     Returns:
         float32 (answer tokens, images, rows, columns)
     """
-    # Omit the last token: it predicts the end of the answer, and not a token of it.
+    # Omit the last token of the answer: its position predicts the end token, which is not in `answer_ids`.
     ids = expand_image_placeholders([*prompt, *answer_ids[:-1]], model.vision_tower.num_tokens)
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
     length = embeds.shape[1]

@@ -10,11 +10,11 @@ from llava_simplified.serve.engine import RequestError
 
 # A conversation of 100 messages, each with 8 images and 8 texts, has about 10,000 values.
 MAX_VALUES = 20_000
-# `messages[0].content[0].image_url.url` is the deepest field that exists.
+# The deepest field that matters, `messages[0].content[0].image_url.url`, is inside 6 brackets.
 MAX_DEPTH = 16
 
 _BRACKETS = b"[]{}"
-_NO_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_ALL_EXCEPT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 
 
 def check_body(body: bytes) -> None:
@@ -39,14 +39,14 @@ def check_body(body: bytes) -> None:
     if _count(structure, b",[{") > MAX_VALUES or _count(structure, b"]}") > MAX_VALUES:
         raise _too_many_values()
     depth = 0
-    for bracket in structure.translate(None, _NO_BRACKETS):
+    for bracket in structure.translate(None, _ALL_EXCEPT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_DEPTH:
             raise RequestError(f"The body is nested more deeply than {MAX_DEPTH} levels.")
 
 
 def _count(structure: bytes, characters: bytes) -> int:
-    """Return how often any of the characters occurs."""
+    """Return the total number of occurrences of the characters."""
     return sum(structure.count(character) for character in characters)
 
 

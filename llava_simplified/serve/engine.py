@@ -103,7 +103,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class RunningSequence:
-    """A sequence of the batch: its request, and its index among the sequences of the request."""
+    """A sequence in the batch: its request, and its index among the sequences of that request."""
 
     request: RequestHandle
     index: int
@@ -118,7 +118,7 @@ class RequestHandle:
         pixel_values: uint8 (images, 3, height, width), or None without images.
         prompt_hash: Hash of prompt and images, from which random numbers are derived.
         prompt_tokens: Number of tokens of the prompt, including all image tokens.
-        is_closed: Whether the client no longer waits for the answer.
+        is_closed: Whether the `with` block has ended, so that no more of the answer is needed.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -235,7 +235,7 @@ class RequestHandle:
         model = self._engine.model
         max_context = self._engine.max_context
         tokens_per_image = model.vision_tower.num_tokens
-        # Tokenizing messages and decoding images is expensive, so reject requests that are much too long before.
+        # Tokenizing messages and decoding images is expensive, so reject requests that are much too long beforehand.
         contents = [messages] if isinstance(messages, str) else [m.content for m in messages]
         num_characters = sum(map(len, contents))
         max_characters = _MAX_CHARACTERS_PER_TOKEN * max_context
@@ -332,7 +332,8 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
 def _remove_partial_stop_string(text: str, stop: Sequence[str]) -> str:
     """Remove the end of a text if a stop string could begin there.
 
-    It is sent later if the next tokens do not complete the stop string. Text that was sent cannot be revoked.
+    The removed characters are sent later if the next tokens do not complete the stop string. They must wait, because
+    text that has been sent cannot be taken back.
     """
     longest = 0
     for stop_string in stop:
@@ -490,7 +491,7 @@ class Engine:
                 request.put(delta)
 
     def _next_requests(self) -> list[RequestHandle]:
-        """Remove the requests that the next step admits from the queue, and return them, oldest first."""
+        """Remove from the queue the requests that the next step admits, and return them, oldest first."""
         # Sequences of closed requests count as free, because the step evicts them before it admits new requests.
         sequences = self.sequences_running.values()
         occupied = [sequence for sequence in sequences if not sequence.request.is_closed]

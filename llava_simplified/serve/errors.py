@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from llava_simplified.data.images import ImageError
 from llava_simplified.serve.engine import QueueFullError, RequestError
 
-# Messages repeat the names of unknown fields and models, which can be as long as the body of the request.
+# An error message repeats the name of an unknown field or model, which can be as long as the body of the request.
 _MAX_MESSAGE = 1000
 
 # Values of the field `code` for errors that are identified by their HTTP status.
@@ -82,8 +82,8 @@ def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:
     path = ""
     previous: str | int = ""
     for part in first["loc"]:
-        # Skip parts that are not fields: for a union, pydantic also lists the member that was tried. These are the
-        # tag of a content part (after its index), and the types of `ImageURL.url` (after `url`).
+        # Skip parts that are not fields. For a union, pydantic also lists the member that it tried: after the index of
+        # a content part, its tag ("text" or "image_url"); after `url`, one of the types of `ImageURL.url`.
         is_tag = isinstance(previous, int) and part in ("text", "image_url")
         is_type = previous == "url"
         if isinstance(part, int):

@@ -96,7 +96,7 @@ function hidePreview() {
   byId("remove").hidden = true;
 }
 
-// Caption another image. If the user chooses one more while the file is being read, this one is dropped.
+// Caption a new image. If the user chooses another one while its file is being read, the first one is dropped.
 async function setImage(file) {
   const chosen = { dataUrl: null };
   image = chosen;
@@ -118,7 +118,7 @@ function removeImage() {
   byId("file").focus();
 }
 
-function takeFile(files) {
+function setImageFromFiles(files) {
   if (!settings || byId("app").hidden) return;
   const file = [...files].find((candidate) => candidate.type.startsWith("image/")) ?? files[0];
   if (file) setImage(file);
@@ -202,7 +202,8 @@ function removeExchange(exchange) {
   for (const element of exchange.elements) element.remove();
 }
 
-// Ask a question about the image. An empty question starts again, with the instruction that the model was trained with.
+// Ask a question about the image. An empty question starts a new conversation, with the instruction that the model was
+// trained with.
 async function ask(question) {
   if (!image?.dataUrl) {
     showProblem("Choose an image first.");
@@ -344,7 +345,7 @@ async function copyText(text) {
 
 // ---- attention maps ----
 
-// Show the attention map of a word, or none.
+// Show the attention map of a word; null shows no map.
 function point(word) {
   if (word === pointedWord) return;
   pointedWord?.classList.remove("pointed");
@@ -466,7 +467,7 @@ function listenToConversation() {
 
 function listenToImage() {
   byId("file").addEventListener("change", (event) => {
-    takeFile(event.target.files);
+    setImageFromFiles(event.target.files);
     event.target.value = ""; // so that the same file can be chosen again
   });
   byId("replace").addEventListener("click", () => byId("file").click());
@@ -478,7 +479,7 @@ function listenToImage() {
   document.addEventListener("paste", (event) => {
     if (!event.clipboardData.files.length) return;
     event.preventDefault();
-    takeFile(event.clipboardData.files);
+    setImageFromFiles(event.clipboardData.files);
   });
 }
 
@@ -493,7 +494,7 @@ function listenToDrops() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     highlight(false);
-    if (event.dataTransfer.files.length) takeFile(event.dataTransfer.files);
+    if (event.dataTransfer.files.length) setImageFromFiles(event.dataTransfer.files);
     else showProblem("Only files can be dropped. Save the image first, or copy it and paste it here.");
   });
 }

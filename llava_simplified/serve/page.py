@@ -34,7 +34,7 @@ _EXAMPLE_SIZE = 768  # maximum width and height in pixels of an example
 _JPEG_QUALITY = 90
 _SCRIPTS = ("page.js", "page_attention.js", "page_client.js", "page_image.js")
 
-# Restrict scripts, styles and requests to this server. If the page inserted a text of the model or
+# Restrict scripts, styles and requests to this server. Even if the page inserted text from the model or
 # the user as HTML by mistake, that text could not load or send anything. blob: and data: allow the user's images.
 PAGE_HEADERS = {
     "content-security-policy": "; ".join(
@@ -97,7 +97,8 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         examples.append(file.getvalue())
     if paths and not examples:
         raise ValueError(
-            f"--examples: none of the {len(paths)} images can be read; the warnings above give the reasons"
+            f"--examples: none of the {len(paths)} images can be read, see the warnings above; pass a folder with other "
+            "images"
         )
     return examples
 

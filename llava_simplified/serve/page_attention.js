@@ -56,7 +56,7 @@ function drawPatches(rows, columns, shares) {
 
 // Give the veil (the canvas with the attention map) the size and position of the image, which is as large as its box permits and centered.
 function coverImage(veil, preview) {
-  // clientWidth is rounded, which would leave the edge of the image uncovered. This is not rounded.
+  // Do not use clientWidth: it is rounded, which would leave the edge of the image uncovered.
   const { width: boxWidth, height: boxHeight } = preview.getBoundingClientRect();
   const scale = Math.min(boxWidth / preview.naturalWidth, boxHeight / preview.naturalHeight);
   const width = preview.naturalWidth * scale;

@@ -1,9 +1,9 @@
 """Schemas of request bodies, with strict validation.
 
 One rule applies to all fields. A value is accepted if it requests nothing, or what the server does anyway: null for any
-field, an empty value for an unknown field, `"tool_choice": "auto"` without tools. A value that is unknown, out of range
-or not supported raises an error that names the field. If it was ignored instead, the client would get a result that
-differs from what it requested.
+field, an empty text or list for an unknown field, `"tool_choice": "auto"` without tools. A value that is unknown, out of
+range or not supported raises an error that names the field. If it were ignored instead, the client would get a result
+that differs from what it requested.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _URL_ESCAPES = {
 
 
 class StrictModel(BaseModel):
-    """A model without type coercion, unknown fields, NaN and infinity.
+    """A pydantic model that rejects values of another type (no coercion), unknown fields, NaN and infinity.
 
-    A field with the value null is treated as missing, and so is an unknown field that requests nothing.
+    Exceptions: a field with the value null is treated as missing, and so is an unknown field that requests nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -77,7 +77,7 @@ def requests_nothing(value: object) -> bool:
     return value is None or value is False or value == ""
 
 
-# An empty list or object requests nothing.
+# For the fields with these types, an empty list or object requests nothing.
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
@@ -179,8 +179,8 @@ class ChatMessage(StrictModel):
     # LiteLLM moves fields that it does not know into this one: {"refusal": null}.
     provider_specific_fields: dict[str, Literal[""] | EmptyList | EmptyObject | None] | None = None
 
-    # OpenAI's API sends null beside tool calls and refusals, and its client sends it back with the next question. As in
-    # other servers, such a turn is empty.
+    # With tool calls and refusals, OpenAI's API sends `"content": null`, and its client sends this back with the next
+    # question. Treat such a message as an empty text, as other servers do.
     @model_validator(mode="before")
     @classmethod
     def fill_missing_content(cls, fields: object) -> object:
@@ -213,12 +213,12 @@ class ChatMessage(StrictModel):
             ValueError: The images do not match the role or the `<image>` placeholders.
         """
         text = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-        # Replace "developer", OpenAI's newer name, by "system", which chat templates support.
+        # Replace "developer", OpenAI's newer name, with "system", which chat templates support.
         role = "system" if self.role == "developer" else self.role
         count = len(self.images)
         if count and role != "user":
             raise ValueError(
-                f"only user messages can contain images, got some in a message of the role {role!r}"
+                f"only user messages can contain images, but a message with the role {role!r} contains {count}"
             )
         if count and not text.strip():
             text = instruction
@@ -351,7 +351,7 @@ class ChatRequest(Conversation):
         temperature = self._effective_temperature(num_return_sequences)
         if num_return_sequences > 1 and temperature == 0:
             raise RequestError(
-                "n: several answers of greedy decoding are identical; set temperature > 0.",
+                "n: greedy decoding would generate the same answer several times; set temperature > 0.",
                 param="n",
             )
         return GenerationOptions(

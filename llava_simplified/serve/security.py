@@ -46,10 +46,10 @@ SECURITY_HEADERS = {
 
 
 def split_authority(text: str) -> tuple[str, int | None]:
-    """Split `host:port` into the host, in lower case, and the port, None if it is not given.
+    """Split `host:port` into the host in lower case and the port. Without a port, return None in its place.
 
     Raises:
-        ValueError: The text is neither a host name nor an IP literal.
+        ValueError: The host is neither a host name nor an IP literal, or the port is above 65535.
     """
     match = _AUTHORITY.fullmatch(text)
     if not match:

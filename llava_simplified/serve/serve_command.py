@@ -37,7 +37,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--strict-model",
         action="store_true",
-        help="Reject requests that name another model (default: the name in a request is ignored)",
+        help="Reject requests that name another model, or none (default: the name in a request is ignored)",
     )
     _add_network_options(parser)
     _add_page_options(parser)
@@ -46,7 +46,7 @@ def build_parser() -> CommandParser:
 
 
 def _add_network_options(parser: CommandParser) -> None:
-    """Add the options of address, key and allowed hosts."""
+    """Add the options for the address, the API key, the allowed hosts and image URLs."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--host",
@@ -89,7 +89,7 @@ def _add_page_options(parser: CommandParser) -> None:
 
 
 def _add_limit_options(parser: CommandParser) -> None:
-    """Add the limits of requests."""
+    """Add the options that limit requests."""
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--batch-size",
@@ -138,7 +138,7 @@ def _add_limit_options(parser: CommandParser) -> None:
     )
 
 
-# Minimum and maximum of each numeric option.
+# Minimum and maximum of each integer option.
 _RANGES = {
     "port": (1, 65535),
     "batch_size": (1, math.inf),
@@ -151,7 +151,7 @@ _RANGES = {
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Raise ValueError for a number that is out of range."""
+    """Raise ValueError for an option whose number is out of range."""
     for name, (least, greatest) in _RANGES.items():
         value = getattr(args, name)
         if not least <= value <= greatest:
@@ -166,7 +166,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `llava serve`. After a signal, it finishes the requests in flight and returns 0."""
+    """Run `llava serve`. On SIGTERM, it finishes the requests in flight and exits with status 0."""
     args = build_parser().parse_args(argv)
     require_extra(
         "serve", "starlette", "uvicorn", "pydantic", "prometheus_client", purpose="llava serve"

@@ -337,7 +337,7 @@ def check_options(
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
-    # A plan of a recipe alone, without any records.
+    # `llava plan` can estimate a recipe without any records.
     has_records = not planning or bool(data_args.train_data_path)
     _check_evaluation_options(data_args, args, has_records)
     if args.label_smoothing_factor or args.neftune_noise_alpha:
@@ -430,7 +430,7 @@ def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> Non
     if args.kl_coef:
         raise ValueError(
             f"--kl_coef {args.kl_coef}: --objective dpo has no separate KL term. Remove --kl_coef; --dpo_beta determines "
-            "how close the model stays to the one at the start."
+            "how close the model stays to the initial one."
         )
     if data_args.packing and not data_args.share_prefix:
         raise ValueError(
@@ -445,8 +445,8 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
     if data_args.packing:
         raise ValueError(
             f"--packing True --objective {objective}: examples are grouped into packs by their length before training, but "
-            "the length of a caption is unknown until it is sampled. Pass --packing False; the captions of an image share "
-            "its prompt anyway."
+            "the length of a caption is unknown until it is sampled. Pass --packing False. To save time, --share_prefix True "
+            "computes the prompt of an image only once."
         )
     # scst compares each sample with the greedy caption; rloo and grpo compare the samples with each other.
     fewest = 1 if objective == "scst" else 2
@@ -516,7 +516,8 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: The checkpoint was trained with different vision layers, images or base weights.
+        ValueError: The checkpoint was trained with different vision layers, another preparation of the images, or
+            different base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]

@@ -70,7 +70,7 @@ class ProgressLine(TrainerCallback):
 
 
 class ProgressLog(TrainerCallback):
-    """One log message per `--logging_steps`: in a file, or with `--disable_tqdm True`."""
+    """One log message every `--logging_steps` steps, if there is no terminal or with `--disable_tqdm True`."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -96,7 +96,7 @@ class ProgressLog(TrainerCallback):
             logger.info("%s: %s", step, describe_evaluation_log(logs))
 
     def _time_left(self, state: TrainerState) -> str:
-        """Return the estimated time left; empty before the first step."""
+        """Return the estimated time left, as the end of a message; empty before the first step."""
         done = state.global_step - self._first_step
         if done <= 0:
             return ""
@@ -114,12 +114,12 @@ def progress_callback(disable_tqdm: bool) -> TrainerCallback:
 
 def describe_training_log(logs: dict[str, float]) -> str:
     """Return the values that are logged every `--logging_steps`, as text."""
-    # These values are only logged by training on rewards or on preference pairs.
-    own_values = [
+    # Training with rewards logs "reward"; training on preference pairs logs the other two.
+    objective_values = [
         f"{name} {logs[name]:.3f}, " for name in ("reward", "margin", "accuracy") if name in logs
     ]
     return (
-        f"loss {logs['loss']:.3f}, {''.join(own_values)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
+        f"loss {logs['loss']:.3f}, {''.join(objective_values)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
         f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
     )
 
@@ -235,16 +235,16 @@ class GradientNormMonitor:
 class SampleWarnings:
     """Log and count the warnings of samples; stop a run with too many unreadable images.
 
-    The dataset replaces a sample with an unreadable image by the next one, truncates answers that are
-    too long, and attaches a warning to the sample, such as "bad image, train.json row 5: ...". The
-    part before the comma is the kind of the warning.
+    The dataset attaches warnings to samples, such as "bad image, train.json row 5: ...". The part before the
+    first comma is the kind of the warning. A bad image is one that cannot be read: the dataset returns the
+    next sample in its place.
 
     Args:
         max_bad_images: `--max_bad_images`, a fraction of all images.
         log: Log the warnings of this process; one process per machine is sufficient.
 
     Attributes:
-        counts: Number of images, and of warnings by kind.
+        counts: Number of readable images, as "images", and of warnings by kind.
     """
 
     # Maximum number of logged warnings of each kind.

@@ -93,7 +93,7 @@ class DocumentFrequencies:
 
 
 class CiderScorer:
-    """CIDEr-D (Vedantam et al., 2015) of single captions.
+    """CIDEr-D (Vedantam et al., 2015), computed for one caption at a time.
 
     Args:
         frequencies: Document frequencies of the training set.

@@ -82,7 +82,7 @@ def measure(
     train_flops: float,
     tokenizer: Any,
 ) -> Rates:
-    """Measure the rates of `plan_cluster`; captions are counted in tokens of the run's tokenizer."""
+    """Measure the rates of `plan_cluster`; the tokens of captions are those of the run's tokenizer."""
 
     def count_tokens(caption: str) -> int:
         return len(tokenizer(caption, add_special_tokens=False).input_ids)

@@ -36,7 +36,7 @@ _TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("min", 60.0), ("s", 1.0), 
 
 @dataclass(frozen=True)
 class Rates:
-    """The resources that each step used in a small run. Stored as JSON by `llava plan --measure`.
+    """What `llava plan --measure` has measured in a small run of each step; it is stored as JSON.
 
     Attributes:
         download_core_seconds: Seconds of a core per URL.
@@ -95,7 +95,7 @@ def read_rates(path: Path) -> Rates:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines that the recipe would run on.
+    """The machines that all steps would run on.
 
     Attributes:
         machines: Number of machines.
@@ -117,10 +117,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """The work per image, from the configuration of the run.
+    """The amount of work: the number of URLs, and what each image costs.
 
     Attributes:
-        urls: Number of URLs.
+        urls: Number of URLs to download.
         encode_flops: FLOPs of the vision tower per image.
         train_flops: FLOPs of a training step per sample, forward and backward.
         epochs: Passes over the data.

@@ -1,4 +1,4 @@
-"""Measure the rates of a cluster plan: run every step of the recipe on a sample, with the same commands.
+"""Measure the rates of a cluster plan: run every step on a sample of the URLs, with the same commands.
 
     URLs --llava download--> images --llava clean--> records --llava encode--> features --llava train--> model
                                                         +-----llava caption --endpoint----> captions
@@ -81,14 +81,14 @@ class _Sample(NamedTuple):
 
 
 def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rates:
-    """Run the recipe on a sample of the URLs, and return the rates of each step.
+    """Run all steps on a sample of the URLs, and return the rates of each step.
 
     Args:
         workload: The settings of the measurement.
         count_tokens: A function that returns the number of tokens of a caption.
 
     Raises:
-        ValueError: A command failed, or the sample has too few usable images.
+        ValueError: The system is Windows, a command failed, or the sample has too few usable images.
     """
     if sys.platform == "win32":
         raise ValueError(
@@ -107,8 +107,8 @@ def measure_rates(workload: Workload, count_tokens: Callable[[str], int]) -> Rat
         if whole.num_records <= quarter.num_records:
             raise ValueError(
                 f"--measure {workload.source}: {whole.num_urls} URLs gave {whole.num_records} usable images, and a quarter "
-                f"of these URLs gave {quarter.num_records}. Times are measured by the difference, which must be at least "
-                "1. Raise --measure-rows."
+                f"of these URLs gave {quarter.num_records}. The time per image is computed from the difference of two runs, "
+                "which therefore need different numbers of images. Raise --measure-rows."
             )
         # Shares and means are computed from the whole sample. Only times are computed from both samples.
         manifest = _read_manifest(whole.images)

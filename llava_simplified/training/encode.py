@@ -191,7 +191,7 @@ def _open_cache(
     if required > free:
         raise ValueError(
             f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are required, but only {free / 1e9:.1f} GB are free. Pass "
-            "another --feature_cache_dir, or --cache_vision_features off."
+            "another --feature_cache_dir, or train without a cache (`llava train --cache_vision_features off`)."
         )
     return cache
 

@@ -49,7 +49,7 @@ class EvalCaptions:
         self.dataset = dataset
         self.folder = output_dir / FOLDER
         self.rows: list[tuple[int, Record]] = []
-        self._images_logged = False  # TensorBoard gets each image once per run
+        self._images_logged = False  # each image is logged to TensorBoard only once per run
         total = len(dataset.records)
         count = min(count, total)
         for position in range(count):

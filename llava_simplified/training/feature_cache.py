@@ -174,7 +174,7 @@ class FeatureCache:
                     if item is None:
                         continue
                     names.append(item.name)
-                    # The readers count in their own processes, so add up their rules here.
+                    # Each reader process counts the rules in a `NameMatches` of its own, so count them here again.
                     matches.rules[item.rule] += 1
                     digests.append(item.digest)
                     if item.digest not in self._row_by_hash:

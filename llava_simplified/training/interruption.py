@@ -31,7 +31,7 @@ def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) ->
     """Make a data-loader worker ignore Ctrl-C.
 
     A terminal sends Ctrl-C to the workers too, but the current step still needs their images. Pass this function as
-    `worker_init_fn`: signal handlers of the training process are inherited by forked workers, but not by spawned ones.
+    `worker_init_fn`; a handler of the training process is not sufficient, because spawned workers do not inherit it.
     SIGTERM still ends a worker.
 
     Args:
@@ -44,7 +44,7 @@ def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) ->
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run was stopped by a signal, after it has saved a checkpoint.
+    """A run was ended by a signal, after it had saved a checkpoint.
 
     Attributes:
         signal: Number of the signal.
@@ -117,7 +117,7 @@ class InterruptionCallback(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Save and stop, if a signal has arrived."""
+        """Make the trainer save a checkpoint and stop, if a signal has arrived."""
         # The trainer sets `is_agreed` only if there are several processes.
         stops = self.is_agreed or (args.world_size == 1 and self.signal is not None)
         if stops and state.global_step < state.max_steps:

@@ -107,7 +107,7 @@ def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
         )
     if args.fsdp or is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"{option}: quantized weights cannot be sharded. Use ZeRO stage 2, or pass --bits 16."
+            f"{option}: FSDP and ZeRO stage 3 cannot shard quantized weights. Use ZeRO stage 2, or pass --bits 16."
         )
 
 
@@ -127,12 +127,18 @@ def _check_liger(args: TrainingArguments) -> None:
 def _check_compilation(args: TrainingArguments) -> None:
     """Raise ValueError if layers cannot be compiled here."""
     device = args.device.type
-    if args.compile_layers and not can_compile(device):
-        missing = f"the C++ compiler {cpp_compiler()}" if device == "cpu" else "Triton"
-        raise ValueError(
-            f"--compile_layers: {missing} was not found. Install it (or name another compiler in the environment "
-            "variable CXX), or pass --compile_layers False."
+    if not args.compile_layers or can_compile(device):
+        return
+    if device == "mps":
+        reason = "Apple GPUs (mps) are not supported. Pass"
+    elif device == "cpu":
+        reason = (
+            f"the C++ compiler {cpp_compiler()} was not found. Install it, name another one in the environment variable "
+            "CXX, or pass"
         )
+    else:
+        reason = "Triton was not found. Install it, or pass"
+    raise ValueError(f"--compile_layers: {reason} --compile_layers False.")
 
 
 def can_compile(device_type: str) -> bool:
@@ -184,7 +190,7 @@ def choose_attention(language_model: CausalLM, requested: str | None, device_typ
 
 
 def use_liger_kernels(language_model: CausalLM) -> None:
-    """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024).
+    """Replace norms, rotary embeddings and gated MLPs with Liger's kernels (Hsu et al., 2024).
 
     Call it before LoRA wraps the layers.
 

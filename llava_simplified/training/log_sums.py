@@ -22,7 +22,7 @@ class LogSums:
         self._sums: dict[str, torch.Tensor] = {}
 
     def __bool__(self) -> bool:
-        """Return whether anything was added since the sums were read."""
+        """Return whether anything was added since the sums were last read."""
         return bool(self._sums)
 
     def add(self, name: str, value: torch.Tensor | float) -> None:

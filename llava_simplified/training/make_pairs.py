@@ -108,7 +108,7 @@ def write_pairs(
         Number of records by what became of them: a pair, or the reason why there is none.
 
     Raises:
-        ValueError: A reward fails, or no pair is left.
+        ValueError: A reward fails, or no record gives a pair.
     """
     counts: Counter[str] = Counter()
     candidates: dict[int, Record] = {}
@@ -142,8 +142,8 @@ def write_pairs(
         if not writer.count:
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             raise ValueError(
-                f"no record has two captions with different rewards ({reasons}). Sample more captions "
-                "(--trials, --temperature), or lower --min-difference."
+                f"no record has two captions whose rewards differ enough ({reasons}). Sample more captions with `llava "
+                "predict` (--trials, --temperature), or lower --min-difference."
             )
     return counts
 

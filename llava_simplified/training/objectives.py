@@ -19,7 +19,7 @@ answers more likely than the rejected one, compared with a reference:
     loss = - log sigmoid(beta * margin)                       (Rafailov et al., 2023)
     margin = (gain of the chosen) - (gain of the rejected);  gain = log p(answer) - log p_reference(answer)
 
-All functions of tensors keep their data type.
+Every function returns a tensor of the same data type as its arguments.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def clipped_policy_loss(
     """Return PPO's clipped loss, summed over the tokens.
 
     The ratio of the probabilities now and at sampling corrects for samples of an older model. A token
-    whose ratio has left the range in the direction of its weight has no gradient any more. For samples
+    whose ratio has left the range in the direction of its weight has no gradient. For samples
     of the same model the ratio is 1, and the gradient is that of plain REINFORCE.
 
     Args:
@@ -123,16 +123,16 @@ def dpo_losses(
 
 
 def sums_by_length(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Add up the values of each of several consecutive runs: from tokens to answers.
+    """Add up the values of the tokens of each answer.
 
     Args:
-        values: (tokens,).
+        values: (tokens,), the tokens of all answers, one answer after the other.
         lengths: int64 (answers,), the number of tokens of each; they add up to `tokens`.
 
     Returns:
         (answers,)
     """
-    # The number of tokens is given, since a GPU could only count them while the host waits.
+    # Pass `output_size`, the number of all tokens. Otherwise, the host would wait for the GPU to compute it.
     index = torch.arange(len(lengths), device=values.device)
     answer_of_token = index.repeat_interleave(lengths, output_size=len(values))
     return values.new_zeros(len(lengths)).index_add(0, answer_of_token, values)

@@ -11,8 +11,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava pairs`."""
     parser = CommandParser(
         "llava pairs",
-        "Make preference pairs from sampled captions: of each image, the caption with the highest reward is chosen, "
-        "the caption with the lowest is rejected.",
+        "Make preference pairs from sampled captions: for each image, the caption with the highest reward is chosen, "
+        "and the caption with the lowest reward is rejected.",
     )
     parser.add_argument(
         "predictions",
@@ -35,7 +35,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--reward",
         default="cider",
-        help="Rewards with weights, as of `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
+        help="Rewards with weights, as for `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
     )
     parser.add_argument(
         "--min-difference",
@@ -60,7 +60,8 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-timeout",
         type=float,
         default=60.0,
-        help="Maximum duration in seconds of a call of module:function, and of a request of qa (default: %(default)s)",
+        help="Maximum duration in seconds of scoring a batch of captions with module:function, and of a request of qa "
+        "(default: %(default)s)",
     )
     group.add_argument("--reward-clip", default="", help="Folder of a CLIP model, for clipscore")
     group.add_argument(
@@ -73,7 +74,7 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-tries",
         type=int,
         default=1,
-        help="How often qa asks each question, each time with its options in another order (default: %(default)s)",
+        help="How often qa asks each question, each time with its options in a new random order (default: %(default)s)",
     )
 
 

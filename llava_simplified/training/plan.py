@@ -46,7 +46,7 @@ ASSUMED_CAPTION = "a caption of about a dozen words, as most in Conceptual Capti
 
 
 class SamplingPlan(NamedTuple):
-    """The captions that a run on rewards samples.
+    """The captions that are sampled in a run with rewards.
 
     Attributes:
         tokens: Sampled tokens of the whole run, on all devices.
@@ -63,7 +63,7 @@ class SamplingPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The resources that a run requires. Bytes are per device; FLOPs are per sample, summed over all passes.
+    """The resources that a run requires. Bytes are per device.
 
     Attributes:
         table: Parameters by part of the model, as text.
@@ -73,7 +73,7 @@ class Plan:
         positions: Mean number of positions per sample, image tokens included.
         longest: Number of positions of the longest sample.
         trained: Mean number of trained tokens per sample.
-        flops: Mean FLOPs per sample.
+        flops: Mean FLOPs per sample, for sampling, the reference and training together.
         samples: Samples of the whole run (of one step, if the length of the run is unknown).
         steps: Steps of the whole run (0 if unknown).
         checkpoint: Bytes of one checkpoint.
@@ -368,7 +368,7 @@ def measure_step(
     dtype = getattr(torch, args.frozen_dtype)
     rows = args.per_device_train_batch_size * _rows_per_example(data, args)
     with_model = _WithModel(model)
-    # Replace the weights of the meta model by fake ones on "cpu", so that autocast and the kernels behave
+    # Replace the weights of the meta model with fake ones on "cpu", so that autocast and the kernels behave
     # as on a real device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         with MemoryTracker() as tracker:
@@ -642,7 +642,7 @@ def _optimizer_bytes(optim: str) -> int:
 
 
 def format_estimate(seconds: float) -> str:
-    """Return an estimated duration with two or three significant digits, such as "2.3 days"."""
+    """Return an estimated duration as text, such as "2.3 days"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds > 2 * size:
             return f"{seconds / size:.1f} {unit}"

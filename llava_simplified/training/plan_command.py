@@ -68,7 +68,7 @@ def add_machine_options(parser: CommandParser) -> None:
     group.add_argument(
         "--deepspeed",
         type=Path,
-        help="DeepSpeed config of the run; its ZeRO stage determines what is partitioned across devices",
+        help="DeepSpeed config of the run; its ZeRO stage determines what is sharded across devices",
     )
 
 
@@ -124,7 +124,9 @@ def add_cluster_options(parser: CommandParser) -> None:
         default=400,
         help="Number of URLs of the sample (default: %(default)s)",
     )
-    group.add_argument("--endpoint", help="Endpoint whose speed --measure measures")
+    group.add_argument(
+        "--endpoint", help="URL of an endpoint; with it, --measure also measures captioning"
+    )
     group.add_argument("--model", help="Name of the endpoint's model")
     group.add_argument(
         "--allow-private",
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_cluster_options(plan_options: argparse.Namespace) -> None:
-    """Raise ValueError if the options of `--cluster` cannot be used together."""
+    """Raise ValueError if an option of `--cluster` is out of range, or lacks another option that it requires."""
     if not plan_options.cluster:
         if plan_options.measure:
             raise ValueError("--measure requires --cluster N, the number of machines.")
@@ -300,7 +302,7 @@ def describe_plan(
     for name, size in plan.memory.items():
         lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
     lines += [
-        f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without overhead of libraries and the allocator",
+        f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without the overhead of libraries and the allocator",
         f"disk              {plan.checkpoint / gigabyte:.2f} GB per checkpoint{checkpoints}; {features}",
     ]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One panel of the figure, with its height in relation to the others."""
+    """One panel of the figure. `height` is relative to the heights of the other panels."""
 
     title: str
     height: int

@@ -1,4 +1,4 @@
-"""Train on the rewards of sampled captions: `--objective scst`, `rloo` or `grpo`.
+"""Train with rewards for sampled captions: `--objective scst`, `rloo` or `grpo`.
 
 One step does the following for each of its images. All captions of a step are sampled from the same weights.
 
@@ -47,8 +47,8 @@ from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
 
 logger = logging.getLogger(__name__)
 
-# Above these values a warning is logged. If half of the samples reach the limit, the model is losing its end
-# token. A model that still writes like the reference has a KL of a few hundredths.
+# Above these values a warning is logged. If more than half of the samples reach the limit, the model often fails to
+# generate its end token. A model that still writes like the reference has a KL of a few hundredths.
 MAX_SHARE_AT_LIMIT = 0.5
 MAX_KL = 0.5
 

@@ -67,8 +67,8 @@ class PreferenceTrainer(LlavaTrainer):
 
         # (pairs, 2): how much the log-probability of each answer has risen, in nats; the chosen one first.
         gains = sums_by_length(outputs.log_probs - reference_log_probs, lengths).view(-1, 2)
-        # The loss depends on the difference only: it also falls if both answers become less likely, the rejected
-        # one more so.
+        # The loss depends on the difference only. So it also falls when the chosen answer becomes less likely, as long
+        # as the rejected one loses even more.
         margins = gains[:, 0] - gains[:, 1]
         beta = self.args.dpo_beta
         loss = dpo_losses(margins, beta, self.args.dpo_label_smoothing).sum()

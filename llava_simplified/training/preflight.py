@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # The dry run is a separate process: it does not change the random state and the memory of the run
 # itself, and if memory runs out, only the dry run is killed.
 
-# Minimum number of steps for `auto`: a shorter run shows its problems soon enough without it.
+# Minimum number of steps for `auto`: a shorter run shows its problems soon enough without a preflight.
 MIN_STEPS_FOR_AUTO = 2000
 # The first step allocates memory and compiles. The second step is timed.
 DRY_RUN_STEPS = 2

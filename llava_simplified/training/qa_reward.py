@@ -62,7 +62,7 @@ class QaReward:
 
     Args:
         endpoint: The server.
-        tries: How often each question is asked, each time with its options in another order, because models prefer
+        tries: How often each question is asked, each time with its options in a new random order, because models prefer
             some letters.
         seed: Seed of the orders.
         counts: Counter that is updated. "questions" counts the questions that were asked. "questions_unanswered" counts
@@ -118,7 +118,8 @@ class QaReward:
     def _shuffle(self, record_id: str, number: int, attempt: int, count: int) -> list[int]:
         """Return an order of the options.
 
-        The order is the same for all captions of a record, because their rewards are compared, and in a resumed run.
+        All captions of a record get the same order, because their rewards are compared. A resumed run also gets the
+        same order.
         """
         key = f"{self._seed}|{record_id}|{number}|{attempt}"
         # Do not use `hash()` as the seed: it differs between processes.
@@ -176,6 +177,6 @@ def find_letter(text: str, count: int) -> str | None:
     found = [letter for letter in _LETTER.findall(text) if letter in letters]
     if not found:
         return None
-    # Prefer a letter at the beginning, and else the last one: in between, "A" can be an article.
+    # Return a letter at the beginning if there is one, otherwise the last letter: in between, "A" can be an article.
     first = text.lstrip("([{*\"' ")
     return first[0] if _LETTER.match(first) and first[0] in letters else found[-1]

@@ -73,7 +73,8 @@ _MUST_NOT_CHANGE = (
     "dpo_label_smoothing",
     "sft_weight",
 )
-# Changes of these are not reported. "steps" and "epochs" are progress, not options.
+# The comparison of options skips these. Some do not affect the result, "steps" and "epochs" are progress and not
+# options, and the training data and the number of processes are compared separately.
 _NOT_COMPARED = {
     "resume_from_checkpoint",
     "output_dir",
@@ -104,7 +105,7 @@ def run_settings(
         training records.
     """
     settings = non_default_options(model_args, data_args, args)
-    # Transformers replaces this option by an object. Store only its fields that affect the order of the samples.
+    # Transformers replaces this option with an object. Store only its fields that affect the order of the samples.
     accelerator_config = args.accelerator_config
     settings["accelerator_config"] = {
         name: getattr(accelerator_config, name)
@@ -157,8 +158,8 @@ def find_resume_folder(args: TrainingArguments) -> Path | None:
     folder = Path(requested)
     if not (folder / "trainer_state").is_dir():
         raise ValueError(
-            f"--resume_from_checkpoint {folder}: the folder has no trainer_state/, so the run cannot be resumed "
-            f"from it. Resume from a checkpoint-N folder, or start a new run with --init_from {folder}."
+            f"--resume_from_checkpoint {folder}: there is no folder trainer_state/ in it, so the run cannot be resumed "
+            "from it. Pass an existing checkpoint-N folder, or start a new run from a saved model with --init_from."
         )
     return folder
 
@@ -289,5 +290,6 @@ def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, An
         if name not in _LOCATIONS and value != before[name]:
             raise ValueError(
                 f"{folder}: the model of the checkpoint has {name} {before[name]}, but the model of this run has {name} {value}. "
-                "Pass the checkpoint's value, or start a new run in another --output_dir."
+                "Pass the same base models, records and model options as for the checkpoint, or start a new run in another "
+                "--output_dir."
             )

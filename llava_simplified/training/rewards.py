@@ -1,8 +1,8 @@
 """Rewards: what a sampled caption is worth, `--reward cider=1.0,length=0.1`.
 
-    cider      CIDEr-D against the record's responses; words that occur with many images count less. In
-               how many images a word occurs is counted over all training records
-    bleu4      BLEU-4 of the single caption
+    cider      CIDEr-D against the record's responses; words that the responses to many images contain count
+               less (the numbers of images are counted over all training records)
+    bleu4      BLEU-4 of each caption by itself, instead of all captions together
     rouge_l    the longest common subsequence with a reference
     word_f1    the best F1 of the words, for any language that separates words by spaces
     length     1 for a caption as long as a reference in words, 0 for twice as long and for an empty one
@@ -33,7 +33,7 @@ from llava_simplified.training.cider_reward import (
     DocumentFrequencies,
     cached_tokenize,
 )
-from llava_simplified.training.own_reward import OwnReward
+from llava_simplified.training.user_reward import UserReward
 
 BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length", "clipscore", "qa")
 
@@ -56,8 +56,9 @@ class RewardOptions:
     """Options that only some rewards need. Most are command-line options: `workers` is `--reward_workers`.
 
     Attributes:
-        workers: Number of worker processes for a function of the user.
-        timeout: Maximum duration of a call of that function, or of a request to the server, in seconds.
+        workers: Number of worker processes for the user's function.
+        timeout: Maximum duration in seconds of scoring the captions of a step with that function, and of a request to
+            the server.
         clip: Folder of the CLIP model of `clipscore`.
         device: Device on which the CLIP model runs.
         endpoint: Base URL of the server of `qa`.
@@ -228,7 +229,9 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
         if name in names and not value:
             raise ValueError(f"--reward {name} requires {option}: {meaning}.")
         if value and name not in names:
-            raise ValueError(f"{option} has no effect without --reward {name}.")
+            raise ValueError(
+                f"{option} has no effect without the reward {name}. Remove the option, or add {name} to --reward."
+            )
     if has_function and options.workers < 0:
         raise ValueError(f"--reward_workers {options.workers}: expected 0 or more.")
     if not options.timeout > 0:
@@ -311,7 +314,7 @@ def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
 
 def _user_function(name: str, options: RewardOptions) -> RewardFunction:
     """Return the reward function that the user wrote, given as `module:function`."""
-    function = OwnReward(name, options.workers, options.timeout)
+    function = UserReward(name, options.workers, options.timeout)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
         return function(

@@ -208,7 +208,7 @@ def _full_zero_state(
 def _load_zero_state(
     trained: Mapping[str, nn.Parameter], zero_optimizer: Any, stored: Mapping[str, ParameterState]
 ) -> None:
-    """Split full optimizer state into the partitions of ZeRO."""
+    """Load full optimizer state into ZeRO, which splits it into the shards of the processes."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     _create_empty_zero_state(zero_optimizer, next(iter(stored.values())))

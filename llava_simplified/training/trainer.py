@@ -185,17 +185,16 @@ class LlavaTrainer(transformers.Trainer):
     # of a short caption more weight than a token of a long one.
     #
     # The weights are never updated with values that are not finite. The losses of a step and the norm of
-    # the gradient are read together before the optimizer step. Either ends the run with an error that
-    # names the samples and the last good checkpoint.
+    # the gradient are read together before the optimizer step. If any of them is not finite, the run ends with an
+    # error that names the samples and the last good checkpoint.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """Fetch the micro-batches of one step, and count its trained tokens over all processes.
+        """Fetch the micro-batches of one step, and count its items (see `count_items`) over all processes.
 
         Returns:
-            The micro-batches of this process, and the number of trained tokens of the step, a
-            scalar tensor.
+            The micro-batches of this process, and the number of items of the step, a scalar tensor.
         """
         # Stop a finished run that is resumed, which the base class would train for one more step.
         if self.state.global_step >= self.state.max_steps:
@@ -205,17 +204,17 @@ class LlavaTrainer(transformers.Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_micro_batches(batches)
         self._step_sample_ids = []
-        trained = tokens = positions = 0
+        items = tokens = positions = 0
         for batch in batches:
             metadata = batch["metadata"]
             self.sample_warnings.add(batch)
             self._step_sample_ids += metadata["ids"]
-            trained += self.count_items(batch)
+            items += self.count_items(batch)
             tokens += metadata["tokens"]
             positions += batch["input_ids"].numel()
         samples = len(self._step_sample_ids)
         has_signal = int(self.interruption.signal is not None)
-        counts = torch.tensor([trained, samples, tokens, positions, has_signal])
+        counts = torch.tensor([items, samples, tokens, positions, has_signal])
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(to_device(counts, device), "sum")
             # Reading this count waits for the device, once per step. The processes need it, because all of
@@ -223,8 +222,8 @@ class LlavaTrainer(transformers.Trainer):
             num_signals = counts[4]
             self.interruption.is_agreed = bool(num_signals > 0)
         self.throughput.add(counts[1:4])  # samples, tokens and positions
-        total_trained = counts[0]
-        return batches, total_trained
+        total_items = counts[0]
+        return batches, total_items
 
     # Objectives other than cross entropy override the following three methods.
 
@@ -259,8 +258,8 @@ class LlavaTrainer(transformers.Trainer):
             model: The prepared model.
             inputs: A batch of `Collator`; its metadata is removed.
             return_outputs: Return the model's outputs too.
-            num_items_in_batch: Trained tokens of the step on all processes; None: average over this
-                batch only.
+            num_items_in_batch: Number of items (see `count_items`) of the step on all processes; None:
+                average over this batch only.
 
         Raises:
             FloatingPointError: The loss is not finite (with DeepSpeed only; see `_get_grad_norm`).
@@ -270,7 +269,7 @@ class LlavaTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             loss = summed / self.count_items(inputs)
         else:
-            # Cancel the averaging of gradients over the processes, since tokens were counted over all
+            # Cancel the averaging of gradients over the processes, since the items were counted over all
             # of them.
             loss = summed / num_items_in_batch * self.accelerator.num_processes
         self._unchecked_losses.append((loss.detach(), ids))
@@ -341,7 +340,7 @@ class LlavaTrainer(transformers.Trainer):
         last = get_last_checkpoint(str(self.output_dir)) or "none yet"
         return (
             f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
-            "Lower --learning_rate, or pass --bf16 True instead of --fp16 True."
+            "Lower --learning_rate; if the run uses --fp16 True, pass --bf16 True instead."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -22,8 +22,8 @@ from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
 from llava_simplified.training.cider_reward import CiderScorer, DocumentFrequencies
-from llava_simplified.training.own_reward import OwnReward
 from llava_simplified.training.rewards import Reward, RewardOptions, length_reward, parse_rewards
+from llava_simplified.training.user_reward import UserReward
 
 REFERENCES = [
     ["A red car parked on the street.", "a car, red, in a street"],
@@ -132,7 +132,7 @@ def test_frequencies_of_other_records_or_of_a_damaged_file_are_counted_again(
 
 # ---- reward functions of the user ----
 
-OWN_MODULE = """
+USER_MODULE = """
 import os, time
 
 def words(images, references, captions):
@@ -168,50 +168,50 @@ def crashes(images, references, captions):
 
 
 @pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Write a module with reward functions to the current folder, and return its name."""
-    (tmp_path / "own_reward_module.py").write_text(OWN_MODULE)
+    (tmp_path / "user_reward_module.py").write_text(USER_MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    yield "own_reward_module"
-    sys.modules.pop("own_reward_module", None)
+    yield "user_reward_module"
+    sys.modules.pop("user_reward_module", None)
 
 
-def own_reward(name: str, workers: int = 0, timeout: float = 60.0) -> list[float]:
+def user_reward(name: str, workers: int = 0, timeout: float = 60.0) -> list[float]:
     options = RewardOptions(workers=workers, timeout=timeout)
     return Reward(name, REFERENCES, options)(RECORDS, CAPTIONS)
 
 
-def test_own_function_gets_paths_references_and_captions(own_module: str) -> None:
+def test_user_function_gets_paths_references_and_captions(user_module: str) -> None:
     records = [CaptionedRecord(str(i), f"{i}.jpg", ("a",)) for i in range(4)]
-    assert own_reward(f"{own_module}:words=2") == [14.0, 10.0, 6.0, 6.0]
-    assert Reward(f"{own_module}:path", REFERENCES)(records, CAPTIONS) == [1.0] * 4
+    assert user_reward(f"{user_module}:words=2") == [14.0, 10.0, 6.0, 6.0]
+    assert Reward(f"{user_module}:path", REFERENCES)(records, CAPTIONS) == [1.0] * 4
 
 
 @pytest.mark.parametrize("name", ["broken", "not_a_number"])
-def test_own_function_that_fails_is_an_error_with_the_record(own_module: str, name: str) -> None:
+def test_user_function_that_fails_is_an_error_with_the_record(user_module: str, name: str) -> None:
     with pytest.raises(ValueError, match=name) as error:
-        own_reward(f"{own_module}:{name}")
+        user_reward(f"{user_module}:{name}")
     # The error names the record of the second caption only.
     assert [record_id for record_id in IDS if record_id in str(error.value)] == [IDS[1]]
 
 
-def test_own_function_must_return_a_number_per_caption(own_module: str) -> None:
+def test_user_function_must_return_a_number_per_caption(user_module: str) -> None:
     with pytest.raises(ValueError, match="too_few") as error:
-        own_reward(f"{own_module}:too_few")
+        user_reward(f"{user_module}:too_few")
     assert "expected 4 rewards" in str(error.value)
 
 
-@pytest.mark.parametrize("missing", ["own_reward_module:nothing", "no_such_module:function"])
-def test_own_function_that_is_missing_is_an_error_at_once(own_module: str, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["user_reward_module:nothing", "no_such_module:function"])
+def test_user_function_that_is_missing_is_an_error_at_once(user_module: str, missing: str) -> None:
     with pytest.raises(ValueError, match=missing):
         Reward(missing, REFERENCES)
 
 
 @pytest.mark.medium
-def test_own_function_runs_in_worker_processes(own_module: str) -> None:
-    assert own_reward(f"{own_module}:words", workers=3) == own_reward(f"{own_module}:words")
-    reward = Reward(f"{own_module}:process", REFERENCES, RewardOptions(workers=2))
+def test_user_function_runs_in_worker_processes(user_module: str) -> None:
+    assert user_reward(f"{user_module}:words", workers=3) == user_reward(f"{user_module}:words")
+    reward = Reward(f"{user_module}:process", REFERENCES, RewardOptions(workers=2))
     first = reward(RECORDS, CAPTIONS)
     assert len(set(first)) == 2
     assert os.getpid() not in first
@@ -222,19 +222,19 @@ def test_own_function_runs_in_worker_processes(own_module: str) -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize(("name", "reason"), [("crashes", "exit code 3"), ("broken", "KeyError")])
 def test_worker_that_fails_is_an_error_with_the_record(
-    own_module: str, name: str, reason: str
+    user_module: str, name: str, reason: str
 ) -> None:
     """With a process per caption, the message names one record."""
     with pytest.raises(ValueError, match=reason) as error:
-        own_reward(f"{own_module}:{name}", workers=4)
+        user_reward(f"{user_module}:{name}", workers=4)
     named = [record_id for record_id in IDS if record_id in str(error.value)]
     assert len(named) == 1
     assert name == "crashes" or named == [IDS[1]]
 
 
 @pytest.mark.medium
-def test_function_that_hangs_is_an_error_with_the_record(own_module: str) -> None:
-    reward = OwnReward(f"{own_module}:hangs", workers=2, timeout=600.0)
+def test_function_that_hangs_is_an_error_with_the_record(user_module: str) -> None:
+    reward = UserReward(f"{user_module}:hangs", workers=2, timeout=600.0)
     images = [""] * 2
     quick = reward(IDS[:2], images, REFERENCES[:2], ["a", "b"])  # starts the processes
     assert quick == [0.0, 0.0]

@@ -1,11 +1,11 @@
-"""A reward function of the user, `--reward module:function`, called in worker processes.
+"""Call the user's reward function, `--reward module:function`, in worker processes.
 
     training process                      worker processes
     captions of a step --+-- part 0 -->   module.function(image paths, references, captions)
                          +-- part 1 -->   ...
     rewards           <--+--------------  numbers, or the error and the record that it belongs to
 
-Called in the training process, a function that hangs or crashes would end the training without naming the record.
+If the function were called in the training process, a hang or a crash would stop the run without naming the record.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     captions: list[str]
 
     def rows(self, start: int, end: int) -> Part:
-        """Return the captions from `start` to before `end`."""
+        """Return the captions `start` to `end - 1` as a part of their own."""
         return Part(
             self.name,
             self.ids[start:end],
@@ -44,7 +44,7 @@ class Part(NamedTuple):
         )
 
 
-class OwnReward:
+class UserReward:
     """Call the function of `--reward module:function` for the captions of a step.
 
     Args:
@@ -124,7 +124,8 @@ class OwnReward:
         # `call_function` raises ValueErrors whose messages name the function and the record already.
         if isinstance(error, ValueError):
             raise error
-        raise ValueError(f"--reward {self._name}: {error}, in {_list_records([part])}.") from error
+        records = _list_records([part])
+        raise ValueError(f"--reward {self._name}: {error} (records: {records}).") from error
 
     def _stop(self) -> None:
         assert self._backend is not None
@@ -133,7 +134,7 @@ class OwnReward:
 
 
 def call_function(part: Part) -> list[float]:
-    """Call the function of the user. If it fails, find the record that causes the failure.
+    """Call the user's function. If it fails, find the record that causes the failure.
 
     Raises:
         ValueError: The function raises an exception, or does not return one number per caption.
@@ -144,7 +145,7 @@ def call_function(part: Part) -> list[float]:
     except Exception as error:  # a user's function can raise anything
         if len(part.captions) == 1:
             raise _describe(part, error) from error
-        # Call the function for one caption at a time. The call that fails raises an error with its record.
+        # Call the function for one caption at a time. The call that fails raises an error that names its record.
         for row in range(len(part.captions)):
             call_function(part.rows(row, row + 1))
         # No single caption fails: name all records, since the function fails only for them together.
@@ -152,7 +153,7 @@ def call_function(part: Part) -> list[float]:
 
 
 def _call(function: RewardFunction, part: Part) -> list[float]:
-    """Call the function of the user, and check that it returns one number per caption."""
+    """Call the user's function, and check that it returns one number per caption."""
     values = [float(value) for value in function(part.images, part.references, part.captions)]
     if len(values) != len(part.captions):
         raise ValueError(
@@ -163,7 +164,7 @@ def _call(function: RewardFunction, part: Part) -> list[float]:
 
 def _describe(part: Part, error: Exception) -> ValueError:
     reason = f"{type(error).__name__}: {error}"
-    return ValueError(f"--reward {part.name}: {reason}, in {_list_records([part])}.")
+    return ValueError(f"--reward {part.name}: {reason} (records: {_list_records([part])}).")
 
 
 def _list_records(parts: Sequence[Part]) -> str:
