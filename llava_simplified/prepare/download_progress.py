@@ -1,4 +1,4 @@
-"""Follow the journals of a download, for the progress line and to stop early if every row fails.
+"""Follow the journals of a download, for the progress line and to stop early if all rows fail in the same way.
 
 The shards are fetched by other processes, possibly on other machines. Their journals grow in the shared work folder, so
 no other communication is needed: about once a second the new lines of each journal are read.
@@ -23,9 +23,11 @@ FAILURE_ADVICE = {
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
     "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
     "http_407": "A proxy requires credentials. Add them to the URL of the proxy.",
-    "scheme": "These are not http or https URLs. Check --url-column.",
-    "bad_url": "These are not URLs. Check --url-column.",
+    "scheme": "These are not http or https URLs. Check --url-column, and run the download again with a new --output.",
+    "bad_url": "These are not URLs. Check --url-column, and run the download again with a new --output.",
 }
+# For these kinds, --retry would not help: it would fetch the same wrong URLs, which are stored in the output.
+NOT_RETRIABLE = ("scheme", "bad_url")
 _OTHER_ADVICE = "Look up the details of each row in the journals of the work folder."
 
 
@@ -96,7 +98,7 @@ class DownloadProgress:
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
         """Replace the outcomes from the journal of a shard with the final ones."""
         self._outcomes[number] = Counter(outcomes)
-        # The journal of a finished shard is deleted, so `_before` does not contain its rows yet.
+        # A shard that was finished before this run has no journal, so `_before` does not contain its rows yet.
         if number in self._finished_before:
             self._before += self._outcomes[number]
             self.progress.initial = self._before.total()
