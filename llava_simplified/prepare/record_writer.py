@@ -110,7 +110,11 @@ class RecordWriter:
         self.count += 1
 
     def _flush(self) -> None:
-        """Write the waiting records to the Parquet file."""
+        """Write the buffered records to the Parquet file.
+
+        Raises:
+            ValueError: A record is a conversation or a preference pair.
+        """
         import pyarrow as pa
 
         rows = []
