@@ -86,7 +86,7 @@ def _metadata(config: Mapping[str, Any]) -> str:
         "pipeline_tag: image-text-to-text",
         "library_name: transformers",
     ]
-    # Name the base model only if it is on the hub, which links to it.
+    # Name the base model only if it is on the hub, because the hub links to it.
     if public_name(language_model) == language_model:
         lines.append(f"base_model: {language_model}")
     lines.append("---")
@@ -160,8 +160,8 @@ def _score_row(
 
 
 def _limitations_section(*, has_scores: bool) -> str:
-    """Return the section about the limits of the model."""
-    tested = "the scores above" if has_scores else "its validation loss in training"
+    """Return the section about the limitations of the model."""
+    tested = "the scores above" if has_scores else "its loss in training"
     return (
         "## Limitations\n\n"
         "The model imitates its training captions, with their language and their mistakes. It invents "
