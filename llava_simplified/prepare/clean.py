@@ -61,8 +61,8 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
-# If the file of an image has a different name than the record, the details of the record contain this text, followed by
-# the rule that matched the two names.
+# If the file of an image has a different name than the image in the record, the details of the record contain this text,
+# followed by the rule that matched the two names.
 _MATCHED_BY = "image name matched by "
 # Records per file of results: few enough that a killed run repeats little work, and enough to keep the
 # number of files low (6,600 for CC3M).

@@ -73,7 +73,7 @@ def group_captions(
         source      a.jpg  b.jpg  a.jpg  c.jpg        counts: a 2, b 1, c 1
         yields             b             a with two captions, then c
 
-    Memory therefore contains only images that have some captions before and some after the current row.
+    Memory therefore contains only the rows of images that occur both before and after the current row.
 
     Args:
         read: Returns the rows of the source; it is called once for each pass.

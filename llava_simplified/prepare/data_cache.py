@@ -94,7 +94,7 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / digest
-    # Processes that need the same source at the same time convert it once: the others wait for the lock.
+    # If several processes need the same source, one of them converts it, while the other processes wait for the lock.
     with exclusive_lock(target.with_suffix(".lock"), target, timeout=_LOCK_TIMEOUT):
         is_new = not target.is_dir()
         if is_new:

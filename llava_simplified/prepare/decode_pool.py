@@ -68,11 +68,11 @@ class DecodePool:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._num_threads = 0
+        self._timer: asyncio.TimerHandle | None = None
         # Everything below is shared by the loop and the threads, and guarded by this lock.
         self._lock = threading.Lock()
         self._running: set[_Job] = set()
         self._finished: deque[tuple[_Job, EncodedImage | BaseException]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, decode: Callable[[bytes], EncodedImage], data: bytes) -> EncodedImage:
         """Run `decode(data)` in a thread, and return its result.

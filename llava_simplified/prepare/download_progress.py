@@ -17,7 +17,7 @@ FAIL_FAST_AFTER = 500
 FAILURE_ADVICE = {
     "dns": "No host name could be resolved. Check the network and its DNS server.",
     "connect": "No connection could be made. Check the firewall, and whether a proxy must be used.",
-    "refused": "Every connection was refused. If this is your own mirror, check that it runs, and its port.",
+    "refused": "Every connection was refused. If this is your own mirror, check that it is running, and check the port.",
     "timeout": "No server answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
     "tls": "No certificate could be verified. Check whether a proxy intercepts TLS (SSL_CERT_FILE), and the clock.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",

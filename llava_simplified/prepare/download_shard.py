@@ -258,7 +258,7 @@ def _prepare_process(options: FetchOptions) -> None:
 def _raise_file_limit(count: int) -> None:
     """Raise the limit of open files to `count`, because every connection is an open file.
 
-    Otherwise a connection that cannot be opened would be recorded as a failure of the server.
+    With a limit that is too low, connections that cannot be opened would be recorded as failures of the servers.
     """
     try:
         import resource

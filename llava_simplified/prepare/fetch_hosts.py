@@ -36,7 +36,7 @@ from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.request_url import host_of
 
 # Maximum pause in seconds that a host may request. Pauses in consecutive responses count as one, from the first of these
-# responses to the end of the last pause. Beyond it, the remaining URLs of the host fail with "rate_limited", and can be
+# responses to the end of the last pause. If a host requests more, its remaining URLs fail with "rate_limited", and can be
 # retried in another run.
 MAX_PAUSE = 60.0
 RETRY_PAUSE = 1.0  # seconds before the next attempt after a transient failure
@@ -68,7 +68,10 @@ class _Host:
 
 
 def is_transient(fetched: FetchResult) -> bool:
-    """Return whether to retry a URL in the same run: not after a timeout, because a second one would take as long."""
+    """Return whether to retry a failed URL in the same run.
+
+    Timeouts are not retried, because another timeout would take as long as the first.
+    """
     return fetched.kind == "connection" or fetched.http in _TRANSIENT_STATUSES
 
 

@@ -140,6 +140,7 @@ class _JsonReader:
         # Annotations that precede their images in the file: positions among all annotations, and row numbers.
         self._early_positions = array("Q")
         self._early_row_numbers = array("Q")
+        # SBU's parallel arrays by their keys.
         self._parallel: dict[str, _Texts] = {}
 
     def read(self, key: str, value: Any) -> Iterator[SourceRow]:
@@ -350,7 +351,7 @@ def columns_of_row(
     # Check every row, since the rows of one file may have different keys.
     if known and set(known) - {""} <= row.keys():
         return known
-    # Find the columns of this row. If it has none, its caption is reported as missing later on.
+    # Find the columns of this row. If they cannot be found, its missing caption becomes an issue later.
     try:
         return find_columns(source, row, columns, row)
     except ValueError:
@@ -431,14 +432,14 @@ def _convert_usable_pair(
 
 
 def row_from_text(value: object, number: int) -> SourceRow | None:
-    """Return the row of a URL in a list of URLs, or None if a value is something else."""
+    """Return the row of a value in a list of URLs, or None if the value is not a URL."""
     if isinstance(value, str) and URL_PATTERN.match(value):
         return SourceRow(number, "", as_text(value), ())
     return None
 
 
 def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
-    """Return an image of Karpathy's files with its captions."""
+    """Return the row of an image in Karpathy's files, with all its captions."""
     folder_and_name = [as_text(value.get(name)) for name in ("filepath", "filename")]
     image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
     captions = []

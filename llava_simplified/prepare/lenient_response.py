@@ -11,8 +11,8 @@ response is rewritten before aiohttp's parser reads it:
     Content-Length   may be repeated with the same value, and is ignored with Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
-Some responses are still rejected: without a status line (HTTP/0.9), with a head of more than 300 kB, after more than
-100 interim responses, with different Content-Lengths, with damaged chunks, or with a body that ends too early.
+A response is still rejected if it has no status line (HTTP/0.9), a head of more than 300 kB, more than 100 interim
+responses before it, different Content-Lengths, damaged chunks, or a body that ends too early.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _parse_authority(scheme: str, authority: str) -> str:
     if (port or 0) > _MAX_PORT or "\\" in user:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     try:
-        # Surrogates stand for the bytes of a redirect. Bytes that are not UTF-8 raise UnicodeDecodeError, a ValueError.
+        # A surrogate stands for a byte of a redirect that is not UTF-8: `decode` raises UnicodeDecodeError, a ValueError.
         host = match["host"].strip("[]").encode("utf-8", "surrogateescape").decode()
         # yarl encodes a name beyond ASCII (IDNA 2008 and UTS 46), and checks the rest.
         url = URL.build(scheme=scheme, host=host, port=port)

@@ -193,7 +193,7 @@ def _raise_error(error: OSError) -> None:
 
 
 def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]) -> NameGroup:
-    """Sort the files of a group into images, sidecars and others, and give each image its sidecars."""
+    """Sort the files of a group into images, sidecars and others, and assign the sidecars to the images."""
     images: list[str] = []
     others: list[str] = []
     # Sidecars by their name without suffix: "a.jpg" for "a.jpg.txt", "a" for "a.txt".

@@ -33,7 +33,7 @@ _BLOCK_BYTES = 1 << 16
 
 @contextlib.contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """Open a file or any URL of fsspec; compressed files are decompressed by their suffix.
+    """Open a file or any URL that fsspec supports. A compressed file is recognized by its suffix, and decompressed.
 
     Raises:
         ValueError: The file cannot be opened, or reading it fails (for example a truncated gzip file).
@@ -91,7 +91,7 @@ def _open_raw(source: str) -> Any:
 
 
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
-    """Yield each line of a text file that is not blank. Any bytes are accepted.
+    """Yield the lines of a text file, except for blank lines. Any bytes are accepted.
 
     Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
     recognized by its byte order mark. Repaired and skipped lines are recorded in `issues`.

@@ -61,12 +61,12 @@ _PART_SUFFIXES = {
     "files of JSON lines": (".jsonl", ".ndjson"),
     "JSON files": (".json",),
 }
+_METADATA = "metadata files"
+_SIDECARS = "images with a sidecar"
 # Maximum number of files of one form that are opened to find out whether they contain captions.
 _MAX_TRIED_FILES = 20
 # Maximum number of rows of a file that are read to find out which folder contains its images.
 _MAX_TRIED_ROWS = 20
-_METADATA = "metadata files"
-_SIDECARS = "images with a sidecar"
 _COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy|zip)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
@@ -483,4 +483,4 @@ def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> N
     for number, path in enumerate(others):
         # Do not note files that belong to a shard (manifest, statistics), hidden files, or work folders ("_work").
         if _first_stem(path) not in stems and not path.name.startswith((".", "_")):
-            issues.note("another file or folder beside the source (not read)", number, path.name)
+            issues.note("another file or folder in the source (not read)", number, path.name)

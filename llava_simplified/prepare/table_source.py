@@ -397,7 +397,7 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
     of a later row. The line is then split at its separators, and the following lines are parsed again as separate rows:
 
         "a nail,http://a      opens a quote that is not closed, so it is split at its comma
-        "b",http://b          text follows the first quote, so that quote does not close the field; parsed again
+        "b",http://b          text follows the first quote, so this line is a row of its own; it is parsed again
 
     Lines that were read ahead, but belong to no row yet, are kept in `ahead`.
     """
