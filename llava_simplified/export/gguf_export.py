@@ -33,7 +33,7 @@ import torch
 
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
 from llava_simplified.export.gguf_vision import (
-    describe_padding,
+    describe_padding_difference,
     vision_settings,
     vision_weights,
 )
@@ -119,9 +119,9 @@ def export_gguf(
         _write(folder / "mmproj.gguf", "clip", tower_metadata, tower_weights)
         _compare(folder / "mmproj.gguf", tower_weights)
         (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
-        padding = describe_padding(model.vision_tower.transform)
-    if padding:
-        logger.warning("%s", padding)
+        padding_difference = describe_padding_difference(model.vision_tower.transform)
+    if padding_difference:
+        logger.warning("%s", padding_difference)
     return len(text_weights) + len(tower_weights)
 
 

@@ -72,7 +72,7 @@ def vision_settings(model: Llava) -> dict[str, Any]:
     return metadata
 
 
-def describe_padding(transform: ImageTransform) -> str:
+def describe_padding_difference(transform: ImageTransform) -> str:
     """Return how the borders of llama.cpp differ from those of a transform; "" if they do not."""
     if transform.pad_color is None:
         return (

@@ -16,13 +16,13 @@ from llava_simplified.jobs import Progress
 FAIL_FAST_AFTER = 500
 FAILURE_ADVICE = {
     "dns": "No host name could be resolved. Check the network and its DNS server.",
-    "connect": "No connection could be made. Check the firewall, and whether a proxy must be used.",
+    "connect": "No connection could be made. Check the firewall; `llava download` does not use a proxy (HTTPS_PROXY).",
     "refused": "Every connection was refused. If this is your own mirror, check that it is running, and check the port.",
     "timeout": "No server answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
-    "tls": "No certificate could be verified. Check whether a proxy intercepts TLS (SSL_CERT_FILE), and the clock.",
+    "tls": "No certificate could be verified. Check the clock. If a proxy replaces certificates, set SSL_CERT_FILE to its own.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
     "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
-    "http_407": "A proxy requires credentials. Add them to the URL of the proxy.",
+    "http_407": "A proxy requires credentials, which `llava download` cannot send. Use a network without this proxy.",
     "scheme": "These are not http or https URLs. Check --url-column, and run the download again with a new --output.",
     "bad_url": "These are not URLs. Check --url-column, and run the download again with a new --output.",
 }
