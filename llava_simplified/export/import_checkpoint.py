@@ -168,7 +168,7 @@ def import_checkpoint(
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
     images, image_kind = choose_check_images(check_images)
     with atomic_directory(output) as folder:
-        # Convert inside this call, so that the memory of the source is freed before the comparison.
+        # Load the source inside `_convert`, so that its memory is freed before the comparison.
         report, is_stock = _convert(source, folder, ImportOptions(**options))
         _set_final_paths(folder, output)
         if is_stock:

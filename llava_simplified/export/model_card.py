@@ -28,7 +28,7 @@ _MACHINE_OPTIONS = re.compile(
 )
 # Value of `llava export --format` -> how to load the exported folder.
 _HOW_TO_LOAD = {
-    "hf": "The adapters are merged. Load the model with `AutoModelForImageTextToText` and `AutoProcessor`.",
+    "hf": "Adapters are merged into the weights. Load the model with `AutoModelForImageTextToText` and `AutoProcessor`.",
     "peft": (
         "Load `base/` with `AutoModelForImageTextToText`, and `adapter/` on top of it with "
         "`PeftModel`."
@@ -164,7 +164,7 @@ def _limitations_section(*, has_scores: bool) -> str:
     tested = "the scores above" if has_scores else "its loss in training"
     return (
         "## Limitations\n\n"
-        "The model imitates its training captions, with their language and their mistakes. It invents "
+        "The model imitates its training captions, with their language and their mistakes. It can invent "
         f"details that are not in the image. It was not tested for anything beyond {tested}."
     )
 

@@ -134,8 +134,8 @@ def export_stock(
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None
-        # Load the checkpoint inside this call, so that its memory is freed before the exported model is
-        # loaded.
+        # Load the checkpoint inside `_write_model_and_processor`, so that its memory is freed before the
+        # exported model is loaded.
         references = _write_model_and_processor(
             checkpoint,
             base_folder,

@@ -60,8 +60,8 @@ MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
 SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
 MAX_DETAIL_LENGTH = 300
-# A redirect gets only the time that the requests before it have left. If less than this share of the timeout is left, a
-# timeout is not counted against the host of the redirect, because that host may have had too little time.
+# A redirect gets only the time that the requests before it have left over. If that is less than this share of the
+# timeout, a timeout is not counted against the host of the redirect, because that host may have had too little time.
 FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
@@ -159,7 +159,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str, last: bool = False) -> FetchResult:
-        """Fetch and check one image. All failures of URLs and servers are returned, not raised.
+        """Fetch and check one image. Every failure is returned as a result, even an internal error.
 
         Args:
             url: The URL.
@@ -213,7 +213,7 @@ class Fetcher:
         """Return body and status code of a URL, following redirects.
 
         Every redirect is checked like the original URL. `timeout` covers all requests together, but not the time that
-        the URL waits for a free slot of a host: many hosts may redirect to the same host.
+        the URL waits for a free slot of a host, which may be long if many hosts redirect to the same one.
         """
         url = parse_url(text)
         first_host = str(url.raw_host)
