@@ -14,12 +14,13 @@ from llava_simplified.jobs import Progress
 
 # Stop the run if this many rows have failed in the same way, and none has succeeded.
 FAIL_FAST_AFTER = 500
+# Kind of failure -> advice for a run in which most rows failed in this way.
 FAILURE_ADVICE = {
     "dns": "No host name could be resolved. Check the network and its DNS server.",
-    "connect": "No connection could be made. Check the firewall; `llava download` does not use a proxy (HTTPS_PROXY).",
+    "connect": "No connection could be made. Check the firewall. `llava download` ignores HTTPS_PROXY.",
     "refused": "Every connection was refused. If this is your own mirror, check that it is running, and check the port.",
     "timeout": "No server answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
-    "tls": "No certificate could be verified. Check the clock. If a proxy replaces certificates, set SSL_CERT_FILE to its own.",
+    "tls": "No certificate could be verified. Check the clock. If a proxy replaces them, set SSL_CERT_FILE to its certificate.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
     "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
     "http_407": "A proxy requires credentials, which `llava download` cannot send. Use a network without this proxy.",
