@@ -54,6 +54,7 @@ FLATTEN_CONTENT_WITH_MARKERS = _FLATTEN_CONTENT.replace("IMAGE", _IMAGE_LINE).re
     "TEXT", r"content.text | replace('__>\n', '__>') | replace('__>', '__>\n')"
 )
 
+# Name of our template -> Jinja code that writes the beginning of the answer.
 GENERATION_PROMPT = {
     "plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
     "bare": "",
@@ -61,7 +62,7 @@ GENERATION_PROMPT = {
 
 
 def get_chat_template(model: Llava) -> str:
-    """Return the chat template that the model was trained with, for any tokenizer."""
+    """Return the chat template that the model was trained with, including its generation prompt."""
     name = model.prompt.name
     if name in TEMPLATES:
         return TEMPLATES[name] + GENERATION_PROMPT[name]

@@ -67,7 +67,7 @@ def export_main(argv: list[str] | None = None) -> int:
         )
     from llava_simplified.export.model_card import write_model_card
 
-    # Write the card after the export is complete, so that an error in the card does not undo it.
+    # Write the card after the export is complete, so that an error in the card does not undo the export.
     result = _export(args)
     write_model_card(args.checkpoint, args.output, args.format, args.scores)
     print_text(f"{args.output}: exported, loaded again and compared with the checkpoint ({result})")
@@ -75,7 +75,7 @@ def export_main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> str:
-    """Write the exported folder; return the result of its comparison with the checkpoint."""
+    """Write the exported folder; return the result of the comparison with the checkpoint, as text."""
     if args.format == "gguf":
         from llava_simplified.export.gguf_export import export_gguf
 
@@ -167,7 +167,7 @@ def push_main(argv: list[str] | None = None) -> int:
 
     from huggingface_hub import HfApi
 
-    # A class of httpx; in older versions, of requests.
+    # HTTPError is a class of httpx; in older versions of huggingface_hub, it is a class of requests.
     from huggingface_hub.errors import HTTPError
 
     # Pass exist_ok, so that a second push to the same repository creates a new commit.
@@ -179,7 +179,8 @@ def push_main(argv: list[str] | None = None) -> int:
         )
     except (HTTPError, OSError) as error:
         raise ValueError(
-            f"The upload of {args.folder} failed: {error}. To log in, run `hf auth login`."
+            f"The upload of {args.folder} failed. If you are not logged in, run `hf auth login`, and push again. "
+            f"The error: {error}"
         ) from error
     print_text(str(commit))
     return 0

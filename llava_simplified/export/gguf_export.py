@@ -14,9 +14,10 @@ Therefore only matrices are stored in the data type of the model. Biases, the we
 embeddings (which are added, although they have two dimensions) and the patch filter (four dimensions)
 are stored as float32.
 
-llama.cpp differs from training in two ways that no file can change: it always uses the tanh
-approximation of gelu, and it adds borders to an image that is not square. Models that were trained with
-`--image_aspect_ratio pad` get the same borders here; for others, a warning describes the difference.
+llama.cpp differs from training in two ways that no entry of the files can change: it always uses the tanh
+approximation of gelu, and it adds borders to an image that is not square. These borders are the same as in
+training if the model was trained with `--image_aspect_ratio pad` and a CLIP tower; otherwise, a warning
+describes the difference.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
 from llava_simplified.export.gguf_vision import (
-    describe_padding,
+    describe_padding_difference,
     vision_settings,
     vision_weights,
 )
@@ -71,7 +72,7 @@ def export_gguf(
     model_base: str | None = None,
     vision_tower: str | None = None,
 ) -> int:
-    """Write `model.gguf`, `mmproj.gguf` and `Modelfile`; read both files back and compare every tensor.
+    """Write `model.gguf`, `mmproj.gguf` and `Modelfile`; read both GGUF files back and compare every tensor.
 
     Args:
         checkpoint: Folder written by `llava train`.
@@ -84,7 +85,7 @@ def export_gguf(
         The number of tensors that were compared.
 
     Raises:
-        ValueError: llama.cpp does not support the architecture (the message names the remedy), or a file
+        ValueError: llama.cpp does not support the model (the message says what to use instead), or a file
             does not contain the tensors that were written.
         FileExistsError: `output` exists already.
     """
@@ -118,9 +119,9 @@ def export_gguf(
         _write(folder / "mmproj.gguf", "clip", tower_metadata, tower_weights)
         _compare(folder / "mmproj.gguf", tower_weights)
         (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
-        padding = describe_padding(model.vision_tower.transform)
-    if padding:
-        logger.warning("%s", padding)
+        padding_difference = describe_padding_difference(model.vision_tower.transform)
+    if padding_difference:
+        logger.warning("%s", padding_difference)
     return len(text_weights) + len(tower_weights)
 
 
@@ -134,8 +135,8 @@ def _check_template(model: Llava) -> None:
     if token is not None:
         raise ValueError(
             f"--format gguf: llama.cpp places images in the text of a message, but the chat template of this "
-            f"model writes {token} itself. Use --format hf. If its prompts have the form of the template plain, as "
-            "in LLaVA 1.5, import it again with --template plain."
+            f"model writes {token} itself. Use --format hf. If the model was trained with the prompts of the template "
+            "plain, as LLaVA 1.5 was, import it again with --template plain."
         )
 
 
@@ -152,7 +153,11 @@ def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def _architecture(language_model: CausalLM) -> str:
-    """Return llama.cpp's name of the language model's architecture."""
+    """Return llama.cpp's name of the language model's architecture.
+
+    Raises:
+        ValueError: The architecture is not supported.
+    """
     model_type = language_model.config.model_type
     if model_type not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
@@ -170,7 +175,7 @@ def _text_metadata(model: Llava, architecture: str) -> Metadata:
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
     # llama.cpp does not support sliding windows for these architectures: every token attends to all previous
-    # tokens. Within one window this is the same, so limit the context to one window.
+    # tokens. Within one window, there is no difference, so limit the context to one window.
     context_length = config.max_position_embeddings
     sliding_window = getattr(config, "sliding_window", None)
     if sliding_window:
@@ -200,6 +205,9 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
 
     The query and key projections of a Llama are permuted in place, so the model must not be used
     afterward.
+
+    Raises:
+        ValueError: llama.cpp does not support a weight, or the rotary scaling.
     """
     import gguf
 

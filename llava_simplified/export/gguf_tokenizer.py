@@ -1,6 +1,6 @@
 """The tokenizer for llama.cpp: the `tokenizer.*` keys of `model.gguf`.
 
-llama.cpp has its own tokenizers, of two families:
+llama.cpp has its own tokenizers. Two families are supported here:
 
 | `tokenizer.ggml.model` | algorithm                                      | models                         |
 |------------------------|------------------------------------------------|--------------------------------|
@@ -24,8 +24,8 @@ from llava_simplified.prompt import Message
 
 Metadata = dict[str, Any]
 
-# The regular expression by which Qwen2 and Llama 3 split a text into words. They differ in the maximum
-# number of digits in a word, which replaces NUMBERS below.
+# The regular expression by which Qwen2 and Llama 3 split a text into words. The two differ only in the maximum
+# number of digits in a word: below, NUMBERS is replaced by the expression for these digits.
 _WORDS_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -190,7 +190,11 @@ def _byte_level_metadata(vocabulary: _Vocabulary) -> Metadata:
 
 
 def _pre_tokenizer_name(steps: Sequence[dict[str, Any]]) -> str:
-    """Return llama.cpp's name for the steps by which a byte-level tokenizer splits a text into words."""
+    """Return llama.cpp's name for the steps by which a byte-level tokenizer splits a text into words.
+
+    Raises:
+        ValueError: llama.cpp has no name for these steps.
+    """
     signature = []
     for step in steps:
         if step["type"] == "Split":

@@ -59,7 +59,7 @@ def vision_settings(model: Llava) -> dict[str, Any]:
         "projection_dim": int(model.language_model.config.hidden_size),
         "feature_layer": sorted(_hidden_state_indices(tower)),
     }
-    # "mlp" is LLaVA's projector of two layers. llama.cpp uses one activation for the whole tower: gelu
+    # "mlp" is LLaVA's projector of two layers. llama.cpp uses one activation in all blocks of the tower: gelu
     # (SigLIP) or quick_gelu (CLIP), which is x * sigmoid(1.702 x).
     metadata = {
         "general.type": "mmproj",
@@ -72,7 +72,7 @@ def vision_settings(model: Llava) -> dict[str, Any]:
     return metadata
 
 
-def describe_padding(transform: ImageTransform) -> str:
+def describe_padding_difference(transform: ImageTransform) -> str:
     """Return how the borders of llama.cpp differ from those of a transform; "" if they do not."""
     if transform.pad_color is None:
         return (
@@ -128,8 +128,8 @@ def _hidden_state_indices(tower: VisionTower) -> list[int]:
 def _num_blocks(tower: VisionTower) -> int:
     """Return the number of blocks to write: those before the deepest selected hidden state, and one more if it exists.
 
-    If `feature_layer` is missing, llama.cpp uses the output of the second-to-last block. With the additional block,
-    this is the selected hidden state.
+    The additional block is for programs that ignore `feature_layer`. Like llama.cpp with a file without this key, they
+    use the output of the second-to-last block, which is then the selected hidden state.
     """
     deepest = max(_hidden_state_indices(tower))
     return min(deepest + 1, tower.model.config.num_hidden_layers)
@@ -140,7 +140,7 @@ def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
     import gguf
 
     num_blocks = _num_blocks(tower)
-    # The map has no names for the blocks above the selected layer. Their weights are skipped below.
+    # The map has names for the first `num_blocks` blocks only. The weights of the other blocks are skipped below.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, num_blocks)
     weights: dict[str, torch.Tensor] = {}
     for name, weight in tower.model.state_dict().items():
@@ -162,7 +162,7 @@ def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
 
 
 def _projector_weights(model: Llava) -> dict[str, torch.Tensor]:
-    """Return the two projector layers, with the input columns in llama.cpp's order of hidden states."""
+    """Return the tensors of the two projector layers, with the input columns in llama.cpp's order of hidden states."""
     tower = model.vision_tower
     # llama.cpp always applies an activation in the projector. With twice the input size between its
     # layers, every linear projector can be written as two layers with gelu.

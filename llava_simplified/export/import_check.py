@@ -1,7 +1,7 @@
 """Compare an imported checkpoint with the Hugging Face LLaVA folder that it was made from.
 
 The checkpoint is loaded as users load it, with `Llava.from_pretrained`, and the source with the classes of
-Transformers. Prompt, pixel values, logits and greedy captions must be the same (see `stock_check.py`).
+Transformers. Prompt, pixel values, logits and greedy captions must agree up to rounding (see `stock_check.py`).
 """
 
 from __future__ import annotations
@@ -89,12 +89,15 @@ def compare_with_source(
         images: RGB images (height, width, 3), uint8.
         image_kind: Kind of the images, for the result.
 
+    Returns:
+        The remaining differences.
+
     Raises:
-        ValueError: Prompt, pixel values, logits or greedy caption differ.
+        ValueError: Prompt, pixel values, logits or greedy captions differ by more than rounding.
     """
-    # Load the checkpoint inside this call, so that its memory is freed before the source is loaded.
+    # Load the checkpoint inside `_compute_references`, so that its memory is freed before the source is loaded.
     references, chat_template, transform = _compute_references(checkpoint, images)
-    # With `--image-aspect-ratio pad`, the checkpoint adds borders although the source does not.
+    # With `--image-aspect-ratio pad`, the checkpoint adds borders even if the source does not. Add them in both.
     image_processor = to_stock_image_processor(load_image_processor(source), transform)
     return compare_with_references(
         source,

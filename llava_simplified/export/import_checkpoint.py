@@ -23,9 +23,9 @@ Loading is strict: an unexpected or missing weight raises an error that names it
 tensors only: a pickle file that would run code is rejected.
 
 A Hugging Face LLaVA folder is then loaded with the classes of Transformers, and compared with the new
-checkpoint (`import_check.py`). The checkpoint gets its final name only if both compute the same. The code
-of original LLaVA is not installed here, so its folders are not compared; the tests of this package compare
-such folders with a forward pass written in plain torch.
+checkpoint (`import_check.py`). The checkpoint gets its final name only if both produce the same outputs.
+Folders of original LLaVA are not compared, because its code is not installed here. The tests of this
+package compare such folders with a forward pass written in plain torch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SourceCheckpoint:
 
     @property
     def is_stock(self) -> bool:
-        """Whether it was written by Hugging Face Transformers."""
+        """Whether the checkpoint was written by Hugging Face Transformers."""
         return "text_config" in self.config
 
     @property
@@ -107,17 +107,17 @@ class SourceCheckpoint:
 
     @property
     def has_language_model(self) -> bool:
-        """Whether it contains all weights of the language model, and not only an adapter."""
+        """Whether the checkpoint contains all weights of the language model, and not only an adapter."""
         return bool(self.language_model) and self.adapter_config is None
 
     @property
     def has_own_tower(self) -> bool:
-        """Whether it has its own vision tower, and not an unchanged copy of a published one."""
+        """Whether the checkpoint has its own vision tower, and not an unchanged copy of a published one."""
         return self.is_stock and bool(self.vision_tower)
 
     @property
     def trained_parts(self) -> TrainedParts:
-        """The parts whose weights it contains. Our checkpoint stores these, so they are trained parts."""
+        """The parts to store in our checkpoint, which stores only parts that are declared as trained."""
         vision_tower: Literal["none", "full"] = "full" if self.has_own_tower else "none"
         if self.adapter_config is not None:
             return TrainedParts(language_model="adapter", vision_tower=vision_tower)
@@ -128,7 +128,7 @@ class SourceCheckpoint:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Settings that the user chooses, because the source does not contain them or they override the source.
+    """Settings that the user chooses. The source does not contain them, or they override the source.
 
     Attributes:
         model_base: Base language model of an adapter or a single projector.
@@ -148,7 +148,7 @@ class ImportOptions:
 def import_checkpoint(
     source: Path, output: Path, *, check_images: Path | None = None, **options: Any
 ) -> list[str]:
-    """Convert a LLaVA checkpoint of another code base, and compare it with the source.
+    """Convert a LLaVA checkpoint of another code base. If it is a Hugging Face LLaVA folder, compare the two.
 
     Args:
         source: A folder, or a file `mm_projector.bin`.
@@ -161,14 +161,14 @@ def import_checkpoint(
 
     Raises:
         ValueError: The format of the source is unknown, weights are missing or unexpected, a required
-            option is missing, or the results of the checkpoint differ from those of the source.
+            option is missing, or the outputs of the checkpoint differ from those of the source.
         FileExistsError: `output` exists already.
     """
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
     images, image_kind = choose_check_images(check_images)
     with atomic_directory(output) as folder:
-        # Convert inside this call, so that the memory of the source is freed before the comparison.
+        # Load the source inside `_convert`, so that its memory is freed before the comparison.
         report, is_stock = _convert(source, folder, ImportOptions(**options))
         _set_final_paths(folder, output)
         if is_stock:
@@ -214,7 +214,7 @@ def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[l
         report.append(f"the chat template writes the image token {model.prompt.image_token}")
     if source.vision_tower and not source.has_own_tower:
         _check_vision_tower(model.vision_tower, source.vision_tower)
-        report.append("the vision tower in the source has the same weights as --vision-tower")
+        report.append(f"the vision tower in the source has the same weights as {vision_tower}")
     _load_projector(model.projector, source.projector)
     if source.adapter_config is not None:
         _add_adapter(model, source.adapter_config, source.language_model)
@@ -326,7 +326,11 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_weight_file(path: Path) -> Weights:
-    """Read a file of tensors: safetensors, or a pickle without code."""
+    """Read a file of tensors: safetensors, or a pickle without code.
+
+    Raises:
+        ValueError: The file contains anything else, or is damaged.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -477,7 +481,7 @@ def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
     """Return `image_aspect_ratio` of a source.
 
     Raises:
-        ValueError: The source cuts images into tiles (LLaVA 1.6).
+        ValueError: The source has another setting, for example to cut images into tiles (LLaVA 1.6).
     """
     if processor_pads_to_square(load_image_processor(vision_tower)):
         return "pad"
@@ -487,7 +491,7 @@ def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
     if aspect_ratio not in aspect_ratios:
         raise ValueError(
             f"{source.path} was trained with image_aspect_ratio {aspect_ratio}, which is not supported. To "
-            "import it without tiles, pass --image-aspect-ratio pad or crop."
+            "use one image of fixed size instead of tiles, pass --image-aspect-ratio pad or crop."
         )
     return aspect_ratios[aspect_ratio]
 
@@ -622,9 +626,8 @@ def _check_vision_tower(tower: VisionTower, weights: Weights) -> None:
         other = expected.get(_without_prefix(name))
         if other is None or other.shape != weight.shape or not _almost_equal(other, weight):
             raise ValueError(
-                f"vision tower: {name} differs from the weight of the given vision tower. The vision "
-                "tower was fine-tuned, or a different one was used. Pass the matching one with "
-                "--vision-tower."
+                f"vision tower: {name} in the source has no equal weight in the given vision tower. The source was "
+                "trained with a different or a fine-tuned tower. Pass a folder with this tower: --vision-tower."
             )
 
 

@@ -28,7 +28,7 @@ _MACHINE_OPTIONS = re.compile(
 )
 # Value of `llava export --format` -> how to load the exported folder.
 _HOW_TO_LOAD = {
-    "hf": "The adapters are merged. Load the model with `AutoModelForImageTextToText` and `AutoProcessor`.",
+    "hf": "Adapters are merged into the weights. Load the model with `AutoModelForImageTextToText` and `AutoProcessor`.",
     "peft": (
         "Load `base/` with `AutoModelForImageTextToText`, and `adapter/` on top of it with "
         "`PeftModel`."
@@ -86,7 +86,7 @@ def _metadata(config: Mapping[str, Any]) -> str:
         "pipeline_tag: image-text-to-text",
         "library_name: transformers",
     ]
-    # Name the base model only if it is on the hub, which links to it.
+    # Name the base model only if it is on the hub, because the hub links to it.
     if public_name(language_model) == language_model:
         lines.append(f"base_model: {language_model}")
     lines.append("---")
@@ -160,11 +160,11 @@ def _score_row(
 
 
 def _limitations_section(*, has_scores: bool) -> str:
-    """Return the section about the limits of the model."""
-    tested = "the scores above" if has_scores else "its validation loss in training"
+    """Return the section about the limitations of the model."""
+    tested = "the scores above" if has_scores else "its loss in training"
     return (
         "## Limitations\n\n"
-        "The model imitates its training captions, with their language and their mistakes. It invents "
+        "The model imitates its training captions, with their language and their mistakes. It can invent "
         f"details that are not in the image. It was not tested for anything beyond {tested}."
     )
 

@@ -120,8 +120,8 @@ def export_stock(
         The differences between the exported model and the checkpoint.
 
     Raises:
-        ValueError: Stock LLaVA does not support the model, or the exported model computes different
-            values than the checkpoint.
+        ValueError: Stock LLaVA does not support the model, or the outputs of the exported model differ from
+            those of the checkpoint.
         FileExistsError: `output` exists already.
     """
     config = read_checkpoint_config(checkpoint)
@@ -134,8 +134,8 @@ def export_stock(
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None
-        # Load the checkpoint inside this call, so that its memory is freed before the exported model is
-        # loaded.
+        # Load the checkpoint inside `_write_model_and_processor`, so that its memory is freed before the
+        # exported model is loaded.
         references = _write_model_and_processor(
             checkpoint,
             base_folder,
@@ -491,7 +491,7 @@ def _write_processor(
 
 
 def _remove_automatic_bos(tokenizer: Any) -> None:
-    """Make a tokenizer add no BOS token to texts, because the chat template of the exported folder writes it.
+    """Stop a tokenizer from adding a BOS token to texts, because the chat template of the exported folder writes it.
 
     `processor.apply_chat_template` would not add a second BOS token, but `processor(text=...)` would add one to a
     text from the template. JoyCaption's users call it in this way.
@@ -499,7 +499,7 @@ def _remove_automatic_bos(tokenizer: Any) -> None:
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("x").input_ids[0] != bos:
         return
-    # The post-processor adds the special tokens. It also adjusts offsets, which prompts do not need.
+    # Remove the post-processor, which adds the special tokens. It also adjusts offsets, which prompts do not need.
     tokenizer.backend_tokenizer.post_processor = None
     if "add_bos_token" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["add_bos_token"] = False
@@ -513,8 +513,8 @@ def to_stock_image_processor(image_processor: Any, transform: ImageTransform) ->
         transform: The transform of the model.
 
     Returns:
-        `image_processor` itself, or, if the transform makes images square, a `LlavaImageProcessor` that does
-        so before it resizes and normalizes in the same way.
+        `image_processor` itself; or, if the transform makes images square, a `LlavaImageProcessor` that first
+        makes them square, and then resizes and normalizes them like `image_processor`.
     """
     if transform.pad_color is None or processor_pads_to_square(image_processor):
         return image_processor

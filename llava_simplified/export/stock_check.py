@@ -43,9 +43,9 @@ CAPTION_LENGTH = 16  # maximum number of tokens of a caption
 # torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results of any image differ
 # by at most two of the 255 gray levels.
 MAX_GRAY_LEVELS = 2.01
-# Maximum difference of two logits, relative to the largest absolute logit (or to 1, if that is larger).
-# The same computation in a different order differs by a few units in the last place; with a missing layer
-# or a wrong activation, the difference is much larger.
+# Maximum difference of a logit between the two models, relative to the largest absolute logit (or to 1, if
+# that is larger). The same computation in a different order differs by a few units in the last place; with
+# a missing layer or a wrong activation, the difference is much larger.
 LOGIT_TOLERANCE = {
     torch.float32: 5e-5,
     torch.float16: 5e-3,
@@ -109,7 +109,7 @@ def choose_images(
 
 
 def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.ndarray]:
-    """Return the first training images; an empty list if they no longer exist."""
+    """Return the first training images; an empty list if they cannot be read."""
     records_path = Path(training.get("train_data_path") or "")
     if not records_path.is_file():
         return []
@@ -315,7 +315,7 @@ def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: 
 
 
 def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None:
-    """Raise ValueError if the pixel values differ by more than the rounding of a resize."""
+    """Raise ValueError if the pixel values have another shape, or differ by more than the rounding of a resize."""
     if inputs["pixel_values"].shape != reference.pixel_values.shape:
         raise ValueError(
             f"Transformers' LlavaProcessor returns pixel values of {tuple(inputs['pixel_values'].shape)}, "
@@ -333,7 +333,7 @@ def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None
 def _check_logits(
     model: Any, inputs: dict[str, torch.Tensor], reference: Reference, tolerance: float
 ) -> float:
-    """Return the largest difference of two logits.
+    """Return the largest difference of a logit of the first generated token from the checkpoint's.
 
     Raises:
         ValueError: The difference exceeds the tolerance.
@@ -362,7 +362,7 @@ def _check_caption(
 
     Raises:
         ValueError: At the first difference, the logits of the two tokens differ by more than the
-            tolerance.
+            tolerance; or one caption ends earlier.
     """
     prompt_length = inputs["input_ids"].shape[1]
     generated = model.generate(**inputs, max_new_tokens=CAPTION_LENGTH, do_sample=False)

@@ -1,1 +1,1 @@
-"""From URLs and caption files to records and shards of images."""
+"""Convert caption files and lists of URLs to records and shards of images, and clean the records."""

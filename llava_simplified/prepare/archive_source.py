@@ -93,16 +93,16 @@ def _table_rows(
     if table.image_column is not None:
         image_keys = ["images" if table.image_column.is_list else "image"]
     is_manifest = "key" in names and "status" in names
-    # Read all columns of a table of records or of Karpathy's split, which have fixed column names. For
-    # any other table find the columns by their names, and read only those.
+    # Read all columns of a table of records or of Karpathy's split, which have fixed column names. In any
+    # other table, find the columns by their names, and read only those.
     wanted, named = names, None
     if "sentences" not in names and not _has_records(table):
-        # Add a column "image", whose values are made below, for a manifest or a file with images.
+        # For a manifest or a file with images, add a column "image". The loop below sets its values.
         virtual_names = [*names, *image_keys]
         if is_manifest:
             virtual_names = [*names, "image"]
         elif image_keys == ["images"]:
-            # The loop below converts each list to its only image.
+            # The loop below replaces a list of one image by this image.
             virtual_names = [*names, "image"]
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
         wanted = [name for name in (*named, "split", "key", "status") if name in names]
@@ -126,10 +126,10 @@ def _has_records(table: ColumnarFile) -> bool:
     """Return whether the rows of a table are records or chats."""
     types = {field.name: str(field.type) for field in table.schema}
     # Questions with answers (The Cauldron): list<struct<user: string, assistant: string>>.
-    is_pairs = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
+    has_questions = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
     is_chat = types.get("messages", "").startswith(("list<", "large_list<"))
     is_preference = all(key in types for key in PAIR_KEYS)
-    return is_pairs or is_chat or is_preference or is_record(dict.fromkeys(types))
+    return has_questions or is_chat or is_preference or is_record(dict.fromkeys(types))
 
 
 def _first_row(table: ColumnarFile, names: list[str]) -> object:

@@ -61,7 +61,8 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
-# The details of a usable record contain this text and the name of the rule if its image has another name.
+# If the file of an image has a different name than the image in the record, the details of the record contain this text,
+# followed by the rule that matched the two names.
 _MATCHED_BY = "image name matched by "
 # Records per file of results: few enough that a killed run repeats little work, and enough to keep the
 # number of files low (6,600 for CC3M).
@@ -91,8 +92,8 @@ class ValidationResult(NamedTuple):
         detail: Details of the reason. For a usable record: the reasons why some of its responses are unusable, and the
             rule by which its image was found.
         unusable_responses: Indices of the unusable responses of a usable record.
-        digest: First 16 bytes of the SHA-256 digest of the image files; None without images.
-        perceptual_hash: 19 bytes, see `duplicates`; None if not requested, or without images.
+        digest: First 16 bytes of the SHA-256 digest of the image files; None for a rejected record, or without images.
+        perceptual_hash: 19 bytes; see `_check_images`. None in the same cases as `digest`.
     """
 
     reason: str = ""
@@ -168,8 +169,8 @@ def _check_images(
     """Check all images of a record.
 
     Returns:
-        The digest and the perceptual hash of the images. Perceptual comparison is supported for single images only;
-        the "perceptual hash" of several images is their digest.
+        The digest and the perceptual hash of the images. For several images, whose similarity is not defined, and if
+        `rules.perceptual` is not set, the second value is the beginning of the SHA-256 digest too.
 
     Raises:
         ImageError: An image cannot be used.
@@ -184,7 +185,6 @@ def _check_images(
         # Compute one digest over all images, in order: records with the same images in a different order differ.
         hasher.update(data)
     digest = hasher.digest()
-    # Use the digest for several images, since similarity is not defined for them.
     image_hash = digest
     if rules.perceptual and len(record.images) == 1:
         image_hash = perceptual_hash(decode_image(data))
@@ -214,7 +214,7 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
 
 
 def _check_captions(captions: tuple[str, ...], rules: Rules) -> dict[int, str]:
-    """Return the index of each unusable caption with the reason."""
+    """Return the unusable captions: index -> reason."""
     problems = {}
     for index, caption in enumerate(captions):
         if not caption.strip():
@@ -251,7 +251,7 @@ class Chunk:
 
 
 def validate_chunk(chunk: Chunk) -> dict[str, int]:
-    """Write the results of a chunk unless they exist, and return the number of records by reason."""
+    """Write the results of a chunk unless they exist, and return the number of records by reason; "" means usable."""
     path = Path(chunk.path)
     # An existing file is complete, because it was published with a rename.
     if not path.exists():
@@ -284,7 +284,10 @@ def _validate_row(
 def _read_results(
     chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
 ) -> Iterator[ValidationResult]:
-    """Yield the result of every record in order. Records in `duplicates` have the reason "duplicate"."""
+    """Yield the result of every record in order. The reason of records in `duplicates` is replaced by "duplicate".
+
+    A record that has a different text about the same image file is not replaced.
+    """
     for chunk in chunks:
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
@@ -440,8 +443,8 @@ def _work_folder(
     """
     stat = rows.path.stat()
     # Use size and modification time of the file, because hashing gigabytes of records would take longer
-    # than resuming saves. Keep the order of the list: otherwise, the runs that version 0.1.0 has left
-    # unfinished would have other digests, and could not be resumed.
+    # than resuming saves. Keep the order of the list: otherwise, unfinished runs of version 0.1.0 would
+    # have other digests, and could not be resumed.
     settings = [
         str(rows.path),
         stat.st_size,
@@ -491,7 +494,7 @@ class _Outputs:
 
     def __init__(self, rows: RowFile, folder: Path, kept: Path, output: Path) -> None:
         self.counts: Counter[str] = Counter()
-        # Number of usable records whose image has another name, by the note about it.
+        # Number of usable records whose image file has a different name, by the note about it.
         self.matched: Counter[str] = Counter()
         self._rows = rows
         self._folder = folder
@@ -501,7 +504,7 @@ class _Outputs:
         self._examples: dict[str, list[Example]] = {}
 
     def write(self, results: Iterator[ValidationResult]) -> None:
-        """Write each record to the usable ones or to the quarantine."""
+        """Write each record to the file of usable records, or to the quarantine."""
         remove_temporary_files(self._kept)
         remove_temporary_files(self._quarantine)
         with RecordWriter(self._kept) as usable, RecordWriter(self._quarantine) as quarantine:
@@ -528,7 +531,7 @@ class _Outputs:
         try:
             text = self._rows.raw(index).decode("utf-8", "replace")
         except ValueError as error:
-            text = str(error)  # a row of any size, which stays in the file
+            text = str(error)  # the row is too long to be copied
         examples = self._examples.setdefault(result.reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
             caption, thumbnail = _caption_and_thumbnail(text, self._folder)
@@ -546,7 +549,7 @@ class _Outputs:
         """Write the report as HTML and JSON."""
         matched = {note: f"{count:,}" for note, count in sorted(self.matched.items())}
         for note, count in matched.items():
-            logger.warning("%s: %s x %s", self._rows.name, count, note)
+            logger.warning("%s: %s (%s records)", self._rows.name, note, count)
         write_preparation_report(
             self._report,
             title=f"Cleaning of {self._rows.name}",

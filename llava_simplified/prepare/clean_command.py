@@ -88,7 +88,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava clean` and return the exit status: 1 if no record is left."""
+    """Run `llava clean` and return the exit status: 1 if no record is usable."""
     args = build_parser().parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
         raise ValueError(
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for reason, count in Counter(counts).most_common():
         print_text(f"{count:>9,} {reason or 'ok'}")
-    # A slice writes no output, so its number of usable records is not known yet.
+    # A slice writes no output. The last call, without --shards, writes it.
     if args.shards:
         return 0
     num_kept = counts.get("ok", 0)

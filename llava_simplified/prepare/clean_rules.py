@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rules:
-    """Requirements that the images and captions of a usable record meet.
+    """The limits for the images and captions of a usable record, and whether perceptual hashes are computed.
 
     Attributes:
         min_side: Minimum length of an image's shorter side, in pixels.

@@ -95,9 +95,12 @@ def compact_images(
 
 
 def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
-    """Check that existing files in the output folder were made from the same records.
+    """Store the settings of a new output folder, or check that existing files were made from the same records.
 
-    Otherwise finished shards of other records would be kept, and captions would refer to the wrong images.
+    Without this check, finished shards of other records would be kept, and captions would refer to the wrong images.
+
+    Raises:
+        ValueError: The folder contains files with other settings, or without any.
     """
     settings = {
         "records_sha256": _file_digest(records, hashlib.sha256()),
@@ -114,8 +117,8 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
             records, start
         ):
             raise ValueError(
-                f"--compact {output}: the folder contains files that were not made from these records. "
-                "Empty it, or pass another folder to --compact."
+                f"--compact {output}: the folder contains files that were not made from these records with the "
+                "same options. Empty it, or pass another folder to --compact."
             )
     store_or_check_settings(settings_path, settings, f"--compact {output}", option="--compact")
 

@@ -68,12 +68,12 @@ def group_captions(
     """Yield one row per image with all its captions, without holding the source in memory.
 
     The source is read twice. The first pass counts how often each image occurs (8 bytes per row). The second pass yields
-    a row as soon as the last caption of its image was read:
+    a row as soon as the last caption of its image has been read:
 
         source      a.jpg  b.jpg  a.jpg  c.jpg        counts: a 2, b 1, c 1
         yields             b             a with two captions, then c
 
-    Memory therefore contains only the images whose captions were read in part.
+    Memory therefore contains only the rows of images that occur both before and after the current row.
 
     Args:
         read: Returns the rows of the source; it is called once for each pass.
@@ -212,7 +212,7 @@ class _ImageNames:
         if self._image_folder is not None and "#" not in image:
             return _find_image(image, row, self._image_folder, self._matches, self._issues)
         if _ABSOLUTE_PATH.match(image) and not self._keep_paths:
-            # Its base name could be that of another file in the image folder.
+            # Keep the path of an existing file: a different file in the image folder may have the same base name.
             if is_existing_path(image):
                 self._issues.note("absolute path of a file that exists (kept)", row.number, image)
                 return image
@@ -223,7 +223,7 @@ class _ImageNames:
 def _base_name(
     image: str, row: SourceRow, issues: ParseIssues, absolute_paths: dict[str, int]
 ) -> str:
-    """Return the base name of an absolute path that does not exist: it is a path of another machine.
+    """Return the base name of an absolute path that does not exist, because it probably comes from another machine.
 
     A second path with the same base name is a different image, so it is kept unchanged. When its image is read, the
     longest trailing part of the path that exists in the image folder is used.
@@ -259,7 +259,7 @@ def _find_image(
             if (image_folder / f"{stem}.{suffix}").is_file():
                 return f"{stem}.{suffix}"
     try:
-        # The name may be a path of another machine, possibly of Windows.
+        # The name may be a path from another machine, possibly with backslashes.
         located = locate_file(image.replace("\\", "/"), image_folder)
         if located is not None:
             matches.add(image, located)
@@ -415,7 +415,7 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
         rows are not JSON and were skipped.
 
     Raises:
-        ValueError: `count` is below 1, or the source is not a file of records, or has none.
+        ValueError: `count` is below 1, the source is not a file of records, or none of the sampled rows is JSON.
     """
     rows = open_rows(source)
     if count < 1:

@@ -94,7 +94,7 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / digest
-    # Processes that need the same source at the same time convert it once: the others wait for the lock.
+    # If several processes need the same source, one of them converts it, while the other processes wait for the lock.
     with exclusive_lock(target.with_suffix(".lock"), target, timeout=_LOCK_TIMEOUT):
         is_new = not target.is_dir()
         if is_new:
@@ -145,8 +145,8 @@ def _convert(local_source: str, source: str, target: Path, sidecar: str) -> None
     row = next(_rows(local_source, sidecar), None)
     if row is not None and row.url and not row.image:
         raise ValueError(
-            f"--data {source}: its images are URLs. Fetch them with `llava download {source} --output FOLDER`, and pass "
-            "--data FOLDER."
+            f"--data {source}: the images are given as URLs. Fetch them with `llava download {source} --output FOLDER`, and "
+            "pass --data FOLDER."
         )
     counts, issues = convert(
         local_source, target / "records.jsonl", keep_paths=True, sidecar=sidecar
@@ -231,13 +231,13 @@ def _state_of_folder(folder: Path) -> str:
 
 
 def find_image_folder(source: str) -> Path:
-    """Return the folder of the images of a local source: its own folder, or the subfolder that contains them.
+    """Return the image folder of a local source: the folder of the source, or the subfolder that contains its images.
 
     In many data sets, the file of captions is beside the folder of images, and names images relative to that folder:
     captions.txt contains "1.jpg", which is Images/1.jpg.
 
     Raises:
-        ValueError: The first images are in several subfolders.
+        ValueError: Several subfolders contain equally many of the first images.
     """
     path = Path(source)
     base = path if path.is_dir() else path.parent

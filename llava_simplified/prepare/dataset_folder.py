@@ -25,9 +25,9 @@ def dataset_folder(folder: Path) -> Path:
     if not (folder / _DICT_FILE).is_file():
         return folder
     splits = read_json_object(folder / _DICT_FILE).get("splits")
-    if not isinstance(splits, list) or not all(_is_name(split) for split in splits):
+    if not splits or not isinstance(splits, list) or not all(map(_is_name, splits)):
         raise ValueError(
-            f"{folder / _DICT_FILE}: 'splits' must be a list of names, got {splits!r:.80}"
+            f"{folder / _DICT_FILE}: 'splits' must be a non-empty list of names, got {splits!r:.80}"
         )
     if len(splits) != 1:
         names = ", ".join(str(folder / split) for split in splits)
@@ -39,7 +39,8 @@ def dataset_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a data set; [] if the folder contains none.
 
     Raises:
-        ValueError: `state.json` names a file that does not exist, or the data set is a selection of its rows.
+        ValueError: `state.json` names a file that does not exist, or an old version of `datasets` saved only a selection
+            of the rows.
     """
     if not (folder / _STATE_FILE).is_file():
         return []
@@ -50,8 +51,8 @@ def dataset_files(folder: Path) -> list[Path]:
     # Versions before 2.0 saved a selection (`select`, `shuffle`) as all rows with a table of indices.
     if state.get("_indices_data_files"):
         raise ValueError(
-            f"{folder}: an old version of `datasets` has saved a selection of the rows. Load it with the library, call "
-            "flatten_indices(), and save it again."
+            f"{folder}: this data set is a selection of rows, saved by an old version of `datasets`. Load it with the "
+            "library, call flatten_indices(), and save it again."
         )
     files = []
     for entry in entries:

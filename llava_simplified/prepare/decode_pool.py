@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from llava_simplified.data.images import EncodedImage, read_image_size
 from llava_simplified.data.pixel_budget import DECODING
 
-# Most images take less than a millisecond, so one thread would do. The others are for images that take seconds.
+# Most images take less than a millisecond, so one thread would be enough for them. The other threads are for images that
+# take seconds.
 _NUM_THREADS = 4
 _MAX_CHECK_INTERVAL = 0.5  # seconds between two searches for images that take too long
 
@@ -67,11 +68,11 @@ class DecodePool:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._num_threads = 0
+        self._timer: asyncio.TimerHandle | None = None
         # Everything below is shared by the loop and the threads, and guarded by this lock.
         self._lock = threading.Lock()
         self._running: set[_Job] = set()
         self._finished: deque[tuple[_Job, EncodedImage | BaseException]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, decode: Callable[[bytes], EncodedImage], data: bytes) -> EncodedImage:
         """Run `decode(data)` in a thread, and return its result.
@@ -117,7 +118,7 @@ class DecodePool:
                 self._finished.append((job, result))
                 is_first = len(self._finished) == 1
                 is_given_up = job.is_given_up
-            # Wake the event loop for the first result only: it then delivers all results that are finished by then.
+            # Schedule `_deliver` for the first result only: it delivers all results that are finished when it runs.
             if is_first:
                 # The loop may be closed, if the process is about to end.
                 with contextlib.suppress(RuntimeError):
@@ -166,7 +167,7 @@ class DecodePool:
         self._timer = self._loop.call_later(interval, self._give_up_slow_jobs)
 
     def _give_up_slow_jobs(self) -> None:
-        """Raise TimeoutError in the callers whose images take too long, and replace the threads."""
+        """Raise TimeoutError in the callers whose images take too long, and replace the threads of these images."""
         now = time.monotonic()
         slow = []
         with self._lock:

@@ -3,7 +3,8 @@
     download()          plan_shards() -> shards as tasks, see `download_shard` -> merge_manifests()
 
 `download.json` in the output contains the settings of the download and the number of rows and shards. It is written
-after the plans of the shards, so its existence means that the plans are complete. A download that is started again with
+after the plans of the shards, so its existence means that the plans are complete (if it was written by a job with
+--shards, the plans of that slice). A download that is started again with
 the same settings continues: finished shards are skipped, unfinished ones continue where their journals end.
 """
 
@@ -198,7 +199,7 @@ def _load_or_make_plan(
 
 
 def _is_planned(store: Store, numbers: range) -> bool:
-    """Return whether all shards are finished or have a plan.
+    """Return whether all shards with these numbers are finished or have a plan.
 
     Plans may be missing although `download.json` exists, if another job of an array wrote it: on a different machine,
     that job writes only the plans of its own slice.
@@ -224,7 +225,7 @@ def plan_shards(
         The contents of `download.json`: settings, number of rows and shards, and the issues of the source.
 
     Raises:
-        ValueError: The source has no rows, or the rows of the first shard have no URL.
+        ValueError: The source has no rows, or no row of the first shard has a URL.
     """
     issues = ParseIssues()
     finished = set(store.manifests())
@@ -243,7 +244,7 @@ def plan_shards(
     if not total:
         raise ValueError(f"{source}: contains no rows")
     plan = {**settings, "rows": total, "shards": number, "oddities": issues.lines()}
-    # Publish `download.json` last, because its existence means that the plans are complete. Use a unique
+    # Publish `download.json` last, because its existence means that these plans are complete. Use a unique
     # temporary name: the jobs of an array may plan at the same time, and all write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"
     text = json.dumps(plan, indent=1, ensure_ascii=False)

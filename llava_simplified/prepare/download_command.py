@@ -113,12 +113,12 @@ def _add_fetch_options(parser: CommandParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava download` and return the exit status: 1 if not a single image was downloaded."""
+    """Run `llava download` and return the exit status: 1 if no image was downloaded, although there were rows."""
     args = build_parser().parse_args(argv)
     require_extra("download", *_MODULES, purpose="llava download")
 
     from llava_simplified.prepare.download import download
-    from llava_simplified.prepare.download_progress import FAILURE_ADVICE
+    from llava_simplified.prepare.download_progress import FAILURE_ADVICE, NOT_RETRIABLE
 
     output = args.output.rstrip("/")
     report = download(
@@ -142,10 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
     advice = FAILURE_ADVICE.get(most_frequent, "Look up the details in the Parquet manifests.")
-    print_text(
-        f"No image was downloaded. {advice} Then retry with --retry {most_frequent}",
-        file=sys.stderr,
-    )
+    if most_frequent not in NOT_RETRIABLE:
+        advice = f"{advice} Then run the command again with --retry {most_frequent}"
+    print_text(f"No image was downloaded. {advice}", file=sys.stderr)
     return 1
 
 
@@ -175,7 +174,7 @@ def merge_main(argv: list[str] | None = None) -> int:
 
 
 def _print_report(report: dict[str, Any], output: str) -> None:
-    """Print the number of rows by outcome, the most frequent first."""
+    """Print the number of rows by outcome, the issues of the source, and the number of unfinished shards."""
     outcomes = report["outcomes"]
     for kind, count in Counter(outcomes).most_common():
         print_text(f"{count:>9,} {kind}")

@@ -1,4 +1,4 @@
-"""Follow the journals of a download, for the progress line and to stop early if every row fails.
+"""Follow the journals of a download, for the progress line and to stop early if all rows fail in the same way.
 
 The shards are fetched by other processes, possibly on other machines. Their journals grow in the shared work folder, so
 no other communication is needed: about once a second the new lines of each journal are read.
@@ -14,18 +14,21 @@ from llava_simplified.jobs import Progress
 
 # Stop the run if this many rows have failed in the same way, and none has succeeded.
 FAIL_FAST_AFTER = 500
+# Kind of failure -> advice for a run in which most rows failed in this way.
 FAILURE_ADVICE = {
     "dns": "No host name could be resolved. Check the network and its DNS server.",
-    "connect": "No connection could be made. Check the firewall, and whether a proxy must be used.",
-    "refused": "Every connection was refused. If this is your own mirror, check that it runs, and its port.",
+    "connect": "No connection could be made. Check the firewall. `llava download` ignores HTTPS_PROXY.",
+    "refused": "Every connection was refused. If this is your own mirror, check that it is running, and check the port.",
     "timeout": "No server answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
-    "tls": "No certificate could be verified. Check whether a proxy intercepts TLS (SSL_CERT_FILE), and the clock.",
+    "tls": "No certificate could be verified. Check the clock. If a proxy replaces them, set SSL_CERT_FILE to its certificate.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
     "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
-    "http_407": "A proxy requires credentials. Add them to the URL of the proxy.",
-    "scheme": "These are not http or https URLs. Check --url-column.",
-    "bad_url": "These are not URLs. Check --url-column.",
+    "http_407": "A proxy requires credentials, which `llava download` cannot send. Use a network without this proxy.",
+    "scheme": "These are not http or https URLs. Check --url-column, and run the download again with a new --output.",
+    "bad_url": "These are not URLs. Check --url-column, and run the download again with a new --output.",
 }
+# For these kinds, --retry would not help: it would fetch the same wrong URLs, which are stored in the output.
+NOT_RETRIABLE = ("scheme", "bad_url")
 _OTHER_ADVICE = "Look up the details of each row in the journals of the work folder."
 
 
@@ -96,7 +99,7 @@ class DownloadProgress:
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
         """Replace the outcomes from the journal of a shard with the final ones."""
         self._outcomes[number] = Counter(outcomes)
-        # The journal of a finished shard is deleted, so `_before` does not contain its rows yet.
+        # A shard that was finished before this run has no journal, so `_before` does not contain its rows yet.
         if number in self._finished_before:
             self._before += self._outcomes[number]
             self.progress.initial = self._before.total()

@@ -105,7 +105,7 @@ class ShardSpec:
 
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
-    """Fetch the missing rows of a shard. In a finished shard, fetch only the failures again that `spec.retry` names.
+    """Fetch the missing rows of a shard. Of a finished shard, fetch again the failures that `spec.retry` names.
 
     Returns:
         The number of rows by outcome: "ok" or a kind of failure.
@@ -137,7 +137,8 @@ class _ShardJob:
         finished: list[dict[str, Any]] | None = None
         if self.store.exists(self.manifest_name):
             finished = self.store.read_manifest(self.manifest_name).to_pylist()
-        # If there are both a journal and a manifest, a retry was killed: continue it below.
+        # If there are both a journal and a manifest, an earlier run was killed during a retry, or before it deleted the
+        # journal: continue it below.
         if finished is not None and not self.journal.exists():
             kept = [row for row in finished if not self._is_retried(row)]
             if len(kept) == len(finished):
@@ -146,12 +147,12 @@ class _ShardJob:
         rows = finished
         if rows is None:
             rows = [row for row, _ in read_json_lines(self.plan)]
-        # Take the plan's columns from the manifest of a finished shard, whose plan was deleted.
+        # The rows of a finished shard come from its manifest, which has more columns than the plan.
         planned = [{name: row[name] for name in PLAN_COLUMNS} for row in rows]
         outcomes = self._fetch_missing(planned)
         # Write the manifest in the order of the plan, although rows finish in any order.
         self._publish_manifest([{**outcomes[row["index"]], **row} for row in planned])
-        # Delete these files last: with the manifest in place, the shard is finished.
+        # Delete these files last. The shard is finished when its manifest exists.
         self.plan.unlink(missing_ok=True)
         self.journal.unlink()
         return count_outcomes(outcomes.values())
@@ -257,7 +258,7 @@ def _prepare_process(options: FetchOptions) -> None:
 def _raise_file_limit(count: int) -> None:
     """Raise the limit of open files to `count`, because every connection is an open file.
 
-    Otherwise a connection that cannot be opened would be recorded as a failure of the server.
+    With a limit that is too low, connections that cannot be opened would be recorded as failures of the servers.
     """
     try:
         import resource
@@ -308,7 +309,7 @@ def make_outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
 def finished_rows(
     rows: Iterable[dict[str, Any]], tar_size: int
 ) -> tuple[dict[int, dict[str, Any]], int]:
-    """Return the finished rows in the journal of a shard.
+    """Find the finished rows in the journal of a shard.
 
     If the machine went down, the disk may have lost the end of the tar. Rows whose image is beyond the end of the tar
     are therefore treated as not fetched.
@@ -356,7 +357,7 @@ def matches_kind(error: str | None, kinds: tuple[str, ...]) -> bool:
 def _manifest_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Return the rows as a table.
 
-    Uses Arrow's JSON reader, because `Table.from_pylist` imports pandas if it is installed, which takes 50 MB in each
+    Arrow's JSON reader is used, because `Table.from_pylist` imports pandas if it is installed, which takes 50 MB in each
     worker.
     """
     lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()

@@ -1,4 +1,4 @@
-"""The output of a download: a local folder, or any file system that fsspec can write."""
+"""The output of a download: a local folder, or a folder in any file system that fsspec can write to."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ DIGEST_BYTES = 16
 MAX_BITS = 5
 MAX_COLOR_DIFFERENCE = 8
 
-_GRID = 8  # cells per row and per column
+_GRID = 8  # compared cells per row and per column; the grid has one more
 _BAND_BYTES = 2
-_NEIGHBOURS = 8  # each image is compared with its next N images, in each sorted order
+_NUM_NEIGHBORS = 8  # in each sorted order, each image is compared with the next N images
 
 
 def perceptual_hash(pixels: np.ndarray) -> bytes:
@@ -39,11 +39,11 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     """
     image = Image.fromarray(pixels)
     small = image.resize((_GRID + 1, _GRID + 1), Image.Resampling.BOX, reducing_gap=2.0)
-    grey = np.asarray(small.convert("L"), np.int16)
-    cells = grey[:_GRID, :_GRID]
+    gray = np.asarray(small.convert("L"), np.int16)
+    cells = gray[:_GRID, :_GRID]
     # Use comparisons instead of values, because compression changes brightness and contrast slightly.
-    brighter_right = grey[:_GRID, 1:] > cells
-    brighter_below = grey[1:, :_GRID] > cells
+    brighter_right = gray[:_GRID, 1:] > cells
+    brighter_below = gray[1:, :_GRID] > cells
     bits = np.packbits(np.stack([brighter_right, brighter_below]))
     # The mean color distinguishes images with the same structure.
     color = np.asarray(small, np.float32).mean((0, 1)).astype(np.uint8)
@@ -81,12 +81,12 @@ def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
     """Find pairs of similar hashes without comparing every pair.
 
     The 16 bytes of a hash are 8 bands of 2 bytes. If at most 5 bits differ, at least 3 bands are equal. Therefore the
-    hashes are sorted 8 times, each time with a different band as the first key. Similar hashes are then close together
-    in at least one of the orders, and each hash is compared with its next 8 neighbors only.
+    hashes are sorted 8 times, each time with a different band as the first key. Similar hashes are then usually close
+    together in at least one of the orders, so each hash is compared only with its next 8 neighbors.
 
         order by band 0:   [b0 b1 b2 ...]     order by band 1:   [b1 b2 ... b0]     ...
 
-    If several images are similar, each refers to the earliest one that it was compared with.
+    If several images are similar, each one but the first refers to the earliest one that it was compared with.
     """
     # Number of one bits in each possible byte.
     bits_in_byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
@@ -98,7 +98,7 @@ def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
         # Move the band to the front, where it is the most significant part of the sort key.
         rolled = np.roll(hashes, -band, axis=1)
         order = np.lexsort(rolled.T[::-1])  # lexsort expects the most significant key last
-        for step in range(1, _NEIGHBOURS + 1):
+        for step in range(1, _NUM_NEIGHBORS + 1):
             one, other = order[:-step], order[step:]
             different_bits = bits_in_byte[hashes[one] ^ hashes[other]].sum(1)
             color_difference = np.abs(colors[one] - colors[other]).max(1)

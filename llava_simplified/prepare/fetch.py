@@ -1,12 +1,14 @@
 """Fetch one image from a URL safely, and classify every failure.
 
-A fetch is rejected
+In addition to errors of the network, a fetch fails
 
-    before the request      for schemes other than http and https, at every redirect; by robots.txt, if --robots is set
+    before the request      for schemes other than http and https; if robots.txt forbids it and --robots is set
     when connecting         to addresses that are not public (see `address_guard`)
     after the headers       for statuses other than 200, and if the server opts out of training
     while the body streams  if the body is too large (also after decompression) or too slow
-    before it is stored     if it does not decode as an image in time; see `decode_pool`
+    after the transfer      if the body cannot be decoded as an image in time (see `decode_pool`)
+
+Redirects are checked in the same way.
 
 The URL is sent unchanged (see `request_url`). Responses are parsed as leniently as curl parses them, where that is
 harmless (see `lenient_response`).
@@ -58,8 +60,8 @@ MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
 SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
 MAX_DETAIL_LENGTH = 300
-# A redirect gets only the time that the requests before it have left. If less than this share of the timeout is left, a
-# timeout is not counted against the host of the redirect, because that host may have had too little time.
+# A redirect gets only the time that the requests before it have left over. If that is less than this share of the
+# timeout, a timeout is not counted against the host of the redirect, because that host may have had too little time.
 FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
@@ -98,7 +100,7 @@ class FetchResult(NamedTuple):
         http: Status code of the response; 0 if there was none.
         detail: Description of the failure.
         image: The image, or None after a failure.
-        received: Bytes of the body, before the image was shrunk.
+        received: Size of the received image file in bytes, before the image was shrunk.
         seconds: Duration of the fetch.
         pause: Seconds to wait, as requested by the server (`Retry-After`), or None.
     """
@@ -123,7 +125,7 @@ class Fetcher:
             "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity",  # images are compressed already
         }
-        # One task per origin, so that robots.txt is read once for all URLs of a host.
+        # One task per origin, so that robots.txt is read once for all URLs of an origin.
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
         # Shared by all URLs of a host, including redirects to it.
         self._host_slots = defaultdict[str, asyncio.Semaphore](
@@ -157,7 +159,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str, last: bool = False) -> FetchResult:
-        """Fetch and check one image. All failures of URLs and servers are returned, not raised.
+        """Fetch and check one image. Every failure is returned as a result, even an internal error.
 
         Args:
             url: The URL.
@@ -211,7 +213,7 @@ class Fetcher:
         """Return body and status code of a URL, following redirects.
 
         Every redirect is checked like the original URL. `timeout` covers all requests together, but not the time that
-        the URL waits for a free slot of a host: many hosts may redirect to the same host.
+        the URL waits for a free slot of a host, which may be long if many hosts redirect to the same one.
         """
         url = parse_url(text)
         first_host = str(url.raw_host)
@@ -272,7 +274,7 @@ class Fetcher:
             return await self._read_body(response), response.status
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return the body; raise as soon as it is too large or too slow."""
+        """Return the body; raise FetchError as soon as it is too large or too slow."""
         max_bytes = self.options.max_bytes
         announced = response.content_length or 0
         if announced > max_bytes:
@@ -299,7 +301,7 @@ class Fetcher:
         return data
 
     def _decompress(self, data: bytes, response: aiohttp.ClientResponse) -> bytes:
-        """Decompress the body if the server compressed it unasked, up to the size limit (against "zip bombs")."""
+        """Decompress a body that the server compressed without being asked, up to the size limit (against "zip bombs")."""
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding not in ("gzip", "x-gzip", "deflate"):
             return data
@@ -319,13 +321,13 @@ class Fetcher:
     # ---- robots.txt ----
 
     async def _robots_allow(self, url: URL) -> bool:
-        """Return whether the robots.txt of the URL's host allows the request. It is read once per host."""
+        """Return whether robots.txt allows the request. The file is read once per origin (scheme, host and port)."""
         origin = url.origin()
         if origin not in self._robots:
             self._robots[origin] = asyncio.create_task(self._read_robots(origin))
         # Shield the task, which other URLs wait for too: a timeout of this URL must not cancel it.
         rules = await asyncio.shield(self._robots[origin])
-        # `can_fetch` uses only the path. Replace user and host, because it would decode percent-encodings in them.
+        # Only the path matters. Replace user and host, because `can_fetch` would decode percent-encodings in them.
         return rules.can_fetch(AGENT, f"http://host{url.raw_path_qs}")
 
     async def _read_robots(self, origin: URL) -> RobotFileParser:
@@ -440,12 +442,12 @@ def _is_robots_line(line: str) -> bool:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), or None if it cannot be parsed."""
+    """Return the seconds to wait for a Retry-After header (a number or an HTTP date), or None if it cannot be parsed."""
     if value is None:
         return None
     if value.strip().isdecimal():
         return float(value.strip())
-    # The parser accepts years and time zones of any length, which can overflow later.
+    # The parser accepts years and time zones of any size, which can overflow in `timestamp`.
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, ArithmeticError, LookupError):

@@ -35,8 +35,9 @@ from llava_simplified.prepare.fetch import Fetcher, FetchResult
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.request_url import host_of
 
-# Maximum pause in seconds that a host may request, summed over consecutive responses. Beyond it, the remaining URLs of
-# the host fail with "rate_limited", and can be retried in another run.
+# Maximum pause in seconds that a host may request. Pauses in consecutive responses count as one, from the first of these
+# responses to the end of the last pause. If a host requests more, its remaining URLs fail with "rate_limited", and can be
+# retried in another run.
 MAX_PAUSE = 60.0
 RETRY_PAUSE = 1.0  # seconds before the next attempt after a transient failure
 _TRANSIENT_STATUSES = (429, 500, 502, 503, 504)
@@ -54,9 +55,10 @@ class _Host:
 
     Attributes:
         requests: Pending requests.
-        resume_at: Time of the monotonic clock until which no request is sent to the host.
+        resume_at: Time of the monotonic clock until which no request is sent to the host: the end of a pause that it
+            has requested, or of the wait before a retry.
         pausing_since: Start of an unbroken series of responses with Retry-After; infinity if the last response had none.
-        final_result: Result of all remaining URLs, if the host has requested too long a pause; None otherwise.
+        final_result: Result of all remaining URLs if the host has requested too long a pause, otherwise None.
     """
 
     requests: deque[_Request] = field(default_factory=deque)
@@ -66,7 +68,10 @@ class _Host:
 
 
 def is_transient(fetched: FetchResult) -> bool:
-    """Return whether to retry in the same run. Timeouts are not retried, since they would take as long again."""
+    """Return whether to retry a failed URL in the same run.
+
+    Timeouts are not retried, because another timeout would take as long as the first.
+    """
     return fetched.kind == "connection" or fetched.http in _TRANSIENT_STATUSES
 
 
@@ -94,7 +99,7 @@ class _FetchLoop:
         self._lanes.put_nowait((lane, next(self._tie_breaker), host))
 
     async def run(self) -> None:
-        """Run all workers. When they have ended, for example by an error, put None into the results."""
+        """Run all workers until an error or a cancellation ends them, then put None into the results."""
         try:
             async with Fetcher(self._options) as fetcher:
                 await asyncio.gather(*(self._work(fetcher) for _ in range(self._workers)))
@@ -107,8 +112,8 @@ class _FetchLoop:
             lane, _, host = await self._lanes.get()
             while host.requests:
                 pause = host.resume_at - time.monotonic()
-                # The host has requested a pause. Put the lane back into the queue after it, so that
-                # the worker can serve other hosts in the meantime.
+                # No request may be sent to the host yet. Put the lane back into the queue after the pause, so that
+                # the worker can process other hosts in the meantime.
                 if pause > 0:
                     loop = asyncio.get_running_loop()
                     loop.call_later(pause, self._queue_lane, lane, host)
@@ -118,7 +123,7 @@ class _FetchLoop:
     async def _fetch_next(self, fetcher: Fetcher, host: _Host) -> None:
         """Fetch the next URL of a host, and put its result into the queue unless it is retried."""
         request = host.requests.popleft()
-        # Close the connection after the last URL. A retry opens a new one, which is rare.
+        # Close the connection after the last URL. A retry of this URL has to open a new one, but retries are rare.
         is_last = not host.requests
         fetched = host.final_result or await fetcher.fetch(request.url, last=is_last)
         now = time.monotonic()
@@ -141,7 +146,7 @@ class _FetchLoop:
             self.results.put_nowait((request.row, request.url, fetched))
 
     def _note_pause(self, host: _Host, fetched: FetchResult, now: float) -> None:
-        """Give up on a host that requests a long pause, or too many consecutive short ones."""
+        """Record the pause that a response requests, and give up on a host whose pauses exceed `MAX_PAUSE`."""
         if fetched.pause is None:
             host.pausing_since = math.inf
             return

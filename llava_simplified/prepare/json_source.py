@@ -72,7 +72,7 @@ def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
 
 
 def _is_json_lines(source: str) -> bool:
-    """Return whether the first line of a file is a whole JSON object, and another object follows it."""
+    """Return whether the first line of a file is a complete JSON object, and another object follows it."""
     with open_source(source) as stream:
         first, _, rest = stream.read(_SNIFFED_BYTES).removeprefix(BOM).partition(b"\n")
     return (
@@ -140,6 +140,7 @@ class _JsonReader:
         # Annotations that precede their images in the file: positions among all annotations, and row numbers.
         self._early_positions = array("Q")
         self._early_row_numbers = array("Q")
+        # SBU's parallel arrays by their keys.
         self._parallel: dict[str, _Texts] = {}
 
     def read(self, key: str, value: Any) -> Iterator[SourceRow]:
@@ -169,7 +170,7 @@ class _JsonReader:
             yield from row_from_mapping(value, self._number, self._named, self._issues)
 
     def _read_by_name(self, key: str, value: Any) -> Iterator[SourceRow]:
-        """Yield the row of a key that names an image. Other keys are COCO's info and licenses, or SBU's user ids."""
+        """Yield the row of a key that names an image. Other keys, such as COCO's info and licenses, have no rows."""
         is_url = bool(URL_PATTERN.match(key))
         if isinstance(value, dict):
             value = self._read_kohya(key, value)
@@ -220,7 +221,7 @@ class _JsonReader:
         self._number += 1
         self._has_captions = self._has_captions or "caption" in annotation
         if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
-            self._refuse_annotations(annotation)
+            self._raise_no_captions(annotation)
         if _compact_id(annotation.get("image_id")) in self._image_number_by_id:
             yield from self._caption_row(annotation, self._number)
         else:
@@ -228,8 +229,8 @@ class _JsonReader:
             self._early_row_numbers.append(self._number)
         self._num_annotations += 1
 
-    def _refuse_annotations(self, annotation: dict[str, Any]) -> NoReturn:
-        """Raise the error for COCO's annotation files of boxes or key points, which have the same structure."""
+    def _raise_no_captions(self, annotation: dict[str, Any]) -> NoReturn:
+        """Raise the error for COCO files with boxes or key points, which have the same structure as captions."""
         raise ValueError(
             f"{self._source}: the annotations of this COCO file have no captions. "
             f"Pass the captions_*.json file. Example of an annotation: {str(annotation)[:400]}"
@@ -262,16 +263,16 @@ class _JsonReader:
             annotations: All annotations of the file.
         """
         objects = (value for value in annotations if isinstance(value, dict))
-        # Index into `_early_positions`, whose entries are indices of annotations in ascending order.
-        position = 0
-        for number, annotation in enumerate(objects):
-            if position == len(self._early_positions):
+        # Index of the next early annotation in `_early_positions`, whose entries are in ascending order.
+        next_early = 0
+        for position, annotation in enumerate(objects):
+            if next_early == len(self._early_positions):
                 return
-            if number == self._early_positions[position]:
+            if position == self._early_positions[next_early]:
                 if not self._has_captions:
-                    self._refuse_annotations(annotation)
-                yield from self._caption_row(annotation, self._early_row_numbers[position])
-                position += 1
+                    self._raise_no_captions(annotation)
+                yield from self._caption_row(annotation, self._early_row_numbers[next_early])
+                next_early += 1
 
     def finish(self) -> Iterator[SourceRow]:
         """Yield the rows that could not be built before the end of the file.
@@ -284,7 +285,7 @@ class _JsonReader:
                 name = self._name_or_url(image)
                 self._issues.note("image without an annotation (skipped)", image, name)
         if not self._parallel:
-            self._refuse_unknown_form()
+            self._check_known_keys()
             return
         # Join URLs and captions by index, which requires arrays of equal length.
         urls = self._parallel.get("image_urls", _Texts())
@@ -297,7 +298,7 @@ class _JsonReader:
         for number, (url, caption) in enumerate(zip(urls, captions)):
             yield SourceRow(number, "", url, (caption,))
 
-    def _refuse_unknown_form(self) -> None:
+    def _check_known_keys(self) -> None:
         """Raise ValueError if the file contains only keys that no format has."""
         if self._number >= 0 or self._image_number_by_id or not self._ignored:
             return
@@ -350,7 +351,7 @@ def columns_of_row(
     # Check every row, since the rows of one file may have different keys.
     if known and set(known) - {""} <= row.keys():
         return known
-    # Find the columns of this row. If it has none, its caption is reported as missing later on.
+    # Find the columns of this row. If they cannot be found, its missing caption becomes an issue later.
     try:
         return find_columns(source, row, columns, row)
     except ValueError:
@@ -362,13 +363,13 @@ def columns_of_row(
 def row_from_mapping(
     value: dict[str, Any], number: int, named: NamedColumns | None, issues: ParseIssues
 ) -> Iterator[SourceRow]:
-    """Yield the source row of a JSON object or Parquet row; nothing for a malformed chat.
+    """Yield the source row of a JSON object or Parquet row; nothing for a malformed chat or an unusable pair.
 
     Args:
         value: A row of the Karpathy split, a record, or a row with the columns `named`.
         number: The row number.
         named: The columns; may be None for the first two formats.
-        issues: Collects malformed chats.
+        issues: Collects malformed chats and unusable pairs.
     """
     split = as_text(value.get("split"))
     # Check for Karpathy's rows first, since these could also be mistaken for rows with an image column.
@@ -390,7 +391,7 @@ def row_from_mapping(
 def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
     """Yield the row of a record; nothing for a malformed chat, or a pair that training cannot use."""
     if is_pair(record):
-        plain = _check_pair(record, number, issues)
+        plain = _convert_usable_pair(record, number, issues)
         if plain is None:
             return
         record = plain
@@ -406,7 +407,9 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
     yield SourceRow(number, image, "", _last_answers(record), record=record)
 
 
-def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dict[str, Any] | None:
+def _convert_usable_pair(
+    record: dict[str, Any], number: int, issues: ParseIssues
+) -> dict[str, Any] | None:
     """Convert a preference pair to the form of records. Return None, and note why, if training cannot use it."""
     if not all(record[key] for key in PAIR_KEYS):
         issues.note("pair with an empty answer (skipped)", number, record)
@@ -429,14 +432,14 @@ def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dic
 
 
 def row_from_text(value: object, number: int) -> SourceRow | None:
-    """Return the row of a URL in a list of URLs, or None if a value is something else."""
+    """Return the row of a value in a list of URLs, or None if the value is not a URL."""
     if isinstance(value, str) and URL_PATTERN.match(value):
         return SourceRow(number, "", as_text(value), ())
     return None
 
 
 def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
-    """Return an image of Karpathy's files with its captions."""
+    """Return the row of an image in Karpathy's files, with all its captions."""
     folder_and_name = [as_text(value.get(name)) for name in ("filepath", "filename")]
     image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
     captions = []

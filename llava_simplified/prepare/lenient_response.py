@@ -6,13 +6,13 @@ program, every response belongs to its own request, and every image is decoded b
 response is rewritten before aiohttp's parser reads it:
 
     status line      HTTP/2 200, http/1.1 200 and HTTP/1.1 200 without a reason become HTTP/1.1 200
-    headers          only those that are used are passed on; others may be of any number, with any name
-    header lines     may end without a carriage return, continue on the next line, contain control characters
+    headers          those that are not used are dropped, whatever their number and names
+    header lines     may end without a carriage return, continue on the next line, or contain control characters
     Content-Length   may be repeated with the same value, and is ignored with Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
-Still rejected are responses without a status line (HTTP/0.9), heads of more than 300 kB, more than 100 interim
-responses, different Content-Lengths, damaged chunks, and bodies that end too early.
+A response is still rejected if it has no status line (HTTP/0.9), a head of more than 300 kB, more than 100 interim
+responses before it, different Content-Lengths, damaged chunks, or a body that ends too early.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LenientResponseHandler(ResponseHandler):
         self._bytes_left = None
 
     def _drain_tail(self) -> None:
-        # aiohttp passes bytes that it has held back to `data_received` again. Do not rewrite them twice.
+        # aiohttp calls `data_received` again with bytes that it has held back. They are already rewritten.
         self._is_draining = True
         super()._drain_tail()
         self._is_draining = False
@@ -139,6 +139,7 @@ class LenientResponseHandler(ResponseHandler):
                 status, head = None, b"more than %d interim responses" % MAX_INTERIM_RESPONSES
                 break
         self._head = None
+        # Let aiohttp reject a head without a status line.
         if status is None:
             return head + b"\r\n\r\n" + data
         headers = read_headers(head[status.end() :])
@@ -174,12 +175,12 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
     codings = [
         coding.strip().lower() for coding in headers.get(b"transfer-encoding", b"").split(b",")
     ]
-    # "identity" is no coding, so the length is valid. With any other coding it is not.
+    # "identity" means that the body is not encoded, so Content-Length is valid. With any other coding, it is not.
     if codings == [b"identity"]:
         del headers[b"transfer-encoding"]
     elif b"transfer-encoding" in headers:
         headers.pop(b"content-length", None)
-    # Join repeated equal lengths, and let aiohttp reject different ones.
+    # Keep one of several equal lengths, and let aiohttp reject different ones.
     if b"content-length" in headers:
         lengths = {
             length.strip().removeprefix(b"+") for length in headers[b"content-length"].split(b",")

@@ -27,9 +27,9 @@ class Example(TypedDict):
     """An example of a rejected or failed row, for the HTML page and the JSON report.
 
     Keys:
-        name: File and number of the row.
+        name: Number of the row; in the report of `llava clean`, also its file.
         caption: Captions of the row.
-        detail: Details of the failure.
+        detail: Details of the reason.
         thumbnail: Image as a data URI, or an empty string.
     """
 
@@ -59,7 +59,7 @@ def write_preparation_report(
     charts: Sequence[Chart] = (),
     hosts: Sequence[Host] = (),
 ) -> None:
-    """Write the HTML page of a download or a cleaning.
+    """Write the HTML report of `llava download` or `llava clean`.
 
     Args:
         path: The HTML file.
@@ -116,7 +116,7 @@ class _DownloadStatistics:
     def add(
         self, index: int, url: str, error: str | None, detail: str, captions: Sequence[str]
     ) -> None:
-        """Count one row."""
+        """Count one row; a failed row may become an example."""
         self.outcomes[error or _OK] += 1
         # Do not use urllib: it raises errors for malformed URLs, which are among those to count.
         host = url.partition("://")[2].partition("/")[0]
@@ -164,7 +164,7 @@ def write_download_report(
     has_image = ~np.isnan(sizes)
     sizes = sizes[has_image]
     shorter_sides = np.minimum(widths, heights)[has_image]
-    # Use the time from the first row to the last. An interrupted download took less than that.
+    # Use the time from the first row to the last. It includes the time in which a download was interrupted.
     seconds = float(np.ptp(times)) if len(times) else 0.0
     num_rows = statistics.outcomes.total()
     worst_hosts = statistics.worst_hosts()

@@ -1,4 +1,4 @@
-"""Run tasks over ranges of a file of records, with a common progress line."""
+"""Run tasks over ranges of a file of records, with one progress line for all of them."""
 
 from __future__ import annotations
 

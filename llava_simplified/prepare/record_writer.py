@@ -110,7 +110,11 @@ class RecordWriter:
         self.count += 1
 
     def _flush(self) -> None:
-        """Write the waiting records to the Parquet file."""
+        """Write the buffered records to the Parquet file.
+
+        Raises:
+            ValueError: A record is a conversation or a preference pair, or does not have exactly one image.
+        """
         import pyarrow as pa
 
         rows = []
@@ -119,8 +123,8 @@ class RecordWriter:
             if is_pair or not isinstance(record.get("image"), str) or not record.get("instruction"):
                 raise ValueError(
                     f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
-                    f"this record has {', '.join(sorted(record))}. Write conversations and preference pairs to .json or "
-                    ".jsonl."
+                    f"this record has {', '.join(sorted(record))}. Write conversations, preference pairs and "
+                    "records of several images to .json or .jsonl."
                 )
             # Convert a single response to a list, since a Parquet column has one type.
             responses = record.get("responses") or [record.get("response")]

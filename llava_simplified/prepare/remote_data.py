@@ -37,7 +37,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def state_of_url(source: str) -> list[str]:
-    """Return the size, version and time of each file of a URL, as far as its file system knows them, as JSON texts.
+    """Return the size, version and time of each file of a URL, as far as its file system knows them, as JSON.
 
     Raises:
         ValueError: There is no such file, or it cannot be reached.

@@ -12,8 +12,8 @@ ASCII) are percent-encoded, as browsers and curl do:
 The host is compared, counted and sent in its encoded form only (`raw_host`). Not every ASCII name can be decoded: the DNS
 may contain `xn--a`, which is not the encoded form of any Unicode name.
 
-The part that decides where the request goes, between `//` and the path, is checked strictly. It must be a host and a
-port, so that two programs cannot read different hosts from the same URL.
+The part that decides where the request goes, between `//` and the path, is checked strictly. It must be a host,
+with an optional user and port, so that two programs cannot read different hosts from the same URL.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parse_url(text: str) -> URL:
     text = text.strip(_AROUND).translate(_LINE_BREAKS)
     match = _HTTP_URL.match(text)
     if match is None:
-        raise _other_scheme(text)
+        raise _scheme_error(text)
     scheme, authority, target = match.groups()
     scheme = scheme.lower()
     target = _encode_invalid(target)
@@ -105,9 +105,9 @@ def resolve_redirect(url: URL, location: str) -> URL:
 
 
 def host_of(url: str) -> str:
-    """Return the host of a URL as it is sent, or an empty text if there is none."""
-    # Scheme and host repeat, so most calls are answered from the cache. End the host by a slash: white space is removed
-    # around a URL, but not after a host.
+    """Return the host of a URL in the encoded form that is sent, or "" if the URL is not valid."""
+    # Parse scheme and host only: they repeat, so most calls are answered from the cache. Add a slash, because white
+    # space after the host makes a URL invalid, but `parse_url` removes white space at the end of a URL.
     origin = url.strip(_AROUND).split("/", 3)[:3]
     return _parse_host("/".join([*origin, ""]))
 
@@ -120,7 +120,7 @@ def _parse_host(origin: str) -> str:
         return ""
 
 
-def _other_scheme(text: str) -> UrlError:
+def _scheme_error(text: str) -> UrlError:
     """Return the error for a text that does not begin with http:// or https://."""
     scheme = _SCHEME.match(text)
     shown = repr(text[:_SHOWN_CHARACTERS])
@@ -138,7 +138,7 @@ def _parse_authority(scheme: str, authority: str) -> str:
     """Return user, host and port as they are sent: "user@xn--bcher-kva.example:8080".
 
     Raises:
-        UrlError: There is no host, or something is wrong with host or port.
+        UrlError: There is no host, or the host or the port is not valid.
     """
     user, at, host_and_port = authority.rpartition("@")
     match = _HOST_AND_PORT.fullmatch(host_and_port)
@@ -150,7 +150,7 @@ def _parse_authority(scheme: str, authority: str) -> str:
     if (port or 0) > _MAX_PORT or "\\" in user:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     try:
-        # The bytes of a redirect. Those that are not UTF-8 cannot be encoded.
+        # A surrogate stands for a byte of a redirect that is not UTF-8: `decode` raises UnicodeDecodeError, a ValueError.
         host = match["host"].strip("[]").encode("utf-8", "surrogateescape").decode()
         # yarl encodes a name beyond ASCII (IDNA 2008 and UTS 46), and checks the rest.
         url = URL.build(scheme=scheme, host=host, port=port)
@@ -163,18 +163,18 @@ def _parse_authority(scheme: str, authority: str) -> str:
 
 
 def _name_problem(host: str) -> str:
-    """Return why the DNS cannot contain an encoded name; empty if it can, or if the host is an IPv6 address."""
+    """Return why the DNS cannot contain a host name, given in encoded form; "" if it can, or for an IPv6 address."""
     if ":" in host:
         return ""
-    # Some characters stand for others: a wide percent sign for "%", three dots for "...".
+    # The encoding replaces a full-width percent sign by "%", and an ellipsis by "...", which are not valid in a name.
     if not _HOST_AND_PORT.fullmatch(host):
-        return f"{host[:_SHOWN_CHARACTERS]!r} is not a name"
+        return f"{host[:_SHOWN_CHARACTERS]!r} is not a host name"
     name = host.removesuffix(".")
     lengths = [len(label) for label in name.split(".")]
     if min(lengths) == 0:
         return "a part of the name is empty"
     if max(lengths) > _MAX_LABEL or len(name) > _MAX_NAME:
-        return f"a part of the name has more than {_MAX_LABEL} characters, or all of it more than {_MAX_NAME}"
+        return f"a part of the name has more than {_MAX_LABEL} characters, or the name has more than {_MAX_NAME}"
     return ""
 
 

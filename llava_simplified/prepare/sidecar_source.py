@@ -59,7 +59,7 @@ class SidecarOptions(NamedTuple):
         unknown = [choice for choice in choices if choice not in SIDECAR_CHOICES]
         if unknown:
             raise ValueError(
-                f"--sidecar {text}: expected txt, caption or lines, or two of them as in caption,lines"
+                f"--sidecar {text}: expected txt, caption or lines, or several of them as in caption,lines"
             )
         suffixes = tuple(suffix for suffix in SIDECAR_SUFFIXES if suffix[1:] in choices)
         return cls(suffixes or SIDECAR_SUFFIXES, lines="lines" in choices)
@@ -88,7 +88,7 @@ class NameGroup(NamedTuple):
 def read_sidecars(
     folder: Path, issues: ParseIssues, options: SidecarOptions
 ) -> Iterator[SourceRow]:
-    """Yield a row for each image of a folder that has a sidecar with text.
+    """Yield a row for each image that has a sidecar with text.
 
     Raises:
         ValueError: An image has both a `.txt` and a `.caption`.
@@ -131,7 +131,7 @@ def _check_choice(group: NameGroup, image: str, sidecars: list[str]) -> None:
 def _read_captions(
     folder: Path, name: str, number: int, issues: ParseIssues, options: SidecarOptions
 ) -> tuple[str, ...]:
-    """Return the captions in a sidecar; none if it is empty, and the reason is noted."""
+    """Return the captions in a sidecar. If there are none, note the reason in `issues`, and return ()."""
     path = folder / name
     try:
         status = path.stat()
@@ -193,7 +193,7 @@ def _raise_error(error: OSError) -> None:
 
 
 def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]) -> NameGroup:
-    """Sort the files of a group into images, sidecars and others, and give each image its sidecars."""
+    """Sort the files of a group into images, sidecars and others, and assign the sidecars to the images."""
     images: list[str] = []
     others: list[str] = []
     # Sidecars by their name without suffix: "a.jpg" for "a.jpg.txt", "a" for "a.txt".
@@ -225,7 +225,7 @@ def _compose(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """Return a name without its last suffix."""
+    """Return a name without its last suffix, in composed form."""
     return _compose(name).rpartition(".")[0]
 
 
@@ -233,6 +233,7 @@ def _sort_key(name: str) -> str:
     """Return a text that sorts files of one group next to each other, and contains the name."""
     composed = _compose(name)
     stem = composed
+    # Remove the suffixes of images and sidecars one by one: "a.jpg.txt" -> "a.jpg" -> "a".
     while True:
         head, dot, suffix = stem.rpartition(".")
         is_known = dot + suffix.lower() in (*IMAGE_DOT_SUFFIXES, *SIDECAR_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Open the files of caption sources, and read lines of text without losing any."""
+"""Open the files of caption sources, and read lines of text in any encoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 1 << 16
 
 @contextlib.contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """Open a file or any URL of fsspec; compressed files are decompressed by their suffix.
+    """Open a file or any URL that fsspec supports. A compressed file is recognized by its suffix, and decompressed.
 
     Raises:
         ValueError: The file cannot be opened, or reading it fails (for example a truncated gzip file).
@@ -62,9 +62,9 @@ def _open_stream(source: str) -> Any:
 
 @contextlib.contextmanager
 def _open_zip(source: str) -> Iterator[IO[bytes]]:
-    """Open the only file of a ZIP archive. Archives of several files are refused, so that none is silently left out."""
+    """Open the only file of a ZIP archive. Archives of several files are rejected, so that none is silently left out."""
     with _open_raw(source) as file, zipfile.ZipFile(file) as archive:
-        # macOS adds a file with metadata for each file.
+        # Skip the files of metadata that macOS adds, one for each file.
         names = [
             info.filename
             for info in archive.infolist()
@@ -91,7 +91,7 @@ def _open_raw(source: str) -> Any:
 
 
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
-    """Yield each line of a text file that is not blank. Any bytes are accepted.
+    """Yield the lines of a text file, except for blank lines. Any bytes are accepted.
 
     Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
     recognized by its byte order mark. Repaired and skipped lines are recorded in `issues`.
@@ -152,7 +152,7 @@ def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterat
         ValueError: A line is too long.
     """
     blocks: Iterator[bytes] = iter(partial(stream.read, _BLOCK_BYTES), b"")
-    # A block may be shorter than asked for, even shorter than a byte order mark.
+    # A block may be shorter than requested, even shorter than a byte order mark.
     first = b""
     for block in blocks:
         first += block
@@ -166,7 +166,7 @@ def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterat
         issues.note("byte order mark (removed)", 1, "UTF-8")
         blocks = itertools.chain([next(blocks)[len(BOM) :]], blocks)
     for number, raw in enumerate(_join_lines(blocks, source), 1):
-        # Line by line, because lists are put together from files with different encodings.
+        # Decode each line separately, because a list may be put together from files with different encodings.
         try:
             text = raw.decode()
         except UnicodeDecodeError:
@@ -189,13 +189,13 @@ def _utf16_to_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
 def _join_lines(blocks: Iterable[bytes], source: str) -> Iterator[bytes]:
     """Yield the lines of a text that is given in blocks, with their line ends.
 
-    The iterator of a file has no limit: a megabyte of gzip can contain one line of a gigabyte.
+    A file's own iterator would not limit the length of a line: a megabyte of gzip can contain one line of a gigabyte.
 
     Raises:
         ValueError: A line is longer than `MAX_ROW_BYTES`.
     """
-    begun: list[bytes] = []  # the pieces of a line whose end was not read yet
-    length = 0  # of these pieces
+    begun: list[bytes] = []  # the pieces of a line whose end has not been read yet
+    length = 0  # total length of these pieces, in bytes
     number = 1
     for block in blocks:
         first, *others = block.split(b"\n")
@@ -203,8 +203,8 @@ def _join_lines(blocks: Iterable[bytes], source: str) -> Iterator[bytes]:
         length += len(first)
         if length > MAX_ROW_BYTES:
             raise ValueError(
-                f"{source}: line {number} is longer than the limit of {MAX_ROW_BYTES:,} bytes. Is this a file of text with "
-                "line breaks?"
+                f"{source}: line {number} is longer than the limit of {MAX_ROW_BYTES:,} bytes. Check that this is a "
+                "text file with line breaks."
             )
         if not others:
             continue

@@ -36,7 +36,7 @@ CAPTION_NAMES = (
     "raw",
 )
 EMPTY_CAPTION = "empty caption (skipped)"  # an issue
-COLUMN_OPTIONS = "--url-column, --image-column and --caption-column"
+COLUMN_OPTIONS = "--url-column, --image-column or --caption-column"
 # What a URL and the name of an image look like, for tables without a header. The repetitions are limited, because they are
 # searched at every position of lines of any length.
 URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
@@ -92,7 +92,7 @@ class ParseIssues:
             self.first[kind] = f"row {number}: {str(text)[:120]!r}"
 
     def note_without_caption(self, kind: str, row: SourceRow, text: object) -> None:
-        """Count a row without any caption once: not for its empty captions, too."""
+        """Count a row without any caption as one issue of this kind, and no longer count its empty captions."""
         self.counts[EMPTY_CAPTION] -= row.empty_notes
         if self.counts[EMPTY_CAPTION] <= 0:
             del self.counts[EMPTY_CAPTION]
@@ -110,7 +110,7 @@ class ParseIssues:
 class NamedColumns(NamedTuple):
     """The column names of a source; a name is empty if the source has no such column.
 
-    A source has URLs or images. It has no captions only if it is a list of URLs or image names.
+    Every source has URLs or images. Only a list of URLs or image names has no captions.
     """
 
     url: str
@@ -150,14 +150,14 @@ def find_columns(
     url = find(columns.url, URL_NAMES)
     image = find(columns.image, IMAGE_NAMES)
     caption = find(columns.caption, CAPTION_NAMES)
-    # If there is no other column, no caption can be missed: the source is a list of URLs or images.
+    # If there is no other column, the source is a list of URLs or images, and no column of captions was overlooked.
     if not caption and (url or image) and set(by_lower_name.values()) == {url, image} - {""}:
         return NamedColumns(url, image, "")
     # Require an image name (for training) or a URL (for downloading), but not both.
     if not caption or not (url or image):
         missing = "caption" if not caption else "url or image"
         raise ValueError(
-            f"{source}: no {missing} column among {all_names}; name the columns with {COLUMN_OPTIONS}. "
-            f"First row: {str(first_row)[:400]}"
+            f"{source}: no {missing} column among {all_names}. Rename the column, or name it with {COLUMN_OPTIONS} "
+            f"of `llava convert` or `llava download`. First row: {str(first_row)[:400]}"
         )
     return NamedColumns(url, image, caption)

@@ -61,12 +61,12 @@ _PART_SUFFIXES = {
     "files of JSON lines": (".jsonl", ".ndjson"),
     "JSON files": (".json",),
 }
+_METADATA = "metadata files"
+_SIDECARS = "images with a sidecar"
 # Maximum number of files of one form that are opened to find out whether they contain captions.
 _MAX_TRIED_FILES = 20
 # Maximum number of rows of a file that are read to find out which folder contains its images.
 _MAX_TRIED_ROWS = 20
-_METADATA = "metadata files"
-_SIDECARS = "images with a sidecar"
 _COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy|zip)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
@@ -74,7 +74,9 @@ _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tz
 def read_source(
     source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
 ) -> Iterator[SourceRow]:
-    """Yield the rows of any source, without unsafe image paths, text that is not UTF-8, and empty captions.
+    """Yield the rows of any source.
+
+    Rows with an unsafe image path or with text that cannot be encoded as UTF-8 are skipped. Empty captions are removed.
 
     Args:
         source: A file, a folder, a glob pattern, or the URL of a file that fsspec can open.
@@ -137,7 +139,7 @@ def _can_be_encoded(row: SourceRow) -> bool:
 def _read_any(
     source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
 ) -> Iterator[SourceRow]:
-    """Choose the reader of a source by what it is: folder, pattern, URL, or a file by its suffix."""
+    """Choose the reader of a source: by its kind (folder, pattern, URL or file), and for a file by its suffix."""
     is_url = "://" in source
     path = Path(source)
     if not is_url and path.is_dir():
@@ -169,7 +171,7 @@ def _lower_name(source: str) -> str:
 def _format_suffix(source: str) -> str:
     """Return the suffix that identifies the format, ignoring a compression suffix and the query of a URL."""
     name = _lower_name(source)
-    # In a folder, a compressed tar counts as a tar. `_read_any` refuses it with the remedy.
+    # Count a compressed tar in a folder as a tar, so that `_read_any` raises the error that says how to decompress it.
     if _COMPRESSED_TAR.search(name):
         return ".tar"
     return Path(_COMPRESSIONS.sub("", name)).suffix
@@ -185,21 +187,21 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
     if not parts:
         raise ValueError(f"{pattern}: no file matches")
     for part in map(Path, parts):
-        # A pattern may match folders, whose rows name images relative to that folder.
+        # A pattern may match a folder too. Its rows name images relative to this folder.
         rows = _read_any(str(part), issues, columns)
         if part.is_dir():
-            folder, is_own = part.relative_to(root), True
+            folder, in_own_folder = part.relative_to(root), True
         else:
             folder = part.parent.relative_to(root)
             # Read some rows to find out which folder the names are relative to, and yield these rows again below.
             first_rows = list(itertools.islice(rows, _MAX_TRIED_ROWS))
             rows = itertools.chain(first_rows, rows)
-            is_own = _names_are_own(part, root, first_rows, issues)
+            in_own_folder = _images_are_in_own_folder(part, root, first_rows, issues)
         for row in rows:
-            yield _move_images(row, folder, all_images=is_own)
+            yield _move_images(row, folder, all_images=in_own_folder)
 
 
-def _names_are_own(
+def _images_are_in_own_folder(
     path: Path, root: Path, first_rows: list[SourceRow], issues: ParseIssues
 ) -> bool:
     """Return whether a file names images relative to its own folder, and not to `root`.
@@ -243,11 +245,11 @@ def _read_url_pattern(pattern: str, issues: ParseIssues, columns: Columns) -> It
 
 
 def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> SourceRow:
-    """Return a row whose images are named relative to the source and not to their own folder.
+    """Return a row whose images are named relative to the source, and not to the folder of the row's file.
 
     Args:
         row: The row.
-        folder: Its folder, relative to the source.
+        folder: Folder of the row's file, relative to the source.
         all_images: Move all images; otherwise only images inside shards and tables ("shard.tar#key").
     """
 
@@ -269,13 +271,13 @@ def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> Sour
 def _read_folder(
     folder: Path, issues: ParseIssues, columns: Columns, sidecar: str
 ) -> Iterator[SourceRow]:
-    """Yield the rows of a folder: of a download, of a saved data set, or of the only form of captions in it."""
+    """Yield the rows of a folder: a download, a saved data set, or a folder that contains one form of captions."""
     records = find_records(folder)
     if records.is_file() and not sidecar:
         # A folder of `llava download`: its records describe all that it contains.
         yield from _read_any(str(records), issues, columns)
         return
-    # In a folder that `datasets` has saved, the Arrow files are the only source. Do not read state.json, for example.
+    # In a folder that `datasets` has saved, read only the Arrow files, and not state.json, for example.
     saved = dataset_folder(folder)
     for path in dataset_files(saved):
         subfolder = saved.relative_to(folder)
@@ -349,7 +351,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
 def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
-    Only files from which a row can be read are counted, because a README.txt is not a table, for example.
+    Only files from which a row can be read are counted: a README.txt, for example, is not a table.
 
     Raises:
         ValueError: The folder contains no captions. If files could not be read, the error describes the first of them.
@@ -370,15 +372,15 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
             forms[form] = paths
             described.update(map(_first_stem, paths))
     if not forms:
-        raise errors[0] if errors else ValueError(_describe_nothing(folder, contents))
+        raise errors[0] if errors else ValueError(_no_captions_message(folder, contents))
     return forms
 
 
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    If one JSON file or table contains captions, all JSON files or tables are returned, and an error in one of them is
-    reported when it is read. Text files are tried one by one, because some may be anything else, such as a README.txt.
+    If one file contains captions, all files of the form are returned, and an error in one of them is reported when it is
+    read. Only text files are tried one by one, because some may be something else, such as a README.txt.
 
     Args:
         paths: The files.
@@ -438,7 +440,7 @@ def _raise_ambiguous_form(
     )
 
 
-def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
+def _no_captions_message(folder: Path, contents: _FolderContents) -> str:
     """Return the message for a folder without any captions."""
     # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
@@ -455,7 +457,7 @@ def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
     """Yield the rows of a folder in the format of Hugging Face's `imagefolder`, and note images without a row."""
-    # Hashes of the names in the rows, because a million names would take a hundred megabytes.
+    # Keep only hashes of the image names, because a million names would take a hundred megabytes.
     named = array("q")
     for path in metadata:
         subfolder = path.parent.relative_to(folder)
@@ -468,8 +470,8 @@ def _read_image_folder(
     for group in scan_names(folder):
         for name, _ in group.images:
             image = group.path(name)
-            place = bisect_left(named, hash(image))
-            if place == len(named) or named[place] != hash(image):
+            index = bisect_left(named, hash(image))
+            if index == len(named) or named[index] != hash(image):
                 issues.note("image without a row of metadata (skipped)", number, image)
                 number += 1
 
@@ -481,4 +483,4 @@ def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> N
     for number, path in enumerate(others):
         # Do not note files that belong to a shard (manifest, statistics), hidden files, or work folders ("_work").
         if _first_stem(path) not in stems and not path.name.startswith((".", "_")):
-            issues.note("another file or folder beside the source (not read)", number, path.name)
+            issues.note("another file or folder in the source (not read)", number, path.name)

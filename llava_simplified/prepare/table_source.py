@@ -7,11 +7,11 @@ The files of real datasets follow no standard:
     Flickr30k       image_name| comment_number| comment     or     name.jpg#0 <tab> caption
     Flickr8k        image,caption with quoted captions
     Excel           url;caption where the comma is the decimal separator, perhaps with a first line "sep=;"
-    list            one URL or image name a line, without captions
+    list            one URL or image name per line, without captions
     anything else   TSV or CSV with a header
 
 Therefore separator and columns are detected from the first lines. A bad line never affects its neighbors: a wrong
-number of fields or an unclosed quote costs at most this line, and is recorded as an issue.
+number of fields or an unclosed quote affects at most this line, and is recorded as an issue.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import NamedTuple
 from llava_simplified.prepare.source_files import read_lines
 from llava_simplified.prepare.source_rows import (
     CAPTION_NAMES,
-    COLUMN_OPTIONS,
     IMAGE_NAME_PATTERN,
     IMAGE_NAMES,
     URL_NAMES,
@@ -37,7 +36,8 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-# Number of lines for detecting separator and columns, and of the characters after which no further line is read.
+# Separator and columns are detected from the first lines: at most this many, and no further line after this many
+# characters.
 _SAMPLE_LINES = 100
 _SAMPLE_CHARACTERS = 1 << 20
 # A longer quoted field is treated as an unclosed quote. The csv module has the same limit.
@@ -50,22 +50,23 @@ _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IG
 _UNQUOTED_SEPARATORS = ("\t", "|")  # separators of formats in which a quote is part of the text
 # Control characters that no text contains. NUL is not one of them: it occurs in lists, and `read_lines` removes it.
 _CONTROL_CHARACTER = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
-# What text after a comma contains that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not.
+# Text after a comma that contains one of these is treated as a part of the URL before it, such as "w=200" or "b.jpg".
+# A caption of one word contains none of them.
 _MARK_OF_URL = re.compile(r"[/=&?%]|\.\w+$")
 
-Line = tuple[int, str]
+Line = tuple[int, str]  # line number, the line
 Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """Where the fields of a row are.
+    """The positions of URL, image name and caption in the rows of a table.
 
     Attributes:
-        url: Index of the URL; -1 if the table has none.
-        image: Index of the image name, or -1.
-        caption: Index of the caption, or -1, as in a list of URLs.
+        url: Index of the field with the URL; -1 if the table has no URLs.
+        image: Index of the field with the image name, or -1.
+        caption: Index of the field with the caption, or -1.
         width: Number of fields of a complete row.
-        has_header: The first line contains names of columns.
+        has_header: Whether the first line contains the names of the columns.
     """
 
     url: int
@@ -197,13 +198,13 @@ def _known_names(columns: Columns) -> set[str]:
 def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
     """Return the pattern of the lines, if they are a list of URLs or image names; None if they are a table.
 
-    A URL may contain commas and semicolons, so a line is compared as a whole.
+    A URL may contain commas and semicolons, so complete lines are compared, and not fields.
 
     Raises:
-        ValueError: The lines could be a list of URLs, or URLs with captions of one word.
+        ValueError: It cannot be decided whether the lines are URLs, or URLs with captions of one word.
     """
     texts = [_list_name(text) for _, text in head if not text.startswith("#")]
-    # In a table, at least some captions have several words. A list has none.
+    # In a table, some captions have several words. In a list, there are no captions.
     if any(map(_may_have_caption, texts)):
         return None
     num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
@@ -212,7 +213,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
         # Is the text after a comma a part of the URL, or a caption of one word?
         num_with_comma = 0
         num_parts_of_url = 0
-        # Whether every URL ends like the name of an image before its first comma, and is complete there.
+        # Whether in every line with a comma, the text before the first comma is a complete URL: it ends like the name
+        # of an image.
         ends_like_image = True
         for text in texts:
             first, *rest = re.split(r"[,;]", text)
@@ -227,8 +229,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
             return URL_PATTERN
         if not ends_like_image:
             raise ValueError(
-                f"{source}: every line is a URL, and the text after a comma may be a part of it or a caption. Insert a "
-                f"first line: `url` for a list of URLs, or `url,caption`. First row: {texts[0][:200]}"
+                f"{source}: the lines are URLs, and the text after a comma may be a part of the URL or a caption. Insert "
+                f"a first line: `url` for a list of URLs, or `url,caption`. First row: {texts[0][:200]}"
             )
         return None
     has_separator = any(re.search(r"[\s,;]", text) for text in texts)
@@ -239,7 +241,7 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
 
 def _is_part_of_url(text: str) -> bool:
     """Return whether text after a comma is a part of the URL before it."""
-    # Two searches: in one pattern they take quadratic time for a long text.
+    # Search twice, because a single pattern for both conditions would take quadratic time for a long text.
     return not re.search(r"\s", text) and _MARK_OF_URL.search(text) is not None
 
 
@@ -263,8 +265,8 @@ def _read_list(
 def _may_have_caption(text: str) -> bool:
     """Return whether a line may contain a caption of several words.
 
-    A line with a separator may always contain one. A line without a separator may not if it is a remark (it contains no
-    URL), or the URL of an image with spaces in its name.
+    It may if it contains white space, with two exceptions among the lines without a separator: a remark (a line without
+    a URL), and the URL of an image whose name contains spaces.
     """
     if not re.search(r"\s", text):
         return False
@@ -276,7 +278,7 @@ def _may_have_caption(text: str) -> bool:
 
 
 def _list_name(text: str) -> str:
-    """Return what a line of a list names. Programs that write CSV put a URL with a comma into quotes."""
+    """Return the URL or image name in a line of a list, without the quotes that CSV programs put around a comma."""
     name = text.strip()
     if len(name) > 1 and name.startswith('"') and name.endswith('"') and '"' not in name[1:-1]:
         return name[1:-1]
@@ -296,7 +298,7 @@ def _join_fields(
     positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
     if layout.url >= 0 and positions:
         start = stop = positions[0]
-        # A URL that ends like an image is complete.
+        # A URL that ends like the name of an image is complete.
         while (
             stop - start < extra
             and stop + 1 < len(fields)
@@ -314,7 +316,7 @@ def _join_fields(
             issues.note(f"{separator!r} inside a URL (kept)", number, row)
     if extra == 0:
         return fields
-    # The other additional fields are parts of the caption. In a list without captions, they are parts of the name.
+    # The other additional fields are parts of the caption; in a table without captions, of the URL or image name.
     start = layout.caption
     kind = f"{separator!r} inside a caption (kept)"
     if start < 0:
@@ -337,13 +339,13 @@ def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterat
 def _split_tabs(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text.
 
-    pandas and spreadsheets do quote a field, but only one that contains a line break or a quote, which they double. Both
-    cases can be distinguished from quotes that are part of the text:
+    pandas and spreadsheets do quote a field if it contains a line break or a quote, and double the quotes inside it.
+    Both cases can be distinguished from quotes that are part of the text:
 
-        1.jpg <tab> "two            the last field of a line is opened, and a later line closes it exactly. The lines
-        lines"                      between have no tab. If they were rows, they would have one.
-        2.jpg <tab> "a ""b"" c"     all quotes inside are doubled
-        3.jpg <tab> "a" and "b"     part of the text
+        1.jpg <tab> "two            A quote opens the last field of a line, and the field ends at a quote in a later
+        lines"                      line. There is no tab between the two: with a tab, the later line would be a row.
+        2.jpg <tab> "a ""b"" c"     All quotes inside are doubled.
+        3.jpg <tab> "a" and "b"     These quotes are part of the text.
     """
     ahead: deque[Line] = deque()
     while True:
@@ -395,7 +397,7 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
     of a later row. The line is then split at its separators, and the following lines are parsed again as separate rows:
 
         "a nail,http://a      opens a quote that is not closed, so it is split at its comma
-        "b",http://b          text follows the first quote of this line, which shows it; the line is parsed again
+        "b",http://b          text follows the first quote, so this line is a row of its own; it is parsed again
 
     Lines that were read ahead, but belong to no row yet, are kept in `ahead`.
     """
@@ -424,7 +426,7 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
 def _parse_lines(
     separator: str, text: str, ahead: deque[Line], lines: Iterator[Line]
 ) -> list[str] | None:
-    """Return the fields of a row of several lines, or None if text follows a closing quote.
+    """Return the fields of a row of several lines, or None if these lines are not one row.
 
     Args:
         separator: The separator.
@@ -437,7 +439,7 @@ def _parse_lines(
     if separator == "\t":
         pieces = _without_rows(reader_lines)
     fields = _parse_quoted(separator, pieces, strict=True)
-    # A row of a table has several fields. Two lines that each contain a stray quote are not a row.
+    # A row of a table has several fields. A result with one field comes from two lines with a stray quote each.
     if fields is None or len(fields) < 2:
         return None
     # The other lines in `ahead` are processed later.
@@ -447,9 +449,9 @@ def _parse_lines(
 
 
 def _without_rows(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield a line and the lines that may continue its quoted field, up to one with a tab before its first quote.
+    """Yield a line, and the lines after it that may continue its quoted field.
 
-    A tab before the first quote of a line separates fields, so that line is a new row.
+    Stop before a line with a tab before its first quote: this tab separates fields, so the line is a new row.
     """
     yield next(pieces)
     for text in pieces:
@@ -466,7 +468,7 @@ def _parse_quoted(separator: str, lines: Iterator[str], strict: bool) -> list[st
         lines: The line of the row, and the lines after it.
         strict: Also return None if text follows a closing quote.
     """
-    # csv refuses a lone carriage return, which may be inside a caption. Raise an error at the
+    # csv rejects a lone carriage return, which may be inside a caption. Raise an error at the
     # end of the input, because csv would silently close an open quote there.
     pieces = (piece.replace("\r", " ") + "\n" for piece in lines)
     reader = csv.reader(_raise_at_end(pieces), delimiter=separator, strict=strict)
@@ -566,7 +568,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             _share_of_matches(pattern, first_fields),
             _share_of_matches(pattern, last_fields),
         ]
-        # Require half of the lines, since single lines may lack a URL or have one in the caption.
+        # Require more than half of the lines, since some lines may lack a URL or have one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
                 f"{source}: both columns look like URLs or image names. Insert a header line that names them "
@@ -584,7 +586,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             return Layout(url, image, caption=1 - column, width=2, has_header=has_header)
     raise ValueError(
         f"{source}: no column looks like a URL or an image name, and there is no header that names one. "
-        f"Insert a header line, and name its columns with {COLUMN_OPTIONS}. First row: {first}"
+        f"Insert a header line, such as url,caption or image,caption. First row: {first}"
     )
 
 

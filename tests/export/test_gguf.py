@@ -35,7 +35,7 @@ from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.export import gguf_export
 from llava_simplified.export.gguf_export import export_gguf
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
-from llava_simplified.export.gguf_vision import describe_padding
+from llava_simplified.export.gguf_vision import describe_padding_difference
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
@@ -285,9 +285,13 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     transform = replace(
         ImageTransform.from_pretrained(models_folder / "clip", "pad"), resize=224, crop=(224, 224)
     )
-    assert describe_padding(transform) == ""
-    assert "(127, 127, 127)" in describe_padding(replace(transform, pad_color=(127, 127, 127)))
-    assert "--image_aspect_ratio pad" in describe_padding(replace(transform, pad_color=None))
+    assert describe_padding_difference(transform) == ""
+    assert "(127, 127, 127)" in describe_padding_difference(
+        replace(transform, pad_color=(127, 127, 127))
+    )
+    assert "--image_aspect_ratio pad" in describe_padding_difference(
+        replace(transform, pad_color=None)
+    )
     x, y = np.meshgrid(np.linspace(150, 250, size[0]), np.linspace(0, 90, size[1]))
     pixels = np.stack([x, y, np.full_like(x, 250)], axis=2).astype(np.uint8)
     ours = transform(pixels).permute(1, 2, 0).numpy().astype(int)

@@ -200,7 +200,7 @@ def metadata_in_splits(folder: Path) -> ExpectedSource:
 def table_beside_a_folder(folder: Path) -> ExpectedSource:
     image(folder, "Images/1.jpg")
     (folder / "captions.txt").write_text("image,caption\n1.jpg,A cat .\n1.jpg,A pet .\n")
-    issues = {"another file or folder beside the source (not read)": 1}
+    issues = {"another file or folder in the source (not read)": 1}
     return ExpectedSource([(("1.jpg",), ["A cat .", "A pet ."])], issues)
 
 

@@ -765,7 +765,7 @@ def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> 
     (tmp_path / "more").mkdir()
     rows, issues = read(tmp_path)
     assert [row.url for row in rows] == [U]
-    assert issues.counts == {"another file or folder beside the source (not read)": 2}
+    assert issues.counts == {"another file or folder in the source (not read)": 2}
     (tmp_path / "part.tsv.gz").unlink()
     (tmp_path / "more" / "metadata.csv").write_text("file_name,text\n1.jpg,a cat\n")
     (tmp_path / "more" / "1.jpg").write_bytes(b"x")
