@@ -262,7 +262,7 @@ class ParquetRows(ColumnarFile):
         return [path for path in paths if path == name or path.startswith(f"{name}.")]
 
     def _all_have_bytes(self) -> bool:
-        """Return whether the file's statistics prove that every image is embedded. Missing statistics return False."""
+        """Return whether the file's statistics prove that every image is embedded; False if they are missing."""
         leaves = self._image_leaves()
         # The statistics of a row group count the missing values of each leaf column.
         with_bytes = [leaf for leaf in leaves if leaf.rpartition(".")[2] != "path"]

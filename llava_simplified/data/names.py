@@ -32,7 +32,7 @@ _ARCHIVE_SUFFIXES = (
     ".arrow",
 )  # an image in an archive is called `shard.tar#key`
 _MAX_SHOWN_NAMES = 3
-# `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\\\?\\C:\\photos\\1.jpg
+# `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\?\C:\photos\1.jpg
 _DRIVE = re.compile(r"(?:[\\/]{2}[?.][\\/])?[A-Za-z]:(?=[\\/])")
 # Windows reserves these names for devices, whatever their suffix is: "nul.txt" cannot be a file.
 _WINDOWS_DEVICES = re.compile(
@@ -200,11 +200,11 @@ def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
         if match is None:
             continue
         first = matched_by.setdefault(match.name, name)
-        # `cats/1.jpg` and `dogs/1.jpg` both end with `1.jpg`, but at least one of them is another image.
+        # `cats/1.jpg` and `dogs/1.jpg` both match `1.jpg`, but at most one of them is this image.
         if name_parts(first) != name_parts(name):
             raise AmbiguousNameError(
                 f"{first!r} and {name!r} are different images, but both match {match.name!r}. "
-                "Use names that contain the folder on both sides."
+                "Include the folder in all of these names."
             )
         matches[name] = match
     return matches
