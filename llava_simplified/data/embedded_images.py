@@ -7,9 +7,9 @@ Such an image is named by the file and its row: `train.parquet#7`; if a row has 
     list<struct<bytes, path>>    several images per row
     binary, list<binary>         the bytes alone; only in a column with one of the names in _IMAGE_COLUMN_NAMES
 
-Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded.
-Only if some are not, bytes are read to find out which ones. Arrow files are memory-mapped, so bytes that are not accessed
-are not read from the disk.
+Rows are read without the bytes of their images if possible. The statistics of a Parquet file show whether all images are
+embedded. If some may not be, the bytes are read to find out which ones; if lists have no paths, to count their images.
+Arrow files are memory-mapped, so bytes that are not accessed are not read from the disk.
 """
 
 from __future__ import annotations

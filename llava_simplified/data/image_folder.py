@@ -5,7 +5,7 @@ on a machine whose image folder was `/home/ann/photos`. A name is resolved by th
 below the image folder:
 
     exact       the name itself; an absolute path that exists is this file, and no other
-    suffix      the longest end of the name in whole parts: photos/cats/1.jpg, cats/1.jpg, 1.jpg
+    suffix      the longest end of the name that is a file: photos/cats/1.jpg, cats/1.jpg, 1.jpg
     case        as above, but letters differ in case: img_1.jpg for IMG_1.JPG
     extension   as above, for a name without an extension: IMG_1 for IMG_1.JPG
 
@@ -120,8 +120,8 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
     for parts in suffixes:
         path = _find_other_case(folder, parts)
         if path is not None:
-            has_other_stem = path.name.casefold() != parts[-1].casefold()
-            return LocatedFile(path, key, "extension" if has_other_stem else "case")
+            is_extended = path.name.casefold() != parts[-1].casefold()
+            return LocatedFile(path, key, "extension" if is_extended else "case")
     return None
 
 

@@ -5,13 +5,13 @@ contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`.
 a name is matched
 
 1. *exactly*: with the same name;
-2. otherwise by its *suffix*: with the name that shares the longest end in whole parts, if one of the two names is the
-   end of the other.
+2. otherwise by its *suffix*: with a longer name that ends with this name, or else with the longest name that is the end of
+   this name. Parts between slashes are never split.
 
        cats/1.jpg     and  photos/cats/1.jpg     match: two parts
        cats/1.jpg     and  1.jpg                 match: one part
        cats/1.jpg     and  dogs/1.jpg            do not match: the base name alone is not the image
-       my_cats/1.jpg  and  cats/1.jpg            do not match: a part is compared as a whole
+       my_cats/1.jpg  and  cats/1.jpg            do not match: `cats` is only the end of a part
 
 A name with several equally long matches is an error, as are two images that would match the same name: no image is ever
 silently replaced by a different one.
@@ -121,7 +121,7 @@ def expand_pattern(pattern: str) -> tuple[list[str], Path]:
 
 
 def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
-    """Yield the ends of a name in whole parts, the longest (the name itself) first, the base name last."""
+    """Yield the ends of a name, without splitting a part: first the name itself, last the base name."""
     parts = name_parts(name)
     for start in range(len(parts)):
         yield parts[start:]

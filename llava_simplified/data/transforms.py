@@ -445,7 +445,7 @@ def _center_crop(
     missing_height = max(crop_height - height, 0)
     missing_width = max(crop_width - width, 0)
     if missing_height or missing_width:
-        # Add an odd row or column at the top and left. (The crop below removes it at the bottom and right.)
+        # Add an odd row or column at the top or left. (The crop below removes an odd one at the bottom or right.)
         top = (missing_height + 1) // 2
         left = (missing_width + 1) // 2
         right = missing_width - left
