@@ -103,7 +103,7 @@ class EndpointClient:
         options: Generation options of all requests.
 
     Raises:
-        ValueError: An option cannot be expressed in a request, or there is no API key.
+        ValueError: An option cannot be expressed in a request, or the URL or the API key is invalid.
 
     Attributes:
         failures: Number of failed records by kind.

@@ -164,7 +164,7 @@ class FoundImages(NamedTuple):
     Attributes:
         names: Relative to the folder, or absolute; `shard.tar#key` for an image in a shard.
         folder: Folder that the names are relative to. It contains all of them.
-        skipped: Number of files that are not images, by their suffix.
+        skipped: Number of files that are not images, by their suffix or kind.
     """
 
     names: list[str]

@@ -394,7 +394,7 @@ def _read(path: Path) -> bytes | None:
     """Return the contents of a sidecar file, None if there is none.
 
     Raises:
-        SidecarError: The file cannot be read, is too large, or is a pipe or a device, which may never end.
+        SidecarError: The file cannot be read or is too large, or is a folder, a pipe or a device.
         OSError: An error that would also occur for other files.
     """
     try:

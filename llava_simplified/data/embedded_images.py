@@ -224,7 +224,7 @@ class ParquetRows(ColumnarFile):
         require_extra("download", "pyarrow", purpose="Reading Parquet files")
         import pyarrow.parquet as pq
 
-        # Pass a buffer size, so that parts of columns are read instead of whole row groups.
+        # Pass a buffer size, so that parts of columns are read instead of entire row groups.
         self.file = pq.ParquetFile(source, buffer_size=1 << 20)
         super().__init__(name, self.file.schema_arrow)
 

@@ -127,7 +127,7 @@ class ImageError(ValueError):
 
 
 class EncodedImage(NamedTuple):
-    """An image file that was decoded successfully."""
+    """An image file that can be decoded."""
 
     data: bytes  # the file
     suffix: str  # "jpg", "png", ..., from the file's contents
@@ -152,7 +152,7 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
 
     Raises:
         ImageError: "unsafe" if the path contains `..`, or is that of a file outside the folder; "ambiguous" if several
-            files match; "missing" if there is no such image, naming the path that was tried.
+            files match; "missing" if there is no such image. The message names the path that was tried.
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
@@ -475,7 +475,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
     """
     image: Image.Image | None = None
-    # Pillow reads every segment in front of the pixels of a JPEG in Python, so count them first.
+    # Pillow's Python code reads all segments before the pixels of a JPEG, so refuse too many segments first.
     try:
         scans = jpeg_segments.count_scans(data) if data.startswith(b"\xff\xd8") else 0
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Match names of images: the one rule that the whole package uses.
+"""Match names of images, by the same rule in all modules.
 
 The same image has different names in different files: a record contains `/home/ann/photos/cats/1.jpg`, the image folder
 contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`. What these names share is their end. So
@@ -115,7 +115,7 @@ def expand_pattern(pattern: str) -> tuple[list[str], Path]:
             break
         folder /= part
         escaped.append(glob.escape(part))
-    # Not `Path.glob`, which does not support absolute patterns.
+    # Do not use `Path.glob`: it does not support absolute patterns.
     paths = glob.glob(str(Path(*escaped, last)), recursive=True)  # noqa: PTH207
     return sorted(paths), folder
 

@@ -79,7 +79,7 @@ def open_rows(path: str | Path) -> RowFile:
 
 
 def find_records(path: Path) -> Path:
-    """Return the file of records in a folder that `llava download` wrote; return a file as it is.
+    """Return the file of records in a folder that `llava download` wrote; return the path of a file unchanged.
 
     `llava download` writes `records.json` with plain image files and `records.jsonl` with shards. If the folder has
     neither, the path of `records.jsonl` is returned, for the error message.
@@ -418,7 +418,7 @@ def _parquet_to_jsonl(path: Path) -> Path:
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
-    # Delete the conversions of earlier versions of the Parquet file, whose names begin with the same hash.
+    # Delete the conversions of earlier versions of the Parquet file. Their names begin with the same hash.
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         # Windows refuses to delete a file that another run is reading. The next conversion tries again.
         with contextlib.suppress(PermissionError):

@@ -1,7 +1,7 @@
 """The demo's images and captions: emoji drawings and their English names.
 
-The drawings and the names come from two packages. They are matched by the code points of the emoji, whose notation
-differs between the packages (see `normalize_code_points`).
+The drawings and the names come from two packages. They are matched by the code points of the emoji. The packages
+use different notations for these (see `normalize_code_points`).
 """
 
 from __future__ import annotations

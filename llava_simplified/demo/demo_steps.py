@@ -157,7 +157,7 @@ class Demo:
         return []
 
     def _delete_checkpoints(self, step: Step) -> None:
-        """Delete the checkpoints of a finished run, which were only needed to continue it after an interruption."""
+        """Delete the checkpoints of a finished run. They were needed only to continue it after an interruption."""
         if step.run_folder is not None:
             for checkpoint in step.run_folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
