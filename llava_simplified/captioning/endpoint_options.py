@@ -221,8 +221,8 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         "--retries",
         type=int,
         default=defaults.retries,
-        help="Number of retries of a record after a server error, a timeout, or a response that is cut off or not JSON "
-        "(default: %(default)s)",
+        help="Maximum number of retries of a request after a server error, a timeout, or a response that is cut off or not "
+        "JSON (default: %(default)s)",
     )
     group.add_argument(
         "--max-wait",

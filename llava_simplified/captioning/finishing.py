@@ -184,7 +184,7 @@ class CaptionFinisher:
             parts.append(f"{len(self.kept):,} existed and were kept (--existing skip)")
         if self.counts["changed"]:
             parts.append(
-                f"{self.counts['changed']:,} changed by another program and not overwritten"
+                f"{self.counts['changed']:,} were changed by another program and not overwritten"
             )
         return f"Sidecar files: {', '.join(parts)}."
 

@@ -113,7 +113,8 @@ class CaptionDataset(Dataset[Example]):
                 continue
             for rule in matches.rules:
                 if rule != "exact":
-                    warnings.append(f"image name matched by {rule}, {record.id}: {record.images}")
+                    names = ", ".join(record.images)
+                    warnings.append(f"image name matched by {rule}, {record.id}: {names}")
             example.warnings = warnings + example.warnings
             return example
         raise ValueError(

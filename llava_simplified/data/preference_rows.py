@@ -84,7 +84,7 @@ def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
         return value, []
     turns = value if isinstance(value, list) else [value]
     if not turns or not isinstance(turns[-1], dict):
-        raise ValueError(f"{where} must be a text or a list of turns, got {shorten(value)}")
+        raise ValueError(f"{where} must be a text, a turn or a list of turns, got {shorten(value)}")
     role, content = turn_of(turns[-1])
     if role not in ("assistant", "gpt"):
         raise ValueError(f"{where} must end with an assistant turn, got the role {role!r}")

@@ -223,7 +223,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not isinstance(instruction, str):
         raise ValueError(
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"got only the keys {shorten(sorted(row))}"
+            f"got the keys {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []

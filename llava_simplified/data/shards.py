@@ -239,8 +239,8 @@ def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> Non
         )
     if member.offset_data + member.size > archive_size:
         raise ValueError(
-            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}. Copy or download it "
-            "again."
+            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}. Copy or download the "
+            "file again."
         )
 
 
