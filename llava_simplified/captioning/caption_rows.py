@@ -12,7 +12,7 @@ Row = dict[str, Any]  # a JSON object: one line of an output file or of a list o
 
 
 def parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or an error if the row is not a record.
+    """Return a record, or an error if the row is not a record, or an image name is not UTF-8.
 
     The error is returned and not raised, because one bad row must not end the job.
     """

@@ -120,7 +120,7 @@ def end_at_loop(text: str, num_repeated: int) -> str:
 def limit_words(text: str, max_words: int) -> str:
     """Return the beginning of a text with at most `max_words` words.
 
-    It ends at the end of a sentence if that keeps at least half of the words, otherwise after any word.
+    It ends at the end of a sentence if that keeps at least half of `max_words`, otherwise after `max_words` words.
     """
     matches = list(WORD.finditer(text))
     if len(matches) <= max_words:
@@ -160,7 +160,7 @@ def image_fields(image: str, folder: str, tags: str = "") -> dict[str, str]:
 
 
 def field_names(template: str) -> set[str]:
-    """Return the names of the fields in a template: {"caption", "tags"} of "{caption}, {tags}"."""
+    """Return the names of the fields in a template: {"caption", "tags"} for "{caption}, {tags}"."""
     return set(_FIELD.findall(template))
 
 
@@ -182,7 +182,7 @@ def check_fields(template: str, known: tuple[str, ...], where: str) -> None:
 
 
 def fill_fields(template: str, fields: Mapping[str, str]) -> str:
-    """Replace the fields of a template by their values.
+    """Replace the fields of a template with their values.
 
     An empty field is removed with the comma next to it: "{caption}, {tags}" without tags is the caption alone.
     Braces that are not around a word are ordinary text.

@@ -4,7 +4,7 @@
 
 A slot is the permission to have one request in flight; there are `concurrency` slots and twice as many workers. While all
 slots are in use, the other workers prepare the images of the next records, so that a free slot is used immediately.
-Memory does not grow with the number of records: a finished record is dropped after it was yielded, and at most `WINDOW`
+Memory does not grow with the number of records: a finished record is dropped after it is yielded, and at most `WINDOW`
 finished records per slot wait for an earlier one.
 """
 

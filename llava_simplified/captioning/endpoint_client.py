@@ -9,8 +9,8 @@
     200 with a refusal                               the model refuses          the record fails
 
 A pause applies to all requests. It is as long as `Retry-After` says; without this header, it is twice as long as the
-previous pause. The job stops only if the server is unavailable for `max_wait` seconds, so you can restart the server during
-a job.
+previous pause. The job waits up to `max_wait` seconds for a server that is unavailable, so you can restart the server
+during a job.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class EndpointClient:
         options: Generation options of all requests.
 
     Raises:
-        ValueError: An option cannot be expressed in a request, or there is no API key.
+        ValueError: An option cannot be expressed in a request, or the URL or the API key is invalid.
 
     Attributes:
         failures: Number of failed records by kind.
@@ -135,8 +135,8 @@ class EndpointClient:
 
     async def __aenter__(self) -> EndpointClient:
         self._session = aiohttp.ClientSession(
-            # limit=0 means no limit, because `_slots` limits the connections already. The resolver is the one of the
-            # operating system, as in other programs. With force_close, a connection is never reused: if a broken
+            # limit=0 turns aiohttp's limit off, because `_slots` already limits the connections. Use the resolver of the
+            # operating system, as other programs do. With force_close, a connection is never reused: if a broken
             # server or proxy sent more data than one answer, the rest would be read as the answer to the next
             # request, and images would get the captions of others.
             connector=aiohttp.TCPConnector(
@@ -265,13 +265,14 @@ class EndpointClient:
             logger.warning("%s: %s; waiting for the server", self.endpoint.url, error)
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
-        if waited > max_wait or (error.retry_after or 0) > max_wait:
-            requested = ""
-            if error.retry_after:
-                requested = f", and requests a pause of {error.retry_after:g} s"
+        requested = error.retry_after or 0.0
+        if waited > max_wait or requested > max_wait:
+            reason = f"the server was unavailable for {waited:.0f} s"
+            if requested > max_wait:
+                reason = f"the server requests a pause of {requested:g} s"
             raise EndpointError(
-                f"--endpoint {self.endpoint.url}: {error}{requested}; the server was unavailable for {waited:.0f} s. "
-                f"The limit is --max-wait {max_wait:g}, in seconds. Run the same command again to continue the job."
+                f"--endpoint {self.endpoint.url}: {error}; {reason}. The limit is --max-wait {max_wait:g}, in seconds. "
+                "Run the same command again to continue the job."
             )
         if error.retry_after is not None:
             self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))
@@ -317,7 +318,7 @@ class EndpointClient:
             return
         # The body describes an error better than the status does. `error_message` shortens it, since the body of a
         # proxy's error is a web page.
-        message = f"status {status}: {error_message(answer) or response.reason}"
+        message = f"status {status}: {error_message(answer) or response.reason}".rstrip(".")
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:
             raise _UnavailableError(message, retry_after)
@@ -340,8 +341,10 @@ class EndpointClient:
         url = self.endpoint.url
         if status in (401, 403):
             variable = self.endpoint.api_key_env
-            sent = "was sent" if "Authorization" in self._headers else "is not set"
-            return f"--endpoint {url}: {message}. The API key ${variable} {sent}."
+            advice = f"No API key was sent, because ${variable} is not set."
+            if "Authorization" in self._headers:
+                advice = f"Check the API key in ${variable}, which was sent."
+            return f"--endpoint {url}: {message}. {advice}"
         if status in (404, 405):
             return (
                 f"--endpoint {url}: {message}. Check --model {self.endpoint.model} and the URL, which "
@@ -354,14 +357,16 @@ class EndpointClient:
 
 
 async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
-    """Return the body of a response, up to `MAX_ANSWER_BYTES`; `response.read()` has no limit."""
+    """Return the body of a response. Unlike `response.read()`, refuse more than `MAX_ANSWER_BYTES`."""
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_any():
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
-            raise _TransientError("bad_answer", f"the answer has over {MAX_ANSWER_BYTES} bytes")
+            raise _TransientError(
+                "bad_answer", f"the answer has more than {MAX_ANSWER_BYTES} bytes"
+            )
     return b"".join(chunks)
 
 

@@ -41,9 +41,9 @@ class EndpointOptions:
         stop: Texts that end a caption.
         extra_body: Additional fields of each request, as a JSON object. Null removes a field.
         timeout: Maximum duration of one request in seconds.
-        retries: Number of retries of a record after an error of the server.
+        retries: Maximum number of retries of a request after an error of the server.
         max_wait: Seconds to wait for a server that is not reachable, or refuses requests because it is busy.
-        max_failures: Stop the job when the server has failed more records than this.
+        max_failures: Stop the job when more records than this have failed at the server or were rejected by it.
         api_key_env: Environment variable that contains the API key. The key itself is never stored.
     """
 
@@ -147,8 +147,8 @@ def _check_url(url: str) -> None:
     """Check the base URL of a server.
 
     Raises:
-        ValueError: The scheme is neither http nor https, there is no host, or the URL contains a password, which would be
-            stored with the job.
+        ValueError: The URL is malformed, its scheme is neither http nor https, or it contains a query, a fragment or a
+            password.
     """
     try:
         parts = urlsplit(url)
@@ -160,7 +160,7 @@ def _check_url(url: str) -> None:
     if parts.username or parts.password:
         raise ValueError(
             "--endpoint: the URL contains a password; put the key into the environment variable "
-            f"{DEFAULT_KEY_VARIABLE} (or --api-key-env)"
+            f"{DEFAULT_KEY_VARIABLE}, or into the one that --api-key-env names"
         )
     if parts.query or parts.fragment:
         raise ValueError(f"--endpoint {url}: expected a base URL, without '?' and '#'")
@@ -221,8 +221,8 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
         "--retries",
         type=int,
         default=defaults.retries,
-        help="Number of retries of a record after a server error, a timeout, or a response that is cut off or not JSON "
-        "(default: %(default)s)",
+        help="Maximum number of retries of a request after a server error, a timeout, or a response that is cut off or not "
+        "JSON (default: %(default)s)",
     )
     group.add_argument(
         "--max-wait",
@@ -256,7 +256,8 @@ def parse_endpoint_options(
         args: The parsed arguments.
 
     Raises:
-        ValueError: An option is invalid, is missing, or has no effect with or without a server.
+        ValueError: An option is invalid or missing, or would be ignored: an option of the server without `--endpoint`, or
+            an option of a local model with it.
     """
     # The options have the names of the fields.
     names = [field.name for field in fields(EndpointOptions) if field.name != "url"]

@@ -67,7 +67,7 @@ class CaptionFinisher:
     def admit(
         self, images: Iterable[tuple[int, str]], max_images: int | None = None
     ) -> tuple[list[int], list[Row]]:
-        """Select the images to caption: those that do not already have a sidecar file to keep, and can have one.
+        """Select the images to caption. With sidecar files, leave out images that keep their file or cannot have one.
 
         Args:
             images: Index and name of each image without a caption.
@@ -153,7 +153,7 @@ class CaptionFinisher:
         return failures
 
     def resume(self, rows: Iterable[Row]) -> list[Row]:
-        """Write the sidecar files that are in the journal of a killed job, but were not written.
+        """Write the sidecar files that a killed job had recorded in its journal, but not written.
 
         Files that the user or another program has changed since then are not overwritten.
 
@@ -183,7 +183,9 @@ class CaptionFinisher:
         if self.kept:
             parts.append(f"{len(self.kept):,} existed and were kept (--existing skip)")
         if self.counts["changed"]:
-            parts.append(f"{self.counts['changed']:,} were changed since they were captioned")
+            parts.append(
+                f"{self.counts['changed']:,} were changed by another program and not overwritten"
+            )
         return f"Sidecar files: {', '.join(parts)}."
 
     def _finish_row(self, row: Row) -> Row | None:

@@ -122,8 +122,8 @@ def open_inputs(
         instructions: Instructions about every image. Empty for records, because each record has its own.
 
     Raises:
-        ValueError: The source does not exist or contains no image, or instructions were given with
-            records.
+        ValueError: The source does not exist or contains no image, or a file of records was given together with
+            instructions or other inputs.
     """
     sources = [source] if isinstance(source, str) else list(source)
     records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
@@ -164,7 +164,7 @@ class FoundImages(NamedTuple):
     Attributes:
         names: Relative to the folder, or absolute; `shard.tar#key` for an image in a shard.
         folder: Folder that the names are relative to. It contains all of them.
-        skipped: Number of files that are not images, by their suffix.
+        skipped: Number of files that are not images, by their suffix or kind.
     """
 
     names: list[str]
@@ -203,8 +203,8 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     paths: dict[Path, None] = {}  # an ordered set
     for images in found:
         folder = images.folder.absolute()
-        # A path with ".." could lead out of the common folder, so resolve its folder. Other paths are not resolved,
-        # which would take a system call for each part. The file itself may be a link, whose name is kept.
+        # A path with ".." could lead out of the common folder, so resolve its folder, but not the file itself, which may
+        # be a link. Do not resolve other paths, because that takes a system call for each part.
         for name in images.names:
             path = folder / name
             if ".." in path.parts:
@@ -223,7 +223,7 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
 def find_images(source: str) -> FoundImages:
     """Find the images of a file, folder, shard or glob pattern.
 
-    A single file is treated as an image, even if it has another suffix. In a folder or a pattern, images are the
+    A single file that is not a shard is treated as an image, whatever its suffix. In a folder or a pattern, images are the
     files with the suffix of an image, and files without a suffix that begin with the bytes of an image. All images
     of a shard are included.
     """

@@ -178,7 +178,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
                     write_review(
                         job.review, folder, journal.rows(), failures.rows(), finisher.kept_texts()
                     )
-        # Also after Ctrl-C: without this, a job that has captioned nothing would require that the next run has the same
+        # Catch Ctrl-C too. If a job that has captioned nothing left its files, the next run would have to use the same
         # settings.
         except BaseException:
             _remove_empty_job(files)
@@ -240,7 +240,7 @@ def _log_finished(
     files: JobFiles,
     counts: CaptionCounts,
 ) -> None:
-    """Log how many captions were written, kept, shortened and failed."""
+    """Log how many captions were shortened and, with sidecar files, how many were written, kept and failed."""
     if job.text.loop_guard or job.text.max_words:
         shortened = count_shortened(journal.rows())
         if shortened["loop"]:
@@ -274,8 +274,8 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     elif not files.settings.exists():
         # Do not append to a file of unknown origin: it was copied here, or written by another program.
         raise ValueError(
-            f"{files.journal} exists, but the settings of its job, {files.settings.name}, do not. "
-            "Delete both or pass another --output."
+            f"{files.journal} exists, but {files.settings.name}, with the settings of its job, does not. Delete "
+            f"{files.journal.name}, or pass another --output."
         )
     store_or_check_settings(files.settings, settings, str(files.output))
 
@@ -410,7 +410,7 @@ def _caption_remaining(
 
     initial = num_records - len(remaining)
     if initial:
-        logger.info("Continuing %s: %s of %s records are done.", job.output, initial, num_records)
+        logger.info("%s: %s of %s records are already done.", job.output, initial, num_records)
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(num_records, "records", initial, enabled=show_progress) as progress:
         for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
@@ -481,7 +481,7 @@ def _finished_records(
     A process that was killed while writing may have left only some rows of the last record. The journal is truncated
     before them. Random numbers depend only on the record, so the next run generates the same captions again.
 
-    For a file of records, the images are None, because only `_renumber` needs them, which applies to images.
+    For a file of records, the images are None: only `_renumber` needs them, and it is not called then.
     """
     finished: dict[int, str | None] = {}
     last_index = -1
@@ -696,7 +696,7 @@ class _WindowImages:
         model: The model, for its transform and its vision tower.
         image_folder: Folder that the image names are relative to.
         reader: Executor that reads the images.
-        matches: Counts by which rule image files are found.
+        matches: Counts the image files that each rule finds.
     """
 
     def __init__(
@@ -739,7 +739,7 @@ class _WindowImages:
         return [self._pixels[name].result() for name in names]
 
     def features(self, names: Sequence[str]) -> torch.Tensor | None:
-        """Return image features (images, tokens, vision hidden size), or None for no images."""
+        """Return image features (images, tokens, vision hidden size); None if there are no images."""
         if not names:
             return None
 

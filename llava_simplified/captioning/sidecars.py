@@ -108,7 +108,7 @@ def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
     """Return the text of a sidecar file, with its line ends unchanged, and its form.
 
     Raises:
-        SidecarError: The file is not UTF-8 and has no byte order mark of UTF-16.
+        SidecarError: The file is neither UTF-8, nor UTF-16 with a byte order mark.
     """
     mark, codec = b"", "utf-8"
     for known_mark, known_codec in _BYTE_ORDER_MARKS:
@@ -125,20 +125,20 @@ def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
 def join_texts(existing: str, caption: str, options: SidecarOptions, newline: str = "\n") -> str:
     """Return an existing text with a caption appended or prepended.
 
-    Appending keeps the line break at the end of the existing text.
+    Appending keeps the white space at the end of the existing text, such as its last line break.
     """
     caption = caption.replace("\n", newline)
     separator = options.separator.replace("\n", newline)
     if options.existing == "append":
         body = existing.rstrip()
         line_end = existing[len(body) :]
-        return body + _join_neatly(body, separator, caption) + line_end
+        return body + _continuation(body, separator, caption) + line_end
     body = existing.lstrip()
     return caption + separator + body
 
 
-def _join_neatly(body: str, separator: str, caption: str) -> str:
-    """Return a separator and a caption, to append to a body. If the body ends with a comma, do not add a second one."""
+def _continuation(body: str, separator: str, caption: str) -> str:
+    """Return the text to append to a body: separator and caption, without a comma that the body already ends with."""
     visible = separator.rstrip()
     if visible and body.endswith(visible):
         separator = separator[len(visible) :]
@@ -301,7 +301,7 @@ class SidecarWriter:
         """Return what writing a text will change, for the journal.
 
         Returns:
-            The plan; None if another program has written the file by now, and existing files are skipped.
+            The plan; None if existing files are skipped, and another program has written this file in the meantime.
 
         Raises:
             SidecarError: The existing file cannot be read, or the text cannot be added to it.
@@ -361,7 +361,7 @@ class SidecarWriter:
         for names in sharing.values():
             reason = (
                 f"{' and '.join(names)} would share the sidecar file {self.path(names[0]).name}; "
-                "rename one of them"
+                "rename them so that their names differ before the suffix"
             )
             conflicts.update(dict.fromkeys(names, reason))
         return conflicts
@@ -394,7 +394,7 @@ def _read(path: Path) -> bytes | None:
     """Return the contents of a sidecar file, None if there is none.
 
     Raises:
-        SidecarError: The file cannot be read, is too large, or is a pipe or a device, which may never end.
+        SidecarError: The file cannot be read or is too large, or is a folder, a pipe or a device.
         OSError: An error that would also occur for other files.
     """
     try:

@@ -74,7 +74,7 @@ def convert_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def path_of_image(image: object) -> object:
-    """Return the path of an image as `datasets` represents it, {"bytes": null, "path": "0.jpg"}."""
+    """Return the path of an image in the form of `datasets`, {"bytes": null, "path": "0.jpg"}; other values unchanged."""
     if isinstance(image, dict) and not image.get("bytes"):
         return image.get("path")
     return image
@@ -113,8 +113,8 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
 def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return role and content of a turn. Chats call these keys `role` and `content`, LLaVA `from` and `value`.
 
-    As in OpenAI's API, an assistant's content of null is an empty text. A missing key is not, because the text may be
-    stored under another key, and would be lost.
+    If an assistant's content is null, it is an empty text, as in OpenAI's API. If the key is missing, None is returned,
+    which is an error later: the text may be stored under another key, and would be lost.
     """
     if "role" not in turn:
         return turn.get("from"), turn.get("value")
@@ -229,8 +229,7 @@ def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> lis
     own = [part for part in parts if not isinstance(part, int | None)]
     if own and (listed or len(own) < len(parts)):
         raise ValueError(
-            f"{where}: the turns name some images, and 'images' names others; name all of them in the turns, or all in "
-            "'images'"
+            f"{where}: name every image in the turns, or every image in 'images'; this row mixes both forms"
         )
     if own:
         return own

@@ -35,7 +35,7 @@ class FeatureStore(Protocol):
 
     @property
     def dummy_image(self) -> torch.Tensor:
-        """An empty image, of the same shape and dtype as the others."""
+        """An empty image, with the shape and dtype of the stored values."""
         ...
 
     def __contains__(self, image: str, /) -> bool: ...
@@ -108,12 +108,13 @@ class CaptionDataset(Dataset[Example]):
             try:
                 example.pixel_values, example.image_features = self.load_images(record, matches)
             except ImageError as error:
-                # The trainer counts equal kinds of warnings: the kind is the text before the first comma.
+                # The trainer counts the warnings of each kind: the text before the first comma.
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
             for rule in matches.rules:
                 if rule != "exact":
-                    warnings.append(f"image name matched by {rule}, {record.id}: {record.images}")
+                    names = ", ".join(record.images)
+                    warnings.append(f"image name matched by {rule}, {record.id}: {names}")
             example.warnings = warnings + example.warnings
             return example
         raise ValueError(
@@ -161,7 +162,7 @@ class CaptionDataset(Dataset[Example]):
 
         Args:
             record: The record.
-            matches: Counts by which rule image files are found.
+            matches: Counts the image files that each rule finds.
 
         Returns:
             (pixels, features), at least one of them None: uint8 (images, 3, height, width), and
@@ -190,7 +191,8 @@ class CaptionDataset(Dataset[Example]):
 
         Args:
             record: The record.
-            responses: The responses that the example contains. Each is truncated to `max_length` separately.
+            responses: The responses that the example contains. Each is truncated separately, so that prompt and response
+                have at most `max_length` tokens.
 
         Raises:
             ValueError: There is no response, a response is empty, or the prompt leaves no room for a response.
@@ -220,7 +222,8 @@ class CaptionDataset(Dataset[Example]):
 
         Args:
             record: The record.
-            responses: The answers. Each is truncated to `max_length` separately.
+            responses: The answers. Each is truncated separately, so that prompt and answer have at most `max_length`
+                tokens.
 
         Raises:
             ValueError: An answer is empty, or the prompt leaves no room for it.
@@ -297,7 +300,7 @@ def drop_bad_records(
     max_length: int = 0,
     problem_of: Callable[[Record], str] = response_problem,
 ) -> Records:
-    """Return the records without those that cannot be trained on, which would stop a run in the middle.
+    """Return the records that can be trained on. The others would stop a run in the middle.
 
     All rows are parsed, millions per minute. Few of them are tokenized: the size of a prompt in bytes limits its number
     of tokens, and most prompts are short enough by this limit.
@@ -310,7 +313,7 @@ def drop_bad_records(
         problem_of: Function that returns why a record cannot be trained on; empty if it can.
 
     Raises:
-        ValueError: The share of bad records exceeds the maximum. The message names the first of them.
+        ValueError: The share of bad records exceeds the maximum. The message names the first bad records.
     """
     # A bad record that is found now is a line in the log. One that a worker finds at step 10,000 stops the run.
     bad = BadRecords(max_bad_records, len(records))

@@ -7,9 +7,9 @@ Such an image is named by the file and its row: `train.parquet#7`; if a row has 
     list<struct<bytes, path>>    several images per row
     binary, list<binary>         the bytes alone; only in a column with one of the names in _IMAGE_COLUMN_NAMES
 
-Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded.
-Only if some are not, bytes are read to find out which ones. Arrow files are memory-mapped, so bytes that are not accessed
-are not read from the disk.
+Rows are read without the bytes of their images if possible. The statistics of a Parquet file show whether all images are
+embedded. If some may not be, the bytes are read to find out which ones; if lists have no paths, to count their images.
+Arrow files are memory-mapped, so bytes that are not accessed are not read from the disk.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class ParquetRows(ColumnarFile):
         require_extra("download", "pyarrow", purpose="Reading Parquet files")
         import pyarrow.parquet as pq
 
-        # Pass a buffer size, so that parts of columns are read instead of whole row groups.
+        # Pass a buffer size, so that parts of columns are read instead of entire row groups.
         self.file = pq.ParquetFile(source, buffer_size=1 << 20)
         super().__init__(name, self.file.schema_arrow)
 
@@ -262,7 +262,7 @@ class ParquetRows(ColumnarFile):
         return [path for path in paths if path == name or path.startswith(f"{name}.")]
 
     def _all_have_bytes(self) -> bool:
-        """Return whether the file's statistics prove that every image is embedded. Missing statistics return False."""
+        """Return whether the file's statistics prove that every image is embedded; False if they are missing."""
         leaves = self._image_leaves()
         # The statistics of a row group count the missing values of each leaf column.
         with_bytes = [leaf for leaf in leaves if leaf.rpartition(".")[2] != "path"]

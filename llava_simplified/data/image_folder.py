@@ -5,7 +5,7 @@ on a machine whose image folder was `/home/ann/photos`. A name is resolved by th
 below the image folder:
 
     exact       the name itself; an absolute path that exists is this file, and no other
-    suffix      the longest end of the name in whole parts: photos/cats/1.jpg, cats/1.jpg, 1.jpg
+    suffix      the longest end of the name that is a file: photos/cats/1.jpg, cats/1.jpg, 1.jpg
     case        as above, but letters differ in case: img_1.jpg for IMG_1.JPG
     extension   as above, for a name without an extension: IMG_1 for IMG_1.JPG
 
@@ -14,8 +14,8 @@ how often each rule was used. If two names lead to one file, that is an error to
 that is not there.
 
 If an absolute path exists on this machine but is outside the image folder, that is an error: nothing outside is opened,
-and a file of the same name in the folder would be another image. Only absolute paths that do not exist here are
-resolved by their ends.
+and a file of the same name in the folder would be another image. An absolute path is resolved by its ends only if it does
+not exist here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suf
 
 _MAX_LISTED_FILES = 200_000  # in a larger folder, the rules `case` and `extension` find nothing
 _ARCHIVE_SUFFIXES = (".tar", ".parquet", ".arrow")
-# Of Windows: `C:`, also in the form that lifts the limit of 260 characters, but no `\\server\share`.
+# A drive of Windows: `C:` or, in the form that lifts the limit of 260 characters, `\\?\C:`, but not `\\server\share`.
 _LOCAL_DRIVE = re.compile(r"(?:\\\\[?.]\\)?[A-Za-z]:")
 
 
@@ -67,7 +67,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 def exact_path(name: str, folder: Path) -> Path | None:
     """Return the path of a name in `folder`; None if the name is an absolute path outside the folder."""
     path = Path(name)
-    # Not `is_absolute`: on Windows, `\\home\\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
+    # Do not use `is_absolute`: on Windows, `\home\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
     # but lead out of the folder too.
     if path.anchor and not path.is_relative_to(folder.absolute()):
         return None
@@ -75,7 +75,7 @@ def exact_path(name: str, folder: Path) -> Path | None:
 
 
 def is_existing_path(name: str) -> bool:
-    """Return whether a name is the absolute path of a file on this machine; of an image in an archive, that of the archive."""
+    """Return whether a name is the absolute path of a file on this machine. For `shard.tar#key`, check the archive."""
     path = Path(split_shard_name(name)[0])
     # A network path of Windows is not looked up: this would connect to a server that the records name.
     is_local = not path.drive or _LOCAL_DRIVE.fullmatch(path.drive)
@@ -120,20 +120,20 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
     for parts in suffixes:
         path = _find_other_case(folder, parts)
         if path is not None:
-            has_other_stem = path.name.casefold() != parts[-1].casefold()
-            return LocatedFile(path, key, "extension" if has_other_stem else "case")
+            is_extended = path.name.casefold() != parts[-1].casefold()
+            return LocatedFile(path, key, "extension" if is_extended else "case")
     return None
 
 
 def _path_through_links(path: Path, folder: Path) -> Path:
-    """Return the path in `folder` of an existing file whose path does not begin with the folder's.
+    """Return the path below `folder` of an existing file that was named by another path.
 
-    Links may lead to the folder in several ways: `/tmp` is `/private/tmp` on macOS.
+    Links can give one folder several paths: on macOS, `/tmp` is a link to `/private/tmp`.
 
     Raises:
         OutsideFolderError: The file is not below the folder.
     """
-    # A link below the folder is a file of the folder, so the file itself is not resolved.
+    # A link in the folder counts as a file of the folder, so do not resolve the last part of the path.
     real_path = path.parent.resolve() / path.name
     real_folder = folder.resolve()
     if not real_path.is_relative_to(real_folder):
@@ -271,6 +271,6 @@ def check_distinct(names: Iterable[str], folder: Path) -> None:
         try:
             located = locate_file(name, folder)
         except OutsideFolderError:
-            continue  # an error of this image, when it is read
+            continue  # reported when the image is read
         if located is not None:
             matches.add(name, located)

@@ -46,8 +46,9 @@ _SIGNATURE_PATTERNS = [
 ]
 # Searched for, not matched at the beginning: comments, a declaration and a document type may precede the element.
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
-_SNIFFED_BYTES = 4096
+_SNIFFED_BYTES = 4096  # number of bytes in which `sniff_format` searches
 IMAGE_HEADER_BYTES = 512  # number of bytes to pass to `is_image_header`
+# First bytes of the formats that are decoded here.
 _DECODED = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]", re.DOTALL
 )
@@ -102,7 +103,7 @@ def sniff_format(data: bytes) -> str:
 def with_article(name: str) -> str:
     """Return the name of a format with its article: "an SVG image", "a JPEG 2000 image"."""
     word = name.partition(" ")[0]
-    # Abbreviations are spelled: an S-V-G. The name of a letter may begin with a vowel although the letter is none.
+    # Abbreviations are read letter by letter, so the name of the first letter decides: "an ess-vee-gee".
     vowels = "AEFHILMNORSX" if word.isupper() else "AEIOUaeiou"
     return f"an {name}" if word.startswith(tuple(vowels)) else f"a {name}"
 
@@ -135,7 +136,8 @@ _GIF_BLOCK = re.compile(rb"[!,;]")
 def without_gif_comments(data: bytes) -> bytes:
     """Return a GIF without its comments, or the same file if it has none.
 
-    Pillow appends each part of a comment to a copy of the parts before it, which takes minutes for some megabytes.
+    Pillow appends each part of a comment to a copy of the parts before it, which takes minutes for a comment of some
+    megabytes.
     """
     if not data.startswith(b"GIF8") or _GIF_COMMENT not in data:
         return data
@@ -181,7 +183,7 @@ def _palette_size(data: bytes, flags_position: int) -> int:
 def _png_without_metadata(data: bytes) -> bytes:
     """Copy the chunks of a PNG that affect the pixels.
 
-    If the description of an animation is damaged, copy only the still image: viewers show this image of such a file.
+    If the description of an animation is damaged, copy only the still image, as viewers show only this image then.
     """
     # length (4 bytes) | name (4) | data | checksum (4)
     chunks: list[tuple[bytes, bytes]] = []

@@ -9,8 +9,8 @@ writes a warning that Pillow ignores. A model would be trained on those stripes,
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
 Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
 
-**Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
-again (`image_formats.without_metadata`).
+**Metadata never affect the pixels.** If a decoder rejects a file, a copy without its metadata is decoded, as strictly as
+the file (`image_formats.without_metadata`).
 
 **One error type.** A decoder may raise any exception, not only the documented ones: a ZeroDivisionError for an AVIF
 with a time scale of zero, a TypeError for a wrong TIFF tag. So every call of Pillow, simplejpeg or their plugins with
@@ -71,13 +71,14 @@ MAX_PIXELS = 50_000_000  # 150 MB of RGB
 # Upper bound of the memory for decoding, with transparency; a test measures it. Multiply it by the number of pixels
 # (see `read_image_size`) to limit how many images are decoded at the same time.
 DECODE_BYTES_PER_PIXEL = 16
-# Every scan of a JPEG is decoded over the whole image, however few bytes it has. libjpeg-turbo's fuzzers stop at 500;
-# ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
+# Every scan of a JPEG is decoded over the entire image, however few bytes it has. Ordinary progressive files have about 10
+# scans, and libjpeg-turbo's fuzzers stop at 500. The number of scans times the number of pixels is limited too, which
+# limits the time to some seconds.
 MAX_JPEG_SCANS = 500
 MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
 # Pillow decodes run lengths of a BMP in Python. Four bytes of the file can stand for 255 rows of zeros.
 MAX_RLE_PIXELS = 10_000_000
-# Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
+# The formats that are decoded; Pillow supports more. Do not add EPS: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_QUALITY = 95  # quality of the files that `shrink_image` and `portable_image` write
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
@@ -126,7 +127,7 @@ class ImageError(ValueError):
 
 
 class EncodedImage(NamedTuple):
-    """An image file that was decoded successfully."""
+    """An image file that can be decoded."""
 
     data: bytes  # the file
     suffix: str  # "jpg", "png", ..., from the file's contents
@@ -151,7 +152,7 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
 
     Raises:
         ImageError: "unsafe" if the path contains `..`, or is that of a file outside the folder; "ambiguous" if several
-            files match; "missing" if there is no such image, naming the path that was tried.
+            files match; "missing" if there is no such image. The message names the path that was tried.
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
@@ -310,7 +311,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
             raise ImageError(
                 "too_large",
                 f"{image.width}x{image.height} pixels become {width}x{height} with a shorter side of {side}; "
-                f"a JPEG has at most {_MAX_JPEG_SIDE}",
+                f"a side of a JPEG has at most {_MAX_JPEG_SIDE} pixels",
             )
         return _encode_resized(image, file, width, height)
 
@@ -401,7 +402,7 @@ def read_image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
 
 def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
-    """Return the number of frames or pages of an image file; 1 for a still image.
+    """Return the number of frames or pages of an image file; 1 for a still image, at most `MAX_DIRECTORIES` for a TIFF.
 
     Raises:
         ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because a later frame is damaged.
@@ -474,7 +475,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
     """
     image: Image.Image | None = None
-    # Pillow reads every segment in front of the pixels of a JPEG in Python, so count them first.
+    # Pillow's Python code reads all segments before the pixels of a JPEG, so refuse too many segments first.
     try:
         scans = jpeg_segments.count_scans(data) if data.startswith(b"\xff\xd8") else 0
     except ValueError as error:
@@ -595,7 +596,7 @@ def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
 
 def _to_pixels(image: Image.Image) -> np.ndarray:
     """Return a PIL image as uint8 RGB (height, width, 3), upright, with transparency on white."""
-    # Before the image is loaded, which closes its file.
+    # Find the color before the image is loaded, because loading closes its file.
     color = find_transparent_color(image)
     image = _load(image if color is None else color.unloaded(image))
     # Read the orientation of the loaded image: loading a TIFF applies it, and loading a PNG finds metadata after the pixels.
@@ -605,10 +606,10 @@ def _to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def _load(image: Image.Image) -> Image.Image:
-    """Decode a PIL image, unless that has been done, and return it, or the same image with the right pixels.
+    """Decode a PIL image that is not decoded yet, and return it. A TIFF whose pixels Pillow has scrambled is read again.
 
-    Pillow maps an uncompressed TIFF that was opened by its path into memory, with the size that it has after it was
-    rotated: the pixels of a photo in upright format are scrambled. Without a path it reads the file.
+    Pillow maps an uncompressed TIFF that was opened by its path into memory, but with the width and height after the EXIF
+    rotation, so the pixels of a rotated photo are scrambled. If its path is removed, Pillow reads the file instead.
     """
     opened: Any = image
     filename = getattr(image, "filename", None)
@@ -626,9 +627,10 @@ def _load(image: Image.Image) -> Image.Image:
 
 
 def _load_mapped_tiff_again(image: Image.Image, filename: str) -> Image.Image:
-    """Return a TIFF that the caller has loaded, and Pillow mapped into memory, as it is in the file.
+    """Return a TIFF that Pillow has loaded by mapping it into memory, with the right pixels of its file.
 
-    An image that differs from what Pillow makes of the file was changed since, and is returned as it is.
+    If the pixels are not those that mapping the file gives now, the caller has changed the image or the file. Then the
+    image is returned unchanged.
     """
     # The file may have been deleted or replaced.
     with suppress(OSError, EOFError, ValueError):

@@ -19,8 +19,8 @@ from typing import NamedTuple
 # Warnings of libjpeg-turbo (jerror.h, JWRN_*) that say nothing about the pixels, by the beginning of their texts.
 HARMLESS_WARNINGS = {
     "Invalid SOS parameters for sequential JPEG": "written by phones; a sequential scan has no parameters",
-    "Warning: unknown JFIF revision number": "the version of a header with nothing but a density",
-    "Unknown Adobe color transform code": "three components are read as YCbCr then, as by all readers",
+    "Warning: unknown JFIF revision number": "the version of a header that contains only the density",
+    "Unknown Adobe color transform code": "all readers then interpret three components as YCbCr",
     "Corrupt JPEG data: bad ICC marker": "a color profile, which is not applied",
     # Harmless only between the segments of the header, or if the bytes are zeros. Other bytes after entropy-coded data
     # are the rest of a damaged scan.
@@ -99,7 +99,7 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 
 def count_scans(data: bytes) -> int:
-    """Return the number of scans of a JPEG file. Each is decoded over the whole image.
+    """Return the number of scans of a JPEG file, or an upper bound if that is below `_ALWAYS_ALLOWED_SCANS`.
 
     Raises:
         ValueError: The file has more than `MAX_SEGMENTS` segments.

@@ -1,17 +1,17 @@
-"""Match names of images: the one rule that the whole package uses.
+"""Match names of images, by the same rule in all modules.
 
 The same image has different names in different files: a record contains `/home/ann/photos/cats/1.jpg`, the image folder
 contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`. What these names share is their end. So
 a name is matched
 
 1. *exactly*: with the same name;
-2. otherwise by its *suffix*: with the name that shares the longest end in whole parts, if one of the two names is the
-   end of the other.
+2. otherwise by its *suffix*: with a longer name that ends with this name, or else with the longest name that is the end of
+   this name. Parts between slashes are never split.
 
        cats/1.jpg     and  photos/cats/1.jpg     match: two parts
        cats/1.jpg     and  1.jpg                 match: one part
        cats/1.jpg     and  dogs/1.jpg            do not match: the base name alone is not the image
-       my_cats/1.jpg  and  cats/1.jpg            do not match: a part is compared as a whole
+       my_cats/1.jpg  and  cats/1.jpg            do not match: `cats` is only the end of a part
 
 A name with several equally long matches is an error, as are two images that would match the same name: no image is ever
 silently replaced by a different one.
@@ -32,7 +32,7 @@ _ARCHIVE_SUFFIXES = (
     ".arrow",
 )  # an image in an archive is called `shard.tar#key`
 _MAX_SHOWN_NAMES = 3
-# `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\\\?\\C:\\photos\\1.jpg
+# `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\?\C:\photos\1.jpg
 _DRIVE = re.compile(r"(?:[\\/]{2}[?.][\\/])?[A-Za-z]:(?=[\\/])")
 # Windows reserves these names for devices, whatever their suffix is: "nul.txt" cannot be a file.
 _WINDOWS_DEVICES = re.compile(
@@ -115,13 +115,13 @@ def expand_pattern(pattern: str) -> tuple[list[str], Path]:
             break
         folder /= part
         escaped.append(glob.escape(part))
-    # Not `Path.glob`, which does not support absolute patterns.
+    # Do not use `Path.glob`: it does not support absolute patterns.
     paths = glob.glob(str(Path(*escaped, last)), recursive=True)  # noqa: PTH207
     return sorted(paths), folder
 
 
 def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
-    """Yield the ends of a name in whole parts, the longest (the name itself) first, the base name last."""
+    """Yield the ends of a name, without splitting a part: first the name itself, last the base name."""
     parts = name_parts(name)
     for start in range(len(parts)):
         yield parts[start:]
@@ -200,11 +200,11 @@ def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
         if match is None:
             continue
         first = matched_by.setdefault(match.name, name)
-        # `cats/1.jpg` and `dogs/1.jpg` both end with `1.jpg`, but at least one of them is another image.
+        # `cats/1.jpg` and `dogs/1.jpg` both match `1.jpg`, but at most one of them is this image.
         if name_parts(first) != name_parts(name):
             raise AmbiguousNameError(
                 f"{first!r} and {name!r} are different images, but both match {match.name!r}. "
-                "Use names that contain the folder on both sides."
+                "Include the folder in all of these names."
             )
         matches[name] = match
     return matches

@@ -30,7 +30,8 @@ def open_data(
 ) -> tuple[Records, str]:
     """Open a file of records, and check that its images are in the image folder.
 
-    The first images are decoded, so that a wrong folder is reported now and not after the model is loaded.
+    Images of the first records are tried until one can be decoded, so that a wrong folder is reported now and not after
+    the model is loaded.
 
     Args:
         path: A file of records, or a folder that `llava download` wrote.
@@ -43,8 +44,8 @@ def open_data(
         The records, and the image folder.
 
     Raises:
-        ValueError: The file has no records, a checked record has no response, the image folder does not exist, or
-            none of the first images can be read.
+        ValueError: The file has no records, too many of the checked rows are invalid, a checked record has no response,
+            the image folder does not exist, or none of the first images can be read.
         MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
     records = open_records(path, require_responses, max_bad_records)
@@ -83,10 +84,15 @@ def _first_image_names(records: Records) -> Iterator[str]:
 
 
 def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
-    """Check that images which were found under other names are different files, and log how many there are.
+    """If an image was found under another name, log a warning, and check that no two names lead to the same file.
+
+    Args:
+        records: All records, whose names are checked.
+        folder: The image folder.
+        matches: The rules that found the first images.
 
     Raises:
-        ValueError: Two names lead to one file.
+        ValueError: Two names lead to the same file.
     """
     description = matches.describe()
     if not description:
@@ -102,7 +108,7 @@ def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
     except AmbiguousNameError as error:
         raise ValueError(f"{records.rows.name}: {error}") from error
     logger.warning(
-        "%s: some images were found in %s under other names. %s",
+        "%s: some of the first images were found in %s under other names. %s",
         records.rows.name,
         folder,
         description,

@@ -1,4 +1,4 @@
-"""Limit how many pixels a process decodes at the same time, and thereby the memory of decoders in several threads."""
+"""Limit how many pixels a process decodes at the same time, and so the memory of decoders in several threads."""
 
 from __future__ import annotations
 

@@ -37,19 +37,19 @@ class TransparentColor(NamedTuple):
 
     Attributes:
         color: One value per channel, in the units of Pillow's pixels (0 to 255).
-        has_lower_bytes: Of an RGB image with 16 bits, the pixels whose lower bytes are those of its color: bool
+        lower_bytes_match: For an RGB image with 16 bits, which pixels have the lower bytes of the color: bool
             (height, width); None for other images.
         file: The PNG file of an image that is not loaded yet, or None.
     """
 
     color: tuple[int, ...]
-    has_lower_bytes: np.ndarray | None = None
+    lower_bytes_match: np.ndarray | None = None
     file: bytes | None = None
 
     def unloaded(self, image: Image.Image) -> Image.Image:
-        """Return another image of the same file, if it is not loaded yet; else the image itself.
+        """Open the file of an image that is not loaded yet a second time; return a loaded image itself.
 
-        The caller's image would lose its file when it is loaded, and with it the color's bits.
+        If the caller's image were loaded, it would lose its file, from which the number of bits is read.
         """
         if self.file is None:
             return image
@@ -61,15 +61,15 @@ class TransparentColor(NamedTuple):
         Args:
             image: What `unloaded` returned, loaded.
         """
-        # The caller's image is not changed. Another copy would take 4 bytes per pixel.
+        # Do not change the caller's image. An image that `unloaded` has opened is a copy already.
         result = image if self.file is not None else image.copy()
         if result.mode == "1":
             result = result.convert("L")
         is_color = _equals(np.asarray(result), self.color)
-        if self.has_lower_bytes is not None and self.has_lower_bytes.shape == is_color.shape:
-            is_color &= self.has_lower_bytes
+        if self.lower_bytes_match is not None and self.lower_bytes_match.shape == is_color.shape:
+            is_color &= self.lower_bytes_match
         result.paste("white", (0, 0, *result.size), Image.fromarray(is_color))
-        # `convert` would convert the color, too, which may be out of its range.
+        # Do not use `convert`: it also converts the transparent color, which may be out of range.
         return result if result.mode == "RGB" else Image.merge("RGB", [result] * 3)
 
 
@@ -97,8 +97,8 @@ def find_transparent_color(image: Image.Image) -> TransparentColor | None:
     if bits == 16:
         upper = tuple(value >> 8 for value in color)
         lower = tuple(value & 255 for value in color)
-        has_lower_bytes = _equals(_read_lower_bytes(data), lower) if is_first else None
-        return TransparentColor(upper, has_lower_bytes, file)
+        lower_bytes_match = _equals(_read_lower_bytes(data), lower) if is_first else None
+        return TransparentColor(upper, lower_bytes_match, file)
     scale = 255 // (2**bits - 1)
     return TransparentColor(tuple(value * scale for value in color), file=file)
 
@@ -115,7 +115,10 @@ def _equals(values: np.ndarray, color: tuple[int, ...]) -> np.ndarray:
 
 
 def _file_of(image: Image.Image) -> bytes | None:
-    """Return the PNG file of an image: of an unloaded one the stream that it reads, of a loaded one the file of its name."""
+    """Return the PNG file that an image was opened from; None if it cannot be read.
+
+    An image that is not loaded yet has the open file. A loaded image has at most the path, so the file is read again.
+    """
     if image.format != "PNG":
         return None
     opened: Any = image
@@ -132,7 +135,7 @@ def _file_of(image: Image.Image) -> bytes | None:
         elif opened.filename:
             data = Path(opened.filename).read_bytes()
     is_png = data.startswith(_SIGNATURE) and len(data) >= _HEADER_BYTES
-    # Another image may have this name now.
+    # Compare the sizes, because the file may have been replaced by another image.
     if not is_png or struct.unpack_from(">II", data, 16) != image.size:
         return None
     return data
@@ -173,7 +176,7 @@ def _infer_color(image: Image.Image, declared: int | tuple[int, ...]) -> Transpa
         if max(declared) > 255:
             return TransparentColor(tuple(value >> 8 for value in declared))
         return TransparentColor(declared)
-    # Two or four bits: the pixels are multiples of these, and the color itself does not occur.
+    # With two or four bits, the pixels are multiples of 85 or 17, and the color, which is not scaled, does not occur.
     if image.mode == "L" and 0 < declared < 16:
         values = np.unique(np.asarray(image))
         for bits, step in ((2, 85), (4, 17)):

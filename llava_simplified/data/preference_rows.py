@@ -7,7 +7,7 @@
      "chosen": [{"role": "assistant", "content": "a cat"}],
      "rejected": [{"role": "assistant", "content": "a dog"}]}
 
-    {"chosen": [user, assistant], "rejected": [user, assistant]}    TRL without a prompt: the turns that both share
+    {"chosen": [user, assistant], "rejected": [user, assistant]}    TRL without a prompt: both begin with its turns
     {"prompt": "What?", "chosen": "a cat", "rejected": "a dog"}     TRL without roles; also with the key `question`
     {"conversations": [...], "chosen": {"from": "gpt", "value": "a cat"}, "rejected": {...}}          LLaMA-Factory
 
@@ -27,9 +27,12 @@ _PROMPT_KEYS = ("messages", "prompt", "question")
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a preference pair. If one of the two answers is null, parsing it raises an error later."""
+    """Return whether a row is a preference pair.
+
+    A row with only one of the two answers counts as a pair, so that `convert_pair` reports the missing answer.
+    """
     has_both = all(key in row for key in PAIR_KEYS)
-    # In a table with several kinds of rows, every row has these columns.
+    # In a table with several kinds of rows, every row has these columns. They are null in the rows that are not pairs.
     return has_both and any(row[key] is not None for key in PAIR_KEYS)
 
 
@@ -81,7 +84,7 @@ def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:
         return value, []
     turns = value if isinstance(value, list) else [value]
     if not turns or not isinstance(turns[-1], dict):
-        raise ValueError(f"{where} must be a text or a list of turns, got {shorten(value)}")
+        raise ValueError(f"{where} must be a text, a turn or a list of turns, got {shorten(value)}")
     role, content = turn_of(turns[-1])
     if role not in ("assistant", "gpt"):
         raise ValueError(f"{where} must end with an assistant turn, got the role {role!r}")

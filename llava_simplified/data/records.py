@@ -59,7 +59,7 @@ class Record:
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
         responses: The alternatives for the last answer (several captions of one image). A record without responses can
-            be captioned, but not trained on. Of a preference pair, the chosen answer.
+            be captioned, but not trained on. For a preference pair, the chosen answer.
         id: File name and row number, for messages: "train.json row 7".
         rejected: The rejected answer of a preference pair; None for other records.
         questions: Multiple-choice questions about the image, which only the reward `qa` uses.
@@ -131,12 +131,13 @@ def _check_unanswered(responses: Sequence[str], where: str) -> None:
 def _place_images(
     turns: Sequence[Message], responses: Sequence[str], count: int, where: str
 ) -> tuple[Message, ...]:
-    """Insert `<image>` if no text contains it. Refuse it in system and assistant turns.
+    """Insert `<image>` if no user turn contains it; see `insert_image_placeholders`.
 
     Raises:
-        ValueError: The number of placeholders in the user turns is wrong; see `insert_image_placeholders`.
+        ValueError: The number of placeholders in the user turns is wrong. If system or assistant turns contain the missing
+            ones, the message says so.
     """
-    # If the number of placeholders is right, but some are in other turns, report that instead of a wrong number.
+    # In a system or assistant turn, `<image>` is ordinary text. Report it only if it explains a wrong number in user turns.
     others = [turn.content for turn in turns if turn.role != "user"]
     elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
     if elsewhere and count_images(turns) + elsewhere == count:
@@ -148,7 +149,7 @@ def _place_images(
 
 
 def image_names(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the image names of a row of records; () if they are malformed."""
+    """Return the image names of a row; () if they are malformed."""
     try:
         return _parse_images(row, "")
     except ValueError:
@@ -222,7 +223,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not isinstance(instruction, str):
         raise ValueError(
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"got only the keys {shorten(sorted(row))}"
+            f"got the keys {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -270,8 +271,8 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., after an "
-            f"optional system turn; got {', '.join(roles)}"
+            f"{where}: after an optional system turn, the turns must alternate: user (or human), assistant (or "
+            f"gpt), user, ...; got {', '.join(turn.role for turn in turns)}"
         )
     last = turns[-1]
     if last.role == "assistant":
@@ -286,8 +287,8 @@ def _parse_turn(turn: Any, number: int, where: str) -> Message:
     role = turn.get("from") if is_turn else None
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(
-            f"{where}: turn {number} of 'conversations' needs the keys 'from' "
-            f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
+            f"{where}: turn {number} of the conversation needs the keys 'from' (one of {', '.join(_ROLES)}) and "
+            "'value' (a string), or 'role' and 'content'"
         )
     check_turn_keys(turn, where)
     return Message(_ROLES[role], turn["value"])
@@ -298,7 +299,7 @@ def insert_image_placeholders(
     count: int,
     where: str,
 ) -> tuple[Message, ...]:
-    """Insert `<image>` before the first user text if there are images and no text contains a placeholder.
+    """Insert `<image>` before the first user text if there are images and no user text contains a placeholder.
 
     Args:
         turns: The conversation.
@@ -306,7 +307,7 @@ def insert_image_placeholders(
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The texts contain placeholders, but not `count`; or there is no user turn.
+        ValueError: The user texts contain placeholders, but not `count`; or there are images, but no user turn.
     """
     placeholders = count_images(turns)
     if placeholders == count:
@@ -411,7 +412,7 @@ class BadRecords:
         reasons: One sentence for each bad record, with its row.
     """
 
-    MAX_SHOWN = 3  # reasons that a message contains
+    MAX_SHOWN = 3  # maximum number of reasons in a message
 
     def __init__(self, max_share: float, total: int) -> None:
         self.max_share = max_share
@@ -425,16 +426,16 @@ class BadRecords:
             log: Log the bad records if they are tolerated.
 
         Raises:
-            ValueError: The number of bad records exceeds `max_share`, or all records are bad.
+            ValueError: The share of bad records exceeds `max_share`, or all records are bad.
         """
         count = len(self.reasons)
         if not count:
             return
         first = self.reasons[0]
-        # With a share of 0, the first bad record is the error, so the message needs no numbers.
+        # If no bad record is allowed, or all records are bad, the first reason says enough.
         if not self.max_share or count == self.total:
             raise ValueError(first)
-        shown = "; ".join(self.reasons[: self.MAX_SHOWN])
+        shown = "; ".join(reason.rstrip(".") for reason in self.reasons[: self.MAX_SHOWN])
         if count > self.max_share * max(self.total, MIN_RECORDS_FOR_SHARE):
             raise ValueError(
                 f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
@@ -461,10 +462,11 @@ def open_records(
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
         require_responses: Reject rows without a response, or with an empty one.
-        max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
+        max_bad_records: Maximum share of the checked rows that are not records; the caller must skip such rows.
 
     Raises:
-        ValueError: The file cannot be read, or one of its rows is not a record. The message names the file and the row.
+        ValueError: The file cannot be read, more of the checked rows than `max_bad_records` are not records, or a response
+            is missing. The message names the file and the row.
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)
@@ -483,6 +485,6 @@ def open_records(
         problem = response_problem(record)
         if problem:
             raise ValueError(problem)
-    # The caller logs all of them, and not only those among the checked rows.
+    # Do not log the bad records here: the caller finds and logs all bad records, not only those among the checked rows.
     bad.check(log=False)
     return records

@@ -41,7 +41,7 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs wr
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 _LINE_BLOCK_BYTES = 1 << 22
 _MAX_INT32 = 2**31 - 1
-# A longer row is an error: it has a missing quote, or is the bomb of somebody who wants to fill the memory.
+# A longer row is an error: a quote is missing, or the file was made to exhaust the memory.
 MAX_ROW_BYTES = 1 << 24
 # Characters that can follow a JSON value. This must be a tuple: `"" in "abc"` is true for strings, and "" (the end of
 # the window) is not a delimiter.
@@ -79,7 +79,7 @@ def open_rows(path: str | Path) -> RowFile:
 
 
 def find_records(path: Path) -> Path:
-    """Return the file of records in a folder that `llava download` wrote; return a file as it is.
+    """Return the file of records in a folder that `llava download` wrote; return the path of a file unchanged.
 
     `llava download` writes `records.json` with plain image files and `records.jsonl` with shards. If the folder has
     neither, the path of `records.jsonl` is returned, for the error message.
@@ -236,7 +236,7 @@ def scan_json(
     name: str,
     block: int = 1 << 20,
 ) -> Iterator[JsonItem]:
-    """Iterate over the elements of a JSON file of any size, with only one block of it in memory.
+    """Iterate over the elements of a JSON file of any size, with only a part of it in memory.
 
     This is not a validator: commas are skipped like whitespace.
 
@@ -286,7 +286,7 @@ def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
         key, _, _ = scanner.read_value()
         if not isinstance(key, str):
             raise ValueError(
-                f"{scanner.name}: not JSON: expected the name of a value (a string) at byte {position}; got {key!r:.80}"
+                f"{scanner.name}: not JSON: expected a key (a string) at byte {position}; got {key!r:.80}"
             )
         scanner.expect(":")
         if scanner.peek() == "[":
@@ -418,7 +418,7 @@ def _parquet_to_jsonl(path: Path) -> Path:
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
-    # Delete the conversions of earlier versions of the Parquet file, whose names begin with the same hash.
+    # Delete the conversions of earlier versions of the Parquet file. Their names begin with the same hash.
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         # Windows refuses to delete a file that another run is reading. The next conversion tries again.
         with contextlib.suppress(PermissionError):

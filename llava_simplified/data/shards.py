@@ -39,7 +39,7 @@ from llava_simplified.data.embedded_images import read_embedded_image
 from llava_simplified.extras import require_extra
 from llava_simplified.jobs import open_descriptor, read_at, write_all
 
-# Lower case, the most common first. Images of formats that cannot be decoded here are named as such when they are read.
+# Lower case, the most common first. Images of formats that cannot be decoded here are reported when they are read.
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
     *("jpe", "jfif", "heic", "heif"),
@@ -219,7 +219,7 @@ def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
     # RecursionError for a thousand of these in a row.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{path}: not a complete tar archive: after {last_good}: {error}"
+            f"{path}: not a complete tar archive; reading it failed after {last_good}: {error}"
         ) from None
 
 
@@ -239,8 +239,8 @@ def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> Non
         )
     if member.offset_data + member.size > archive_size:
         raise ValueError(
-            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}. Copy or download it "
-            "again."
+            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}. Copy or download the "
+            "file again."
         )
 
 
@@ -346,7 +346,7 @@ def _read_manifest(path: Path) -> tuple[list[str], list[int], list[int]] | None:
 
 
 def _read_tar_index(path: Path) -> tuple[tuple[list[str], list[int], list[int]], int]:
-    """Return keys, offsets and sizes of the images of a tar archive, and the number of samples without one."""
+    """Return keys, offsets and sizes of the images of a tar archive, and the number of samples without an image."""
     num_without_image = 0
     keys: list[str] = []
     offsets: list[int] = []
@@ -381,7 +381,8 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         data = read_at(file, size, offset)
     if len(data) != size:
         raise ValueError(
-            f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}. Copy or download the file again."
+            f"{path}: truncated: expected {size} bytes at position {offset}, found {len(data)}. Copy or download the "
+            "file again."
         )
     return data
 

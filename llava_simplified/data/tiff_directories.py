@@ -73,7 +73,7 @@ def check_directory(file: IO[bytes], order: str, is_big: bool) -> None:
         is_big: Whether counts and positions have 64 bits (BigTIFF).
 
     Raises:
-        DirectoryError: The values are much larger than the file, or too many.
+        DirectoryError: There are too many entries or numbers, or the values are much larger than the file.
     """
     start = file.tell()
     # An entry: tag, type, number of values; the value or its position is skipped.
@@ -110,7 +110,7 @@ def has_many_directories(data: bytes) -> bool:
     Pillow compares the position of each page with the positions of all earlier pages, which takes hours for a million
     pages.
     """
-    # Count the pages of both forms, because programs disagree about which byte marks a BigTIFF.
+    # Count the pages as a TIFF and as a BigTIFF, because programs disagree about which byte marks a BigTIFF.
     return any(_count_chain(data, is_big) == MAX_DIRECTORIES for is_big in (False, True))
 
 
@@ -127,7 +127,7 @@ def _count_chain(data: bytes, is_big: bool) -> int:
             (count,) = struct.unpack_from(f"{order}{count_form}", data, position)
             end = position + struct.calcsize(f"{order}{count_form}") + count * entry_size
             (position,) = struct.unpack_from(f"{order}{link_form}", data, end)
-    # A position is beyond the end of the file: count the directories before it.
+    # A position is beyond the end of the file, so no directory follows.
     except (struct.error, OverflowError):
         return len(seen)
     return len(seen)

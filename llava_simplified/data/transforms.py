@@ -45,9 +45,9 @@ if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
-# ConvNeXt's processor stretches images to a square if its size is at least this; below, it crops.
+# ConvNeXt's processor stretches images to a square if its `size` is at least this; with a smaller `size`, it crops.
 _CONVNEXT_MIN_STRETCHED_SIDE = 384
-# Pixels of a padded image that are in memory at the same time; see `ImageTransform._resize_padded`.
+# Number of pixels of a padded image that are resized at a time; see `ImageTransform._resize_padded`.
 _PADDED_CHUNK_PIXELS = 2_000_000
 
 
@@ -92,7 +92,7 @@ class ImageTransform:
 
         Args:
             name_or_path: A folder, or a model on the hub.
-            image_aspect_ratio: "crop" to follow the file, "pad" to make images square before that.
+            image_aspect_ratio: "crop" to follow the file, "pad" to make images square first.
 
         Raises:
             ValueError: There is no such folder, the file is missing, or its processor is not supported (it cuts images
@@ -127,7 +127,7 @@ class ImageTransform:
         """Return the transform that computes what an image processor of Transformers does."""
         if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
-                f"{name_or_path}: the image processor does not rescale or normalize images, which is not supported. "
+                f"{name_or_path}: the image processor must rescale and normalize images (do_rescale, do_normalize). "
                 "Choose another vision tower."
             )
         resize, crop = _resize_and_crop(processor, name_or_path)
@@ -245,8 +245,8 @@ class ImageTransform:
         if self.pad_color is not None and height * new_width > MAX_PIXELS:
             raise ImageError(
                 "too_large",
-                f"padded to {width}x{height} pixels, the image would have more than {MAX_PIXELS} "
-                f"pixels when it is resized to {new_width}x{new_height}",
+                f"the image, padded to {width}x{height} pixels, cannot be resized to {new_width}x{new_height}: an "
+                f"intermediate image would have more than {MAX_PIXELS} pixels",
             )
         return new_height, new_width
 
@@ -408,8 +408,8 @@ def _resize_and_crop(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
             "so images would have different sizes; this is not supported"
         )
-    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the crop. Large images are not cropped, but
-    # stretched to a square.
+    # Only ConvNeXt's processor has `crop_pct`. Its `size` is the size of the tower's input. If it is large, images are not
+    # cropped, but stretched to a square.
     square = (shorter_side, shorter_side)
     if shorter_side >= _CONVNEXT_MIN_STRETCHED_SIDE:
         return square, square
@@ -445,7 +445,7 @@ def _center_crop(
     missing_height = max(crop_height - height, 0)
     missing_width = max(crop_width - width, 0)
     if missing_height or missing_width:
-        # Add an odd row or column at the top and left. (The crop below removes it at the bottom and right.)
+        # Add an odd row or column at the top or left. (The crop below removes an odd one at the bottom or right.)
         top = (missing_height + 1) // 2
         left = (missing_width + 1) // 2
         right = missing_width - left

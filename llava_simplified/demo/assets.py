@@ -105,7 +105,7 @@ class DemoAssets:
         images: Image folder.
         train_json: Training records.
         val_json: Validation records.
-        preview_json: A sixth of the validation records, for evaluations during the training.
+        preview_json: A sixth of the validation records, for evaluations during training.
     """
 
     language_model: Path
@@ -229,7 +229,7 @@ def download(package: Package, folder: Path, npm: Sequence[str] = ("npm",)) -> P
 
 def _check_pip() -> None:
     """Raise ValueError if pip is not installed."""
-    # Run pip instead of importing it: a virtual environment may lack pip (for example with uv).
+    # A virtual environment may lack pip, for example if uv has created it.
     command = [sys.executable, "-m", "pip", "--version"]
     if subprocess.run(command, capture_output=True).returncode != 0:
         raise ValueError(
@@ -280,7 +280,7 @@ def _run_client(package: Package, folder: Path, npm: Sequence[str]) -> Path:
     files = sorted(folder.glob(f"*{package.suffix}"))
     if len(files) != 1:
         raise ValueError(
-            f"{problem}: `{quote_arguments(command)}` wrote {len(files)} files instead of one."
+            f"{problem}: `{quote_arguments(command)}` wrote {len(files)} {package.suffix} files instead of one."
         )
     return files[0]
 

@@ -75,7 +75,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--seed", type=int, default=42, help="Seed of the training (default: %(default)s)"
     )
-    add_limit_option(parser, "images when captioning")
+    add_limit_option(parser, "images in the captioning step")
     parser.add_argument(
         "--download-only", action="store_true", help="Download models and images, and stop"
     )

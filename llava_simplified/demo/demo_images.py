@@ -1,7 +1,7 @@
 """The demo's images and captions: emoji drawings and their English names.
 
-The drawings and the names come from two packages. They are matched by the code points of the emoji, whose notation
-differs between the packages (see `normalize_code_points`).
+The drawings and the names come from two packages. They are matched by the code points of the emoji. The packages
+use different notations for these (see `normalize_code_points`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     Raises:
         ValueError: A drawing has no name.
     """
-    # Select the files with one drawing each; the package also contains sheets of all drawings. Their names are code
-    # points: "1f1f3-1f1f4.png" is the flag of Norway.
     captions_by_code = _read_captions(names)
     folder = target / "images"
     folder.mkdir()
@@ -40,6 +38,8 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     captions: dict[str, str] = {}  # file name -> caption
     with tarfile.open(drawings) as archive:
         for member in archive:
+            # Select the files with one drawing each; the package also contains sheets of all drawings. Their names are
+            # code points: "1f1f3-1f1f4.png" is the flag of Norway.
             match = _DRAWING.fullmatch(member.name)
             if match is None:
                 continue
@@ -50,9 +50,9 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
             if code not in captions_by_code:
                 raise ValueError(f"{drawings}: the package {names} has no name for {member.name}")
             data = source.read()
-            # Hash the drawing, because some emoji have the same one; see `choose_held_out`.
             name = f"{match[1]}.png"
             (folder / name).write_bytes(data)
+            # Hash the drawing, because some emoji have the same one; see `choose_held_out`.
             digests[name] = hashlib.sha256(data).hexdigest()
             captions[name] = captions_by_code[code]
 
@@ -99,14 +99,14 @@ def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
     """Choose images for validation by the hashes of their bytes.
 
     The choice is deterministic, and does not depend on the order and names of the files. Files with the
-    same bytes (the flags of Norway and Svalbard) get into the same split.
+    same bytes (the flags of Norway and Svalbard) are always in the same split.
 
     Args:
         digests: File name -> sha256 of the file.
         count: Number of files to choose. A group of equal files that would exceed it is skipped.
 
     Raises:
-        ValueError: There are too few images to leave any for training.
+        ValueError: `count` images cannot be chosen, or none would be left for training.
     """
     groups: dict[str, list[str]] = {}
     for name, digest in digests.items():

@@ -157,7 +157,7 @@ class Demo:
         return []
 
     def _delete_checkpoints(self, step: Step) -> None:
-        """Delete the checkpoints of a finished run, which were only needed to continue it after an interruption."""
+        """Delete the checkpoints of a finished run. They were needed only to continue it after an interruption."""
         if step.run_folder is not None:
             for checkpoint in step.run_folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -229,7 +229,7 @@ class FinishedSteps:
 
 
 class Watcher:
-    """Shows the progress of one step while the block runs: in the terminal, and in `report.html`.
+    """Shows the progress of one step while its `with` block runs: in the terminal, and in `report.html`.
 
     Args:
         demo: The demo.
@@ -238,7 +238,7 @@ class Watcher:
         images: Image folder; None before it is downloaded.
 
     Attributes:
-        seconds: Duration of the block.
+        seconds: Duration of the step; 0 until the `with` block has ended.
     """
 
     REDRAW_SECONDS = 0.5  # interval between updates of the terminal
@@ -271,7 +271,7 @@ class Watcher:
         self.seconds = time.monotonic() - self._start
 
     def _follow(self) -> None:
-        """Update terminal and report until the block ends; runs in the thread."""
+        """Update the terminal and the report until the `with` block ends. Runs in the thread."""
         next_report = 0.0
         # `wait` returns False after each interval, and True when the block has ended.
         while not self._stop.wait(self.REDRAW_SECONDS):

@@ -86,7 +86,7 @@ def write_live_report(
 
 
 def _charts(name: str, folder: Path) -> list[Chart]:
-    """Return the curves of a training run: its losses, or its reward."""
+    """Return a chart of the losses or the reward of a training run; no chart before the first values."""
     curves = {label: points for label, points in read_curves(folder).items() if points}
     if "reward" in curves:
         return [line_chart(name, "reward of sampled captions", {"reward": curves["reward"]})]

@@ -81,7 +81,7 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def read_eval_captions(folder: Path) -> dict[int, list[CaptionRow]]:
-    """Return the captions of validation images that a run has written, by its step."""
+    """Return the captions of validation images that a training run has written, by training step."""
     captions = {}
     for path in (folder / EVAL_CAPTIONS).glob("step-*.jsonl"):
         rows = []

@@ -122,7 +122,7 @@ def summarize_rewards(output: Path, seconds: float) -> str:
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     # scores.json has one entry per prediction file, in the order of the command line.
     before, after = scores.values()
-    lines = ["", f"Scores on {after['images']} drawings that neither training used:"]
+    lines = ["", f"Scores on {after['images']} drawings that neither training run used:"]
     lines.append(f"{'':18}{'before':>8}{'after':>8}   difference, 95 % interval")
     for name in SHOWN_METRICS:
         lines.append(_metric_line(name, before, after))

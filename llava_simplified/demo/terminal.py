@@ -37,7 +37,7 @@ class Terminal:
         """Redraw the progress line."""
         if not self.is_interactive:
             return
-        # Cut the line at the width of the terminal: of a line that wraps, only the last part could be cleared.
+        # Cut the line at the width of the terminal, because only the last part of a wrapped line could be cleared.
         width = shutil.get_terminal_size().columns - 1
         self.stream.write(CLEAR_LINE + escape_control_characters(text)[:width])
         self.stream.flush()
