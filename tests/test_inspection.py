@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import CAPTIONS, MISTRAL_TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer
 
@@ -222,6 +223,21 @@ def test_inspect_names_rows_with_problems(
         (line,) = [line for line in lines if line.startswith(f"rows.json row {number}: ")]
         assert reason in line
     assert read_totals(output)["problems"] == ("3", "5")
+
+
+def test_inspect_opens_the_images_of_the_given_folder(
+    models_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    """Without --image_folder, it is unclear which of the two images is meant, and the error names the option."""
+    data = write_rows(tmp_path, make_row("a cat"))
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 32)).save(tmp_path / name / "0.jpg")
+    arguments = ["--data", data, "--model_name_or_path", models_folder / "mistral"]
+    assert inspect(*arguments) == 2
+    assert "--image_folder" in capsys.readouterr().err
+    assert inspect(*arguments, "--image_folder", tmp_path / "val") == 0
+    assert "40 x 32" in capsys.readouterr().out
 
 
 def test_inspect_names_prompts_that_leave_no_room_for_an_answer(

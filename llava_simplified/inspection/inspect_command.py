@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prompt import Prompt
 
     # Convert the source to records first, as `llava train --data` does.
-    records = Records(open_rows(prepare_data(args.data).records))
+    records = Records(open_rows(prepare_data(args.data, args.image_folder).records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)

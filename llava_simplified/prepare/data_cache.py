@@ -265,7 +265,7 @@ def find_image_folder(source: str) -> Path:
     if len(best) > 1:
         raise ValueError(
             f"{source}: images such as {names[0]!r} are in {' and in '.join(map(str, best[:3]))}. Pass the right folder "
-            "with --train_image_folder."
+            "with --train_image_folder, or with --image_folder of `llava inspect`."
         )
     return best[0]
 
