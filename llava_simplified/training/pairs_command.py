@@ -60,7 +60,7 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-timeout",
         type=float,
         default=60.0,
-        help="Maximum duration in seconds of scoring a batch of captions with module:function, and of a request of qa "
+        help="Maximum time in seconds for module:function to score a batch of captions, and for one request of qa "
         "(default: %(default)s)",
     )
     group.add_argument("--reward-clip", default="", help="Folder of a CLIP model, for clipscore")
@@ -74,7 +74,7 @@ def _add_reward_options(parser: CommandParser) -> None:
         "--reward-tries",
         type=int,
         default=1,
-        help="How often qa asks each question, each time with its options in a new random order (default: %(default)s)",
+        help="Number of times that qa asks each question, each time with the choices in a new random order (default: %(default)s)",
     )
 
 

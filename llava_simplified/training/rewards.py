@@ -57,7 +57,7 @@ class RewardOptions:
 
     Attributes:
         workers: Number of worker processes for the user's function.
-        timeout: Maximum duration in seconds of scoring the captions of a step with that function, and of a request to
+        timeout: Maximum time in seconds for that function to score the captions of a step, and for one request to
             the server.
         clip: Folder of the CLIP model of `clipscore`.
         device: Device on which the CLIP model runs.
