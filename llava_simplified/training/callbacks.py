@@ -284,5 +284,5 @@ class SampleWarnings:
     def summary(self) -> str:
         """Return the counts as text."""
         if not self.counts:
-            return "no samples"
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+            return "none"
+        return ", ".join(f"{kind}: {count:,}" for kind, count in sorted(self.counts.items()))

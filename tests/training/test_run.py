@@ -469,7 +469,7 @@ def test_bad_images_are_replaced_and_counted_and_too_many_stop_the_run(
     )
     run_training(options)
     assert "bad image, train.json row 5" in package_log.text
-    assert "1 bad image" in package_log.text
+    assert "bad image: 1" in package_log.text
 
     for row in rows[2:9]:
         row["image"] = "gone.jpg"
