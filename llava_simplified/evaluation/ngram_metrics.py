@@ -79,7 +79,7 @@ class NGramTable:
     num_grams: int
 
     def select(self, rows: np.ndarray, first_text: int) -> NGramTable:
-        """Return the rows where `rows` is true, with texts numbered from `first_text`."""
+        """Return the rows where `rows` is true, with texts renumbered so that text `first_text` becomes text 0."""
         return NGramTable(
             text=self.text[rows] - first_text,
             gram=self.gram[rows],
