@@ -156,7 +156,10 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
-        raise ImageError("unsafe", f"the image path {image!r} leaves the image folder ('..')")
+        raise ImageError(
+            "unsafe",
+            f"the image path {image!r} contains '..'; write it without '..', as a path inside the image folder",
+        )
     folder = Path(folder)
     try:
         located = locate_file(image, folder)

@@ -103,7 +103,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         _plot(output_dir)
     if trainer.accelerator.is_local_main_process:
         counts = trainer.sample_warnings.summary()
-        logger.info("Saved the model in %s. Images and warnings of this process: %s.", output_dir, counts)
+        logger.info(
+            "Saved the model in %s. Images and warnings of this process: %s.", output_dir, counts
+        )
     # Wait for all processes: if others have exited already, `destroy_process_group()` may hang.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
