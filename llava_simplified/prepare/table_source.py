@@ -248,11 +248,12 @@ def _is_part_of_url(text: str) -> bool:
 def _read_list(
     lines: Iterator[Line], pattern: re.Pattern[str], issues: ParseIssues
 ) -> Iterator[SourceRow]:
-    """Yield the rows of a list of URLs or of image names."""
+    """Yield the rows of a list that has either only URLs or only image names, as `pattern` matches them."""
+    expected = "a URL" if pattern is URL_PATTERN else "the name of an image"
     for number, text in lines:
         name = _list_name(text)
         if not pattern.search(name):
-            issues.note("neither a URL nor the name of an image (skipped)", number, text)
+            issues.note(f"not {expected}, as the first lines are (skipped)", number, text)
             continue
         if re.search(r"\s", name):
             issues.note("space inside a URL or name (kept)", number, text)
