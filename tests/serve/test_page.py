@@ -304,7 +304,7 @@ def test_veil_of_a_padded_image_shows_the_patches_of_the_image(
     light = (grid - grid.min()) / (grid.max() - grid.min())
     height, width = alpha.shape
     assert width / height == pytest.approx(2, rel=0.01)
-    # The square has 400 x 400 pixels, and the image its rows 100 to 299: the patches of the rows 1 and 2.
+    # The square has 400 x 400 pixels. The image occupies its pixel rows 100 to 299, which are rows 1 and 2 of the patches.
     y = [height // 4, 3 * height // 4]
     x = [(2 * column + 1) * width // 8 for column in range(4)]
     expected = 0.72 - 0.5 * light[1:3].numpy()
