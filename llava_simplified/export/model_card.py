@@ -106,7 +106,7 @@ def _introduction(config: Mapping[str, Any], export_format: str) -> str:
         [
             f"# LLaVA: {language_model} with {vision_tower}",
             f"A LLaVA model: the vision encoder {vision_tower}, the projector {projector} and the "
-            f"language model {language_model}. Trained to answer `{instruction}` about an image.",
+            f"language model {language_model}. Trained to follow the instruction `{instruction}`.",
             _HOW_TO_LOAD[export_format],
             f"License of the language model: {license_text}. The vision encoder and the training "
             "data have their own licenses.",
