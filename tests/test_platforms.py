@@ -273,7 +273,7 @@ def test_windows_problem_accepts_other_names(name: str) -> None:
     assert not names.windows_problem(name)
 
 
-def test_sidecar_is_refused_where_windows_has_no_file_for_it(
+def test_sidecar_is_refused_if_windows_does_not_allow_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer_options = sidecars.SidecarOptions(suffix=".txt", output=str(tmp_path / "captions"))

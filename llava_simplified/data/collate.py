@@ -258,7 +258,7 @@ class Collator:
 
         Args:
             tokens_per_image: Number of patch features per image.
-            pad_token_id: Token id on padding. Any valid id works, because no token attends to padding.
+            pad_token_id: Token id that fills the padding. Any valid id works, because no token attends to padding.
             dummy_image: `{"pixel_values": ...}` or `{"image_features": ...}` with one empty image, added to batches
                 without images. In distributed training every process must run every layer, otherwise gradient
                 synchronization hangs.

@@ -16,7 +16,7 @@ def build_parser() -> CommandParser:
         "compared with the source in Transformers, and is kept only if both produce the same outputs.",
     )
     parser.add_argument(
-        "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"
+        "source", type=Path, help="Folder of the checkpoint, or an mm_projector.bin file"
     )
     parser.add_argument("--output", required=True, type=Path, help="Folder to create")
     parser.add_argument(
