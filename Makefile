@@ -76,7 +76,7 @@ site: $(STAMP)
 
 # all tests; the aim is five minutes on two idle cores. Coverage (lines and branches) under 92 % is a failure
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
 
 # within a minute, for every commit: no processes, no browser, no training of seconds
 test-quick: $(STAMP)

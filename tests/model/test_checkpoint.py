@@ -407,7 +407,7 @@ def test_weights_digest_of_a_hub_model_covers_the_files_that_are_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copy(models_folder / "clip" / "config.json", snapshot)
     # Without this error, the digest would be that of an empty set of weights.
-    with pytest.raises(OSError, match=r"no model\.safetensors"):
+    with pytest.raises(OSError, match=r"cannot load model\.safetensors"):
         weights_digest("me/clip")
     shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)
     (snapshot / "tf_model.bin").write_bytes(b"of another library")

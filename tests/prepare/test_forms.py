@@ -579,7 +579,7 @@ ANSWER = {"role": "assistant", "content": "a cat"}
                 "messages": [{**USER, "content": "Draw"}, USER | ANSWER | {"content": "<image>"}],
                 "images": ["1.jpg"],
             },
-            "turn of the system or the assistant",
+            "system or assistant turn",
         ),
         (
             {
@@ -593,7 +593,7 @@ ANSWER = {"role": "assistant", "content": "a cat"}
                 "messages": [{**USER, "content": [part("image", image="2.jpg")]}, ANSWER],
                 "images": ["1.jpg"],
             },
-            "name all of them in the turns",
+            "mixes both forms",
         ),
         (
             {"messages": [{**USER, "content": [part("image", image="data:image/png;base64,x")]}]},
