@@ -63,7 +63,7 @@ def test_shared_values_do_not_take_memory(data: bytes) -> None:
 def test_strips_are_counted_before_pillow_makes_an_object_of_each() -> None:
     data = tiff_of_many_strips(300_000)
     tracemalloc.start()
-    with pytest.raises(ImageError, match="300000 numbers|numbers"):
+    with pytest.raises(ImageError, match="numbers; the limit is"):
         read_image_size(data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -680,6 +680,6 @@ def test_fetch_shard_killed_while_it_is_published_is_finished_by_the_next_run(
     fetch_shard(spec)
     merge_manifests(str(output))
     check_output(output, url_jobs)
-    assert set(server.served.values()) == {1} or max(server.served.values()) <= 2, server.served
+    assert max(server.served.values()) <= 2, server.served
     first_ok = next(number for _, kind, number in url_jobs if kind == "ok")
     assert Counter(server.served)[f"/ok/{first_ok}.jpg"] == 1
