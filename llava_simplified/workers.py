@@ -35,6 +35,7 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 _MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_STOP_SECONDS = 5.0  # time that a worker process has to end after SIGTERM, before it is killed
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux's mman.h; Python's module mmap does not define it
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
 # On Windows, Python's `select` can wait for at most 512 sockets. Leave some for sockets that are not connections: those
@@ -321,6 +322,10 @@ class LocalBackend:
         """Stop all worker processes."""
         for worker in self._workers:
             worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(_STOP_SECONDS)
+            # A process that has just been forked may still have the parent's handler of SIGTERM, which may ignore it.
+            worker.process.kill()
             worker.process.join()
 
 
@@ -364,6 +369,8 @@ def _run_worker(
 
     # Ignore Ctrl-C, which is sent to every process of the terminal; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A forked process inherits the parent's handler of SIGTERM. End without it, or `close` would have to wait.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     while True:
         spec = pipe.recv()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "prepare"))
 from downloads import SHARD_SIZE, check_output, write_source
 from servers import Server, loopback_server  # noqa: F401 - a fixture
 
+from llava_simplified import workers
 from llava_simplified.prepare.download import download
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.workers import TaskResult, event_loop, parse_slice, run_tasks
@@ -54,6 +55,12 @@ def count_siblings(_: int) -> int:
     """Return the number of worker processes. It is called in one of them."""
     time.sleep(0.2)
     return len(psutil.Process(os.getppid()).children())
+
+
+def sleep_with_handlers(*_: object) -> None:
+    """Run in place of a worker's main function, with the signal handlers of the parent."""
+    while True:
+        time.sleep(1)
 
 
 def write_forever(path: str) -> None:
@@ -104,6 +111,30 @@ def test_run_tasks_ends_with_its_processes_when_tick_raises() -> None:
     with pytest.raises(ValueError, match="enough"):
         list(run_tasks(time.sleep, [60, 60], workers=2, tick=stop))
     assert time.monotonic() - start < 15
+
+
+@pytest.mark.medium
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork processes")
+@pytest.mark.parametrize("resets_handlers", [True, False])
+def test_run_tasks_ends_its_processes_if_the_caller_handles_sigterm(
+    monkeypatch: pytest.MonkeyPatch, resets_handlers: bool
+) -> None:
+    """Forked processes inherit the handler. One that is stopped very early could not reset it before."""
+
+    def stop() -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")
+    if not resets_handlers:
+        monkeypatch.setattr(workers, "_run_worker", sleep_with_handlers)
+        monkeypatch.setattr(workers, "_STOP_SECONDS", 0.2)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="enough"):
+            list(run_tasks(time.sleep, [60, 60], workers=2, tick=stop))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.slow
