@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from training_peers import CONTENT, PeerRun, read_run, write_result
+from training_peers import CONTENT, PeerRun, read_run, shared_arguments, write_result
 
 TEMPLATE = "benchmark"
 DATASET = "captions"
@@ -64,20 +64,10 @@ def training_arguments(run: PeerRun) -> dict[str, Any]:
         "cutoff_len": 2048,
         "disable_shuffling": True,
         "output_dir": run.output,
-        "per_device_train_batch_size": run.batch,
-        "gradient_accumulation_steps": 1,
-        "max_steps": run.steps,
-        "learning_rate": run.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0,
-        "bf16": run.dtype == "bfloat16",
-        "use_cpu": True,
+        **shared_arguments(run),
         "flash_attn": "sdpa",
         "disable_gradient_checkpointing": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": "none",
-        "disable_tqdm": True,
     }
 
 

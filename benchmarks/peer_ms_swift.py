@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training_peers import CONTENT, PeerRun, read_run, write_result
+from training_peers import CONTENT, PeerRun, read_run, shared_arguments, write_result
 
 TEMPLATE = "benchmark"
 
@@ -44,24 +44,14 @@ def training_arguments(run: PeerRun) -> dict[str, Any]:
         "train_dataloader_shuffle": False,
         "output_dir": run.output,
         "add_version": False,
-        "per_device_train_batch_size": run.batch,
-        "gradient_accumulation_steps": 1,
-        "max_steps": run.steps,
-        "learning_rate": run.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0,
+        **shared_arguments(run),
         "weight_decay": 0.0,
         "adam_beta2": 0.999,
         "torch_dtype": run.dtype,
-        "bf16": run.dtype == "bfloat16",
         "fp16": False,
-        "use_cpu": True,
         "attn_impl": "sdpa",
         "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": ["none"],
-        "disable_tqdm": True,
     }
 
 

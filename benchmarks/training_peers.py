@@ -93,6 +93,23 @@ class PeerRun:
     lora_alpha: int
 
 
+def shared_arguments(run: PeerRun) -> dict[str, Any]:
+    """Return the arguments of `transformers.TrainingArguments` that all peers get, so that their steps are the same."""
+    return {
+        "per_device_train_batch_size": run.batch,
+        "gradient_accumulation_steps": 1,
+        "max_steps": run.steps,
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "bf16": run.dtype == "bfloat16",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 # ---- our environment: write what a peer reads, and start it ----
 
 

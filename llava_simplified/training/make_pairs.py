@@ -111,7 +111,7 @@ def write_pairs(
         ValueError: A reward fails, or no record gives a pair.
     """
     counts: Counter[str] = Counter()
-    candidates: dict[int, Record] = {}
+    candidates: list[tuple[Record, list[str]]] = []
     for index, captions in samples.items():
         record = records[index]
         # Empty captions cannot be trained on: DPO needs two answers.
@@ -121,22 +121,20 @@ def write_pairs(
         elif len(usable) < 2:
             counts["with fewer than two distinct captions"] += 1
         else:
-            candidates[index] = record
+            candidates.append((record, usable))
 
     with RecordWriter(output) as writer:
-        for indices in _batches(list(candidates)):
-            captions_of = [[text for text in samples[index] if text] for index in indices]
-            batch = [candidates[index] for index in indices]
-            for index, captions, rewards in zip(
-                indices, captions_of, _rewards(batch, captions_of, reward, image_folder)
-            ):
+        for start in range(0, len(candidates), _REWARD_BATCH):
+            batch = candidates[start : start + _REWARD_BATCH]
+            rewards_of = _rewards(batch, reward, image_folder)
+            for (record, captions), rewards in zip(batch, rewards_of):
                 best = max(range(len(captions)), key=rewards.__getitem__)
                 worst = min(range(len(captions)), key=rewards.__getitem__)
                 difference = rewards[best] - rewards[worst]
                 if difference <= 0 or difference < min_difference:
                     counts["with too small a difference of rewards"] += 1
                     continue
-                writer.write(_pair(candidates[index], captions[best], captions[worst]))
+                writer.write(_pair(record, captions[best], captions[worst]))
                 counts["pairs"] += 1
         # Raise inside the `with` block, so that the empty file is discarded.
         if not writer.count:
@@ -148,27 +146,19 @@ def write_pairs(
     return counts
 
 
-def _batches(indices: Sequence[int]) -> list[Sequence[int]]:
-    starts = range(0, len(indices), _REWARD_BATCH)
-    return [indices[start : start + _REWARD_BATCH] for start in starts]
-
-
 def _rewards(
-    records: Sequence[Record],
-    captions_of: Sequence[Sequence[str]],
-    reward: Reward,
-    image_folder: Path,
+    batch: Sequence[tuple[Record, Sequence[str]]], reward: Reward, image_folder: Path
 ) -> list[list[float]]:
     """Return the reward of each caption of each record, computed in one call."""
     repeated: list[_SampledRecord] = []
     captions: list[str] = []
-    for record, group in zip(records, captions_of):
+    for record, group in batch:
         image = str(image_folder / record.images[0]) if record.images else ""
         rewarded = _SampledRecord(record.id, image, record.responses, record.questions)
         repeated += [rewarded] * len(group)
         captions += group
     values = iter(reward(repeated, captions))
-    return [[next(values) for _ in group] for group in captions_of]
+    return [[next(values) for _ in group] for _, group in batch]
 
 
 def _pair(record: Record, chosen: str, rejected: str) -> dict[str, Any]:
