@@ -111,7 +111,7 @@ def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> di
         model = one_file.load(checkpoint)
         model.float()
 
-    # Image to tensor, and its features.
+    # Load the image as a tensor, and compute its features.
     path = assets.images / image
     with Image.open(path) as opened:
         opened_as = (opened.mode, opened.size)
