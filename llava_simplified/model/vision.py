@@ -25,6 +25,7 @@ from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_config, check_model_name
 from llava_simplified.model.protocols import VisionModel
+from llava_simplified.model.skip_layers import record_layers, skip_layers, unused_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +38,7 @@ class _Shape(NamedTuple):
     width: int
     grid: tuple[int, int]
     used_parameters: frozenset[str]
+    unused_layers: tuple[str, ...]
 
 
 class VisionTower(nn.Module):
@@ -58,6 +60,7 @@ class VisionTower(nn.Module):
         grid: Number of rows and columns of the grid of patches (after pooling).
         used_parameters: Names of the model's parameters that the features depend on. Parameters of the layers
             after the selected one, for example, are excluded.
+        unused_layers: Names of the model's layers that are not computed, because the features do not depend on them.
     """
 
     def __init__(
@@ -87,6 +90,9 @@ class VisionTower(nn.Module):
         self.width = shape.width
         self.grid = shape.grid
         self.used_parameters = shape.used_parameters
+        self.unused_layers = shape.unused_layers
+        # A tuple, and not a `ModuleList`, because the model owns these layers.
+        self._skipped = tuple(model.get_submodule(name) for name in shape.unused_layers)
 
     @classmethod
     def from_pretrained(
@@ -195,7 +201,8 @@ class VisionTower(nn.Module):
             # Convolutions in this memory format are several times faster on a CPU.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         # Disable gradients for a frozen tower, so that it stores no activations.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with_gradient = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(with_gradient), skip_layers(self._skipped):
             features, _ = self._select(self.model, pixel_values)
         return features
 
@@ -265,7 +272,7 @@ class VisionTower(nn.Module):
         return features, (rows, columns)
 
     def _trace(self) -> _Shape:
-        """Find out the shape of the features, and which parameters they depend on.
+        """Find out the shape of the features, which parameters they depend on, and which layers can be skipped.
 
         For this, run a forward and a backward pass on the meta device, without data. Exactly the parameters that
         the features depend on get a gradient.
@@ -278,7 +285,8 @@ class VisionTower(nn.Module):
             model: Any = AutoModel.from_config(self.model.config, trust_remote_code=False).eval()
             pixel_values = torch.empty(1, 3, *self.transform.crop)
             try:
-                features, grid = self._select(model, pixel_values)
+                with record_layers(model) as recorded:
+                    features, grid = self._select(model, pixel_values)
                 names, parameters = zip(*model.named_parameters())
                 gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
@@ -302,6 +310,7 @@ class VisionTower(nn.Module):
             width=features.shape[2],
             grid=grid,
             used_parameters=frozenset(used),
+            unused_layers=unused_layers(model, recorded, used),
         )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
-from transformers import ViTMAEConfig, ViTMAEModel
+from transformers import AutoModel, ViTMAEConfig, ViTMAEModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava_simplified.model.skip_layers import skip_layers
 from llava_simplified.model.vision import VisionTower
 
 # Height and width of the images, in pixels.
@@ -174,6 +176,57 @@ def test_used_parameters_are_those_that_get_a_gradient(
     assert tower.used_parameters == with_gradient
     if kind == "clip" and layer == -2:
         assert not any("layers.2." in name for name in tower.used_parameters)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize("kind", IMAGE_SIZE)
+def test_skipping_unused_layers_does_not_change_the_features(
+    models_folder: Path, kind: str, layer: int
+) -> None:
+    tower = load_tower(models_folder, kind, select_layer=layer)
+    pixels = torch.rand(2, 3, IMAGE_SIZE[kind], IMAGE_SIZE[kind])
+    with torch.no_grad():
+        features = tower(pixels)
+        expected, _ = tower._select(tower.model, pixels)
+        torch.testing.assert_close(features, expected)
+        # The model itself still computes all layers, for users who call it.
+        output = tower.model(pixels).last_hidden_state
+        stock = AutoModel.from_pretrained(models_folder / kind).eval()
+        if hasattr(stock, "vision_model"):
+            stock = stock.vision_model
+        torch.testing.assert_close(output, stock(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
+def test_layers_above_the_selected_one_are_not_computed(models_folder: Path, kind: str) -> None:
+    tower = load_tower(models_folder, kind, select_layer=-2)
+    last = tower.model.get_submodule(tower.unused_layers[-1])
+    computed: list[nn.Module] = []
+    for module in last.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: computed.append(module))
+    tower(torch.rand(1, 3, 32, 32))
+    assert not computed
+    tower.model(torch.rand(1, 3, 32, 32))
+    assert computed
+    assert len(tower.unused_layers) == 1
+    assert load_tower(models_folder, kind, select_layer=-1).unused_layers == ()
+
+
+def test_skipped_layers_get_back_their_own_forward() -> None:
+    """Also if a library has replaced the `forward` of the instance, and if the model fails."""
+    plain = nn.Linear(2, 2)
+    wrapped = nn.Linear(2, 2)
+    wrapped.forward = lambda inputs: inputs + 1
+    forward = wrapped.forward
+    inputs = torch.rand(1, 2)
+    with pytest.raises(KeyError), skip_layers([plain, wrapped]):
+        assert plain(inputs) is inputs
+        assert wrapped(inputs) is inputs
+        raise KeyError
+    assert wrapped.forward is forward
+    assert "forward" not in vars(plain)
+    assert torch.equal(plain(inputs), nn.functional.linear(inputs, plain.weight, plain.bias))
 
 
 def test_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:
