@@ -33,8 +33,6 @@ from llava_simplified.workers import release_pages, tune_malloc
 # the second one afterward. See `workers.tune_malloc`.
 _RETURNED_BLOCK_BYTES = 1 << 20
 _DEFAULT_RETURNED_BLOCK_BYTES = 32 << 20
-# Activations are stored as unsigned bytes, in which 128 means zero.
-_ZERO_POINT = 128
 
 
 class Int8Linear(nn.Module):
@@ -106,19 +104,24 @@ def _multiply(x: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
         float32 (rows, out_features)
     """
     product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-        x, 1 / levels, _ZERO_POINT, packed
+        x, 1 / levels, zero_point(levels), packed
     )
     return product
+
+
+def zero_point(levels: int) -> int:
+    """Return the unsigned byte that means 0 in activations. The bytes from 1 to `2 * levels + 1` mean -1 to 1."""
+    return levels + 1
 
 
 @cache
 def activation_levels() -> int:
     """Return how many positive values a rounded activation may have: 127, or 63 on older CPUs.
 
-    Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, and the sum may
-    overflow silently. Such CPUs get fewer values.
+    Without instructions for neural networks (VNNI), the CPU adds two products in 16 bits, and silently limits the
+    sum to 32,767. The largest byte of an activation is then 2 * 63 + 1 = 127, and 2 * 127 * 127 = 32,258.
     """
-    # Detect an overflow: multiply vectors of the largest values, and check the result.
+    # Detect the limit: multiply vectors of the largest values, and check the result.
     width = 64
     ones = torch.ones(1, width)
     packed = _quantize_and_pack(ones, torch.tensor([1 / 127]))

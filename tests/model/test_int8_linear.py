@@ -11,7 +11,12 @@ from torch import nn
 
 from llava_simplified.model import int8_linear
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.model.int8_linear import Int8Linear, activation_levels, check_int8_support
+from llava_simplified.model.int8_linear import (
+    Int8Linear,
+    activation_levels,
+    check_int8_support,
+    zero_point,
+)
 
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="requires an x86 CPU"
@@ -86,7 +91,8 @@ def test_quantized_checkpoint_generates_the_same_captions_alone_and_in_a_batch(
     expected = exact.language_model(input_ids=ids).logits
     logits = model.language_model(input_ids=ids).logits
     error = (logits - expected).norm() / expected.norm()
-    assert 0 < error < 0.05
+    # The error is mostly that of the rounded activations.
+    assert 0 < error < 0.05 * 127 / activation_levels()
     with pytest.raises(ValueError, match="cannot be trained"):
         load_checkpoint(tmp_path / "model", quantize="int8", device="cpu", trainable=True)
     with pytest.raises(ValueError, match="--bits 16"):
@@ -113,3 +119,10 @@ def test_activations_lose_a_bit_where_products_overflow(monkeypatch: pytest.Monk
         assert activation_levels() == 63
     finally:
         activation_levels.cache_clear()
+
+
+def test_sums_of_two_products_fit_into_16_bits_with_63_levels() -> None:
+    """CPUs that do not support VNNI limit such a sum to 32,767, and the output would be wrong without a warning."""
+    largest_activation = zero_point(63) + 63
+    largest_weight = 127
+    assert 2 * largest_activation * largest_weight <= 2**15 - 1
