@@ -31,12 +31,14 @@ PHRASES = (
 
 def compute_dtype() -> str:
     """Return the data type in which all sides compute: bfloat16, or float32 where that is faster."""
-    from llava_simplified.doctor_command import has_fast_bfloat16
+    import torch
+
+    from llava_simplified.model.cpu_dtype import has_fast_products
 
     # Whether bfloat16 is fast is measured, and could differ between two measurements. Child processes inherit the
     # variable, so all processes of a benchmark use the same data type.
     if "BENCH_DTYPE" not in os.environ:
-        os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_bfloat16() else "float32"
+        os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_products(torch.bfloat16) else "float32"
     return os.environ["BENCH_DTYPE"]
 
 

@@ -187,6 +187,8 @@ def _describe_devices() -> Sequence[str]:
     """Return a line for each accelerator, and lines about bfloat16 and compilation on the CPU."""
     import torch
 
+    from llava_simplified.model.cpu_dtype import has_fast_products
+
     lines = []
     if torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):
@@ -194,7 +196,7 @@ def _describe_devices() -> Sequence[str]:
             lines.append(f"  {device}: {_describe_device(index)}")
     else:
         lines.append("  no accelerator: everything runs on the CPU")
-    bfloat16 = "fast" if has_fast_bfloat16() else "slow; train with --bf16 False"
+    bfloat16 = "fast" if has_fast_products(torch.bfloat16) else "slow; train with --bf16 False"
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
     if torch.cuda.is_available():
         lines.append(
@@ -218,24 +220,6 @@ def _describe_device(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: train with --fp16"
     return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {bfloat16}"
-
-
-def has_fast_bfloat16() -> bool:
-    """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
-
-    The products are timed, because PyTorch does not report this. On a CPU without AVX-512 instructions for bfloat16,
-    bfloat16 products take eight times as long.
-    """
-    import torch
-    from torch.utils.benchmark import Timer
-
-    # Use the size of a layer of a small model. It is large enough for the overhead of the call to be negligible.
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, dtype=dtype)
-        timer = Timer("matrix @ matrix", globals={"matrix": matrix})
-        seconds[dtype] = timer.blocked_autorange(min_run_time=0.05).median
-    return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
 # ---- hub and disk ----

@@ -282,6 +282,12 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
         help="Bits per weight of the language model (default: as in training)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "stored"],
+        help="Data type of the weights that are not quantized; stored: as in the checkpoint (default: stored, or float32 "
+        "on a CPU on which this is much faster)",
+    )
+    parser.add_argument(
         "--quantize",
         choices=["int8"],
         help="Quantize the language model for faster generation on a CPU; captions may change slightly",
@@ -295,7 +301,7 @@ def checkpoint_options(args: Any) -> dict[str, Any]:
     Args:
         args: The parsed options. If no checkpoint was given, `model_path` becomes "".
     """
-    names = ("model_base", "vision_tower", "bits", "quantize", "trust_remote_code")
+    names = ("model_base", "vision_tower", "bits", "dtype", "quantize", "trust_remote_code")
     values = {name: getattr(args, name) for name in names}
     return {"model_path": args.model_path or "", **values}
 

@@ -279,7 +279,15 @@ def parse_endpoint_options(
             f"--model: the name of the model on the server is required with --endpoint; {args.endpoint}/models "
             "lists the names."
         )
-    local = ["model_path", "model_base", "vision_tower", "bits", "quantize", "trust_remote_code"]
+    local = [
+        "model_path",
+        "model_base",
+        "vision_tower",
+        "bits",
+        "dtype",
+        "quantize",
+        "trust_remote_code",
+    ]
     refuse_changed(local, "has no effect with --endpoint, because the model runs on the server")
     refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
     options = {name: getattr(args, name) for name in names}

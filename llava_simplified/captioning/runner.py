@@ -72,7 +72,7 @@ class CaptionJob:
     """A job of `caption_file`, which can be sent to another process or machine.
 
     Attributes:
-        model_path, model_base, vision_tower, bits, quantize, trust_remote_code: See `Llava.from_pretrained`.
+        model_path, model_base, vision_tower, bits, dtype, quantize, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
         output: A .jsonl file; with any other suffix, the output is a JSON array. For a job with `sidecars`, its
             journal: an absolute path, or a file name, which means a file in the folder of the images.
@@ -97,6 +97,7 @@ class CaptionJob:
     model_base: str | None = None
     vision_tower: str | None = None
     bits: int | None = None
+    dtype: str | None = None
     quantize: str | None = None
     trust_remote_code: bool = False
     limit: int | None = None
@@ -328,7 +329,7 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 def _remove_unused(settings: dict[str, Any]) -> None:
     """Remove options that are off. The settings of unfinished jobs of version 0.1.0 do not contain them."""
-    for name in ("endpoint", "quantize"):
+    for name in ("dtype", "endpoint", "quantize"):
         if settings[name] is None:
             del settings[name]
     if not settings["prompts"]:

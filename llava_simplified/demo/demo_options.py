@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 
 from llava_simplified.demo.assets import DemoAssets
-from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.options import quote_arguments
 from llava_simplified.recipes import resolve_recipe
 
@@ -62,6 +61,7 @@ def _machine_argv() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
+    from llava_simplified.model.cpu_dtype import has_fast_products
     from llava_simplified.training.kernels import can_compile
 
     argv: list[str] = []
@@ -74,7 +74,7 @@ def _machine_argv() -> list[str]:
         )
         argv += option_argv(compile_layers=False)
     # The recipes use bfloat16, which CPUs without instructions for it emulate slowly.
-    if not torch.accelerator.is_available() and not has_fast_bfloat16():
+    if not torch.accelerator.is_available() and not has_fast_products(torch.bfloat16):
         logger.info("bfloat16 is slow on this CPU. Training uses float32.")
         argv += option_argv(bf16=False)
     return argv

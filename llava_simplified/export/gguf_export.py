@@ -94,7 +94,7 @@ def export_gguf(
         model = Llava.from_pretrained(
             checkpoint,
             device="cpu",
-            dtype=dtype,
+            dtype=dtype or "stored",
             merge=True,
             model_base=model_base,
             vision_tower=vision_tower,

@@ -118,7 +118,7 @@ def _compute_references(
     The template is None if the checkpoint has the same template as the source. Otherwise, the source is run
     with the template of the checkpoint.
     """
-    model = Llava.from_pretrained(checkpoint, device="cpu")
+    model = Llava.from_pretrained(checkpoint, device="cpu", dtype="stored")
     # Convert the projector, which may have another data type than the tower: the source has a single one.
     model.projector.to(model.vision_tower.dtype)
     references = [compute_reference(model, image) for image in images]

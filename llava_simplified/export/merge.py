@@ -50,6 +50,7 @@ def merge_checkpoint(
     model = Llava.from_pretrained(
         checkpoint,
         device="cpu",
+        dtype="stored",
         merge=True,
         model_base=model_base,
         vision_tower=vision_tower,

@@ -188,7 +188,7 @@ def _write_model_and_processor(
     model = Llava.from_pretrained(
         checkpoint,
         device="cpu",
-        dtype=dtype,
+        dtype=dtype or "stored",
         merge=merge,
         model_base=model_base,
         vision_tower=vision_tower,

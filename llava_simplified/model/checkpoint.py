@@ -38,11 +38,13 @@ from llava_simplified.jobs import rename_folder, use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
+    DTYPES,
     FORMAT_VERSION,
     LlavaConfig,
     TrainedParts,
     read_checkpoint_config,
 )
+from llava_simplified.model.cpu_dtype import use_fast_dtype
 from llava_simplified.model.int8_linear import check_int8_support, quantize_linear_layers
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora_options import CHANGES_FROZEN_WEIGHTS
@@ -177,7 +179,9 @@ def load_checkpoint(
         folder: The checkpoint.
         model_base: Path of the language model's base weights, if they have moved since training.
         vision_tower: Path of the vision tower's base weights, if they have moved since training.
-        dtype: Data type of the frozen weights ("float32", "bfloat16"); by default as in training.
+        dtype: Data type of the frozen weights ("float32", "bfloat16"), or "stored" for the one in the checkpoint,
+            which is that of training. By default the one in the checkpoint, or float32 if the model generates
+            on a CPU on which this is much faster.
         bits: Precision of the frozen language model (4, 8 or 16); by default as in training.
         device: Where to put the model; by default the accelerator if there is one, else the CPU.
         trainable: Keep gradients enabled for the trained parts, to continue training them.
@@ -198,18 +202,20 @@ def load_checkpoint(
     folder = Path(folder)
     checkpoint_config = read_checkpoint_config(folder)
     parts = TrainedParts.from_stored(checkpoint_config)
+    _check_dtype(dtype)
     config = LlavaConfig.from_dict(checkpoint_config["architecture"])
     config = replace(
         config,
         language_model=model_base or config.language_model,
         vision_tower=vision_tower or config.vision_tower,
-        dtype=dtype or config.dtype,
+        dtype=config.dtype if dtype in (None, "stored") else dtype,
         bits=bits or config.bits,
     )
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(device)
     if quantize:
-        _check_quantize(quantize, torch.device(device), config.bits, trainable)
+        _check_quantize(quantize, device, config.bits, trainable)
         merge = True
 
     # If all weights of a part were trained, load it from the checkpoint. Otherwise, load its base model.
@@ -221,12 +227,7 @@ def load_checkpoint(
     if bits:
         chosen.append(f"--bits {bits}")
     with _blame_config(folder, chosen):
-        # Verify the base weights before loading them. They may be 14 GB, and the check reads only samples of them.
-        digests = config.weights_digests
-        if "language_model" in digests and trained_lm is None:
-            check_weights_digest("language_model", config.language_model, digests["language_model"])
-        if "vision_tower" in digests and trained_tower is None:
-            check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
+        _verify_base_weights(config, trained_lm, trained_tower)
         model = build_model(
             config,
             language_model=trained_lm,
@@ -255,7 +256,38 @@ def load_checkpoint(
         model.requires_grad_(False)
     if quantize:
         quantize_linear_layers(model.language_model)
-    return model.eval().to(device)
+    model.eval().to(device)
+    # Convert the weights at the end: they keep the precision of training, and those of quantized layers are gone.
+    if dtype is None and device.type == "cpu" and config.bits == 16 and not trainable:
+        use_fast_dtype(model)
+    return model
+
+
+def _verify_base_weights(
+    config: LlavaConfig, trained_lm: Path | None, trained_tower: Path | None
+) -> None:
+    """Raise ValueError if base weights differ from those that were used in training.
+
+    Call this before loading them: they may have 14 GB, and the check reads only samples of them.
+
+    Args:
+        config: The paths and digests of the base weights.
+        trained_lm: Where the checkpoint has its own weights of the language model; None for base weights.
+        trained_tower: The same for the vision tower.
+    """
+    digests = config.weights_digests
+    if "language_model" in digests and trained_lm is None:
+        check_weights_digest("language_model", config.language_model, digests["language_model"])
+    if "vision_tower" in digests and trained_tower is None:
+        check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
+
+
+def _check_dtype(dtype: str | None) -> None:
+    """Raise ValueError unless `dtype` is a value that `load_checkpoint` accepts."""
+    if dtype not in (None, "stored", *DTYPES):
+        raise ValueError(
+            f'dtype must be "stored" or one of {", ".join(DTYPES)}, not {shorten(dtype)}'
+        )
 
 
 def _check_quantize(quantize: str, device: torch.device, bits: int, trainable: bool) -> None:

@@ -189,7 +189,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     """Load the model, and serve requests until a signal arrives."""
     import uvicorn
 
-    from llava_simplified.model.llava import Llava
+    from llava_simplified.captioning.runner import load_model
     from llava_simplified.serve.api import create_app
     from llava_simplified.serve.connections import TimedH11Protocol
     from llava_simplified.serve.engine import Engine
@@ -204,14 +204,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
             "%s is reachable from other machines, and every client may use the model. Pass --api-key to prevent this.",
             args.host,
         )
-    model = Llava.from_pretrained(
-        args.model_path,
-        model_base=args.model_base,
-        vision_tower=args.vision_tower,
-        bits=args.bits,
-        quantize=args.quantize,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model = load_model(args)
     engine = Engine(
         model,
         batch_size=args.batch_size,

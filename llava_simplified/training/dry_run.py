@@ -79,6 +79,7 @@ def dry_run(argv: Sequence[str]) -> None:
     loaded = load_checkpoint(
         output,
         device=args.device,
+        dtype="stored",
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=model_args.trust_remote_code,
     ).eval()

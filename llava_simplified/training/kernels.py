@@ -6,6 +6,7 @@ not support it, or if the result would not be exact.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from importlib.util import find_spec
 
@@ -17,7 +18,10 @@ from transformers.utils import is_flash_attn_2_available
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.model.build import quantization
+from llava_simplified.model.cpu_dtype import has_fast_products
 from llava_simplified.model.protocols import CausalLM
+
+logger = logging.getLogger(__name__)
 
 # Fraction of its activations that a compiled layer may save for backward; the rest is recomputed. 0.9
 # saves a tenth of the memory at no measurable cost, since only very cheap operations are recomputed.
@@ -70,6 +74,10 @@ def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
         quantization(model.bits, torch.float32)
     if args.use_liger_kernel:
         _check_liger(args)
+    if args.bf16 and args.device.type == "cpu" and not has_fast_products(torch.bfloat16):
+        logger.warning(
+            "--bf16 True: bfloat16 is slow on this CPU. Pass --bf16 False, which needs twice the memory for the frozen weights."
+        )
     _check_compilation(args)
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from llava_simplified import recipes
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.demo import demo_command, demo_options, demo_steps
+from llava_simplified.demo import demo_command, demo_steps
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
@@ -27,6 +27,7 @@ from llava_simplified.demo.reward_demo import (
     plan_reward_steps,
 )
 from llava_simplified.demo.terminal import redirect_output
+from llava_simplified.model import cpu_dtype
 from llava_simplified.model.llava import Llava
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -194,7 +195,7 @@ def test_reward_demo_continues_the_model_and_compares_with_its_captions(tmp_path
 def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool
 ) -> None:
-    monkeypatch.setattr(demo_options, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(cpu_dtype, "has_fast_products", lambda dtype: is_fast)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path)
     training = [step.argv for step in steps if step.argv[0] == "train"]
