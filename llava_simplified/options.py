@@ -284,8 +284,8 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "stored"],
-        help="Data type of the weights that are not quantized; stored: as in the checkpoint (default: stored, or float32 "
-        "on a CPU on which this is much faster)",
+        help="Data type of the weights (default: stored, which means as in the checkpoint, or float32 on a CPU on which "
+        "this is much faster)",
     )
     parser.add_argument(
         "--quantize",
