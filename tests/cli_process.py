@@ -32,7 +32,8 @@ from llava_simplified import workers
 
 # Modules that are not installed are ignored.
 PRELOADED = [
-    "deepspeed",
+    "bitsandbytes",  # PEFT imports it when it builds an adapter
+    "deepspeed.ops.op_builder.all_ops",
     "llava_simplified.captioning.caption_command",
     "llava_simplified.captioning.runner",
     "llava_simplified.model.checkpoint",
@@ -40,6 +41,9 @@ PRELOADED = [
     "llava_simplified.training.build_trainer",
     "llava_simplified.training.train_command",
     "matplotlib.backends.backend_agg",
+    "peft.utils.transformers_weight_conversion",
+    "transformers.integrations.mistral.tokenizer",
+    "transformers.models.clip.image_processing_pil_clip",
     "transformers.models.clip.modeling_clip",
     "transformers.models.mistral.modeling_mistral",
 ]
