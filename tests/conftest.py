@@ -39,6 +39,7 @@ VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficie
 # Modules of libraries that the package or the tests import, and that are slow to import. A missing one is skipped.
 LIBRARIES = [
     "aiohttp",
+    "bitsandbytes",
     "datasets",
     "deepspeed",
     "gguf",
