@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from llava_simplified.data.images import decode_image
 from llava_simplified.export.stock_check import compute_reference
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.train_command import train
+
+TrainPair = Callable[..., Path]  # (vision tower, language model, **options) -> checkpoint
 
 
 def train_checkpoint(data_folder: Path, output: Path, **options: object) -> Path:

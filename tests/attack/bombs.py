@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -42,6 +43,7 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+@cache
 def zeros(count: int) -> bytes:
     """Return `count` zeros, compressed: a thousand of them take one byte."""
     compressor = zlib.compressobj(9)

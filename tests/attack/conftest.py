@@ -12,7 +12,7 @@ import pytest
 # The helpers that run a server are in tests/serve.
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
-from hostile import HealthyClient
+from hostile import HealthyClient, expected_text
 from live_server import Limits, LiveServer, live_server
 from tiny import build_llava
 
@@ -50,16 +50,25 @@ def server(model: Llava, photos: Sequence[bytes]) -> Iterator[LiveServer]:
     TimedH11Protocol.HEAD_SECONDS = head_seconds
 
 
+@pytest.fixture(scope="session")
+def expected_answer(model: Llava, photos: Sequence[bytes]) -> str:
+    """What the model generates for the request of the healthy client."""
+    return expected_text(model, photos[0])
+
+
 @pytest.fixture
 def healthy(
-    server: LiveServer, model: Llava, photos: Sequence[bytes], caplog: pytest.LogCaptureFixture
+    server: LiveServer,
+    expected_answer: str,
+    photos: Sequence[bytes],
+    caplog: pytest.LogCaptureFixture,
 ) -> Iterator[HealthyClient]:
     """A client that sends the same request all the time, during an attack.
 
     After the attack, all of its answers must be equal, and the server must not have logged a traceback or status 500.
     """
     with caplog.at_level(logging.INFO):
-        with HealthyClient(server, model, photos[0]) as client:
+        with HealthyClient(server, expected_answer, photos[0]) as client:
             yield client
         assert client.answers, "no request was answered during the attack"
         assert client.answers == [client.expected] * len(client.answers)

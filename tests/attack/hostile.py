@@ -77,11 +77,16 @@ def deleted(value: Any, path: Sequence[Any]) -> Any:
     return result
 
 
+def expected_text(model: Llava, photo: bytes) -> str:
+    """Return the greedy answer to the request of a `HealthyClient`, without a server."""
+    return model.caption(photo, "What?", max_new_tokens=6)
+
+
 class HealthyClient:
     """Ask for the same greedy answer again and again, in a thread, while the server is attacked."""
 
-    def __init__(self, server: LiveServer, model: Llava, photo: bytes) -> None:
-        self.expected = model.caption(photo, "What?", max_new_tokens=6)
+    def __init__(self, server: LiveServer, expected: str, photo: bytes) -> None:
+        self.expected = expected
         self.answers: list[str] = []
         self._server = server
         self._body = chat_body(photo, max_tokens=6)

@@ -6,28 +6,24 @@ ordinary image of 50 megapixels.
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bombs import BOMBS, FORMATS, animation, encoded
 from hostile import HealthyClient
 from live_server import LiveServer, chat_body
-from sampling import IS_COMPLETE
+from sampling import IS_COMPLETE, num_examples
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError, decode_image
 
 MAX_SECONDS = 15.0
-
-
-@cache
-def make_bomb(name: str) -> bytes:
-    return BOMBS[name]()
 
 
 def attack(data: bytes, what: object) -> bool:
@@ -45,10 +41,58 @@ def attack(data: bytes, what: object) -> bool:
     return True
 
 
-@pytest.mark.medium
+# Prints a line for each bomb: its name, the shape of the pixels or the kind of the error, and what the decoding took.
+MEASURE = """
+import json, time
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+from bombs import BOMBS
+from llava_simplified.data.images import ImageError, decode_image
+
+def peak_megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if resource else 0
+
+for name, bomb in BOMBS.items():
+    data = bomb()
+    before, start, shape, kind = peak_megabytes(), time.perf_counter(), None, None
+    try:
+        shape = decode_image(data).shape
+    except ImageError as error:
+        kind = error.kind
+    seconds = time.perf_counter() - start
+    grown = peak_megabytes() - before
+    outcome = {"shape": shape, "kind": kind, "seconds": seconds, "megabytes": grown}
+    print(json.dumps([name, outcome]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, Any]]:
+    """Decode all bombs in a separate process, since the peak memory of a process never falls."""
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr
+    return dict(json.loads(line) for line in result.stdout.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("image_bombs")
 @pytest.mark.parametrize("name", BOMBS)
-def test_bomb_is_decoded_or_refused_in_time(name: str) -> None:
-    attack(make_bomb(name), name)
+def test_bomb_is_decoded_or_refused_in_time_and_memory(
+    outcomes: dict[str, dict[str, Any]], name: str
+) -> None:
+    outcome = outcomes[name]
+    assert outcome["seconds"] < MAX_SECONDS
+    assert outcome["megabytes"] < 900
+    if outcome["shape"] is None:
+        assert outcome["kind"]
+    else:
+        height, width, channels = outcome["shape"]
+        assert channels == 3 and height * width <= MAX_PIXELS
 
 
 @pytest.mark.medium
@@ -59,9 +103,10 @@ def test_damaged_file_is_decoded_or_refused(image_format: str) -> None:
     assert attack(data, image_format)
     generator = random.Random(image_format)
     for position in range(min(len(data), 400)):
-        for value in (0, 0xFF, data[position] ^ (1 << generator.randrange(8))):
+        values = [0, 0xFF, data[position] ^ (1 << generator.randrange(8))]
+        for value in values if IS_COMPLETE else generator.sample(values, 1):
             attack(data[:position] + bytes([value]) + data[position + 1 :], (position, value))
-    for _ in range(60):
+    for _ in range(num_examples(60)):
         attack(data[: generator.randrange(len(data))], "cut")
         start = generator.randrange(len(data))
         attack(data[:start] + bytes(30) + data[start + 30 :], "zeros")
@@ -72,7 +117,7 @@ def test_damaged_file_is_decoded_or_refused(image_format: str) -> None:
 def test_damaged_animation_is_decoded_or_refused(image_format: str) -> None:
     data = animation(image_format, 6)
     generator = random.Random(image_format)
-    for _ in range(150):
+    for _ in range(num_examples(150)):
         start = generator.randrange(len(data) // 4, len(data))
         attack(data[:start], "cut")
         attack(data[:start] + generator.randbytes(4) + data[start + 4 :], "changed")
@@ -90,41 +135,16 @@ def test_many_damaged_files_are_decoded_or_refused(image_format: str) -> None:
         attack(bytes(damaged), "damaged")
 
 
-MEASURE = """
-import resource, sys
-from bombs import BOMBS
-from llava_simplified.data.images import ImageError, decode_image
-for name, bomb in BOMBS.items():
-    data = bomb()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        decode_image(data)
-    except ImageError:
-        pass
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    if grown > 900:
-        sys.exit(f"{name}: {grown:.0f} MB")
-"""
-
-
 @pytest.mark.slow
-def test_bombs_take_bounded_memory() -> None:
-    """The images are decoded in a separate process, since the peak memory of a process never falls."""
-    folder = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.medium
 def test_bombs_cause_no_server_error_in_the_api(healthy: HealthyClient, server: LiveServer) -> None:
     def post(item: tuple[str, bytes]) -> tuple[str, int, str]:
         name, data = item
         response = server.post(chat_body(data, max_tokens=1))
         return name, response.status_code, response.text
 
-    bombs = {name: make_bomb(name) for name in BOMBS}
+    # The server refuses these by their size, as it refuses "gif with a million comments".
+    too_large = ("large jpeg with 300 scans", "gif with a long comment")
+    bombs = {name: bomb() for name, bomb in BOMBS.items() if name not in too_large}
     with ThreadPoolExecutor(4) as threads:
         for name, status, text in threads.map(post, bombs.items()):
             assert status in (200, 400, 413), (name, status, text)

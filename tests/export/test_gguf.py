@@ -6,7 +6,7 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,9 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from checkpoints import train_checkpoint
+from checkpoints import TrainPair
 from PIL import Image
+from tiny import save_llava
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 from transformers import (
@@ -45,23 +46,6 @@ MODELS = [
     ("siglip", "qwen2", {"mm_projector_type": "linear"}),
     ("clip", "mistral", {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": ["-1", "1"]}),
 ]
-TrainPair = Callable[..., Path]  # (vision tower, language model, **options) -> checkpoint
-
-
-@pytest.fixture
-def train_pair(models_folder: Path, data_folder: Path, tmp_path: Path) -> TrainPair:
-    """Train a tiny vision tower with a tiny language model, into `tmp_path / "out"`."""
-
-    def train(tower: str, language_model: str, **options: object) -> Path:
-        return train_checkpoint(
-            data_folder,
-            tmp_path / "out",
-            model_name_or_path=models_folder / language_model,
-            vision_tower=models_folder / tower,
-            **options,
-        )
-
-    return train
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -234,14 +218,14 @@ def test_export_gguf_makes_servers_render_the_training_prompt(
     ],
 )
 def test_export_gguf_refuses_what_llamacpp_does_not_support(
-    train_pair: TrainPair,
+    models_folder: Path,
     tmp_path: Path,
     tower: str,
     language_model: str,
     options: dict,
     message: str,
 ) -> None:
-    checkpoint = train_pair(tower, language_model, tune_mm_mlp_adapter=True, max_steps=1, **options)
+    checkpoint = save_llava(models_folder, tmp_path / "out", language_model, tower, **options)
     with pytest.raises(ValueError, match=message):
         export_gguf(checkpoint, tmp_path / "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
@@ -249,9 +233,9 @@ def test_export_gguf_refuses_what_llamacpp_does_not_support(
 
 @pytest.mark.medium
 def test_export_gguf_removes_a_file_that_was_written_wrongly(
-    train_pair: TrainPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = train_pair("clip", "llama", tune_mm_mlp_adapter=True, max_steps=1)
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
     write = gguf_export._write
 
     def write_wrongly(path: Path, *args: Any) -> None:
@@ -316,14 +300,14 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     ],
 )
 def test_export_gguf_warns_if_llamacpp_adds_borders(
-    train_pair: TrainPair,
+    models_folder: Path,
     tmp_path: Path,
     package_log: pytest.LogCaptureFixture,
     aspect_ratio: str,
     warns: bool,
 ) -> None:
-    checkpoint = train_pair(
-        "clip", "llama", tune_mm_mlp_adapter=True, max_steps=1, image_aspect_ratio=aspect_ratio
+    checkpoint = save_llava(
+        models_folder, tmp_path / "out", "llama", image_aspect_ratio=aspect_ratio
     )
     export_gguf(checkpoint, tmp_path / "gguf")
     assert ("llama.cpp makes images square" in package_log.text) == warns

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import first_logits, train_checkpoint
+from checkpoints import TrainPair, first_logits, train_checkpoint
 from cli_process import run_command
 from PIL import Image
 from test_commands import ENVIRONMENT
-from tiny import make_tokenizer
+from tiny import make_tokenizer, save_llava
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,12 +43,14 @@ PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 STOCK_SERVER = """
 import json, os, sys, traceback
 sys.modules["llava_simplified"] = None  # an import fails, whether it is installed or not
+# The scripts do not need these modules, and PEFT and transformers would take seconds to import them.
+sys.modules["bitsandbytes"] = sys.modules["mistral_common"] = None
 try:
     import llava_simplified.model.llava
     raise SystemExit("this process can import the project")
 except ImportError:
     pass
-import torch
+import peft, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 import transformers.models.llava.modeling_llava
 
@@ -105,6 +107,10 @@ else:
 adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
 print(json.dumps({"logits": logits, "caption": caption, "adapted": adapted}))
 """
+
+
+# Tests that use the process run in the same worker of pytest-xdist, so that it is started once.
+in_stock_process = pytest.mark.xdist_group("stock_process")
 
 
 @functools.cache
@@ -170,23 +176,18 @@ def assert_same_as_checkpoint(result: dict, model: Llava, image: Path) -> None:
 
 
 @pytest.mark.slow
+@in_stock_process
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize(("tower", "language_model"), PAIRS)
 def test_export_stock_gives_equal_results_in_another_process(
-    models_folder: Path,
+    train_pair: TrainPair,
     data_folder: Path,
     tmp_path: Path,
     tower: str,
     language_model: str,
     projector: str,
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / language_model,
-        vision_tower=models_folder / tower,
-        mm_projector_type=projector,
-    )
+    checkpoint = train_pair(tower, language_model, mm_projector_type=projector)
     image = data_folder / "images" / "0.jpg"
     comparison = export_stock(checkpoint, tmp_path / "stock", images=[image])
     assert comparison.max_logit_difference < 1e-5
@@ -216,17 +217,14 @@ def test_export_stock_renders_our_own_templates(
 
 
 @pytest.mark.slow
+@in_stock_process
 @pytest.mark.parametrize("names", ["complete", "endings"])
 def test_export_stock_writes_a_peft_adapter_with_equal_results(
-    models_folder: Path, data_folder: Path, tmp_path: Path, names: str
+    train_pair: TrainPair, data_folder: Path, tmp_path: Path, names: str
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / "mistral",
-        vision_tower=models_folder / "clip",
-    )
+    checkpoint = train_pair("clip", "mistral", mm_projector_type="linear")
     if names == "endings":
+        checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
         # PEFT writes 20 or more module names as endings. The tower's layers have the same ones.
         path = checkpoint / "adapter" / "adapter_config.json"
         settings = json.loads(path.read_text())
@@ -250,22 +248,19 @@ def test_export_stock_writes_a_peft_adapter_with_equal_results(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vision_tower": "convnext"}, "convolutional vision towers.*--vision_tower"),
+        ({"tower": "convnext"}, "convolutional vision towers.*--vision_tower"),
         ({"mm_token_pool": 2}, "--mm_token_pool 0"),
         ({"mm_projector_type": "mlp3x_gelu"}, "this one has 3.*--mm_projector_type"),
-        ({"model_name_or_path": "gemma2"}, "logits .*differ by .*language model"),
-        ({"model_name_or_path": "phi"}, "bias.*--model_name_or_path"),
-        ({"model_name_or_path": "opt"}, "opt language model.*--model_name_or_path"),
+        ({"language_model": "gemma2"}, "logits .*differ by .*language model"),
+        ({"language_model": "phi"}, "bias.*--model_name_or_path"),
+        ({"language_model": "opt"}, "opt language model.*--model_name_or_path"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_export_stock_refuses_what_stock_llava_does_not_support(
-    models_folder: Path, data_folder: Path, tmp_path: Path, options: dict, message: str
+    models_folder: Path, tmp_path: Path, options: dict, message: str
 ) -> None:
-    parts = {"model_name_or_path": "mistral", "vision_tower": "clip"} | options
-    for name in ("model_name_or_path", "vision_tower"):
-        parts[name] = models_folder / parts[name]
-    checkpoint = train_checkpoint(data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts)
+    checkpoint = save_llava(models_folder, tmp_path / "out", **options)
     with pytest.raises(ValueError, match=message):
         export_stock(checkpoint, tmp_path / "stock")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left behind"
@@ -273,14 +268,9 @@ def test_export_stock_refuses_what_stock_llava_does_not_support(
 
 @pytest.mark.medium
 def test_export_stock_removes_an_export_with_different_results(
-    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / "llama",
-        vision_tower=models_folder / "clip",
-    )
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
     to_stock_projector = stock.to_stock_projector
     compute_reference = stock.compute_reference
 
@@ -326,20 +316,13 @@ def names_in_vllm() -> re.Pattern[str]:
 @pytest.mark.parametrize(("tower", "language_model"), [("clip", "llama"), ("siglip", "qwen2")])
 def test_export_stock_writes_what_vllm_loads(
     models_folder: Path,
-    data_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tower: str,
     language_model: str,
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / language_model,
-        vision_tower=models_folder / tower,
-        tune_mm_mlp_adapter=True,
-        max_steps=1,
-        mm_projector_type="mlp2x_gelu",
+    checkpoint = save_llava(
+        models_folder, tmp_path / "out", language_model, tower, mm_projector_type="mlp2x_gelu"
     )
     folder = tmp_path / "stock"
     monkeypatch.setattr(stock, "SHARD_SIZE", "60KB")  # several files
@@ -365,16 +348,10 @@ def test_export_stock_writes_what_vllm_loads(
 @pytest.mark.medium
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_export_stock_writes_a_processor_that_makes_images_square(
-    models_folder: Path, data_folder: Path, tmp_path: Path, tower: str
+    models_folder: Path, tmp_path: Path, tower: str
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / "llama",
-        vision_tower=models_folder / tower,
-        image_aspect_ratio="pad",
-        tune_mm_mlp_adapter=True,
-        max_steps=1,
+    checkpoint = save_llava(
+        models_folder, tmp_path / "out", "llama", tower, image_aspect_ratio="pad"
     )
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((41, 77), (90, 33))]
@@ -455,15 +432,9 @@ def test_trained_vision_tower_is_exported_and_merged(
 
 @pytest.mark.medium
 def test_export_command_writes_a_model_card_without_local_paths(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_pair: TrainPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / "llama",
-        vision_tower=models_folder / "clip",
-        hub_token="hf_secret",
-    )
+    checkpoint = train_pair("clip", "llama", hub_token="hf_secret")
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"a": {"mean": {"CIDEr-D": [0.5, 0.4, 0.6]}}}))
     output = tmp_path / "stock"
@@ -488,16 +459,12 @@ def test_export_command_writes_a_model_card_without_local_paths(
 
 @pytest.mark.medium
 def test_push_command_warns_of_local_paths_in_a_checkpoint(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_pair: TrainPair,
+    models_folder: Path,
+    data_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint = train_checkpoint(
-        data_folder,
-        tmp_path / "out",
-        model_name_or_path=models_folder / "llama",
-        vision_tower=models_folder / "clip",
-        hub_token="hf_secret",
-        max_steps=1,
-    )
+    checkpoint = train_pair("clip", "llama", hub_token="hf_secret")
     capsys.readouterr()
     assert push_main([str(checkpoint), "me/model", "--dry-run"]) == 0
     captured = capsys.readouterr()
@@ -545,6 +512,7 @@ def write_random_images(folder: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.slow
+@in_stock_process
 def test_demo_recipes_end_in_an_export_with_equal_captions(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -590,8 +558,13 @@ def test_demo_recipes_end_in_an_export_with_equal_captions(
 MEMORY_PROCESS = """
 import sys, threading, time
 from pathlib import Path
+import numpy as np
+from llava_simplified.export import stock_check
 from llava_simplified.export.stock import export_stock
 small, large, output = sys.argv[1:]
+# One image and a short caption: float16 is slow on a CPU, and more tokens hardly take more memory.
+images = [np.zeros((32, 32, 3), np.uint8)]
+stock_check.CAPTION_LENGTH = 2
 
 def allocated():  # memory that cannot be read from a file again
     for line in open("/proc/self/status"):
@@ -603,11 +576,11 @@ def watch():
         peaks.append(allocated())
         time.sleep(0.002)
 
-export_stock(small, output + "-small", dtype="float16")  # imports, and what stays allocated anyway
+export_stock(small, output + "-small", images=images, dtype="float16")  # imports, and what stays allocated anyway
 before, peaks, done = allocated(), [], False
 thread = threading.Thread(target=watch, daemon=True)  # daemon: it ends with an export that fails
 thread.start()
-export_stock(large, output, dtype="float16")
+export_stock(large, output, images=images, dtype="float16")
 done = True
 thread.join()
 written = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
