@@ -72,6 +72,7 @@ class ForkedProcess:
         folder: Its working directory; None to use the one of the tests.
         new_session: Make the process the leader of a process group, which `os.killpg` can signal.
         environment: Environment variables in addition to those of the tests.
+        open_files: Soft and hard limit of open files; None to use those of the tests.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ForkedProcess:
         folder: Path | None = None,
         new_session: bool = False,
         environment: Mapping[str, str] = MappingProxyType({}),
+        open_files: tuple[int, int] | None = None,
     ) -> None:
         # These files are deleted when this object is.
         self._stdout = tempfile.NamedTemporaryFile(prefix="stdout")  # noqa: SIM115
@@ -91,6 +93,7 @@ class ForkedProcess:
             {**os.environ, **environment},
             (self._stdout.name, self._stderr.name),
             new_session,
+            open_files,
         )
         self.pid: int = self._process.pid or 0
 
@@ -149,8 +152,13 @@ def _run_argv(
     environment: dict[str, str],
     streams: tuple[str, str],
     new_session: bool,
+    open_files: tuple[int, int] | None,
 ) -> None:
     """Run a command in this process: the main function of the forked process."""
+    if open_files:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
     if new_session:
         os.setsid()
     os.environ.clear()
