@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llava_simplified.arguments import TrainingArguments
     from llava_simplified.training.plan import Plan
 
+MATMUL_SIZE = 2048  # rows and columns of the matrices whose product measures the speed of a device
+
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava plan`, for help and completion."""
@@ -221,7 +223,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product on this device: an upper limit for training."""
     import torch
 
-    size = 2048
+    size = MATMUL_SIZE
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(4):
