@@ -17,6 +17,7 @@ import signal
 import socketserver
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,45 @@ def run_command(argv: Sequence[object], folder: Path) -> ForkedProcess:
     status = process.wait(300)
     assert status == 0, process.stdout[-2000:] + process.stderr[-3000:]
     return process
+
+
+def run_code(
+    code: str,
+    *arguments: object,
+    missing: Sequence[str] = (),
+    site: Path | None = None,
+    folder: Path | None = None,
+) -> str:
+    """Run code that imports the package anew, in a forked process that has imported its dependencies; it must succeed.
+
+    Args:
+        code: Python code; the arguments are in `sys.argv[1:]`.
+        arguments: Command-line arguments.
+        missing: Packages that cannot be imported, as if they were not installed.
+        site: Folder that is searched for modules first, before this checkout.
+        folder: Working directory; None to use the one of the tests.
+
+    Returns:
+        What the code has printed.
+    """
+    setup = _IMPORT_ANEW.format(missing=tuple(missing), site=site and str(site))
+    with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as script:
+        script.write(setup + textwrap.dedent(code))
+        script.flush()
+        return run_command([script.name, *arguments], folder or Path.cwd()).stdout
+
+
+# A package cannot be imported if `sys.modules` has None for it.
+_IMPORT_ANEW = """
+import sys
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("llava_simplified", *{missing!r}):
+        del sys.modules[name]
+for name in {missing!r}:
+    sys.modules[name] = None
+if {site!r}:
+    sys.path.insert(0, {site!r})
+"""
 
 
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
