@@ -84,22 +84,24 @@ SIZES = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)
 # ---- bodies ----
 
 
-@cache
 def images() -> list[bytes]:
     """Return photo-like JPEGs of 20 to 130 kB: smooth shapes with fine grain."""
-    random = np.random.default_rng(0)
-    encoded = []
-    for index in range(POOL):
-        width, height = SIZES[index % len(SIZES)]
-        coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
-        resized = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        smooth = np.asarray(resized, np.float32)
-        grain = random.normal(0, 9, (height, width, 1)).astype(np.float32)
-        pixels = (smooth + grain).clip(0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
-        encoded.append(buffer.getvalue())
-    return encoded
+    return [_image(number) for number in range(POOL)]
+
+
+@cache
+def _image(number: int) -> bytes:
+    """Return one of the `POOL` images. Each has its own random generator, so that no other has to be drawn for it."""
+    random = np.random.default_rng(number)
+    width, height = SIZES[number % len(SIZES)]
+    coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    resized = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    smooth = np.asarray(resized, np.float32)
+    grain = 9 * random.standard_normal((height, width, 1), dtype=np.float32)
+    pixels = (smooth + grain).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
 
 
 def body_of(kind: str, number: int) -> bytes:
@@ -110,7 +112,7 @@ def body_of(kind: str, number: int) -> bytes:
 @cache
 def _body(kind: str, number: int) -> bytes:
     """Return the body for one of the `POOL` images."""
-    data = images()[number]
+    data = _image(number)
     if kind in ("png", "webp"):
         buffer = io.BytesIO()
         Image.open(io.BytesIO(data)).resize((300, 200)).save(buffer, kind, quality=80)
@@ -324,11 +326,22 @@ def trust_store(folder: Path) -> Path:
 
 
 @contextmanager
-def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
-    """Run the server in a separate process, and yield its port."""
+def running(
+    latency: float = 0.1, tls: Path | None = None, encode_first: bool = True
+) -> Iterator[int]:
+    """Run the server in a separate process, and yield its port.
+
+    Args:
+        latency: Seconds between a request and its response.
+        tls: Folder of a certificate, for https.
+        encode_first: Encode all images before the first request, so that encoding does not slow the server down while
+            a downloader is measured. Otherwise, an image is encoded when it is first requested.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--latency", str(latency)]
     if tls:
         command += ["--tls", str(tls)]
+    if encode_first:
+        command.append("--encode-first")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -358,10 +371,11 @@ async def serve(args: argparse.Namespace) -> None:
     if args.tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(args.tls / "cert.pem", args.tls / "key.pem")
-    # Fill the cache of `_body` now, so that encoding images does not slow the server down while a downloader is measured.
-    for kind in EXPECTED:
-        for number in range(POOL):
-            body_of(kind, number)
+    if args.encode_first:
+        # Fill the cache of `_body`.
+        for kind in EXPECTED:
+            for number in range(POOL):
+                body_of(kind, number)
     server, _ = await start("0.0.0.0", args.port, args.latency, context)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -374,4 +388,7 @@ if __name__ == "__main__":
         "--latency", type=float, default=0.1, help="Seconds between a request and its response"
     )
     parser.add_argument("--tls", type=Path, help="Folder with cert.pem and key.pem, for https")
+    parser.add_argument(
+        "--encode-first", action="store_true", help="Encode all images before the first request"
+    )
     asyncio.run(serve(parser.parse_args()))

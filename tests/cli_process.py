@@ -17,6 +17,7 @@ import signal
 import socketserver
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ class ForkedProcess:
         folder: Its working directory; None to use the one of the tests.
         new_session: Make the process the leader of a process group, which `os.killpg` can signal.
         environment: Environment variables in addition to those of the tests.
+        open_files: Soft and hard limit of open files; None to use those of the tests.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ForkedProcess:
         folder: Path | None = None,
         new_session: bool = False,
         environment: Mapping[str, str] = MappingProxyType({}),
+        open_files: tuple[int, int] | None = None,
     ) -> None:
         # These files are deleted when this object is.
         self._stdout = tempfile.NamedTemporaryFile(prefix="stdout")  # noqa: SIM115
@@ -99,6 +102,7 @@ class ForkedProcess:
             {**os.environ, **environment},
             (self._stdout.name, self._stderr.name),
             new_session,
+            open_files,
         )
         self.pid: int = self._process.pid or 0
 
@@ -140,6 +144,45 @@ def run_command(argv: Sequence[object], folder: Path) -> ForkedProcess:
     return process
 
 
+def run_code(
+    code: str,
+    *arguments: object,
+    missing: Sequence[str] = (),
+    site: Path | None = None,
+    folder: Path | None = None,
+) -> str:
+    """Run code that imports the package anew, in a forked process that has imported its dependencies; it must succeed.
+
+    Args:
+        code: Python code; the arguments are in `sys.argv[1:]`.
+        arguments: Command-line arguments.
+        missing: Packages that cannot be imported, as if they were not installed.
+        site: Folder that is searched for modules first, before this checkout.
+        folder: Working directory; None to use the one of the tests.
+
+    Returns:
+        What the code has printed.
+    """
+    setup = _IMPORT_ANEW.format(missing=tuple(missing), site=site and str(site))
+    with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as script:
+        script.write(setup + textwrap.dedent(code))
+        script.flush()
+        return run_command([script.name, *arguments], folder or Path.cwd()).stdout
+
+
+# A package cannot be imported if `sys.modules` has None for it.
+_IMPORT_ANEW = """
+import sys
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("llava_simplified", *{missing!r}):
+        del sys.modules[name]
+for name in {missing!r}:
+    sys.modules[name] = None
+if {site!r}:
+    sys.path.insert(0, {site!r})
+"""
+
+
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
     """Run `python -m MODULE ...` in a forked process. Tests replace `subprocess.run` by this function."""
     _, option, module, *argv = command
@@ -157,8 +200,13 @@ def _run_argv(
     environment: dict[str, str],
     streams: tuple[str, str],
     new_session: bool,
+    open_files: tuple[int, int] | None,
 ) -> None:
     """Run a command in this process: the main function of the forked process."""
+    if open_files:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
     if new_session:
         os.setsid()
     os.environ.clear()

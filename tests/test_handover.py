@@ -15,6 +15,7 @@ from sampling import IS_COMPLETE
 from tiny import CAPTIONS
 
 from llava_simplified.cli import main as llava
+from llava_simplified.training import plan_command
 
 pytestmark = pytest.mark.xdist_group("handover")
 
@@ -167,6 +168,14 @@ class Workshop:
             options += ["--image-folder", written.images]
         call("caption", written.path, "--model-path", self.checkpoint, *options)
         return Written(output, written.images)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def matrices_are_small() -> Iterator[None]:
+    """Let `llava plan` measure the speed of this machine with a small product, since no test looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_command, "MATMUL_SIZES", (64,))
+        yield
 
 
 @pytest.fixture(scope="module")

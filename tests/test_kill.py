@@ -71,7 +71,7 @@ class Case:
 
 @contextmanager
 def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
-    with loopback.running(0.05) as port:
+    with loopback.running(0.05, encode_first=False) as port:
         yield write_source(folder, port, 400)
 
 

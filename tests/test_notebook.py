@@ -16,7 +16,9 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    towers_are_traced_once: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Run the cells in this process, which has imported everything. They have no magics, so they need no kernel."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -38,6 +38,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt, count_images
 
+# The families are built once for each process.
+pytestmark = pytest.mark.xdist_group("prompt")
+
 CORPUS = [
     "a bedroom with a double bed. party in the park, under cherry blossoms! two dogs run; 3 cats & 12 birds",
     "Generate a caption of this image:\nUSER: what is it? ASSISTANT: system user assistant model INST /INST",
@@ -254,7 +257,10 @@ def mistral(version: str) -> PreTrainedTokenizerFast:
     control = [pieces.id_to_piece(i) for i in range(pieces.vocab_size()) if pieces.is_control(i)]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(mistral_file(version), Path(folder) / "tokenizer.model")
-        return LlamaTokenizer.from_pretrained(folder, additional_special_tokens=control[2:])
+        tokenizer = LlamaTokenizer.from_pretrained(folder, additional_special_tokens=control[2:])
+    # Its backend has them too. Without them, the tokenizer is copied and pickled in a third of the time.
+    tokenizer._vocab, tokenizer._merges = {}, []
+    return tokenizer
 
 
 def legacy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cli_process import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
 PAGES_OF_THE_REPOSITORY = sorted(ROOT.glob("*.md"))
@@ -24,22 +22,20 @@ BROKEN_LINKS = {
 }
 
 
-def site_command() -> list[str]:
-    """Return the command of `make site`, with this Python's mkdocs."""
+def site_options() -> list[str]:
+    """Return the arguments that `make site` passes to mkdocs."""
     recipe = (ROOT / "Makefile").read_text().split("\nsite:")[1].splitlines()[1]
     command = shlex.split(recipe)
-    program = command.index("$(BIN)/mkdocs")
-    return [sys.executable, "-m", "mkdocs", *command[program + 1 :]]
+    return command[command.index("$(BIN)/mkdocs") + 1 :]
 
 
-def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*site_command(), "--site-dir", str(folder / "site")],
-        cwd=folder,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-    )
+def build_site(folder: Path) -> ForkedProcess:
+    program = folder / "build_site.py"
+    program.write_text("from mkdocs.__main__ import cli\ncli()\n")
+    command = [program, *site_options(), "--site-dir", folder / "site"]
+    process = ForkedProcess(command, folder, environment={"NO_MKDOCS_2_WARNING": "1"})
+    process.wait(300)
+    return process
 
 
 @pytest.fixture

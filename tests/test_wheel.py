@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cli_process import run_code
 
 pytestmark = pytest.mark.xdist_group("wheel")
 
@@ -40,15 +40,8 @@ def run_installed(wheel: Path, folder: Path, code: str) -> str:
     site = folder / "site-packages"
     if not site.is_dir():
         zipfile.ZipFile(wheel).extractall(site)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    check = f"import llava_simplified\nassert llava_simplified.__file__.startswith({str(site)!r})\n"
+    return run_code(check + code, site=site, folder=folder)
 
 
 @pytest.mark.medium

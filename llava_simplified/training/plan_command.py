@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from llava_simplified.arguments import TrainingArguments
     from llava_simplified.training.plan import Plan
 
+# Rows and columns of the matrices whose products measure the speed of a device.
+MATMUL_SIZES = (256, 512, 1024, 2048)
+
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava plan`, for help and completion."""
@@ -221,16 +224,20 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product on this device: an upper limit for training."""
     import torch
 
-    size = 2048
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
+    for size in MATMUL_SIZES:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
         # Keep the fastest of several products: the first ones allocate memory, and an idle device has a low clock.
-        product = matrix @ matrix
-        float(product[0, 0])  # wait until the device has finished
-        # A product of two n x n matrices takes n multiplications and n additions for each of its n^2 elements.
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        for _ in range(4):
+            start = time.perf_counter()
+            product = matrix @ matrix
+            float(product[0, 0])  # wait until the device has finished
+            seconds = time.perf_counter() - start
+            # A product of two n x n matrices takes n multiplications and n additions for each of its n^2 elements.
+            best = max(best, 2 * size**3 / seconds)
+        # The next size would take seconds, for example in 16 bits on a CPU without instructions for them.
+        if seconds > 0.2:
+            break
     return best
 
 

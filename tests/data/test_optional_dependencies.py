@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_process import run_code
 
 from llava_simplified.data.shards import ShardWriter
 
-# An import fails if sys.modules has None for the package, as if it were not installed.
-BLOCK_IMPORTS = """
-import sys
-for name in ("pyarrow", "fsspec", "aiohttp", "aiodns", "matplotlib"):
-    sys.modules[name] = None
-"""
+# Packages of optional dependency groups.
+EXTRAS = ["pyarrow", "fsspec", "aiohttp", "aiodns", "matplotlib"]
 
 
 def run_without_extras(code: str, *arguments: str | Path) -> None:
-    """Run code in a new process that cannot import optional packages.
-
-    Args:
-        code: Python code; the arguments are in `sys.argv[1:]`.
-        arguments: Command-line arguments.
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", BLOCK_IMPORTS + textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    """Run code in a process that cannot import optional packages; the arguments are in `sys.argv[1:]`."""
+    run_code(code, *arguments, missing=EXTRAS)
 
 
 @pytest.mark.medium

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from cli_process import ForkedProcess
 from downloads import SHARD_SIZE, check_output, read_manifest, write_source
 from fsspec.implementations.memory import MemoryFileSystem
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
@@ -25,7 +24,7 @@ from llava_simplified.jobs import Journal, exclusive_lock
 from llava_simplified.prepare.convert import convert
 from llava_simplified.prepare.download import download, merge_manifests, plan_shards
 from llava_simplified.prepare.download_command import main, merge_main
-from llava_simplified.prepare.download_progress import DownloadProgress
+from llava_simplified.prepare.download_progress import FAIL_FAST_AFTER, DownloadProgress
 from llava_simplified.prepare.download_shard import ShardSpec, fetch_shard, finished_rows
 from llava_simplified.prepare.download_store import Store
 from llava_simplified.prepare.fetch_options import FAILURE_KINDS, FetchOptions
@@ -315,18 +314,15 @@ def test_three_downloads_into_one_output_leave_one_complete_output(
     """The commands start together. One finishes first; the others finish after it or are refused."""
     tsv, url_jobs = write_source(tmp_path, server.port, 120)
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv)]
-    command += ["--output", str(output), "--shard-size", str(SHARD_SIZE), "--workers", "2"]
-    command += ["--allow-private", "--retries", "0", "--timeout", "20", "--quiet"]
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in runs]
-    assert 0 in [process.returncode for process in runs], errors
-    for process, error in zip(runs, errors):
-        if process.returncode:
-            assert "another process is writing" in error
+    command = ["llava", "download", tsv, "--output", output]
+    command += ["--shard-size", SHARD_SIZE, "--workers", 2]
+    command += ["--allow-private", "--retries", 0, "--timeout", 20, "--quiet"]
+    runs = [ForkedProcess(command) for _ in range(3)]
+    statuses = [process.wait(300) for process in runs]
+    assert 0 in statuses, [process.stderr for process in runs]
+    for process, status in zip(runs, statuses):
+        if status:
+            assert "another process is writing" in process.stderr
     check_output(output, url_jobs)
     assert not [path for path in output.rglob("*") if ".part" in path.name]
     assert not list((output / "_work").iterdir())
@@ -443,14 +439,29 @@ def test_fetch_options_default_to_the_pixel_limit_of_training() -> None:
 def test_download_stops_when_the_first_rows_fail_in_the_same_way(
     tmp_path: Path, server: Server
 ) -> None:
+    """The rows of the first shard are checked before the third is fetched, or earlier on a slow machine."""
     path = tmp_path / "x.tsv"
-    urls = [server.url(f"ok/{number}.jpg") for number in range(40_000)]
+    urls = [server.url(f"ok/{number}.jpg") for number in range(3 * FAIL_FAST_AFTER)]
     path.write_text("".join(f"caption\t{url}\n" for url in urls))
     with pytest.raises(
         ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"
     ):
-        run(path, tmp_path / "out", FetchOptions(), shard_size=20_000)
+        run(path, tmp_path / "out", FetchOptions(), shard_size=FAIL_FAST_AFTER)
     assert not server.served
+    assert not (tmp_path / "out" / "00002.tar").exists()
+
+
+def test_download_progress_stops_when_the_first_rows_of_a_shard_fail_in_the_same_way(
+    tmp_path: Path,
+) -> None:
+    progress = DownloadProgress(tmp_path, range(1), set(), 10**6, False)
+    line = json.dumps({"index": 0, "error": "blocked_address"}) + "\n"
+    journal = tmp_path / "00000.journal"
+    journal.write_text(line * (FAIL_FAST_AFTER - 1))
+    progress.tick()
+    journal.write_text(line * FAIL_FAST_AFTER)
+    with pytest.raises(ValueError, match=f"first {FAIL_FAST_AFTER} rows all failed"):
+        progress.tick()
 
 
 @pytest.mark.medium
@@ -477,17 +488,14 @@ def test_download_raises_the_limit_of_open_files_or_names_it(
     server: Server, tmp_path: Path
 ) -> None:
     """If the hard limit is too low, the error names it and the option that requires fewer files."""
-    tsv, _ = write_source(tmp_path, server.port, 300, {"ok": 1})
-    for hard_limit, expected in ((2000, ["300 ok"]), (200, ["--concurrency", "200", "ulimit -Hn"])):
-        command = (
-            f"ulimit -Sn 100; ulimit -Hn {hard_limit}; "
-            f"exec {sys.executable} -m llava_simplified.cli download {tsv} "
-            f"--output {tmp_path / str(hard_limit)} "
-            "--allow-private --workers 1 --retries 0 --timeout 60"
-        )
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    tsv, _ = write_source(tmp_path, server.port, 150, {"ok": 1})
+    for hard_limit, expected in ((2000, ["150 ok"]), (200, ["--concurrency", "200", "ulimit -Hn"])):
+        command = ["llava", "download", tsv, "--output", tmp_path / str(hard_limit)]
+        command += ["--allow-private", "--workers", 1, "--retries", 0, "--timeout", 60]
+        process = ForkedProcess(command, open_files=(100, hard_limit))
+        process.wait(300)
         for part in expected:
-            assert part in done.stdout + done.stderr
+            assert part in process.stdout + process.stderr
 
 
 # ---- progress ----

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from cli_process import run_code
 from live_server import user_message
 
 from llava_simplified import extras
@@ -111,17 +110,10 @@ def test_key_is_read_from_environment_and_not_shown(monkeypatch: pytest.MonkeyPa
     assert "s3cret" not in parser.format_help()
 
 
-def run_python(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.medium
 def test_server_needs_no_downloader() -> None:
     """The extra `serve` does not install aiohttp."""
-    run_python(
-        "import sys; sys.modules['aiohttp'] = None\n"
-        "import llava_simplified.serve.api, llava_simplified.serve.page"
-    )
+    run_code("import llava_simplified.serve.api, llava_simplified.serve.page", missing=["aiohttp"])
 
 
 @pytest.mark.slow

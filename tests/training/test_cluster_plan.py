@@ -183,7 +183,7 @@ def test_plan_measures_every_step_from_download_to_caption(
     monkeypatch.setattr(cluster_rates.subprocess, "run", run_in_child)
     rates_file = tmp_path / "rates.json"
     options = training_options(models_folder, data_folder, tmp_path / "out")
-    with loopback.running(latency=0.01) as port, faulty_endpoint() as endpoint:
+    with loopback.running(0.01, encode_first=False) as port, faulty_endpoint() as endpoint:
         urls = loopback.urls(64, port, mix={"ok": 3, "missing": 1})
         source = tmp_path / "urls.tsv"
         source.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in urls))
