@@ -34,7 +34,6 @@ from llava_simplified import workers
 # Modules that are not installed are ignored.
 PRELOADED = [
     "aiohttp",
-    "bitsandbytes",  # PEFT imports it when it builds an adapter
     "deepspeed.ops.op_builder.all_ops",
     "llava_simplified.captioning.caption_command",
     "llava_simplified.captioning.runner",
@@ -45,7 +44,6 @@ PRELOADED = [
     "llava_simplified.training.train_command",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
-    "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
     "transformers.integrations.mistral.tokenizer",
     "transformers.models.clip.image_processing_pil_clip",
