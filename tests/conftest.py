@@ -125,6 +125,16 @@ def workers_are_forked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cpu_is_fast_in_16_bits() -> Iterator[None]:
+    """Keep the data type of each checkpoint, so that the tests do not depend on the CPU."""
+    from llava_simplified.model import cpu_dtype
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_dtype, "has_fast_products", lambda dtype: True)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def plots_are_drawn_once() -> Iterator[None]:
     """Draw the plot of the first run, and copy it for the others: drawing takes a third of a tiny run."""
     from llava_simplified.extras import require_extra
