@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -78,7 +77,9 @@ def test_evaluate_returns_recorded_scores() -> None:
 
 @needs_java
 @pytest.mark.slow
-def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.xdist_group("meteor")
+@pytest.mark.usefixtures("one_meteor_process")
+def test_evaluate_equals_the_server_live() -> None:
     """The expected scores come from the server's code alone, with Stanford's tokenizer and METEOR."""
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     from pycocoevalcap.bleu.bleu import Bleu
@@ -86,8 +87,6 @@ def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> Non
     from pycocoevalcap.meteor import meteor as meteor_module
     from pycocoevalcap.rouge.rouge import Rouge
 
-    # `evaluate` and the expected scores share a process of METEOR, because loading its tables takes seconds.
-    monkeypatch.setattr(meteor_module, "Meteor", functools.cache(meteor_module.Meteor))
     samples = make_samples(60, trials=2)
     result = evaluate(samples, resamples=0)
     tokenizer = ptbtokenizer.PTBTokenizer()
