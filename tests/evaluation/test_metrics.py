@@ -315,7 +315,6 @@ def test_clip_score_equals_that_of_clip_model_for_each_pair(tmp_path: Path) -> N
     assert len(distinct) > 3, "the scores depend on caption and image"
 
 
-@pytest.mark.medium
 def test_clip_scores_rejects_folders_without_a_complete_clip_model(tmp_path: Path) -> None:
     from tiny import save_vision_model
 
@@ -327,7 +326,12 @@ def test_clip_scores_rejects_folders_without_a_complete_clip_model(tmp_path: Pat
     with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
     # With a tokenizer, this folder could be loaded, but its text model would be random.
-    _, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
+    clip, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
     tokenizer.save_pretrained(tower)
     with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
+    weights = clip.state_dict()
+    del weights["text_projection.weight"]
+    clip.save_pretrained(tmp_path / "whole", state_dict=weights)
+    with pytest.raises(ValueError, match=r"no weights for text_projection\.weight"):
+        clip_scores(tmp_path / "whole", [b""] * 3, captions, references)
