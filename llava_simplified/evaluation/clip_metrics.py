@@ -94,11 +94,15 @@ class ClipEmbedder:
     def __init__(
         self, folder: Path, device: torch.device | str = "cpu", option: str = "--clip"
     ) -> None:
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
             check_model_config(folder)
             with blame_file(folder):
+                # Transformers would give another model, such as a vision tower, a random text model of the default size.
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                if config.model_type != "clip":
+                    raise ValueError(f"its type is {config.model_type}, not clip")
                 loaded = CLIPModel.from_pretrained(
                     folder, output_loading_info=True, trust_remote_code=False
                 )

@@ -25,7 +25,7 @@ from llava_simplified.evaluation.chair import chair_metrics
 from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.java_metrics import add_java_metrics
 from llava_simplified.evaluation.ngram_metrics import ngram_metrics
-from llava_simplified.evaluation.ptb_tokenizer import tokenize
+from llava_simplified.evaluation.ptb_tokenizer import cached_tokenize
 from llava_simplified.evaluation.rouge import rouge_l
 from llava_simplified.evaluation.text_statistics import describe_texts
 
@@ -242,7 +242,7 @@ def _score_each(
 
 def _tokenize_all(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     """Tokenize lists of texts, as the COCO caption server does."""
-    return [list(map(tokenize, group)) for group in groups]
+    return [list(map(cached_tokenize, group)) for group in groups]
 
 
 # ---- simple metrics ----

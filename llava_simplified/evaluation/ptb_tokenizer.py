@@ -113,6 +113,11 @@ def tokenize(caption: str) -> str:
     return tokens.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
+# An evaluation scores each caption several times, and training on rewards compares a reference with every sample of its
+# image, in every epoch.
+cached_tokenize = lru_cache(maxsize=100_000)(tokenize)
+
+
 def _tokenize_line(text: str) -> str:
     """Tokenize a text without line breaks and without characters above U+FFFF."""
     # If possible, which is the case in nearly all captions, tokenize every chunk separately: most chunks are then

@@ -12,11 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from llava_simplified.evaluation.ngram_metrics import CIDER_SCALE, CIDER_SIGMA, MAX_ORDER
-from llava_simplified.evaluation.ptb_tokenizer import tokenize
+from llava_simplified.evaluation.ptb_tokenizer import cached_tokenize, tokenize
 from llava_simplified.jobs import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -24,9 +23,6 @@ logger = logging.getLogger(__name__)
 NGram = tuple[str, ...]
 
 FREQUENCIES_FILE = "document_frequencies.json"  # in the output folder of a run
-
-# Cache the tokens of texts: each reference is compared with every sample of its image, in every epoch.
-cached_tokenize = lru_cache(maxsize=100_000)(tokenize)
 
 
 @dataclass

@@ -27,12 +27,9 @@ from typing import Protocol
 from llava_simplified.data.questions import Question
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ngram_metrics import MAX_ORDER, ngram_metrics
+from llava_simplified.evaluation.ptb_tokenizer import cached_tokenize
 from llava_simplified.evaluation.rouge import rouge_l
-from llava_simplified.training.cider_reward import (
-    CiderScorer,
-    DocumentFrequencies,
-    cached_tokenize,
-)
+from llava_simplified.training.cider_reward import CiderScorer, DocumentFrequencies
 from llava_simplified.training.user_reward import UserReward
 
 BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length", "clipscore", "qa")

@@ -303,7 +303,9 @@ def test_evaluate_scores_records_of_text_alone(tmp_path: Path, data_folder: Path
         main([str(path), "--clip", str(tmp_path), *options])
 
 
-@pytest.mark.medium
+@pytest.mark.slow
+@pytest.mark.xdist_group("meteor")
+@pytest.mark.usefixtures("one_meteor_process")
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_evaluate_accepts_text_that_breaks_other_programs(
     tmp_path: Path, data_folder: Path, suffix: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -78,7 +77,9 @@ def test_evaluate_returns_recorded_scores() -> None:
 
 @needs_java
 @pytest.mark.slow
-def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.xdist_group("meteor")
+@pytest.mark.usefixtures("one_meteor_process")
+def test_evaluate_equals_the_server_live() -> None:
     """The expected scores come from the server's code alone, with Stanford's tokenizer and METEOR."""
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     from pycocoevalcap.bleu.bleu import Bleu
@@ -86,8 +87,6 @@ def test_evaluate_equals_the_server_live(monkeypatch: pytest.MonkeyPatch) -> Non
     from pycocoevalcap.meteor import meteor as meteor_module
     from pycocoevalcap.rouge.rouge import Rouge
 
-    # `evaluate` and the expected scores share a process of METEOR, because loading its tables takes seconds.
-    monkeypatch.setattr(meteor_module, "Meteor", functools.cache(meteor_module.Meteor))
     samples = make_samples(60, trials=2)
     result = evaluate(samples, resamples=0)
     tokenizer = ptbtokenizer.PTBTokenizer()
@@ -316,7 +315,6 @@ def test_clip_score_equals_that_of_clip_model_for_each_pair(tmp_path: Path) -> N
     assert len(distinct) > 3, "the scores depend on caption and image"
 
 
-@pytest.mark.medium
 def test_clip_scores_rejects_folders_without_a_complete_clip_model(tmp_path: Path) -> None:
     from tiny import save_vision_model
 
@@ -328,7 +326,12 @@ def test_clip_scores_rejects_folders_without_a_complete_clip_model(tmp_path: Pat
     with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
     # With a tokenizer, this folder could be loaded, but its text model would be random.
-    _, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
+    clip, tokenizer, _ = save_tiny_clip(tmp_path / "whole")
     tokenizer.save_pretrained(tower)
     with pytest.raises(ValueError, match=r"does not contain a complete CLIP model.*vision tower"):
         clip_scores(Path(tower), [b""] * 3, captions, references)
+    weights = clip.state_dict()
+    del weights["text_projection.weight"]
+    clip.save_pretrained(tmp_path / "whole", state_dict=weights)
+    with pytest.raises(ValueError, match=r"no weights for text_projection\.weight"):
+        clip_scores(tmp_path / "whole", [b""] * 3, captions, references)
