@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import timeit
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,14 +228,14 @@ def has_fast_bfloat16() -> bool:
     bfloat16 products take eight times as long.
     """
     import torch
-    from torch.utils.benchmark import Timer
 
-    # Use the size of a layer of a small model. It is large enough for the overhead of the call to be negligible.
-    seconds = {}
+    # Large enough for the overhead of a call to be negligible. The fastest of several products is compared, because the
+    # first ones allocate memory, and other processes may delay some.
+    seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, dtype=dtype)
-        timer = Timer("matrix @ matrix", globals={"matrix": matrix})
-        seconds[dtype] = timer.blocked_autorange(min_run_time=0.05).median
+        matrix = torch.ones(384, 384, dtype=dtype)
+        products = timeit.repeat("m @ m", globals={"m": matrix}, number=1, repeat=3)
+        seconds[dtype] = min(products)
     return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
