@@ -102,7 +102,6 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
                 assert hasattr(args, action.dest), spelling
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_misspelt_options_suggest_the_nearest(
     name: str, capsys: pytest.CaptureFixture[str]
