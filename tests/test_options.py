@@ -102,19 +102,19 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
                 assert hasattr(args, action.dest), spelling
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_misspelt_options_suggest_the_nearest(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abbreviations are refused too. They are reported even if required options are missing."""
+    parser = build(name)
     for action in options_of(name):
         option = action.option_strings[-1]
         if len(option) < 6:
             continue
         for misspelt in (option[:-1], f"{option[:4]}x{option[4:]}"):
             with pytest.raises(SystemExit) as exit_:
-                build(name).parse_args([misspelt])
+                parser.parse_args([misspelt])
             assert exit_.value.code == 2
             printed = capsys.readouterr().err
             assert f"unknown option {misspelt}; did you mean --" in printed

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cli_process import ForkedProcess
 from PIL import Image
 
 from llava_simplified import jobs
@@ -484,17 +483,14 @@ def test_clean_is_refused_while_another_run_writes(
 
 @pytest.mark.medium
 def test_two_runs_of_clean_into_one_output_leave_one_complete_output(mixed: Mixed) -> None:
-    command = [sys.executable, "-m", "llava_simplified.cli", "clean", str(mixed.records)]
-    command += ["--output", str(mixed.output), "--image-folder", str(mixed.images), "--quiet"]
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in runs]
-    assert 0 in [process.returncode for process in runs], errors
-    for process, error in zip(runs, errors):
-        if process.returncode:
-            assert "another process is writing" in error
+    command = ["llava", "clean", mixed.records]
+    command += ["--output", mixed.output, "--image-folder", mixed.images, "--quiet"]
+    runs = [ForkedProcess(command) for _ in range(2)]
+    statuses = [process.wait(300) for process in runs]
+    assert 0 in statuses, [process.stderr for process in runs]
+    for process, status in zip(runs, statuses):
+        if status:
+            assert "another process is writing" in process.stderr
     assert read_json(mixed.output) == mixed.rows[::2]
     names = {path.name for path in mixed.folder.iterdir()}
     assert names == {

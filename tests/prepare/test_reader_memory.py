@@ -18,7 +18,7 @@ from forms import save_to_disk
 from sampling import IS_COMPLETE
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.medium,
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
 ]
 
