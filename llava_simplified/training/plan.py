@@ -345,7 +345,7 @@ class StepCost(NamedTuple):
         activations: Bytes of activations at the peak of forward and backward.
         logits: Bytes of logits and their gradients at the same peak.
         flops: FLOPs of forward and backward.
-        forward_flops: FLOPs of a forward pass without gradients.
+        forward_flops: FLOPs of a forward pass without gradients; 0 if the objective needs none.
         cache: Bytes of the KV cache per position.
     """
 
@@ -388,10 +388,11 @@ def measure_step(
                 return tracker.flops
 
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                flops = functional_call(with_model, fake_weights, (train,))
-                with torch.no_grad():
-                    # `tracker.flops` is a running total: subtract the first pass below.
-                    all_flops = functional_call(with_model, fake_weights, (predict,))
+                all_flops = flops = functional_call(with_model, fake_weights, (train,))
+                if _count_forward_passes(args):
+                    with torch.no_grad():
+                        # `tracker.flops` is a running total: subtract the first pass below.
+                        all_flops = functional_call(with_model, fake_weights, (predict,))
         # Only objectives that sample captions need a KV cache in training.
         cache = 0
         if args.objective not in ("sft", "dpo"):
@@ -517,6 +518,7 @@ def make_plan(
 
     # Scale the FLOPs of the largest batch to a sample of mean length. The cost of attention is not linear
     # in the length, but attention is only a small part of the FLOPs at these lengths.
+    batch_flops = cost.flops + _count_forward_passes(args) * cost.forward_flops
     return Plan(
         table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
@@ -524,7 +526,7 @@ def make_plan(
         positions=lengths.mean_positions,
         longest=lengths.longest.positions,
         trained=lengths.mean_trained,
-        flops=_all_flops(cost, args) * lengths.mean_positions / (rows * row_positions),
+        flops=batch_flops * lengths.mean_positions / (rows * row_positions),
         samples=samples,
         steps=steps,
         # The trained weights in float32, and their optimizer state.
@@ -539,15 +541,15 @@ def _has_reference(args: TrainingArguments) -> bool:
     return args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0)
 
 
-def _all_flops(cost: StepCost, args: TrainingArguments) -> float:
-    """Return the FLOPs of a batch: training, the forward pass of the reference model, and sampling."""
+def _count_forward_passes(args: TrainingArguments) -> float:
+    """Return how many forward passes without gradients the reference model and sampling are worth."""
     forwards = 1.0 if _has_reference(args) else 0.0
     if args.objective not in ("sft", "dpo"):
         # Sampling with a KV cache computes every position once, so it costs as much as one forward pass. `scst` also
         # decodes a greedy caption.
         greedy = 1 if args.objective == "scst" else 0
         forwards += (args.num_samples + greedy) / args.num_samples
-    return cost.flops + forwards * cost.forward_flops
+    return forwards
 
 
 def _plan_sampling(
