@@ -32,6 +32,7 @@ from llava_simplified import workers
 
 # Modules that are not installed are ignored.
 PRELOADED = [
+    "aiohttp",
     "bitsandbytes",  # PEFT imports it when it builds an adapter
     "deepspeed.ops.op_builder.all_ops",
     "llava_simplified.captioning.caption_command",
@@ -39,8 +40,11 @@ PRELOADED = [
     "llava_simplified.model.checkpoint",
     "llava_simplified.serve.api",
     "llava_simplified.training.build_trainer",
+    "llava_simplified.training.preflight",
     "llava_simplified.training.train_command",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
     "transformers.integrations.mistral.tokenizer",
     "transformers.models.clip.image_processing_pil_clip",

@@ -37,8 +37,8 @@ from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 
-NUM_SIDECAR_IMAGES = 240
-MAX_DELAY = 0.4  # seconds from the first progress to the kill
+NUM_IMAGES = 160
+MAX_DELAY = 0.2  # seconds from the first progress to the kill
 # Seconds after the death of their parent in which workers must end. They check every half second whether it is alive.
 WORKERS_END = 10
 
@@ -72,7 +72,7 @@ class Case:
 @contextmanager
 def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
     with loopback.running(0.05) as port:
-        yield write_source(folder, port, 700)
+        yield write_source(folder, port, 400)
 
 
 def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
@@ -128,7 +128,7 @@ def compare_downloads(inputs: tuple[Path, list[Job]], undisturbed: Path, resumed
 
 @contextmanager
 def clean_inputs(folder: Path) -> Iterator[Path]:
-    """5,000 records (10 chunks) of a few images: good ones, small ones, a damaged one and a missing one."""
+    """3,000 records (6 chunks) of a few images: good ones, small ones, a damaged one and a missing one."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def clean_inputs(folder: Path) -> Iterator[Path]:
     damaged = (images / "7.jpg").read_bytes()
     (images / "7.jpg").write_bytes(damaged[: len(damaged) // 2])
     rows = []
-    for index in range(5000):
+    for index in range(3000):
         row = {"image": f"{index % 9}.jpg", "instruction": "Say:", "response": f"caption {index}"}
         rows.append(row)
     records = folder / "records.json"
@@ -184,7 +184,7 @@ def compare_cleanings(records: Path, undisturbed: Path, resumed: Path) -> None:
 
 
 @contextmanager
-def caption_inputs(folder: Path, count: int = 240) -> Iterator[tuple[Path, Path]]:
+def caption_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
     """A tiny checkpoint, and a folder of images, some of which cannot be read."""
     models = folder / "models"
     save_language_model("mistral", models / "language_model")
@@ -193,7 +193,7 @@ def caption_inputs(folder: Path, count: int = 240) -> Iterator[tuple[Path, Path]
     images.mkdir()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(images / "000.jpg")
-    for number in range(1, count):
+    for number in range(1, NUM_IMAGES):
         image = images / f"{number:03}.jpg"
         if number % 50 == 0:
             image.write_bytes(b"not an image")
@@ -236,8 +236,8 @@ EXISTING_TEXTS = (b"by hand\n", b"\xef\xbb\xbftag, tag\r\n", b"one\r\ntwo", "grÃ
 
 @contextmanager
 def sidecar_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    with caption_inputs(folder, NUM_SIDECAR_IMAGES) as (checkpoint, images):
-        for number in range(0, NUM_SIDECAR_IMAGES, 3):
+    with caption_inputs(folder) as (checkpoint, images):
+        for number in range(0, NUM_IMAGES, 3):
             text = EXISTING_TEXTS[number % len(EXISTING_TEXTS)]
             (images / f"{number:03}.txt").write_bytes(text)
         yield checkpoint, images
@@ -273,7 +273,7 @@ def compare_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path
     # The images 050, 100, ... cannot be read.
     failures = ".llava-caption.jsonl.bad.jsonl"
     assert expected.keys() - before.keys() - {failures} == {
-        f"{number:03}.txt" for number in range(NUM_SIDECAR_IMAGES) if number % 3 and number % 50
+        f"{number:03}.txt" for number in range(NUM_IMAGES) if number % 3 and number % 50
     }
     assert all(expected[name] == data for name, data in before.items() if name.endswith(".jpg"))
 
@@ -297,7 +297,7 @@ def compare_appended_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resu
 
 @contextmanager
 def encode_inputs(folder: Path) -> Iterator[Path]:
-    """800 files of 8 images. A comment in each file makes them different for the cache."""
+    """500 files of 8 images. A comment in each file makes them different for the cache."""
     save_vision_model("clip", folder / "clip")
     images = folder / "images"
     images.mkdir()
@@ -309,7 +309,7 @@ def encode_inputs(folder: Path) -> Iterator[Path]:
         Image.fromarray(coarse).resize((800, 600)).save(path, quality=90)
         contents.append(path.read_bytes())
     rows = []
-    for index in range(800):
+    for index in range(500):
         data = contents[index % len(contents)]
         comment = f"{index:06d}".encode()
         # After the start marker: a comment marker, its length (which includes its own two bytes), and the text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_process import ForkedProcess
+from cli_process import PRELOADED, ForkedProcess
 from torch.utils.data import DataLoader
 from training_runs import (
     ROOT,
@@ -86,8 +87,11 @@ def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 def test_workers_ignore_ctrl_c(start_method: str) -> None:
+    """Like spawned workers, those of a fork server inherit no handler, but have imported everything already."""
+    if start_method == "forkserver":
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     loader = DataLoader(
         [*range(12)],  # type: ignore[arg-type]
         batch_size=1,

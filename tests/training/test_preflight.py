@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,18 @@ from llava_simplified.training.preflight import preflight
 from llava_simplified.training.train_command import main
 
 
+def run_dry_run(
+    command: Sequence[str], env: Mapping[str, str], **options: object
+) -> subprocess.CompletedProcess:
+    """Run the dry run in a forked process, after checking that `python -m MODULE` would find the module."""
+    python, _, module, *_ = command
+    search = f"import importlib.util; assert importlib.util.find_spec({module!r})"
+    # `subprocess.run` is replaced by this function.
+    finder = subprocess.Popen([python, "-c", search], env=env, cwd="/")
+    assert finder.wait(60) == 0
+    return run_forked(command, env, **options)
+
+
 def scratch_folders(folder: Path) -> list[Path]:
     return list(folder.glob(".preflight*"))
 
@@ -25,8 +39,10 @@ def test_preflight_does_not_change_the_run(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     package_log: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(preflight_module.subprocess, "run", run_dry_run)
     # Two images in a prompt: the dry run's caption must use both.
     rows = json.loads((data_folder / "train.json").read_text())
     for row in rows:
