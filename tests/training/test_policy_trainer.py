@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training import plan as plan_module
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.dry_run import dry_run
 from llava_simplified.training.plan import Plan, make_plan
@@ -52,7 +54,7 @@ def checkpoint(
     """A supervised checkpoint, and a module with reward functions beside it."""
     folder = tmp_path_factory.mktemp("supervised")
     options = training_options(
-        models_folder, data_folder, folder / "out", max_steps=100, learning_rate=1e-2
+        models_folder, data_folder, folder / "out", max_steps=60, learning_rate=1e-2
     )
     run_training(options)
     (folder / "tiny_rewards.py").write_text(REWARD_MODULE)
@@ -92,16 +94,16 @@ def test_reward_rises(policy_options: MakeOptions) -> None:
     options = policy_options(
         reward="tiny_rewards:share_of_a",
         num_samples=4,
-        sample_max_tokens=24,
-        max_steps=25,
-        learning_rate=3e-3,
+        sample_max_tokens=20,
+        max_steps=16,
+        learning_rate=5e-3,
     )
     output = run_training(options)
     rewards = read_log(output, "reward")
-    assert len(rewards) == 25
-    assert sum(rewards[-8:]) > 1.4 * sum(rewards[:8])
+    assert len(rewards) == 16
+    assert sum(rewards[-5:]) > 1.4 * sum(rewards[:5])
     for key in ("reward_std", "caption_tokens", "share_at_limit", "share_distinct", "entropy"):
-        assert len(read_log(output, key)) == 25
+        assert len(read_log(output, key)) == 16
     assert read_log(output, "share_at_limit")[-1] < 0.5
 
 
@@ -312,12 +314,25 @@ def test_dry_run_of_the_preflight_samples_captions(
 
 
 def test_plan_counts_the_sampling(
-    policy_options: MakeOptions, capsys: pytest.CaptureFixture[str]
+    policy_options: MakeOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def plan(**changes: object) -> Plan:
-        return make_plan(*parse_arguments(policy_options(lora_r=4, **changes)))
+    plans: list[Plan] = []
 
-    base = plan()
+    def plan(*groups: Any, **devices: int) -> Plan:
+        plans.append(make_plan(*groups, **devices))
+        return plans[-1]
+
+    def plan_with(**changes: object) -> Plan:
+        return make_plan(*parse_arguments(policy_options(**changes)))
+
+    monkeypatch.setattr(plan_module, "make_plan", plan)
+    assert plan_command([*policy_options(), "--tflops", "1", "--bandwidth", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "sampling          192 tokens in 16 decoding steps" in printed
+    assert "KV cache" in printed
+    [base] = plans
     assert base.sampling is not None
     # 4 images x 3 samples, of the mean length of the responses (cut at the limit of 8), 2 steps.
     assert base.sampling.tokens == 2 * 4 * 3 * 8
@@ -326,15 +341,12 @@ def test_plan_counts_the_sampling(
     positions = base.longest - 3 * 8 + 8
     assert base.memory["KV cache"] == 4 * 3 * positions * 2 * 2 * 2 * 8 * 4
     assert "reference" not in base.memory
-    with_kl = plan(kl_coef=0.1)
+    with_kl = plan_with(kl_coef=0.1, bf16=True)
+    assert with_kl.memory["KV cache"] == base.memory["KV cache"] / 2
     assert with_kl.memory["reference"] == base.memory["gradients"]
     # Sampling costs one forward pass, the reference model another one, and training a little more than two.
     assert 1.2 < with_kl.flops / base.flops < 1.5
-    assert plan(objective="scst").sampling.tokens == base.sampling.tokens * 4 / 3
-    assert plan(sft_weight=0.1).trained > base.trained
-    assert plan(share_prefix=False).flops > base.flops
-    assert plan(bf16=True).memory["KV cache"] == base.memory["KV cache"] / 2
-    assert plan_command([*policy_options(), "--tflops", "1", "--bandwidth", "10"]) == 0
-    printed = capsys.readouterr().out
-    assert "sampling          192 tokens in 16 decoding steps" in printed
-    assert "KV cache" in printed
+    scst = plan_with(objective="scst", sft_weight=0.1)
+    assert scst.sampling.tokens == base.sampling.tokens * 4 / 3
+    assert scst.trained > base.trained
+    assert plan_with(share_prefix=False).flops > base.flops
