@@ -306,8 +306,8 @@ def measure(args: argparse.Namespace, section: str, module: Any, path: Path, lim
         RuntimeError: The machine has no GPU.
     """
     import torch
-    from gpu_models import Workload
     from gpu_report import Report
+    from gpu_workload import Workload
 
     if args.fail == section:
         raise RuntimeError("failed on purpose (--fail)")

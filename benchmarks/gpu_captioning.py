@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from gpu_exactness import dynamic_cache
 from gpu_machine import Limits
-from gpu_models import Workload, build, caption_prompt, make_images, to_stock
+from gpu_models import build, caption_prompt, make_images, to_stock
 from gpu_report import Report, Values
+from gpu_workload import Workload
 from transformers import StoppingCriteria
 from workload import MAX_CAPTION_LENGTH, draw_caption_lengths
 

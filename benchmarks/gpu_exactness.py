@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from gpu_models import (
-    Workload,
     build,
     caption_prompt,
     make_images,
@@ -22,6 +21,7 @@ from gpu_models import (
     to_stock,
 )
 from gpu_report import Report, Values
+from gpu_workload import Workload
 from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.collate import Collator, Example

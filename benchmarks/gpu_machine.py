@@ -14,8 +14,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from gpu_models import Workload
 from gpu_report import Report, Values
+from gpu_workload import Workload
 
 # Packages whose version affects the measurements. Some of them are optional.
 PACKAGES = (

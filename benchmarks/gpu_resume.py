@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_exactness import relative_difference
-from gpu_models import Workload
 from gpu_report import Report, Values, free_memory
 from gpu_training import build_adapted, build_our_trainer, make_arguments
+from gpu_workload import Workload
 
 STEPS = 3
 

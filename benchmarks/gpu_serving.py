@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gpu_models import Workload, build, make_images
+from gpu_models import build, make_images
 from gpu_report import Report, Values
+from gpu_workload import Workload
 from workload import draw_caption_lengths
 
 from llava_simplified.model.generation_options import GenerationOptions

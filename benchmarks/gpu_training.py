@@ -24,8 +24,6 @@ from gpu_machine import Limits
 from gpu_models import (
     INSTRUCTION,
     NUM_IMAGES,
-    Shape,
-    Workload,
     build,
     caption_prompt,
     make_images,
@@ -34,6 +32,7 @@ from gpu_models import (
     write_folders,
 )
 from gpu_report import Report, Values
+from gpu_workload import Shape, Workload
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as StockArguments

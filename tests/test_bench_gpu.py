@@ -84,12 +84,12 @@ def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_gpu
 
-    monkeypatch.setitem(bench_gpu.SECTIONS, "resume", 1)
+    monkeypatch.setitem(bench_gpu.SECTIONS, "exactness", 1)
     output = tmp_path / "gpu.json"
-    argv = ["--tiny", "--sections", "resume", "machine", "--hang", "resume"]
+    argv = ["--tiny", "--sections", "exactness", "machine", "--hang", "exactness"]
     assert bench_gpu.main([*argv, "--output", str(output)]) == 1
     results = json.loads(output.read_text())
-    assert results["resume"]["state"] == "killed after 1 s"
+    assert results["exactness"]["state"] == "killed after 1 s"
     assert results["machine"]["state"] == "done"
     assert failures(results) == []
     measurements = results["machine"]["measurements"]

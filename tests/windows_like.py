@@ -246,5 +246,8 @@ if __name__ == "__main__":
     # This process may be a fork of one that was started with other settings.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=os.environ.get("PYTHONIOENCODING"))
-    multiprocessing.set_start_method("spawn", force=True)
+    # The package spawns its own workers here (`workers.start_method`). Those of torch's data loaders are forked from a
+    # server that has imported Transformers: like spawned workers, they inherit nothing from this process.
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(["transformers.trainer_callback"])
     call(sys.argv[1:])
