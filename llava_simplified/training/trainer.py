@@ -138,11 +138,17 @@ class LlavaTrainer(transformers.Trainer):
         # Losses of micro-batches that have not been read from the device, with the names of their samples.
         self._unchecked_losses: list[tuple[torch.Tensor, list[str]]] = []
         self._staging: Path | None = None  # set while a checkpoint is being written
+        self._unwrapped: tuple[object, object] = (None, None)  # a model, and the same without wrappers
 
     @property
     def unwrapped_model(self) -> Llava:
         """The model without the wrappers of engines and compilers."""
-        return self.accelerator.unwrap_model(self.model)
+        # Remember it, because `unwrap_model` visits every module. The policy trainer needs it for each sample.
+        wrapped, unwrapped = self._unwrapped
+        if wrapped is not self.model:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self._unwrapped = self.model, unwrapped
+        return cast(Llava, unwrapped)
 
     @property
     def weights_are_sharded(self) -> bool:
