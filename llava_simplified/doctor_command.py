@@ -6,6 +6,7 @@ to `pyproject.toml`.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -220,6 +221,7 @@ def _describe_device(index: int) -> str:
     return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {bfloat16}"
 
 
+@functools.cache
 def has_fast_bfloat16() -> bool:
     """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
 
@@ -232,7 +234,7 @@ def has_fast_bfloat16() -> bool:
     # Use the size of a layer of a small model. It is large enough for the overhead of the call to be negligible.
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, dtype=dtype)
+        matrix = torch.ones(512, 512, dtype=dtype)
         timer = Timer("matrix @ matrix", globals={"matrix": matrix})
         seconds[dtype] = timer.blocked_autorange(min_run_time=0.05).median
     return seconds[torch.bfloat16] <= seconds[torch.float32]

@@ -450,6 +450,7 @@ def test_file_runs_alone(models_folder: Path, data_folder: Path, tmp_path: Path)
     """The file is copied into an empty folder, and Python finds no other code of the project."""
     shutil.copy(PATH, tmp_path)
     argv = command_line(models_folder, data_folder, tmp_path / "model")
+    argv += ["--projector_steps", "1", "--steps", "1"]
     command = [sys.executable, "-I", PATH.name, *argv]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -65,8 +65,15 @@ def sleep_with_handlers(*_: object) -> None:
 
 def write_forever(path: str) -> None:
     while True:
-        Path(path).write_text(str(time.time()))
+        Path(path).touch()
         time.sleep(0.02)
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def results_by_task(results: list[TaskResult[int, int]]) -> dict[int, int | None]:
@@ -153,12 +160,15 @@ if __name__ == "__main__":
     while not all(path.exists() for path in outputs):
         time.sleep(0.1)
         assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
     process.kill()
     process.wait()
-    time.sleep(2)
-    before = [path.read_text() for path in outputs]
-    time.sleep(0.5)
-    assert [path.read_text() for path in outputs] == before
+    # Workers check every half second whether their parent is alive.
+    deadline = time.monotonic() + 10
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.medium
