@@ -198,6 +198,22 @@ def test_constant_reward_changes_nothing_and_warns(
 
 
 @pytest.mark.medium
+def test_model_is_not_unwrapped_for_every_caption(
+    policy_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Accelerator.unwrap_model` visits every module, which takes milliseconds for a large model."""
+    trainer, _ = build_trainer(*parse_arguments(policy_options()))
+    unwrap = trainer.accelerator.unwrap_model
+    calls = []
+    monkeypatch.setattr(
+        trainer.accelerator, "unwrap_model", lambda model: calls.append(model) or unwrap(model)
+    )
+    for _ in range(5):
+        assert trainer.unwrapped_model is trainer.model
+    assert len(calls) <= 1
+
+
+@pytest.mark.medium
 def test_captions_without_an_end_are_reported(
     policy_options: MakeOptions, package_log: pytest.LogCaptureFixture
 ) -> None:
