@@ -40,6 +40,7 @@ def test_bench_gpu_runs_the_next_section_if_one_fails(
     assert "matmul TFLOP/s" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_bench_gpu_measures_all_other_sections_if_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_tensorboard_gets_images_and_captions(
     assert [event.step for event in events.Scalars("eval/cider")] == [4, 8]
 
 
+@pytest.mark.medium
 def test_wandb_gets_images_and_captions(
     models_folder: Path,
     data_folder: Path,

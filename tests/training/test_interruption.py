@@ -108,6 +108,7 @@ def test_workers_ignore_ctrl_c(start_method: str) -> None:
     assert values == [*range(12)]
 
 
+@pytest.mark.medium
 def test_loaders_of_the_trainer_ignore_ctrl_c(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,22 @@ def test_constant_reward_changes_nothing_and_warns(
 
 
 @pytest.mark.medium
+def test_model_is_not_unwrapped_for_every_caption(
+    policy_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Accelerator.unwrap_model` visits every module, which takes milliseconds for a large model."""
+    trainer, _ = build_trainer(*parse_arguments(policy_options()))
+    unwrap = trainer.accelerator.unwrap_model
+    calls = []
+    monkeypatch.setattr(
+        trainer.accelerator, "unwrap_model", lambda model: calls.append(model) or unwrap(model)
+    )
+    for _ in range(5):
+        assert trainer.unwrapped_model is trainer.model
+    assert len(calls) <= 1
+
+
+@pytest.mark.medium
 def test_captions_without_an_end_are_reported(
     policy_options: MakeOptions, package_log: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +222,7 @@ def test_captions_without_an_end_are_reported(
     assert sum("share_at_limit" in text for text in package_log.messages) == 1
 
 
+@pytest.mark.medium
 def test_reward_that_is_not_a_number_names_the_record(policy_options: MakeOptions) -> None:
     with pytest.raises(ValueError, match=r"broken.*train\.json row \d+"):
         run_training(policy_options(reward="tiny_rewards:broken"))
@@ -265,6 +282,7 @@ def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) ->
     torch.testing.assert_close(model.language_model(ids).logits, changed, rtol=0, atol=0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("changes", [{}, {"share_prefix": False}, {"objective": "grpo"}])
 def test_supervised_loss_is_mixed_in(
     policy_options: MakeOptions, data_folder: Path, tmp_path: Path, changes: dict[str, object]
@@ -313,6 +331,7 @@ def test_dry_run_of_the_preflight_samples_captions(
     assert 0 < report["sampling_seconds"] < report["seconds"]
 
 
+@pytest.mark.medium
 def test_plan_counts_the_sampling(
     policy_options: MakeOptions,
     monkeypatch: pytest.MonkeyPatch,
