@@ -6,7 +6,6 @@ to `pyproject.toml`.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 import platform
