@@ -139,8 +139,8 @@ def test_plan_of_a_cluster_reads_rates_and_counts_flops(
 def test_tower_flops_are_those_of_its_matrices(models_folder: Path) -> None:
     config = LlavaConfig("", str(models_folder / "clip"), dtype="float32")
     tower = build_vision_tower(config, device="meta")
-    # 16 patches and the class token. Transformers computes the last layer, too, which the features do not need.
-    positions, width, inner, layers = 17, 24, 48, 3
+    # 16 patches and the class token. The tower skips the last of its three layers, which the features do not need.
+    positions, width, inner, layers = 17, 24, 48, 2
     patch_filter = 16 * (3 * 8 * 8 * width)
     matrices = positions * (4 * width * width + 2 * width * inner)
     attention = 2 * positions * positions * width
