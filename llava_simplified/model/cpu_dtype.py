@@ -1,8 +1,8 @@
 """Choose the data type in which a model generates on a CPU.
 
-Most models are stored in 16 bits. Many CPUs have no instructions for products in 16 bits (for bfloat16: Intel before 2020,
-AMD before 2022), and PyTorch then computes them 10 to 50 times as slowly as products in float32. float32 represents
-all values of the other types exactly, but needs twice the memory.
+Most models are stored in 16 bits. Many CPUs have no instructions for products in 16 bits (for bfloat16, AMD has them since
+2022, and Intel since 2020, in servers), and PyTorch then computes them 10 to 50 times as slowly as products in float32.
+float32 represents all values of the other types exactly, but needs twice the memory.
 """
 
 from __future__ import annotations
