@@ -138,10 +138,8 @@ class LlavaTrainer(transformers.Trainer):
         # Losses of micro-batches that have not been read from the device, with the names of their samples.
         self._unchecked_losses: list[tuple[torch.Tensor, list[str]]] = []
         self._staging: Path | None = None  # set while a checkpoint is being written
-        self._unwrapped: tuple[object, object] = (
-            None,
-            None,
-        )  # a model, and the same without wrappers
+        # The last value of `self.model`, and the same model without wrappers.
+        self._unwrapped: tuple[object, object] = (None, None)
 
     @property
     def unwrapped_model(self) -> Llava:
