@@ -261,6 +261,18 @@ def log_level() -> int | None:
 # text for them. Import nothing heavy here: `--help` imports this module.
 
 
+# The names of the values of the options that `add_checkpoint_options` adds.
+CHECKPOINT_OPTIONS = (
+    "model_path",
+    "model_base",
+    "vision_tower",
+    "bits",
+    "dtype",
+    "quantize",
+    "trust_remote_code",
+)
+
+
 def add_checkpoint_options(parser: Any, *, positional: bool = False, required: bool = True) -> None:
     """Add the options that load a checkpoint: its path, its parts and their precision.
 
@@ -301,9 +313,8 @@ def checkpoint_options(args: Any) -> dict[str, Any]:
     Args:
         args: The parsed options. If no checkpoint was given, `model_path` becomes "".
     """
-    names = ("model_base", "vision_tower", "bits", "dtype", "quantize", "trust_remote_code")
-    values = {name: getattr(args, name) for name in names}
-    return {"model_path": args.model_path or "", **values}
+    values = {name: getattr(args, name) for name in CHECKPOINT_OPTIONS}
+    return {**values, "model_path": args.model_path or ""}
 
 
 def add_base_model_options(parser: Any) -> None:

@@ -9,11 +9,13 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
 
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.options import CHECKPOINT_OPTIONS
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_SIDE = 65_500  # pixels; the limit of the JPEG format
@@ -262,7 +264,7 @@ def parse_endpoint_options(
     # The options have the names of the fields.
     names = [field.name for field in fields(EndpointOptions) if field.name != "url"]
 
-    def refuse_changed(options: list[str], reason: str) -> None:
+    def refuse_changed(options: Sequence[str], reason: str) -> None:
         """Raise ValueError if one of the options differs from its default, because it would be ignored."""
         for name in options:
             if getattr(args, name) != parser.get_default(name):
@@ -279,16 +281,9 @@ def parse_endpoint_options(
             f"--model: the name of the model on the server is required with --endpoint; {args.endpoint}/models "
             "lists the names."
         )
-    local = [
-        "model_path",
-        "model_base",
-        "vision_tower",
-        "bits",
-        "dtype",
-        "quantize",
-        "trust_remote_code",
-    ]
-    refuse_changed(local, "has no effect with --endpoint, because the model runs on the server")
+    refuse_changed(
+        CHECKPOINT_OPTIONS, "has no effect with --endpoint, because the model runs on the server"
+    )
     refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
     options = {name: getattr(args, name) for name in names}
     options["stop"] = tuple(args.stop)
