@@ -93,17 +93,18 @@ def policy_options(
 def test_reward_rises(policy_options: MakeOptions) -> None:
     options = policy_options(
         reward="tiny_rewards:share_of_a",
-        num_samples=4,
+        num_samples=8,
         sample_max_tokens=20,
-        max_steps=16,
+        max_steps=24,
         learning_rate=5e-3,
     )
     output = run_training(options)
     rewards = read_log(output, "reward")
-    assert len(rewards) == 16
-    assert sum(rewards[-5:]) > 1.4 * sum(rewards[:5])
+    assert len(rewards) == 24
+    # The samples depend on how a CPU rounds. With six seeds, the reward rose by factors of 5 to 10.
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
     for key in ("reward_std", "caption_tokens", "share_at_limit", "share_distinct", "entropy"):
-        assert len(read_log(output, key)) == 16
+        assert len(read_log(output, key)) == 24
     assert read_log(output, "share_at_limit")[-1] < 0.5
 
 
