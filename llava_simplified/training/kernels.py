@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 import torch._functorch.config
+import torch.fx.experimental._config
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -177,8 +178,12 @@ def compile_layers(language_model: CausalLM) -> None:
             f"--compile_layers: {type(language_model).__name__} does not declare its layers (_no_split_modules). "
             "Pass --compile_layers False."
         )
-    # Set this globally: torch reads it when a layer is compiled, at its first call.
+    # Set both globally: torch reads them when a layer is compiled, at its first call.
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+    # By default, torch assumes that dimensions of the same size are always equal. If the sequences of the first batch
+    # happen to be as long as an attention head is wide, their length is taken for a constant, and the first batch of
+    # another length compiles everything again.
+    torch.fx.experimental._config.use_duck_shape = False
     for layer in layers:
         layer.compile(dynamic=True)
 
