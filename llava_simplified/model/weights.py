@@ -133,7 +133,8 @@ def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
         found = weights_digest(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot read the weights of the {part} {name_or_path}, which this checkpoint was trained with: {error}. "
+            f"cannot read the weights of the {part} {name_or_path}, which this checkpoint was trained with: "
+            f"{str(error).rstrip('.')}. "
             f"If the model has moved, pass its new path with {option}"
         ) from error
     if found != digest:

@@ -78,4 +78,4 @@ def _read_image(path: str, record_id: str) -> bytes:
     try:
         return read_image_bytes(Path(path).name, Path(path).parent)
     except ImageError as error:
-        raise ValueError(f"--reward clipscore: {record_id}: {error}.") from error
+        raise ValueError(f"--reward clipscore: {record_id}: {str(error).rstrip('.')}.") from error

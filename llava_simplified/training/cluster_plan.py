@@ -79,7 +79,7 @@ def read_rates(path: Path) -> Rates:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--rates {path}: {error}. {advice}") from error
+        raise ValueError(f"--rates {path}: {str(error).rstrip('.')}. {advice}") from error
     names = {field.name for field in fields(Rates)}
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(

@@ -190,8 +190,8 @@ def import_function(name: str) -> RewardFunction:
         module: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"--reward {name}: cannot import {module_name}: {error}. Run the command in the folder of "
-            f"{module_name}.py, or install the package."
+            f"--reward {name}: cannot import {module_name}: {str(error).rstrip('.')}. Run the command in "
+            f"the folder of {module_name}.py, or install the package."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
