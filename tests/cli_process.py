@@ -8,6 +8,7 @@ OMP_WAIT_POLICY.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -31,33 +33,22 @@ import pytest
 
 from llava_simplified import workers
 
-# Modules that are not installed are ignored.
-PRELOADED = [
-    "aiohttp",
-    "deepspeed.ops.op_builder.all_ops",
-    "llava_simplified.captioning.caption_command",
-    "llava_simplified.captioning.runner",
-    "llava_simplified.model.checkpoint",
-    "llava_simplified.serve.api",
-    "llava_simplified.training.build_trainer",
-    "llava_simplified.training.preflight",
-    "llava_simplified.training.train_command",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "peft.utils.transformers_weight_conversion",
-    "transformers.integrations.mistral.tokenizer",
-    "transformers.models.clip.image_processing_pil_clip",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.mistral.modeling_mistral",
-]
+
+@functools.cache
+def start_fork_server() -> None:
+    """Start the process that others are forked from. It imports everything first (see `preloaded`)."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a function in a process that is forked from one that has imported everything."""
     if sys.platform == "win32":
         pytest.skip("Windows does not fork processes")
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run_function, args=(target, args))
     process.start()
     return process
