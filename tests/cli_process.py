@@ -43,6 +43,12 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
 
 
+def skip_without_deepspeed() -> None:
+    """Skip a test if DeepSpeed is not installed. Only its processes import DeepSpeed, since this takes a second."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("the deepspeed extra is not installed")
+
+
 def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a function in a process that is forked from one that has imported everything."""
     if sys.platform == "win32":
@@ -66,7 +72,7 @@ class ForkedProcess:
     """A running command, with the methods of `subprocess.Popen`.
 
     Args:
-        argv: "llava" and its arguments, or the path of a script and its arguments.
+        argv: "llava" and its arguments, the path of a script and its arguments, or "-m", a module and its arguments.
         folder: Its working directory; None to use the one of the tests.
         new_session: Make the process the leader of a process group, which `os.killpg` can signal.
         environment: Environment variables in addition to those of the tests.
@@ -174,11 +180,7 @@ if {site!r}:
 
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
     """Run `python -m MODULE ...` in a forked process. Tests replace `subprocess.run` by this function."""
-    _, option, module, *argv = command
-    assert option == "-m"
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    process = ForkedProcess([spec.origin, *argv], environment=env)
+    process = ForkedProcess(command[1:], environment=env)
     status = process.wait(300)
     return CompletedProcess(command, status, process.stdout, process.stderr)
 
@@ -216,6 +218,10 @@ def _run_argv(
         from llava_simplified.cli import main
 
         sys.exit(main(argv[1:]))
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        return
     # Like Python, search for modules in the folder of the script first.
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
@@ -243,8 +249,8 @@ def command_programs(
     """Write the programs `llava` and `python` for shell scripts. They run their arguments in forked processes.
 
     Args:
-        folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts.
-        rewrite: Receives "llava" or the path of a script, and the arguments, and returns what to run instead.
+        folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts and modules.
+        rewrite: Receives the `argv` of a `ForkedProcess`, and returns what to run instead.
         scripts: Python scripts, each of which gets a program with the script's name that runs it.
     """
 
