@@ -8,6 +8,7 @@ OMP_WAIT_POLICY.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -31,33 +33,28 @@ import pytest
 
 from llava_simplified import workers
 
-# Modules that are not installed are ignored.
-PRELOADED = [
-    "aiohttp",
-    "deepspeed.ops.op_builder.all_ops",
-    "llava_simplified.captioning.caption_command",
-    "llava_simplified.captioning.runner",
-    "llava_simplified.model.checkpoint",
-    "llava_simplified.serve.api",
-    "llava_simplified.training.build_trainer",
-    "llava_simplified.training.preflight",
-    "llava_simplified.training.train_command",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "peft.utils.transformers_weight_conversion",
-    "transformers.integrations.mistral.tokenizer",
-    "transformers.models.clip.image_processing_pil_clip",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.mistral.modeling_mistral",
-]
+
+@functools.cache
+def start_fork_server() -> None:
+    """Start the process that others are forked from. It imports everything first (see `preloaded`)."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
+def skip_without_deepspeed() -> None:
+    """Skip a test if DeepSpeed is not installed. Only its processes import DeepSpeed, since this takes a second."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("the deepspeed extra is not installed")
 
 
 def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a function in a process that is forked from one that has imported everything."""
     if sys.platform == "win32":
         pytest.skip("Windows does not fork processes")
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run_function, args=(target, args))
     process.start()
     return process
@@ -75,7 +72,7 @@ class ForkedProcess:
     """A running command, with the methods of `subprocess.Popen`.
 
     Args:
-        argv: "llava" and its arguments, or the path of a script and its arguments.
+        argv: "llava" and its arguments, the path of a script and its arguments, or "-m", a module and its arguments.
         folder: Its working directory; None to use the one of the tests.
         new_session: Make the process the leader of a process group, which `os.killpg` can signal.
         environment: Environment variables in addition to those of the tests.
@@ -183,11 +180,7 @@ if {site!r}:
 
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess:
     """Run `python -m MODULE ...` in a forked process. Tests replace `subprocess.run` by this function."""
-    _, option, module, *argv = command
-    assert option == "-m"
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    process = ForkedProcess([spec.origin, *argv], environment=env)
+    process = ForkedProcess(command[1:], environment=env)
     status = process.wait(300)
     return CompletedProcess(command, status, process.stdout, process.stderr)
 
@@ -225,6 +218,10 @@ def _run_argv(
         from llava_simplified.cli import main
 
         sys.exit(main(argv[1:]))
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        return
     # Like Python, search for modules in the folder of the script first.
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
@@ -252,8 +249,8 @@ def command_programs(
     """Write the programs `llava` and `python` for shell scripts. They run their arguments in forked processes.
 
     Args:
-        folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts.
-        rewrite: Receives "llava" or the path of a script, and the arguments, and returns what to run instead.
+        folder: Folder of the programs, which the shell script has in its PATH. `python` can only run scripts and modules.
+        rewrite: Receives the `argv` of a `ForkedProcess`, and returns what to run instead.
         scripts: Python scripts, each of which gets a program with the script's name that runs it.
     """
 

@@ -17,38 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent / "prepare"))
 
 from downloads import SHARD_SIZE, check_output, write_source
 from servers import Server, loopback_server  # noqa: F401 - a fixture
+from worker_tasks import die_once, fail_always, fail_once, square
 
 from llava_simplified import workers
 from llava_simplified.prepare.download import download
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.workers import TaskResult, event_loop, parse_slice, run_tasks
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def fail_once(path: str) -> str:
-    """Fail at the first call, with an error that is worth a retry."""
-    if not Path(path).exists():
-        Path(path).touch()
-        raise RuntimeError("first time")
-    return path
-
-
-def fail_always(number: int) -> int:
-    """Fail with a user error (ValueError), which is not retried."""
-    raise ValueError(f"row {number} is wrong")
-
-
-def die_once(path: str) -> str:
-    """Kill the worker process, the first time that a "bad" task runs."""
-    if "bad" in path and not Path(path).exists():
-        Path(path).touch()
-        # Windows has no SIGKILL; there, every signal ends a process at once.
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-    time.sleep(0.2)
-    return path
 
 
 def count_siblings(_: int) -> int:
@@ -195,9 +169,11 @@ def test_run_tasks_and_download_give_the_same_results_on_ray(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the ray extra is not installed")
-    # Ray's processes must be able to import this file and the helpers beside it.
-    folders = [Path(__file__).parent, Path(__file__).parent / "prepare"]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    # Ray's processes must be able to import `worker_tasks`.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    # Do not start services that no task uses: each of them imports Ray again.
+    for service in ("start_monitor", "start_log_monitor", "start_api_server"):
+        monkeypatch.setattr(ray._private.node.Node, service, lambda *_, **__: None, raising=False)
     squares = run_tasks(square, range(6), engine="ray", workers=2)
     results = [next(squares)]
     # Ray was started for the first run. The other runs use it while the first one is still running.

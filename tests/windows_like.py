@@ -16,6 +16,7 @@ import os
 import pkgutil
 import signal
 import sys
+from multiprocessing import forkserver
 from types import ModuleType
 
 PACKAGE = "llava_simplified"
@@ -246,8 +247,9 @@ if __name__ == "__main__":
     # This process may be a fork of one that was started with other settings.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=os.environ.get("PYTHONIOENCODING"))
-    # The package spawns its own workers here (`workers.start_method`). Those of torch's data loaders are forked from a
-    # server that has imported Transformers: like spawned workers, they inherit nothing from this process.
+    # The package spawns its own workers here (`workers.start_method`). Those of torch's data loaders are forked from the
+    # server that this process is forked from: like spawned workers, they inherit nothing from this process.
     multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(["transformers.trainer_callback"])
+    # Python would start another server, which would import torch and Transformers again.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     call(sys.argv[1:])

@@ -60,9 +60,9 @@ def large_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     make_tokenizer().save_pretrained(folder / "text")
     text_config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=6,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
         vocab_size=48000,
         num_attention_heads=8,
         num_key_value_heads=4,
