@@ -8,7 +8,7 @@ OMP_WAIT_POLICY.
 
 from __future__ import annotations
 
-import gc
+import functools
 import json
 import multiprocessing
 import os
@@ -31,25 +31,17 @@ import pytest
 
 from llava_simplified import workers
 
-# Modules that are not installed are ignored.
-PRELOADED = [
-    "aiohttp",
-    "deepspeed.ops.op_builder.all_ops",
-    "llava_simplified.captioning.caption_command",
-    "llava_simplified.captioning.runner",
-    "llava_simplified.model.checkpoint",
-    "llava_simplified.serve.api",
-    "llava_simplified.training.build_trainer",
-    "llava_simplified.training.preflight",
-    "llava_simplified.training.train_command",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "peft.utils.transformers_weight_conversion",
-    "transformers.integrations.mistral.tokenizer",
-    "transformers.models.clip.image_processing_pil_clip",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.mistral.modeling_mistral",
-]
+
+@functools.cache
+def start_fork_server() -> None:
+    """Start the process from which the others are forked. It imports `preloaded` first."""
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(["preloaded"])
+    # Older versions of Python do not pass `sys.path` to the server.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
@@ -57,15 +49,13 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
     if sys.platform == "win32":
         pytest.skip("Windows does not fork processes")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    start_fork_server()
     process = context.Process(target=_run_function, args=(target, args))
     process.start()
     return process
 
 
 def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
-    # Exclude what the server has imported from garbage collection, which runs several times at the end of a training run.
-    gc.freeze()
     # Reset the start method. Otherwise the fork server would also start the data-loader workers, unlike in a real command.
     multiprocessing.set_start_method(None, force=True)
     target(*args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_process import PRELOADED, ForkedProcess
+from cli_process import ForkedProcess, start_fork_server
 from torch.utils.data import DataLoader
 from training_runs import (
     ROOT,
@@ -91,7 +90,7 @@ def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_workers_ignore_ctrl_c(start_method: str) -> None:
     """Like spawned workers, those of a fork server inherit no handler, but have imported everything already."""
     if start_method == "forkserver":
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        start_fork_server()
     loader = DataLoader(
         [*range(12)],  # type: ignore[arg-type]
         batch_size=1,
