@@ -292,7 +292,10 @@ def import_section(section: str) -> Any:
     for package in OPTIONAL_PACKAGES:
         if package not in sys.modules and importlib.util.find_spec(package) is None:
             sys.modules[package] = types.ModuleType(package)
+    # Imports create a million objects and hardly any garbage, so do not search them for any.
+    gc.disable()
     module = importlib.import_module(f"gpu_{section}")
+    gc.enable()
     # Each measurement ends with a garbage collection. Exclude the million objects that the imports have created, which
     # it would search every time.
     gc.freeze()

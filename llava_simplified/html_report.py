@@ -14,11 +14,15 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    import jinja2
 
 # Maximum width and height in pixels, and WebP quality. With both, 500 photos take less than 10 MB.
 THUMBNAIL_SIDE = 288
@@ -40,18 +44,23 @@ def render_report(template: str, **values: object) -> str:
     Returns:
         The HTML page.
     """
+    return _template_environment().get_template(template).render(values)
+
+
+@cache
+def _template_environment() -> jinja2.Environment:
+    """Create the environment once, because it keeps the templates that it has compiled."""
     import jinja2  # imported here, because workers that only make thumbnails do not need it
 
     # Escape all values. StrictUndefined makes a misspelled variable an error; by default, it would be
     # rendered as an empty string.
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("llava_simplified", package_path=""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(template).render(values)
 
 
 def write_page(path: Path, template: str, **values: object) -> None:

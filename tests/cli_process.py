@@ -9,7 +9,6 @@ OMP_WAIT_POLICY.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import multiprocessing
 import os
@@ -61,8 +60,6 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
-    # Exclude what the server has imported from garbage collection, which runs several times at the end of a training run.
-    gc.freeze()
     # Reset the start method. Otherwise the fork server would also start the data-loader workers, unlike in a real command.
     multiprocessing.set_start_method(None, force=True)
     target(*args)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -16,7 +17,10 @@ from collections.abc import Iterable
 PACKAGE = [
     "llava_simplified.captioning.caption_command",
     "llava_simplified.captioning.runner",
+    "llava_simplified.cli",
     "llava_simplified.model.checkpoint",
+    "llava_simplified.prepare.clean",
+    "llava_simplified.prepare.download",
     "llava_simplified.serve.api",
     "llava_simplified.training.build_trainer",
     "llava_simplified.training.preflight",
@@ -71,6 +75,11 @@ def compute_shared_results() -> None:
     get_checkpoint_conversion_mapping("mistral")
 
 
+gc.disable()  # imports create a million objects, and hardly any garbage
 PRINTED = import_package()
 import_modules(LIBRARIES)
 compute_shared_results()
+gc.enable()
+# Exclude everything from the garbage collection of the forked processes.
+gc.collect()
+gc.freeze()

@@ -41,7 +41,8 @@ PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 
 # A program that imports the stock libraries once, and then forks a process for each script that it receives.
 STOCK_SERVER = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+gc.disable()  # until everything is imported, which takes a quarter longer otherwise
 sys.modules["llava_simplified"] = None  # an import fails, whether it is installed or not
 # The scripts do not need these modules, and PEFT and transformers would take seconds to import them.
 sys.modules["bitsandbytes"] = sys.modules["mistral_common"] = None
@@ -53,6 +54,8 @@ except ImportError:
 import peft, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 import transformers.models.llava.modeling_llava
+gc.freeze()
+gc.enable()
 
 def run(script, argv, folder, output):
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
