@@ -91,6 +91,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("no_cover")
 
 
+class GroupsOfTests:
+    """Let the groups of pytest-xdist work with pytest 9.2.
+
+    pytest-xdist 3.8 appends the name of a test's group to `_nodeid`, which pytest 9.2 no longer reads. Every test would
+    be distributed separately, and each worker would start what a group shares.
+    """
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            name = getattr(item, "_nodeid", item.nodeid)
+            if name != item.nodeid:
+                item._id = type(item.id).parse(name)  # type: ignore[attr-defined]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(GroupsOfTests())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Compute with one thread, however many cores the machine has."""
