@@ -42,7 +42,7 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava demo`."""
     parser = CommandParser(
         "llava demo",
-        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 10 minutes.",
+        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 10 to 16 minutes.",
     )
     parser.add_argument(
         "--cache-dir",
