@@ -27,6 +27,11 @@ def shorten(value: object) -> str:
     return _SHORT_REPR.repr(value)
 
 
+def error_reason(error: BaseException) -> str:
+    """Return the text of an error without a final period, so that it can stand within a sentence."""
+    return str(error).rstrip(".")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains one object.
 

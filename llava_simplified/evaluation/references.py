@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from llava_simplified.data.names import NameIndex, name_parts
 from llava_simplified.data.records import open_records
+from llava_simplified.foreign_files import error_reason
 from llava_simplified.prepare.source_rows import Columns, ParseIssues
 from llava_simplified.prepare.sources import read_source
 
@@ -166,7 +167,7 @@ def read_references(path: Path) -> References:
         raise ValueError(
             f"--references: {path} is not a COCO caption file "
             '({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}), and '
-            f"not a file of records ({str(error).rstrip('.')}). Convert other formats with `llava convert`."
+            f"not a file of records ({error_reason(error)}). Convert other formats with `llava convert`."
         ) from None
 
 

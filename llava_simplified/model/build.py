@@ -26,7 +26,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.extras import install_command
-from llava_simplified.foreign_files import blame_file
+from llava_simplified.foreign_files import blame_file, error_reason
 from llava_simplified.hub import check_model_config, check_model_name
 from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
@@ -222,7 +222,7 @@ def load_tokenizer(
                 f"{name_or_path}: tokenizer.json is missing; copy it into this folder"
             ) from error
         raise ValueError(
-            f"{name_or_path}: cannot load a tokenizer: {str(error).rstrip('.')}. Pass the folder of a language model."
+            f"{name_or_path}: cannot load a tokenizer: {error_reason(error)}. Pass the folder of a language model."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -325,5 +325,5 @@ def _load_transformers_config(
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"{name_or_path}: cannot read the model's config.json: {str(error).rstrip('.')}. Check the path or name of the model."
+            f"{name_or_path}: cannot read the model's config.json: {error_reason(error)}. Check the path or name of the model."
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from llava_simplified.foreign_files import read_json_object, shorten
+from llava_simplified.foreign_files import error_reason, read_json_object, shorten
 from llava_simplified.hub import check_model_name
 
 _DIGEST_SAMPLES = 256
@@ -134,7 +134,7 @@ def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read the weights of the {part} {name_or_path}, which this checkpoint was trained with: "
-            f"{str(error).rstrip('.')}. "
+            f"{error_reason(error)}. "
             f"If the model has moved, pass its new path with {option}"
         ) from error
     if found != digest:

@@ -9,6 +9,7 @@ import torch
 
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.evaluation.clip_metrics import CLIP_SCORE_WEIGHT, ClipEmbedder
+from llava_simplified.foreign_files import error_reason
 
 # Image embeddings are kept, because each image is needed again in every epoch. 100,000 of them take about 200 MB.
 MAX_CACHED_IMAGES = 100_000
@@ -78,4 +79,4 @@ def _read_image(path: str, record_id: str) -> bytes:
     try:
         return read_image_bytes(Path(path).name, Path(path).parent)
     except ImageError as error:
-        raise ValueError(f"--reward clipscore: {record_id}: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"--reward clipscore: {record_id}: {error_reason(error)}.") from error

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_simplified.foreign_files import error_reason
 from llava_simplified.prepare.fetch_options import FetchOptions
 
 # Pairs of a unit and its size, from the largest to the smallest unit.
@@ -79,7 +80,7 @@ def read_rates(path: Path) -> Rates:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--rates {path}: {str(error).rstrip('.')}. {advice}") from error
+        raise ValueError(f"--rates {path}: {error_reason(error)}. {advice}") from error
     names = {field.name for field in fields(Rates)}
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_simplified.foreign_files import error_reason
 from llava_simplified.workers import LocalBackend
 
 RewardFunction = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], Sequence[float]]
@@ -190,7 +191,7 @@ def import_function(name: str) -> RewardFunction:
         module: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"--reward {name}: cannot import {module_name}: {str(error).rstrip('.')}. Run the command in "
+            f"--reward {name}: cannot import {module_name}: {error_reason(error)}. Run the command in "
             f"the folder of {module_name}.py, or install the package."
         ) from error
     function = getattr(module, function_name, None)
