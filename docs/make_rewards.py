@@ -9,7 +9,6 @@ from the files that `make demo-reward` has written.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,12 @@ from llava_simplified.data.collate import Collator
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.demo.assets import fetch
+from llava_simplified.demo.reward_demo import (
+    NUM_SAMPLES,
+    SAMPLES_FOLDER,
+    SHOWN_METRICS,
+    read_comparison,
+)
 from llava_simplified.evaluation.training_curves import read_training_log
 from llava_simplified.model.generation import encode_images
 from llava_simplified.model.generation_options import GenerationOptions
@@ -175,20 +180,23 @@ def log_probabilities(
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the scores before and after `make demo-reward`, and draw its rewards."""
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    # The evaluation has two runs: the model before and after reinforcement learning.
-    before, after = scores.values()
-    rows = []
-    for name in ("CIDEr-D", "word F1"):
-        difference, low, high = after["compared with"]["differences"][name]["difference"]
-        values = (before["mean"][name][0], after["mean"][name][0])
-        rows.append({"name": name, "values": values, "difference": (difference, low, high)})
-    lengths = [run["text"]["captions"]["words, mean"] for run in (before, after)]
+    comparisons = []
+    for name, path in (
+        (f"{NUM_SAMPLES} samples", folder / SAMPLES_FOLDER / "scores.json"),
+        ("greedy caption", folder / "scores.json"),
+    ):
+        before, after = read_comparison(path)
+        rows = []
+        for metric in SHOWN_METRICS:
+            difference = after["compared with"]["differences"][metric]["difference"]
+            values = (before["mean"][metric][0], after["mean"][metric][0])
+            rows.append({"name": metric, "values": values, "difference": difference})
+        lengths = [run["text"]["captions"]["words, mean"] for run in (before, after)]
+        comparisons.append({"name": name, "metrics": rows, "lengths": lengths})
     points = read_training_log(folder / "model" / "trainer_log.jsonl")["reward"]
     draw_rewards(points)
     return {
-        "metrics": rows,
-        "lengths": lengths,
+        "comparisons": comparisons,
         "reference_length": after["text"]["references"]["words, mean"],
         "images": after["images"],
         "steps": int(points[-1][0]),

@@ -81,7 +81,11 @@ def _machine_argv() -> list[str]:
 
 
 def predict_argv(
-    assets: DemoAssets, model: Path, predictions: Path, limit: int | None
+    assets: DemoAssets,
+    model: Path,
+    predictions: Path,
+    limit: int | None,
+    num_samples: int | None = None,
 ) -> list[str]:
     """Return the command that captions the held-out images.
 
@@ -90,10 +94,15 @@ def predict_argv(
         model: The checkpoint.
         predictions: Output file.
         limit: Maximum number of images; None for all.
+        num_samples: Number of captions to sample for each image; None to decode one caption greedily.
     """
-    # Decode greedily, because each image has one correct caption. 24 tokens are enough for the names of emoji.
     argv = ["predict", "--model-path", str(model), "--data-path", str(assets.val_json)]
-    argv += ["--image-folder", str(assets.images), "--temperature", "0"]
+    argv += ["--image-folder", str(assets.images)]
+    if num_samples is None:
+        argv += ["--temperature", "0"]
+    else:
+        argv += ["--temperature", "1", "--trials", str(num_samples), "--seed", "0"]
+    # 24 tokens are enough for the names of emoji.
     argv += ["--max-new-tokens", "24", "--batch-size", "50", "--output", str(predictions)]
     if limit:
         argv += ["--limit", str(limit)]

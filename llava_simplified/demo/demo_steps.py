@@ -55,19 +55,25 @@ class Step(NamedTuple):
 DOWNLOAD = Step("Download the models and drawings", [], seconds=30)
 
 
-def caption_step(argv: list[str], predictions: Path, num_images: int) -> Step:
+def caption_step(
+    argv: list[str],
+    predictions: Path,
+    num_captions: int,
+    title: str = "Caption images that the model was not trained on",
+) -> Step:
     """Return the step that captions the held-out drawings.
 
     Args:
         argv: Arguments of `llava`.
         predictions: File of the captions.
-        num_images: Number of drawings to caption.
+        num_captions: Number of captions to generate.
+        title: What the step does.
     """
     return Step(
-        "Caption images that the model was not trained on",
+        title,
         argv,
         seconds=25,
-        read_progress=lambda: captioning_progress(predictions, num_images),
+        read_progress=lambda: captioning_progress(predictions, num_captions),
     )
 
 

@@ -59,7 +59,7 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
 
     Args:
         predictions: Output file. Until it is complete, the captions are in a file beside it.
-        total: Number of images.
+        total: Number of captions.
     """
     # The journal of the unfinished job has one line per caption.
     journal = predictions.with_name(f"{predictions.name}.part.jsonl")
@@ -67,7 +67,7 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
         done = journal.read_bytes().count(b"\n")
     except FileNotFoundError:
         return NOT_STARTED
-    return Progress(min(done / total, 1.0), f"{done} of {total} images")
+    return Progress(min(done / total, 1.0), f"{done} of {total} captions")
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:

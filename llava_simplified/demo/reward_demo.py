@@ -3,6 +3,10 @@
 The reward of a caption is its score. Like the demo itself, this prints and runs ordinary `llava` commands. It needs the
 output folder of a finished `llava demo`, with the checkpoint and the captions of held-out drawings, and writes to the
 subfolder `reward`.
+
+Training on rewards raises the mean reward of *sampled* captions, so samples are compared. Greedy captions, one for each
+drawing, are compared too: they change less, because the most likely caption often stays the same when it becomes more
+likely.
 """
 
 from __future__ import annotations
@@ -29,9 +33,12 @@ from llava_simplified.options import quote_arguments
 
 RECIPE = "demo_reward"
 FOLDER = "reward"  # a subfolder of the output folder of the demo
-NUM_STEPS = 4  # download, training, captioning, evaluation
-TRAINING_SECONDS = 560
-EXPECTED_SECONDS = TRAINING_SECONDS + 35  # expected duration of all steps after the download
+SAMPLES_FOLDER = "samples"  # scores and report of the sampled captions, a subfolder of FOLDER
+NUM_SAMPLES = 5  # samples per drawing in the comparison
+# download, training, samples of the two models and their comparison, greedy captions and their comparison
+NUM_STEPS = 7
+TRAINING_SECONDS = 400
+EXPECTED_SECONDS = TRAINING_SECONDS + 85  # expected duration of all steps after the download
 SHOWN_METRICS = ("CIDEr-D", "word F1")
 
 
@@ -85,19 +92,38 @@ def plan_reward_steps(
         seed: Seed of the training.
         limit: Maximum number of images to caption; None for all held-out images.
     """
-    before = output / "predictions.json"
     folder = output / FOLDER
     model = folder / "model"
-    predictions = folder / "predictions.json"
     num_steps = number_of_steps(RECIPE, max_steps)
     num_images = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
 
     # Begin with the checkpoint of the demo. The recipe has the same projector and the same adapter.
     train = ["train", "--config", RECIPE, *training_argv(assets, seed)]
     train += option_argv(init_from=output / "model", output_dir=model, max_steps=num_steps)
-    predict = predict_argv(assets, model, predictions, limit)
-    evaluate = evaluate_argv(assets, [before, predictions], model, folder)
-    evaluate += ["--title", "LLaVA Simplified: captions before and after training with rewards"]
+
+    samples_folder = folder / SAMPLES_FOLDER
+    sample_steps = []
+    sample_files = []
+    for name, checkpoint in (("before", output / "model"), ("after", model)):
+        path = folder / f"samples_{name}.json"
+        sample = predict_argv(assets, checkpoint, path, limit, NUM_SAMPLES)
+        title = f"Sample {NUM_SAMPLES} captions of each unseen image, {name} the training"
+        sample_steps.append(caption_step(sample, path, num_images * NUM_SAMPLES, title))
+        sample_files.append(path)
+    compare_samples = evaluate_argv(assets, sample_files, model, samples_folder)
+    compare_samples += [
+        "--title",
+        "LLaVA Simplified: samples before and after training with rewards",
+    ]
+
+    # The demo has already captioned the held-out images greedily.
+    greedy = folder / "predictions.json"
+    predict = predict_argv(assets, model, greedy, limit)
+    compare_greedy = evaluate_argv(assets, [output / "predictions.json", greedy], model, folder)
+    compare_greedy += [
+        "--title",
+        "LLaVA Simplified: captions before and after training with rewards",
+    ]
     return [
         Step(
             "Sample captions of the training images, and make those with a high reward more likely",
@@ -106,8 +132,10 @@ def plan_reward_steps(
             read_progress=lambda: training_progress(model, num_steps),
             run_folder=model,
         ),
-        caption_step(predict, predictions, num_images),
-        Step("Compare the captions before and after", evaluate, seconds=10),
+        *sample_steps,
+        Step("Compare the samples before and after", compare_samples, seconds=10),
+        caption_step(predict, greedy, num_images),
+        Step("Compare the greedy captions before and after", compare_greedy, seconds=10),
     ]
 
 
@@ -119,26 +147,46 @@ def summarize_rewards(output: Path, seconds: float) -> str:
         seconds: Duration of the reward demo.
     """
     folder = output / FOLDER
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    # scores.json has one entry per prediction file, in the order of the command line.
-    before, after = scores.values()
-    lines = ["", f"Scores on {after['images']} drawings that neither training run used:"]
-    lines.append(f"{'':18}{'before':>8}{'after':>8}   difference, 95 % interval")
-    for name in SHOWN_METRICS:
-        lines.append(_metric_line(name, before, after))
-    # Compare the lengths too: some rewards can be raised by longer captions alone.
-    lengths = [run["text"]["captions"]["words, mean"] for run in (before, after)]
-    reference_length = after["text"]["references"]["words, mean"]
-    cells = "".join(f"{length:8.2f}" for length in lengths)
-    lines.append(f"{'words per caption':18}{cells}   (references: {reference_length:.2f})")
+    samples_folder = folder / SAMPLES_FOLDER
+    lines = ["", f"{'Scores on drawings that neither':34}{'before':>8}{'after':>8}   difference,"]
+    lines.append(f"{'training run used':34}{'':16}   95 % interval")
+    lines += _comparison_lines(f"{NUM_SAMPLES} samples per drawing", samples_folder / "scores.json")
+    lines += _comparison_lines("the greedy caption", folder / "scores.json")
     lines += [
-        f"report, with the captions side by side: {(folder / 'report.html').resolve()}",
+        "reports, with the captions side by side:",
+        f"  samples: {(samples_folder / 'report.html').resolve()}",
+        f"  greedy captions: {(folder / 'report.html').resolve()}",
         f"This took {format_duration(seconds)}.",
         "",
         "Caption an image of your own:",
         f"  {llava_program()} caption YOUR_IMAGE.png --model-path {quote_arguments([str(folder / 'model')])}",
     ]
     return "\n".join(lines)
+
+
+def read_comparison(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the scores before and after the training from a `scores.json` with two prediction files."""
+    # scores.json has one entry per prediction file, in the order of the command line.
+    before, after = json.loads(path.read_text(encoding="utf-8")).values()
+    return before, after
+
+
+def _comparison_lines(name: str, path: Path) -> list[str]:
+    """Return the lines of the table for one comparison: the metrics, and the lengths of the captions.
+
+    Args:
+        name: What was compared.
+        path: The scores of the two prediction files.
+    """
+    before, after = read_comparison(path)
+    lines = [f"{name}, {after['images']} drawings:"]
+    lines += [_metric_line(metric, before, after) for metric in SHOWN_METRICS]
+    # Compare the lengths too: some rewards can be raised by longer captions alone.
+    lengths = [run["text"]["captions"]["words, mean"] for run in (before, after)]
+    reference_length = after["text"]["references"]["words, mean"]
+    cells = "".join(f"{length:8.2f}" for length in lengths)
+    lines.append(f"  {'words per caption':32}{cells}   (references: {reference_length:.2f})")
+    return lines
 
 
 def _metric_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -148,4 +196,4 @@ def _metric_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any])
     difference, low, high = after["compared with"]["differences"][name]["difference"]
     # There is no interval if no resamples were drawn.
     interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{name:18}{values}   {difference:+.3f}{interval}"
+    return f"  {name:32}{values}   {difference:+.3f}{interval}"

@@ -86,13 +86,15 @@ def test_demo_ends_with_a_model_and_a_report(
     # The same model, trained further.
     assert demo_command.main(["--reward", *words]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("$ llava ") == 3
-    assert "CIDEr-D" in printed
+    assert printed.count("$ llava ") == 6
+    assert printed.count("CIDEr-D") == 2  # of the samples, and of the greedy captions
     assert "95 % interval" in printed
     rewards = read_reward_log(output / "reward" / "model")
     assert len(rewards) == 2
-    page = (output / "reward" / "report.html").read_text()
-    assert "Reward during training" in page
+    for folder in (output / "reward", output / "reward" / "samples"):
+        assert "Reward during training" in (folder / "report.html").read_text()
+    samples = json.loads((output / "reward" / "samples_after.json").read_text())
+    assert [row["index"] for row in samples] == [0] * 5 + [1] * 5 + [2] * 5
     assert Llava.from_pretrained(output / "reward" / "model", device="cpu")
 
     check_documentation_scripts(tiny, output, tmp_path, monkeypatch)
@@ -174,21 +176,26 @@ def test_reward_demo_starts_from_the_beginning_after_another_demo(tmp_path: Path
 
 
 def test_reward_demo_continues_the_model_and_compares_with_its_captions(tmp_path: Path) -> None:
-    steps = plan_reward_steps(
-        DemoAssets(*[tmp_path / "assets"] * 6), tmp_path / "demo", max_steps=3
-    )
-    train, predict, evaluate = (step.argv for step in steps)
+    demo_folder = tmp_path / "demo"
+    steps = plan_reward_steps(DemoAssets(*[tmp_path / "assets"] * 6), demo_folder, max_steps=3)
+    train, before, after, compare_samples, predict, compare_greedy = (step.argv for step in steps)
     model_args, _, args = parse_arguments(train[1:])
-    assert model_args.init_from == str(tmp_path / "demo" / "model")
+    assert model_args.init_from == str(demo_folder / "model")
     assert (args.objective, args.max_steps) == ("rloo", 3)
     # These options must be the same as those of the demo's model; `llava train` checks the others.
     demo = yaml.safe_load(recipes.resolve_recipe("demo").read_text())
     reward = yaml.safe_load(recipes.resolve_recipe("demo_reward").read_text())
     for name in ("mm_vision_select_layer", "mm_token_pool", "template", "lora_r", "lora_alpha"):
         assert demo[name] == reward[name]
-    assert predict[predict.index("--model-path") + 1] == str(tmp_path / "demo" / "reward" / "model")
-    files = [str(tmp_path / "demo" / part / "predictions.json") for part in ("", "reward")]
-    assert evaluate[1:3] == files
+    reward_folder = demo_folder / "reward"
+    models = [words[words.index("--model-path") + 1] for words in (before, after, predict)]
+    rewarded = str(reward_folder / "model")
+    assert models == [str(demo_folder / "model"), rewarded, rewarded]
+    # The samples of both models differ only in the model and the file.
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 2
+    outputs = [words[words.index("--output") + 1] for words in (before, after, predict)]
+    assert compare_samples[1:3] == outputs[:2]
+    assert compare_greedy[1:3] == [str(demo_folder / "predictions.json"), outputs[2]]
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
