@@ -28,6 +28,7 @@ from llava_simplified.demo.reward_demo import EXPECTED_SECONDS as REWARD_SECONDS
 from llava_simplified.demo.reward_demo import FOLDER as REWARD_FOLDER
 from llava_simplified.demo.reward_demo import NUM_STEPS as NUM_REWARD_STEPS
 from llava_simplified.demo.reward_demo import (
+    SAMPLES_FOLDER,
     check_finished,
     forget_outdated_steps,
     plan_reward_steps,
@@ -124,7 +125,7 @@ def _run_reward_demo(args: argparse.Namespace) -> int:
     forget_outdated_steps(args.output)
     # Write to a separate folder, because the results of the demo are needed for the comparison.
     folder: Path = args.output / REWARD_FOLDER
-    folder.mkdir(exist_ok=True)
+    (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with redirect_output(folder / "log.txt") as terminal:
         demo = Demo(

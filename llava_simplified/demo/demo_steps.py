@@ -60,6 +60,7 @@ def caption_step(
     predictions: Path,
     num_captions: int,
     title: str = "Caption images that the model was not trained on",
+    seconds: float = 25,
 ) -> Step:
     """Return the step that captions the held-out drawings.
 
@@ -68,11 +69,12 @@ def caption_step(
         predictions: File of the captions.
         num_captions: Number of captions to generate.
         title: What the step does.
+        seconds: Expected duration on 2 CPU cores.
     """
     return Step(
         title,
         argv,
-        seconds=25,
+        seconds=seconds,
         read_progress=lambda: captioning_progress(predictions, num_captions),
     )
 

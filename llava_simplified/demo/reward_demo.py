@@ -34,11 +34,14 @@ from llava_simplified.options import quote_arguments
 RECIPE = "demo_reward"
 FOLDER = "reward"  # a subfolder of the output folder of the demo
 SAMPLES_FOLDER = "samples"  # scores and report of the sampled captions, a subfolder of FOLDER
-NUM_SAMPLES = 5  # samples per drawing in the comparison
+NUM_SAMPLES = 20  # samples per drawing in the comparison
 # download, training, samples of the two models and their comparison, greedy captions and their comparison
 NUM_STEPS = 7
 TRAINING_SECONDS = 400
-EXPECTED_SECONDS = TRAINING_SECONDS + 85  # expected duration of all steps after the download
+SAMPLING_SECONDS = 40
+EXPECTED_SECONDS = (
+    TRAINING_SECONDS + 2 * SAMPLING_SECONDS + 45
+)  # expected duration of all steps after the download
 SHOWN_METRICS = ("CIDEr-D", "word F1")
 
 
@@ -108,7 +111,9 @@ def plan_reward_steps(
         path = folder / f"samples_{name}.json"
         sample = predict_argv(assets, checkpoint, path, limit, NUM_SAMPLES)
         title = f"Sample {NUM_SAMPLES} captions of each unseen image, {name} the training"
-        sample_steps.append(caption_step(sample, path, num_images * NUM_SAMPLES, title))
+        sample_steps.append(
+            caption_step(sample, path, num_images * NUM_SAMPLES, title, SAMPLING_SECONDS)
+        )
         sample_files.append(path)
     compare_samples = evaluate_argv(assets, sample_files, model, samples_folder)
     compare_samples += [

@@ -300,6 +300,7 @@ def start_child(job: CaptionJob) -> int:
         os._exit(status)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
 @pytest.mark.parametrize("existing", ["skip", "append", "prepend"])
 def test_every_caption_is_complete_after_five_kills(

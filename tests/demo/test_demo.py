@@ -22,6 +22,7 @@ from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
 from llava_simplified.demo.reward_demo import (
+    NUM_SAMPLES,
     check_finished,
     forget_outdated_steps,
     plan_reward_steps,
@@ -94,7 +95,7 @@ def test_demo_ends_with_a_model_and_a_report(
     for folder in (output / "reward", output / "reward" / "samples"):
         assert "Reward during training" in (folder / "report.html").read_text()
     samples = json.loads((output / "reward" / "samples_after.json").read_text())
-    assert [row["index"] for row in samples] == [0] * 5 + [1] * 5 + [2] * 5
+    assert [row["index"] for row in samples] == sorted([0, 1, 2] * NUM_SAMPLES)
     assert Llava.from_pretrained(output / "reward" / "model", device="cpu")
 
     check_documentation_scripts(tiny, output, tmp_path, monkeypatch)
