@@ -8,6 +8,7 @@ The results of the named benchmarks are replaced; those of others stay.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -22,18 +23,45 @@ BENCHMARKS = {
     "train_peers": "bench_train.py --peer llama-factory ms-swift",
     "rewards": "bench_rewards.py",
     "caption": "bench_caption.py",
+    "caption_llama_cpp": "bench_caption.py --peer llama.cpp",
+    "caption_llama_cpp_large": "bench_caption.py --peer llama.cpp --size 1.7b --images 8 --rounds 1",
     "serve": "bench_serve.py",
+    "serve_llama_cpp": "bench_serve.py --peer llama.cpp",
     "scale": "bench_scale.py",
     "download": "bench_download.py",
     "clean": "bench_clean.py",
     "convert": "bench_convert.py",
     "metrics": "bench_metrics.py",
 }
+# Instructions of x86 CPUs that matrix products use, the fastest first, as /proc/cpuinfo names them.
+MATRIX_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 HEAD = """# Results
 
 Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of
 them, and the command above a table repeats that table.
 """
+
+
+def describe_machine() -> str:
+    """Return the CPU of this machine, and the versions that affect all benchmarks.
+
+    The instructions for matrix products are named, because they decide how fast bfloat16 is.
+    """
+    name, flags = platform.processor() or platform.machine(), set()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        text = cpu_info.read_text(encoding="utf-8")
+        fields = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", text, flags=re.M))
+        name = fields.get("model name", name)
+        flags = set(fields.get("flags", "").split())
+    fastest = next((flag for flag in MATRIX_INSTRUCTIONS if flag in flags), "")
+    return ", ".join(
+        [
+            f"{os.cpu_count()} cores of {name}{f' ({fastest})' if fastest else ''}",
+            f"torch {version('torch')}",
+            f"transformers {version('transformers')}",
+        ]
+    )
 
 
 def run_benchmark(name: str) -> str:
@@ -77,9 +105,7 @@ def main() -> None:
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         sys.exit(f"unknown benchmark {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
-    machine = (
-        f"{os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
-    )
+    machine = describe_machine()
     sections = read_sections()
     for name in names:
         print(f"== {name}", flush=True)
