@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import psutil
@@ -36,13 +37,47 @@ def dtypes(model: torch.nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
+@pytest.fixture
+def unknown_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU about which PyTorch reports nothing."""
+    monkeypatch.setattr(cpu_dtype, "_has_instructions", lambda dtype: False)
+
+
 @pytest.mark.parametrize(("seconds", "is_fast"), [(0.4, True), (1.5, True), (8.0, False)])
 def test_products_are_slow_if_they_take_more_than_twice_the_time_of_float32(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, is_fast: bool
+    monkeypatch: pytest.MonkeyPatch, unknown_instructions: None, seconds: float, is_fast: bool
 ) -> None:
     times = {torch.float32: 1.0, torch.bfloat16: seconds}
     monkeypatch.setattr(cpu_dtype, "_seconds_of_product", times.__getitem__)
     assert has_fast_products.__wrapped__(torch.bfloat16) == is_fast
+
+
+@pytest.mark.parametrize(("seconds", "is_fast"), [(0.8, True), (20.0, False)])
+def test_load_of_other_processes_does_not_change_which_products_are_slow(
+    monkeypatch: pytest.MonkeyPatch, unknown_instructions: None, seconds: float, is_fast: bool
+) -> None:
+    """Most products take several times as long as on an idle machine."""
+    random = Random(0)
+    times = {torch.float32: 1.0, torch.bfloat16: seconds}
+
+    def measure(dtype: torch.dtype) -> float:
+        is_disturbed = random.random() < 0.8
+        return times[dtype] * (random.uniform(3, 6) if is_disturbed else 1)
+
+    monkeypatch.setattr(cpu_dtype, "_seconds_of_product", measure)
+    for _ in range(100):
+        assert has_fast_products.__wrapped__(torch.bfloat16) == is_fast
+
+
+def test_instructions_of_the_cpu_make_a_measurement_unnecessary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_dtype, "_seconds_of_product", {}.__getitem__)  # raises KeyError
+    capabilities = {"amx_bf16": True, "amx_fp16": False, "cpu_name": "x"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_fast_products.__wrapped__(torch.bfloat16)
+    with pytest.raises(KeyError):
+        has_fast_products.__wrapped__(torch.float16)
 
 
 def test_seconds_of_product_is_a_positive_time() -> None:
