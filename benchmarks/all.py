@@ -24,7 +24,7 @@ BENCHMARKS = {
     "rewards": "bench_rewards.py",
     "caption": "bench_caption.py",
     "caption_llama_cpp": "bench_caption.py --peer llama.cpp",
-    "caption_llama_cpp_large": "bench_caption.py --peer llama.cpp --size 1.7b --images 8 --rounds 1",
+    "caption_llama_cpp_large": "bench_caption.py --peer llama.cpp --size 1.7b --images 8 --rounds 1 --requests 8",
     "serve": "bench_serve.py",
     "serve_llama_cpp": "bench_serve.py --peer llama.cpp",
     "scale": "bench_scale.py",
