@@ -51,7 +51,7 @@ DOCS = Path(__file__).parent
 FIGURES = DOCS / "img"
 SAMPLES = 5
 # Learning rate of the single step of gradient descent that the page shows.
-STEP_SIZE = 0.02
+STEP_SIZE = 0.003
 
 
 # ---- one step on one drawing ----
