@@ -15,6 +15,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 # Name of each section -> the script in this folder that measures it, and its options.
@@ -33,8 +35,8 @@ BENCHMARKS = {
     "convert": "bench_convert.py",
     "metrics": "bench_metrics.py",
 }
-# Instructions of x86 CPUs that matrix products use, the fastest first, as /proc/cpuinfo names them.
-MATRIX_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+# Instructions of x86 CPUs for matrix products, the fastest first, as PyTorch names them.
+MATRIX_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
 HEAD = """# Results
 
 Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of
@@ -47,14 +49,9 @@ def describe_machine() -> str:
 
     The instructions for matrix products are named, because they decide how fast bfloat16 is.
     """
-    name, flags = platform.processor() or platform.machine(), set()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        text = cpu_info.read_text(encoding="utf-8")
-        fields = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", text, flags=re.M))
-        name = fields.get("model name", name)
-        flags = set(fields.get("flags", "").split())
-    fastest = next((flag for flag in MATRIX_INSTRUCTIONS if flag in flags), "")
+    capabilities = torch.cpu.get_capabilities()
+    name = capabilities.get("cpu_name") or platform.machine()
+    fastest = next((flag for flag in MATRIX_INSTRUCTIONS if capabilities.get(flag)), "")
     return ", ".join(
         [
             f"{os.cpu_count()} cores of {name}{f' ({fastest})' if fastest else ''}",
