@@ -345,6 +345,22 @@ class Journal:
 # ---- atomic outputs ----
 
 
+def prepare_output_file(path: Path) -> None:
+    """Create the folder of an output file. Call this before a long job, so that the job does not fail at its end.
+
+    Raises:
+        ValueError: The path is a folder, or its folder cannot be created.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Add the name of the output file, or choose another.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{path}: the folder cannot be created, because a part of its path is a file. Choose another output."
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `target` when the block ends without an error.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.evaluation.run_names import name_runs, sort_by_step
+from llava_simplified.jobs import prepare_output_file
 from llava_simplified.options import CommandParser, add_image_folder_option, print_text
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava evaluate`: print the scores, and write the output files."""
     args = build_parser().parse_args(argv)
     paths = sort_by_step(args.predictions)
+    for output in (args.output, args.report):
+        if output:
+            prepare_output_file(output)
 
     # Import this only now, so that `--help` does not wait for numpy and Transformers.
     from llava_simplified.evaluation.predictions import read_train_captions

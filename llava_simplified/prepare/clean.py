@@ -56,7 +56,7 @@ from llava_simplified.prepare.duplicates import (
 )
 from llava_simplified.prepare.preparation_report import Example, write_preparation_report
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
-from llava_simplified.prepare.record_writer import RecordWriter, check_suffix
+from llava_simplified.prepare.record_writer import RecordWriter, check_output
 from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ def clean(
             f"Pass --max-pixels {MAX_PIXELS} or less."
         )
     # Check all arguments before the first image is opened.
-    check_suffix(output)
+    check_output(output)
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_simplified.extras import require_extra
-from llava_simplified.jobs import SURROGATES_AS_ESCAPES, atomic_file
+from llava_simplified.jobs import SURROGATES_AS_ESCAPES, atomic_file, prepare_output_file
 
 INSTRUCTION = "Generate a caption of this image:"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -36,14 +36,15 @@ def make_record(image: str, instruction: str, captions: Sequence[str]) -> dict[s
     return record
 
 
-def check_suffix(path: Path) -> None:
-    """Check that an output file of records has a supported suffix. Call this before a long job.
+def check_output(path: Path) -> None:
+    """Check that records can be written to a file, and create its folder. Call this before a long job.
 
     Raises:
-        ValueError: The suffix is not one of `SUFFIXES`.
+        ValueError: The suffix is not one of `SUFFIXES`, the path is a folder, or its folder cannot be created.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: unsupported suffix; use .json, .jsonl or .parquet")
+    prepare_output_file(path)
 
 
 class RecordWriter:
@@ -54,11 +55,11 @@ class RecordWriter:
             record per line, `.parquet` has the columns image, instruction and responses.
 
     Raises:
-        ValueError: The suffix is not one of `SUFFIXES`.
+        ValueError: The output is not valid; see `check_output`.
     """
 
     def __init__(self, path: Path) -> None:
-        check_suffix(path)
+        check_output(path)
         self.path = path
         self.count = 0
         self._stack = ExitStack()
@@ -70,7 +71,6 @@ class RecordWriter:
         self._rows: list[dict[str, Any]] = []  # rows to be written with the next Parquet batch
 
     def __enter__(self) -> RecordWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Enter this first, so that it is left last: the file must be closed before it is renamed.
         part = self._stack.enter_context(atomic_file(self.path))
         if self.path.suffix == ".parquet":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_simplified.jobs import prepare_output_file
 from llava_simplified.options import CommandParser, add_image_folder_option, print_text
 
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {args.output}: unsupported suffix; use .json or .jsonl")
+    prepare_output_file(args.output)
     if args.min_difference < 0:
         raise ValueError(f"--min-difference {args.min_difference:g}: expected 0 or more.")
     records = open_records(args.data_path)

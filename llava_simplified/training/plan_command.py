@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_simplified.jobs import prepare_output_file
 from llava_simplified.options import CommandParser, configure_logging, print_text
 from llava_simplified.training_options import add_training_options, exit_with_help
 
@@ -201,6 +202,8 @@ def check_cluster_options(plan_options: argparse.Namespace) -> None:
         raise ValueError("--endpoint and --model belong together: pass both or neither.")
     if plan_options.endpoint and not plan_options.measure:
         raise ValueError("--endpoint requires --measure URLS.")
+    if plan_options.measure:
+        prepare_output_file(plan_options.rates)
 
 
 def read_zero_stage(config: Path | None) -> int:
