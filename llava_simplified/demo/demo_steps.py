@@ -267,6 +267,8 @@ class Watcher:
         # The progress at the last estimate, and the estimated duration of the step in seconds.
         self._fraction = 0.0
         self._expected = self.step.seconds
+        # The seconds and the progress at the first estimate.
+        self._first_estimate: tuple[float, float] | None = None
 
     def __enter__(self) -> None:
         self._start = time.monotonic()
@@ -304,7 +306,7 @@ class Watcher:
         # Estimate the duration of this step only when the fraction changes. Otherwise, the estimate would grow until the
         # next change.
         if fraction > max(self._fraction, self.MIN_FRACTION):
-            self._expected = elapsed / fraction
+            self._expected = self._estimate(elapsed, fraction)
             self._fraction = fraction
         expected = self._expected
         # Measured divided by planned duration says how many times slower this machine is than planned. Leave out the
@@ -321,6 +323,16 @@ class Watcher:
         minutes = round(seconds / 60)
         unit = "minute" if minutes == 1 else "minutes"
         return f"about {minutes} {unit} left"
+
+    def _estimate(self, elapsed: float, fraction: float) -> float:
+        """Return the estimated duration of this step in seconds; for the arguments, see `_time_left`."""
+        if self._first_estimate is None:
+            self._first_estimate = (elapsed, fraction)
+            return elapsed / fraction
+        # A step begins slowly: models are loaded, and layers are compiled. So measure the speed from the first estimate on.
+        first_elapsed, first_fraction = self._first_estimate
+        seconds_per_fraction = (elapsed - first_elapsed) / (fraction - first_fraction)
+        return elapsed + (1 - fraction) * seconds_per_fraction
 
     def _print_first_captions(self) -> None:
         """Print the captions of the first evaluation as a table, once."""

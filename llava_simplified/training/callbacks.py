@@ -75,8 +75,10 @@ class ProgressLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # Measure the speed from this time and step on.
         self._start = time.monotonic()
-        self._first_step = state.global_step
+        self._start_step = state.global_step
+        self._skipped_first_steps = False
 
     def on_log(
         self,
@@ -97,11 +99,17 @@ class ProgressLog(TrainerCallback):
 
     def _time_left(self, state: TrainerState) -> str:
         """Return the estimated time left, as the end of a message; empty before the first step."""
-        done = state.global_step - self._first_step
+        done = state.global_step - self._start_step
         if done <= 0:
             return ""
-        seconds_per_step = (time.monotonic() - self._start) / done
+        now = time.monotonic()
+        seconds_per_step = (now - self._start) / done
         remaining = seconds_per_step * (state.max_steps - state.global_step)
+        # The first steps take longer than the others, for example because layers are compiled. From the second log on, leave
+        # them out.
+        if not self._skipped_first_steps:
+            self._skipped_first_steps = True
+            self._start, self._start_step = now, state.global_step
         return f", {format_duration(remaining)} left"
 
 

@@ -389,3 +389,5 @@ def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
     # A quarter of a step of 100 expected seconds took 50 seconds: 150 s of this step remain, and the later steps take
     # twice the expected 910 s.
     assert watcher._time_left(50.0, 0.25) == f"about {round((150 + 2 * 910) / 60)} minutes left"
+    # The next quarter took only 10 seconds. The slow start is not expected to continue, so 20 s remain of 80 s.
+    assert watcher._time_left(60.0, 0.5) == f"about {round((20 + 0.8 * 910) / 60)} minutes left"

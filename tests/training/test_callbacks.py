@@ -74,6 +74,23 @@ def test_progress_shows_steps_losses_and_time_left(
         assert "5/10" in text
 
 
+def test_time_left_does_not_expect_slow_first_steps_to_continue(
+    monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """The first 5 steps take 60 s, because layers are compiled, and all others 1 s each."""
+    now = 0.0
+    monkeypatch.setattr("llava_simplified.training.callbacks.time.monotonic", lambda: now)
+    args: Any = None
+    state, control = TrainerState(max_steps=100, is_world_process_zero=True), TrainerControl()
+    callback = ProgressLog()
+    callback.on_train_begin(args, state, control)
+    for now, step in ((60.0, 5), (65.0, 10), (70.0, 15)):  # noqa: B007 - `now` is read by the clock
+        state.global_step = step
+        callback.on_log(args, state, control, logs=dict(LOGS))
+    left = [line.rpartition(", ")[2].split()[0] for line in package_log.text.splitlines()]
+    assert left == ["0:19:00", "0:01:30", "0:01:25"]
+
+
 @pytest.mark.medium
 def test_throughput_and_padding_are_logged(
     models_folder: Path, data_folder: Path, tmp_path: Path
