@@ -34,8 +34,8 @@ EXPECTED = {
     "png": "ok",
     "webp": "ok",
     "moved": "ok",
-    "gzip": "ok",
-    "ungzipped": "ok",  # the header Content-Encoding is set, but the body is not encoded
+    "deflate": "ok",
+    "not_deflated": "ok",  # the header Content-Encoding is set, but the body is not encoded
     "missing": "http_404",
     "forbidden": "http_403",
     "broken": "http_500",
@@ -54,7 +54,7 @@ EXPECTED = {
     "reserved": "opt_out",  # the header TDM-Reservation
     "endless": "too_large",
     "bomb": "too_large",  # a small file of a huge image
-    "gzipbomb": "too_large",  # a small body that is huge when decoded
+    "deflatebomb": "too_large",  # a small body that is huge when decoded
     "to_file": "scheme",  # a redirect to a file: URL
     "not_http": "protocol",  # the answer of an SSH server
 }
@@ -254,9 +254,9 @@ class _Handler(asyncio.Protocol):
             return self.targets.get("robots", "").encode()
         if kind in _STATUS:
             return b"no image here"
-        if kind == "gzip":
+        if kind == "deflate":
             return zlib.compress(body_of(kind, number))
-        if kind == "gzipbomb":
+        if kind == "deflatebomb":
             return zlib.compress(b"\0" * 60_000_000)
         return body_of(kind, number)
 
@@ -270,9 +270,9 @@ class _Handler(asyncio.Protocol):
             "loop": f"Location: /loop/{number + 1}.jpg\r\n",
             "to_file": "Location: file:///etc/passwd\r\n",
             "redirect": f"Location: {self.targets.get(name, '')}\r\n",
-            "gzip": "Content-Encoding: deflate\r\n",
-            "ungzipped": "Content-Encoding: deflate\r\n",
-            "gzipbomb": "Content-Encoding: deflate\r\n",
+            "deflate": "Content-Encoding: deflate\r\n",
+            "not_deflated": "Content-Encoding: deflate\r\n",
+            "deflatebomb": "Content-Encoding: deflate\r\n",
         }
         extra = headers.get(kind, "")
         if self.closes:
