@@ -636,6 +636,7 @@ def _caption_window(
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
     from llava_simplified.model.generation import generate_separately
+    from llava_simplified.model.openmp import use_one_thread
     from llava_simplified.model.sampling import prompt_hashes
 
     window: dict[int, Record] = {}
@@ -656,7 +657,7 @@ def _caption_window(
     by_length = sorted(window, key=lambda position: len(prompts[position]))
     # Read the images in a thread, in the order of the batches, while the model computes. One thread is
     # sufficient: reading an image takes milliseconds, captioning it takes far longer.
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1, initializer=use_one_thread) as reader:
         images = _WindowImages(model, image_folder, reader, matches)
         for position in by_length:
             images.read_ahead(window[position].images)

@@ -190,6 +190,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     import uvicorn
 
     from llava_simplified.captioning.runner import load_model
+    from llava_simplified.model.openmp import run_in_own_thread
     from llava_simplified.serve.api import create_app
     from llava_simplified.serve.connections import TimedH11Protocol
     from llava_simplified.serve.engine import Engine
@@ -204,7 +205,8 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
             "%s is reachable from other machines, and every client may use the model. Pass --api-key to prevent this.",
             args.host,
         )
-    model = load_model(args)
+    # The engine computes in a thread of its own, and the main thread must not keep OpenMP threads.
+    model = run_in_own_thread(lambda: load_model(args))
     engine = Engine(
         model,
         batch_size=args.batch_size,

@@ -11,6 +11,7 @@ import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +35,12 @@ from llava_simplified.captioning.runner import (
     caption_records,
 )
 from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import exclusive_lock
 from llava_simplified.model import generation
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.openmp import run_in_own_thread
 from llava_simplified.options import escape_control_characters
 
 SAMPLING = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
@@ -436,6 +439,33 @@ def test_caption_records_yields_rows_after_every_batch(model: Llava, folder: Pat
     records, image_folder = open_inputs(str(folder), None, ["What?"])
     parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))
     assert [len(rows) for rows, _ in parts] == [2, 2, 1, 1]
+
+
+def test_the_thread_that_reads_images_has_no_openmp_threads(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With OpenMP threads in two threads, decoding would take up to twice as long."""
+    counts = set()
+    transform: Any = ImageTransform.__call__
+
+    def counting_transform(self: ImageTransform, pixels: Any) -> torch.Tensor:
+        counts.add(torch.get_num_threads())
+        result: torch.Tensor = transform(self, pixels)
+        return result
+
+    def caption() -> int:
+        torch.set_num_threads(3)
+        records, image_folder = open_inputs(str(folder), None, ["What?"])
+        list(caption_records(model, records, image_folder, GenerationOptions(3)))
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(ImageTransform, "__call__", counting_transform)
+    # Use a new thread, because OpenMP threads of the main thread would not survive the forks of other tests.
+    try:
+        assert run_in_own_thread(caption) == 3
+    finally:
+        torch.set_num_threads(1)
+    assert counts == {1}
 
 
 # ---- commands ----

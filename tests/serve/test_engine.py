@@ -416,3 +416,14 @@ def test_failing_sequence_ends_all_sequences_of_its_request(
     failed, other = run_engine(model, use)
     assert isinstance(failed, RuntimeError)
     assert other == [model.chat("What?", photos[1:2], max_new_tokens=12)]
+
+
+def test_reader_threads_have_no_openmp_threads(model: Llava) -> None:
+    async def count_threads(engine: Engine) -> int:
+        return await asyncio.wrap_future(engine.reader_threads.submit(torch.get_num_threads))
+
+    torch.set_num_threads(3)
+    try:
+        assert run_engine(model, count_threads) == 1
+    finally:
+        torch.set_num_threads(1)
