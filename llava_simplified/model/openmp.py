@@ -23,14 +23,27 @@ import torch
 
 T = TypeVar("T")
 
+# Held while the default of new threads is wrong; see `use_one_thread`.
+_default_lock = threading.Lock()
+
 
 def use_one_thread() -> None:
     """Let torch compute without OpenMP threads in the calling thread. Pass it as `initializer` to `ThreadPoolExecutor`."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # The call above also changes the default of threads that have not called torch yet. The default can be restored only
-    # together with the number of the calling thread, so restore it in another thread.
-    run_in_own_thread(lambda: torch.set_num_threads(count))
+    with _default_lock:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # The call above also changes the default of threads that have not called torch yet. The default can be restored
+        # only together with the number of the calling thread, so restore it in another thread.
+        run_in_own_thread(lambda: torch.set_num_threads(count))
+
+
+def use_all_threads() -> None:
+    """Let torch compute with all OpenMP threads in the calling thread, even if others call `use_one_thread` meanwhile.
+
+    Pass it as `initializer` to the `ThreadPoolExecutor` of a thread that computes.
+    """
+    with _default_lock:
+        torch.get_num_threads()  # a thread keeps the default that it finds at its first call
 
 
 def run_in_own_thread(work: Callable[[], T]) -> T:

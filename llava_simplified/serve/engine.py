@@ -38,7 +38,7 @@ from llava_simplified.data.images import ImageError, ImageSource
 from llava_simplified.model.generation import DecodingBatch, encode_images
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.openmp import use_one_thread
+from llava_simplified.model.openmp import use_all_threads, use_one_thread
 from llava_simplified.model.sampling import prompt_hashes
 from llava_simplified.prompt import Message
 
@@ -414,7 +414,7 @@ class Engine:
         self.requests_in_flight: set[RequestHandle] = set()
         self.sequences_running: dict[int, RunningSequence] = {}
         self.reader_threads = ThreadPoolExecutor(_READER_THREADS, "reader", use_one_thread)
-        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._model_thread = ThreadPoolExecutor(1, "model", use_all_threads)
         self._batch: DecodingBatch | None = None
         self._waiting = deque[RequestHandle]()
         self._has_work = asyncio.Event()

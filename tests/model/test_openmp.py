@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from llava_simplified.model.openmp import run_in_own_thread, use_one_thread
+from llava_simplified.model.openmp import run_in_own_thread, use_all_threads, use_one_thread
 
 NUM_THREADS = 3
 
@@ -33,6 +33,26 @@ def test_use_one_thread_changes_only_the_calling_thread() -> None:
         with ThreadPoolExecutor(1) as other:
             assert other.submit(torch.get_num_threads).result() == NUM_THREADS, "a new thread"
         assert reader.submit(torch.get_num_threads).result() == 1
+
+
+def test_threads_that_start_together_do_not_change_the_default() -> None:
+    barrier = threading.Barrier(8)
+    numbers: list[int] = []
+
+    def start(initialize: Callable[[], None]) -> None:
+        barrier.wait()
+        initialize()
+        numbers.append(torch.get_num_threads())
+
+    for _ in range(20):
+        starts = [use_one_thread] * 6 + [use_all_threads] * 2
+        threads = [threading.Thread(target=start, args=(initialize,)) for initialize in starts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(numbers) == [1] * 120 + [NUM_THREADS] * 40
+    assert run_in_own_thread(torch.get_num_threads) == NUM_THREADS, "the default"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="expects GNU OpenMP")
