@@ -30,7 +30,7 @@ PHRASES = (
 
 
 def compute_dtype() -> str:
-    """Return the data type in which all sides compute: bfloat16, or float32 where that is faster."""
+    """Return the data type in which all sides compute: bfloat16, or float32 where bfloat16 is emulated."""
     import torch
 
     from llava_simplified.model.cpu_dtype import has_fast_products

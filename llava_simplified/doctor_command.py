@@ -187,7 +187,7 @@ def _describe_devices() -> Sequence[str]:
     """Return a line for each accelerator, and lines about bfloat16 and compilation on the CPU."""
     import torch
 
-    from llava_simplified.model.cpu_dtype import has_fast_products
+    from llava_simplified.model.cpu_dtype import has_fast_products, trains_fast_in
 
     lines = []
     if torch.accelerator.is_available():
@@ -196,7 +196,12 @@ def _describe_devices() -> Sequence[str]:
             lines.append(f"  {device}: {_describe_device(index)}")
     else:
         lines.append("  no accelerator: everything runs on the CPU")
-    bfloat16 = "fast" if has_fast_products(torch.bfloat16) else "slow; train with --bf16 False"
+    if not has_fast_products(torch.bfloat16):
+        bfloat16 = "slow; train with --bf16 False"
+    elif not trains_fast_in(torch.bfloat16):
+        bfloat16 = "slower than float32 in training; train with --bf16 False"
+    else:
+        bfloat16 = "fast"
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
     if torch.cuda.is_available():
         lines.append(

@@ -149,7 +149,7 @@ def cpu_is_fast_in_16_bits() -> Iterator[None]:
     from llava_simplified.model import cpu_dtype
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_dtype, "has_fast_products", lambda dtype: True)
+        patch.setattr(cpu_dtype, "seconds_relative_to_float32", lambda dtype: 0.5)
         yield
 
 

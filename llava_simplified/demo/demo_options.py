@@ -61,7 +61,7 @@ def _machine_argv() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
-    from llava_simplified.model.cpu_dtype import has_fast_products
+    from llava_simplified.model.cpu_dtype import trains_fast_in
     from llava_simplified.training.kernels import can_compile
 
     argv: list[str] = []
@@ -74,7 +74,7 @@ def _machine_argv() -> list[str]:
         )
         argv += option_argv(compile_layers=False)
     # The recipes use bfloat16, which CPUs without instructions for it emulate slowly.
-    if not torch.accelerator.is_available() and not has_fast_products(torch.bfloat16):
+    if not torch.accelerator.is_available() and not trains_fast_in(torch.bfloat16):
         logger.info("bfloat16 is slow on this CPU. Training uses float32.")
         argv += option_argv(bf16=False)
     return argv

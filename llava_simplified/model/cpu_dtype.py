@@ -1,8 +1,10 @@
-"""Choose the data type in which a model generates on a CPU.
+"""Choose the data type in which a model trains or generates on a CPU.
 
 Most models are stored in 16 bits. Many CPUs have no instructions for products in 16 bits (for bfloat16, AMD has them since
 2022, and Intel since 2020, in servers), and PyTorch then computes them 10 to 50 times as slowly as products in float32.
-float32 represents all values of the other types exactly, but needs twice the memory.
+Intel's vector instructions (AVX512, without AMX) reach about half the speed of float32. Training is bound by products, and
+generation of one token by the memory traffic of the weights, for which 16 bits are better. float32 represents all values of
+the other types exactly, but needs twice the memory.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-# Instructions for products in a data type, as PyTorch names them. A CPU that has one of them needs no measurement.
+# Instructions for products in a data type, as PyTorch names them.
 _INSTRUCTIONS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16"),
@@ -27,18 +29,33 @@ _INSTRUCTIONS = {
 _MIN_TRIALS, _MAX_TRIALS = 6, 40
 
 
-@cache
 def has_fast_products(dtype: torch.dtype) -> bool:
     """Return whether this CPU computes matrix products in a 16-bit data type about as fast as in float32.
 
     If PyTorch does not know any instructions of this CPU for the data type, products are timed. The times differ by a
-    factor of 10 or more if there are none. With instructions, the 16-bit products are usually faster.
+    factor of 10 or more if there are none.
 
     Args:
         dtype: torch.bfloat16 or torch.float16.
     """
-    if _has_instructions(dtype):
-        return True
+    return _has_instructions(dtype) or seconds_relative_to_float32(dtype) < 2
+
+
+def trains_fast_in(dtype: torch.dtype) -> bool:
+    """Return whether this CPU computes large products, as in training, in a 16-bit data type about as fast as in float32.
+
+    Products are always timed, because some instructions for 16 bits are slower than those for float32.
+
+    Args:
+        dtype: torch.bfloat16 or torch.float16.
+    """
+    # 16 bits save memory traffic in all operations but products, so they may be slightly slower in these.
+    return seconds_relative_to_float32(dtype) < 1.25
+
+
+@cache
+def seconds_relative_to_float32(dtype: torch.dtype) -> float:
+    """Return the measured time of a matrix product in a data type, divided by that in float32."""
     seconds = expected = math.inf
     for trial in range(1, _MAX_TRIALS + 1):
         # Other processes can only make a product slower, so compare the fastest ones. Measure in turn, because the load of
@@ -48,7 +65,7 @@ def has_fast_products(dtype: torch.dtype) -> bool:
         is_clear = seconds < expected or seconds > 8 * expected
         if is_clear and trial >= _MIN_TRIALS:
             break
-    return seconds < 2 * expected
+    return seconds / expected
 
 
 def _has_instructions(dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.model.build import quantization
-from llava_simplified.model.cpu_dtype import has_fast_products
+from llava_simplified.model.cpu_dtype import trains_fast_in
 from llava_simplified.model.protocols import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
         quantization(model.bits, torch.float32)
     if args.use_liger_kernel:
         _check_liger(args)
-    if args.bf16 and args.device.type == "cpu" and not has_fast_products(torch.bfloat16):
+    if args.bf16 and args.device.type == "cpu" and not trains_fast_in(torch.bfloat16):
         logger.warning(
             "--bf16 True: bfloat16 is slow on this CPU. Pass --bf16 False, which needs twice the memory for the frozen weights."
         )

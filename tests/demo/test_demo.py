@@ -203,7 +203,8 @@ def test_reward_demo_continues_the_model_and_compares_with_its_captions(tmp_path
 def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool
 ) -> None:
-    monkeypatch.setattr(cpu_dtype, "has_fast_products", lambda dtype: is_fast)
+    seconds = 0.5 if is_fast else 1.8
+    monkeypatch.setattr(cpu_dtype, "seconds_relative_to_float32", lambda dtype: seconds)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path)
     training = [step.argv for step in steps if step.argv[0] == "train"]

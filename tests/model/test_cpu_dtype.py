@@ -14,7 +14,12 @@ from torch import nn
 
 from llava_simplified.model import cpu_dtype
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.model.cpu_dtype import has_fast_products, use_fast_dtype
+from llava_simplified.model.cpu_dtype import (
+    has_fast_products,
+    seconds_relative_to_float32,
+    trains_fast_in,
+    use_fast_dtype,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +48,38 @@ def unknown_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_dtype, "_has_instructions", lambda dtype: False)
 
 
-@pytest.mark.parametrize(("seconds", "is_fast"), [(0.4, True), (1.5, True), (8.0, False)])
-def test_products_are_slow_if_they_take_more_than_twice_the_time_of_float32(
-    monkeypatch: pytest.MonkeyPatch, unknown_instructions: None, seconds: float, is_fast: bool
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure products in each call, as a new process does."""
+    measure = seconds_relative_to_float32.__wrapped__
+    monkeypatch.setattr(cpu_dtype, "seconds_relative_to_float32", measure)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "generates_fast", "trains_fast"),
+    [(0.4, True, True), (1.1, True, True), (1.8, True, False), (8.0, False, False)],
+)
+def test_products_are_slow_if_they_take_longer_than_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+    unknown_instructions: None,
+    measured: None,
+    seconds: float,
+    generates_fast: bool,
+    trains_fast: bool,
 ) -> None:
     times = {torch.float32: 1.0, torch.bfloat16: seconds}
     monkeypatch.setattr(cpu_dtype, "_seconds_of_product", times.__getitem__)
-    assert has_fast_products.__wrapped__(torch.bfloat16) == is_fast
+    assert has_fast_products(torch.bfloat16) == generates_fast
+    assert trains_fast_in(torch.bfloat16) == trains_fast
 
 
 @pytest.mark.parametrize(("seconds", "is_fast"), [(0.8, True), (20.0, False)])
 def test_load_of_other_processes_does_not_change_which_products_are_slow(
-    monkeypatch: pytest.MonkeyPatch, unknown_instructions: None, seconds: float, is_fast: bool
+    monkeypatch: pytest.MonkeyPatch,
+    unknown_instructions: None,
+    measured: None,
+    seconds: float,
+    is_fast: bool,
 ) -> None:
     """Most products take several times as long as on an idle machine."""
     random = Random(0)
@@ -66,18 +91,20 @@ def test_load_of_other_processes_does_not_change_which_products_are_slow(
 
     monkeypatch.setattr(cpu_dtype, "_seconds_of_product", measure)
     for _ in range(100):
-        assert has_fast_products.__wrapped__(torch.bfloat16) == is_fast
+        assert has_fast_products(torch.bfloat16) == is_fast
+        assert trains_fast_in(torch.bfloat16) == is_fast
 
 
-def test_instructions_of_the_cpu_make_a_measurement_unnecessary(
-    monkeypatch: pytest.MonkeyPatch,
+def test_models_generate_in_16_bits_but_do_not_train_if_instructions_are_slower_than_float32(
+    monkeypatch: pytest.MonkeyPatch, measured: None
 ) -> None:
-    monkeypatch.setattr(cpu_dtype, "_seconds_of_product", {}.__getitem__)  # raises KeyError
-    capabilities = {"amx_bf16": True, "amx_fp16": False, "cpu_name": "x"}
+    times = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 2.5}
+    monkeypatch.setattr(cpu_dtype, "_seconds_of_product", times.__getitem__)
+    capabilities = {"avx512_bf16": True, "avx512_fp16": False, "cpu_name": "x"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_fast_products.__wrapped__(torch.bfloat16)
-    with pytest.raises(KeyError):
-        has_fast_products.__wrapped__(torch.float16)
+    assert has_fast_products(torch.bfloat16)
+    assert not has_fast_products(torch.float16)
+    assert not trains_fast_in(torch.bfloat16)
 
 
 def test_seconds_of_product_is_a_positive_time() -> None:
