@@ -26,6 +26,9 @@ A Hugging Face LLaVA folder is then loaded with the classes of Transformers, and
 checkpoint (`import_check.py`). The checkpoint gets its final name only if both produce the same outputs.
 Folders of original LLaVA are not compared, because its code is not installed here. The tests of this
 package compare such folders with a forward pass written in plain torch.
+
+The vision tower of original LLaVA is stored in the new checkpoint only if it was fine-tuned. Otherwise, the
+checkpoint refers to the published one.
 """
 
 from __future__ import annotations
@@ -110,15 +113,13 @@ class SourceCheckpoint:
         """Whether the checkpoint contains all weights of the language model, and not only an adapter."""
         return bool(self.language_model) and self.adapter_config is None
 
-    @property
-    def has_own_tower(self) -> bool:
-        """Whether the checkpoint has its own vision tower, and not an unchanged copy of a published one."""
-        return self.is_stock and bool(self.vision_tower)
+    def trained_parts(self, has_own_tower: bool) -> TrainedParts:
+        """Return the parts to store in our checkpoint, which stores only parts that are declared as trained.
 
-    @property
-    def trained_parts(self) -> TrainedParts:
-        """The parts to store in our checkpoint, which stores only parts that are declared as trained."""
-        vision_tower: Literal["none", "full"] = "full" if self.has_own_tower else "none"
+        Args:
+            has_own_tower: Whether the checkpoint has its own vision tower, and not an unchanged copy of a published one.
+        """
+        vision_tower: Literal["none", "full"] = "full" if has_own_tower else "none"
         if self.adapter_config is not None:
             return TrainedParts(language_model="adapter", vision_tower=vision_tower)
         return TrainedParts(
@@ -187,15 +188,20 @@ def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[l
 
     # Find the three parts. Vision tower and language model are in the source, or they are published
     # models that the user or the source names; the projector is always in the source.
-    vision_tower = options.vision_tower
-    if source.has_own_tower:
-        vision_tower = _write_vision_tower(source, output / "vision_tower")
-    vision_tower = vision_tower or source.config.get("mm_vision_tower")
-    if vision_tower is None:
-        raise ValueError(
-            f"{source_path} does not name the vision tower that it was trained with. Pass "
-            "--vision-tower."
-        )
+    own_tower = output / "vision_tower"
+    if source.vision_tower and source.is_stock:
+        _write_stock_tower(source, own_tower)
+    elif source.vision_tower:
+        published = _published_tower(source, options)
+        is_tuned = _write_tuned_tower(source, published, own_tower)
+        if is_tuned:
+            report.append(
+                f"the vision tower in the source is a fine-tuned {published}: it is stored"
+            )
+        else:
+            report.append(f"the vision tower in the source has the same weights as {published}")
+    has_own_tower = own_tower.is_dir()
+    vision_tower = str(own_tower.resolve()) if has_own_tower else _published_tower(source, options)
     model_base = options.model_base
     if source.has_language_model:
         model_base = str(output.resolve() / "language_model")
@@ -212,15 +218,26 @@ def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[l
         model = build_model(config)
     if model.prompt.image_token:
         report.append(f"the chat template writes the image token {model.prompt.image_token}")
-    if source.vision_tower and not source.has_own_tower:
-        _check_vision_tower(model.vision_tower, source.vision_tower)
-        report.append(f"the vision tower in the source has the same weights as {vision_tower}")
     _load_projector(model.projector, source.projector)
     if source.adapter_config is not None:
         _add_adapter(model, source.adapter_config, source.language_model)
     training = {"imported_from": source_path.name}
-    save_checkpoint(model, output, config, source.trained_parts, training)
+    save_checkpoint(model, output, config, source.trained_parts(has_own_tower), training)
     return report, source.is_stock
+
+
+def _published_tower(source: SourceCheckpoint, options: ImportOptions) -> str:
+    """Return the path or name of the vision tower that a source was trained with.
+
+    Raises:
+        ValueError: Neither the user nor the source names it.
+    """
+    name = options.vision_tower or source.config.get("mm_vision_tower")
+    if name is None:
+        raise ValueError(
+            f"{source.path} does not name the vision tower that it was trained with. Pass --vision-tower."
+        )
+    return name
 
 
 def _set_final_paths(folder: Path, output: Path) -> None:
@@ -587,54 +604,68 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
 # ---- the vision tower ----
 
 
-def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
-    """Write the vision tower of a Hugging Face LLaVA folder to a separate model folder.
-
-    Returns:
-        The folder.
-    """
+def _write_stock_tower(source: SourceCheckpoint, target: Path) -> None:
+    """Write the vision tower of a Hugging Face LLaVA folder to a separate model folder."""
     from transformers import AutoConfig, AutoModel
 
     with blame_file(source.path):
         settings = dict(source.config["vision_config"])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         tower = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    # Match the names without the prefix `vision_model.`, which only some versions and classes use.
-    expected_names = {_without_prefix(name): name for name in tower.state_dict()}
-    weights = {}
-    for name, weight in source.vision_tower.items():
-        bare_name = _without_prefix(name)
-        weights[expected_names.get(bare_name, bare_name)] = weight
-    _load_strictly(tower, weights, "vision tower")
+    _load_strictly(tower, _rename_like(source.vision_tower, tower.state_dict()), "vision tower")
     tower.save_pretrained(target)
     image_processor: Any = load_image_processor(source.folder)
     image_processor.save_pretrained(target)
-    return str(target.resolve())
 
 
-def _check_vision_tower(tower: VisionTower, weights: Weights) -> None:
-    """Check that the vision tower stored in the source has the same weights as the given one.
+def _write_tuned_tower(source: SourceCheckpoint, published: str, target: Path) -> bool:
+    """Write the vision tower of original LLaVA to a separate model folder if it is not the published one.
 
-    Original LLaVA saves its frozen vision tower with everything else. We store only its name, so the
-    weights must be the same.
+    Original LLaVA saves its vision tower with everything else, frozen or not.
+
+    Args:
+        source: The checkpoint.
+        published: The vision tower that was fine-tuned.
+        target: Folder to create.
+
+    Returns:
+        Whether the weights differ.
 
     Raises:
-        ValueError: A weight is missing, or has another shape or value.
+        ValueError: The weights do not fit the published vision tower.
     """
-    expected = {_without_prefix(name): weight for name, weight in tower.model.state_dict().items()}
+    tower: Any = VisionTower.from_pretrained(published).model
+    expected = tower.state_dict()
+    weights = _rename_like(source.vision_tower, expected)
+    if source.adapter_config is not None:
+        weights = {**expected, **weights}  # a LoRA run saves only the weights that were trained
+    check_state_dict(weights, expected, f"{source.path}: compared with --vision-tower {published}")
+    if all(_is_rounded(weight, expected[name]) for name, weight in weights.items()):
+        return False
+    tower.load_state_dict(weights)
+    tower.save_pretrained(target)
+    image_processor: Any = load_image_processor(published)
+    image_processor.save_pretrained(target)
+    return True
+
+
+def _rename_like(weights: Weights, expected: Weights) -> Weights:
+    """Rename weights as in a state dict that differs in the prefix `vision_model.`, which only some versions write."""
+    expected_names = {_without_prefix(name): name for name in expected}
+    renamed = {}
     for name, weight in weights.items():
-        other = expected.get(_without_prefix(name))
-        if other is None or other.shape != weight.shape or not _almost_equal(other, weight):
-            raise ValueError(
-                f"vision tower: {name} in the source has no equal weight in the given vision tower. The source was "
-                "trained with a different or a fine-tuned tower. Pass a folder with this tower: --vision-tower."
-            )
+        bare_name = _without_prefix(name)
+        renamed[expected_names.get(bare_name, bare_name)] = weight
+    return renamed
 
 
-def _almost_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two weights are equal up to rounding to bfloat16."""
-    bfloat16_rounding = 2**-8
-    return torch.allclose(first.float(), second.float(), rtol=bfloat16_rounding, atol=1e-3)
+def _is_rounded(weight: torch.Tensor, published: torch.Tensor) -> bool:
+    """Return whether a weight is the published one, rounded to the data type of the checkpoint.
+
+    Towers are loaded in 16 bits for training, so a weight may have been rounded twice.
+    """
+    loaded_dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return any(torch.equal(weight, published.to(dtype).to(weight.dtype)) for dtype in loaded_dtypes)
 
 
 def _without_prefix(name: str) -> str:

@@ -648,19 +648,98 @@ def test_import_checkpoint_refuses_a_folder_without_weights(tmp_path: Path) -> N
         import_checkpoint(tmp_path / "empty", tmp_path / "ours")
 
 
-def test_import_checkpoint_refuses_another_vision_tower(
+def tune_vision_tower(clip: Path, folder: Path, difference: float = 1e-5) -> Path:
+    """Write a vision tower whose weights differ slightly, as after training with a low learning rate."""
+    shutil.copytree(clip, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            weights[name] = weight + difference
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("difference", [1e-5, 0.3])
+def test_import_checkpoint_stores_a_fine_tuned_vision_tower(
+    source: Source, models_folder: Path, image: Path, tmp_path: Path, difference: float
+) -> None:
+    _, merged = source
+    published = models_folder / "clip"
+    tuned = tune_vision_tower(published, tmp_path / "tuned", difference)
+    folder = write_original(merged, tuned, tmp_path / "llava")
+    report = import_checkpoint(folder, tmp_path / "ours", vision_tower=str(published))
+    assert any("fine-tuned" in line for line in report)
+
+    # The tower is complete: neither the source nor the published tower is needed any more.
+    shutil.rmtree(folder)
+    config = json.loads((tmp_path / "ours" / "llava.json").read_text())
+    assert config["architecture"]["vision_tower"] == str(tmp_path / "ours" / "vision_tower")
+    model = Llava.from_pretrained(tmp_path / "ours", device="cpu")
+    expected = CLIPVisionModel.from_pretrained(tuned).state_dict()
+    stored = model.vision_tower.model.state_dict()
+    assert stored.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(stored[name], weight), name
+    # A tower with its final weights, from a source that says so, gives the same checkpoint.
+    folder = write_original(merged, tuned, tmp_path / "llava")
+    import_checkpoint(folder, tmp_path / "same")
+    same = Llava.from_pretrained(tmp_path / "same", device="cpu")
+    assert not (tmp_path / "same" / "vision_tower").exists()
+    assert torch.equal(first_logits(model, image), first_logits(same, image))
+
+
+@pytest.mark.parametrize("dtypes", [["float16"], ["bfloat16"], ["float16", "bfloat16"]])
+def test_import_checkpoint_stores_no_vision_tower_that_was_only_rounded(
+    source: Source, models_folder: Path, tmp_path: Path, dtypes: list[str]
+) -> None:
+    _, merged = source
+    folder = write_original(merged, models_folder / "clip", tmp_path / "llava")
+    for path in folder.glob("*.bin"):
+        weights = torch.load(path, weights_only=True)
+        for name, weight in weights.items():
+            if "vision_tower" in name and weight.is_floating_point():
+                for dtype in dtypes:
+                    weight = weight.to(getattr(torch, dtype))
+                weights[name] = weight
+        torch.save(weights, path)
+    report = import_checkpoint(folder, tmp_path / "ours")
+    assert any("the same weights as" in line for line in report)
+    assert not (tmp_path / "ours" / "vision_tower").exists()
+
+
+def test_import_checkpoint_adds_frozen_weights_to_the_tuned_ones_of_a_lora_run(
     source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    trained, _ = source
+    clip = models_folder / "clip"
+    folder = write_lora(trained, clip, tmp_path / "llava-lora", "safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc2.weight"
+    published = CLIPVisionModel.from_pretrained(clip).state_dict()
+    key = next(key for key in published if key.endswith(name.removeprefix("vision_model.")))
+    others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    others[f"base_model.model.model.vision_tower.vision_tower.{name}"] = published[key] + 1
+    torch.save(others, folder / "non_lora_trainables.bin")
+    import_checkpoint(folder, tmp_path / "ours", model_base=base_language_model(trained))
+    stored = Llava.from_pretrained(tmp_path / "ours", device="cpu").vision_tower.model.state_dict()
+    for other, weight in published.items():
+        assert torch.equal(stored[other], weight + 1 if other == key else weight), other
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_import_checkpoint_refuses_a_vision_tower_that_does_not_fit(
+    source: Source, models_folder: Path, tmp_path: Path, fault: str
 ) -> None:
     _, merged = source
     folder = write_original(merged, models_folder / "clip", tmp_path / "odd")
-    other = tmp_path / "clip"
-    shutil.copytree(models_folder / "clip", other)
-    weights = load_file(other / "model.safetensors")
-    name = next(name for name in weights if name.endswith("post_layernorm.bias"))
-    weights[name] = weights[name] + 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"vision tower: .*post_layernorm\.bias .*--vision-tower"):
-        import_checkpoint(folder, tmp_path / "ours", vision_tower=str(other))
+    for path in folder.glob("*.bin"):
+        weights = torch.load(path, weights_only=True)
+        for name in [name for name in weights if name.endswith("post_layernorm.bias")]:
+            weight = weights.pop(name)
+            if fault == "shape":
+                weights[name] = weight[:-1].clone()
+        torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"--vision-tower .*post_layernorm\.bias"):
+        import_checkpoint(folder, tmp_path / "ours")
 
 
 def test_import_checkpoint_refuses_image_start_and_end_tokens(
