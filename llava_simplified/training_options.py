@@ -323,14 +323,14 @@ class TrainingDefaults:
     reward_workers: int = field(
         default=1,
         metadata={
-            "help": "Number of processes that compute a custom reward (module:function); 0 computes it in the training process, "
+            "help": "Number of processes that compute a custom reward (module:function); 0 computes it in the main process, "
             "without a timeout"
         },
     )
     reward_timeout: float = field(
         default=60.0,
         metadata={
-            "help": "Maximum time in seconds for a custom reward to score the captions of a step, and for one request of qa"
+            "help": "Maximum time in seconds for a custom reward to score a batch of captions, and for one request of qa"
         },
     )
     reward_clip: str = field(

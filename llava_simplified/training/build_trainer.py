@@ -227,8 +227,10 @@ def _create_trainer(
     if args.objective == "dpo":
         assert reference is not None, "it is always created for dpo"
         return PreferenceTrainer(reference, **options)
-    reward_options = _reward_options(
+    reward_options = RewardOptions.from_arguments(
         args,
+        device=str(args.device),
+        seed=args.seed,
         frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
         # The digest of the file is not sufficient: the number of records also depends on how many bad ones were left out.
         data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
@@ -238,21 +240,6 @@ def _create_trainer(
         references = (record.responses for record in records)
         reward = Reward(args.reward, references, reward_options)
     return PolicyTrainer(reward, reference, share_prefix, **options)
-
-
-def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
-    """Return the options of the rewards; `stored` are the fields that are not command-line options."""
-    return RewardOptions(
-        workers=args.reward_workers,
-        timeout=args.reward_timeout,
-        clip=args.reward_clip,
-        device=str(args.device),
-        endpoint=args.reward_endpoint,
-        endpoint_model=args.reward_endpoint_model,
-        tries=args.reward_tries,
-        seed=args.seed,
-        **stored,
-    )
 
 
 def _create_collator(
@@ -460,7 +447,7 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
         )
     if args.sample_max_tokens < 1:
         raise ValueError(f"--sample_max_tokens {args.sample_max_tokens}: expected 1 or more.")
-    check_reward_options(parse_rewards(args.reward), _reward_options(args))
+    check_reward_options(parse_rewards(args.reward), RewardOptions.from_arguments(args))
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from llava_simplified.jobs import prepare_output_file
 from llava_simplified.options import CommandParser, add_image_folder_option, print_text
+from llava_simplified.training_options import TrainingDefaults
 
 
 def build_parser() -> CommandParser:
@@ -49,34 +51,17 @@ def build_parser() -> CommandParser:
 
 
 def _add_reward_options(parser: CommandParser) -> None:
-    """Add the options that only some rewards need; `llava train` has the same options."""
+    """Add those options of `llava train` that only some rewards need."""
     group = parser.add_argument_group("options of particular rewards")
-    group.add_argument(
-        "--reward-workers",
-        type=int,
-        default=1,
-        help="Number of processes that run module:function (default: %(default)s)",
-    )
-    group.add_argument(
-        "--reward-timeout",
-        type=float,
-        default=60.0,
-        help="Maximum time in seconds for module:function to score a batch of captions, and for one request of qa "
-        "(default: %(default)s)",
-    )
-    group.add_argument("--reward-clip", default="", help="Folder of a CLIP model, for clipscore")
-    group.add_argument(
-        "--reward-endpoint", default="", help="Base URL of a server with OpenAI's API, for qa"
-    )
-    group.add_argument(
-        "--reward-endpoint-model", default="", help="Name of the model on --reward-endpoint"
-    )
-    group.add_argument(
-        "--reward-tries",
-        type=int,
-        default=1,
-        help="Number of times that qa asks each question, each time with the choices in a new random order (default: %(default)s)",
-    )
+    for option in fields(TrainingDefaults):
+        if option.name.startswith("reward_"):
+            shown_default = " (default: %(default)s)" if option.default else ""
+            group.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                type=type(option.default),
+                default=option.default,
+                help=option.metadata["help"] + shown_default,
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,16 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--min-difference {args.min_difference:g}: expected 0 or more.")
     records = open_records(args.data_path)
     samples = read_samples(args.predictions, records)
-    options = RewardOptions(
-        workers=args.reward_workers,
-        timeout=args.reward_timeout,
-        clip=args.reward_clip,
-        endpoint=args.reward_endpoint,
-        endpoint_model=args.reward_endpoint_model,
-        tries=args.reward_tries,
-    )
     # `cider` weights n-grams by their frequencies in all records, not only in those that were captioned.
-    reward = Reward(args.reward, (record.responses for record in records), options)
+    references = (record.responses for record in records)
+    reward = Reward(args.reward, references, RewardOptions.from_arguments(args))
     data_path: Path = args.data_path
     folder_of_records = data_path if data_path.is_dir() else data_path.parent
     image_folder = Path(args.image_folder or folder_of_records)

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llava_simplified.data.questions import Question
 from llava_simplified.evaluation.metrics import word_f1
@@ -76,6 +76,24 @@ class RewardOptions:
     seed: int = 0
     frequencies_file: Path | None = None
     data_digest: str = ""
+
+    @classmethod
+    def from_arguments(cls, args: Any, **others: Any) -> RewardOptions:
+        """Return the options of `llava train` or `llava pairs`.
+
+        Args:
+            args: The parsed arguments.
+            others: Fields that are not command-line options.
+        """
+        return cls(
+            workers=args.reward_workers,
+            timeout=args.reward_timeout,
+            clip=args.reward_clip,
+            endpoint=args.reward_endpoint,
+            endpoint_model=args.reward_endpoint_model,
+            tries=args.reward_tries,
+            **others,
+        )
 
 
 # ---- rewards of texts ----
