@@ -1,7 +1,8 @@
-"""Every command in the documentation, and every option that it names, exists."""
+"""Every command in the documentation and in messages, and every option that it names, exists."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import shlex
@@ -19,6 +20,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
+SOURCES = sorted((ROOT / "llava_simplified").rglob("*.py"))
 SCRIPTS = {"train.py": "train", "predict.py": "predict"}
 # Options that the pages mention, but that no command of `llava` has: most of them belong to other programs.
 ELSEWHERE = {
@@ -73,15 +75,37 @@ def commands_in(text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
-    for name, *arguments in commands_in(page.read_text(encoding="utf-8")):
-        assert name in COMMANDS, f"{page.name}: there is no command llava {name}"
+def strings_in(source: Path) -> list[str]:
+    """Return the strings of a Python file: messages, help texts and docstrings. A value in an f-string becomes X."""
+    strings = []
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
+            strings.append("".join(map(str, parts)))
+    return strings
+
+
+def assert_commands_exist(text: str, where: str) -> None:
+    for name, *arguments in commands_in(text):
+        assert name in COMMANDS, f"{where}: there is no command llava {name}"
         for argument in arguments:
             option = argument.partition("=")[0]
             assert not option.startswith("--") or option in options_of(name), (
-                f"{page.name}: llava {name} has no option {option}"
+                f"{where}: llava {name} has no option {option}"
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
+    assert_commands_exist(page.read_text(encoding="utf-8"), page.name)
+
+
+def test_every_command_in_a_message_exists_with_its_options() -> None:
+    for source in SOURCES:
+        for text in strings_in(source):
+            assert_commands_exist(text, source.name)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def build_export_parser() -> CommandParser:
         nargs="*",
         default=[],
         help="Images for comparing the export with the checkpoint (default: two training images, or "
-        "random noise)",
+        "random noise); not for --format gguf, which compares tensors",
     )
     add_base_model_options(parser)
     parser.add_argument(
@@ -64,6 +64,10 @@ def export_main(argv: list[str] | None = None) -> int:
     if args.scores and not args.scores.is_file():
         raise ValueError(
             f"--scores {args.scores}: no such file. Pass the scores.json of `llava evaluate`."
+        )
+    if args.images and args.format == "gguf":
+        raise ValueError(
+            "--images: --format gguf compares tensors and needs no images. Leave out the option."
         )
     from llava_simplified.export.model_card import write_model_card
 

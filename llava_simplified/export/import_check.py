@@ -49,8 +49,11 @@ def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
             f"--check-images {folder}: no such folder. Pass a folder of images, or leave out the option."
         )
     images: list[np.ndarray] = []
-    for path in sorted(folder.iterdir()):
-        if len(images) == _MAX_IMAGES or not path.is_file():
+    # Subfolders are searched, too, as by the other commands that read a folder of images.
+    for path in sorted(folder.rglob("*")):
+        if len(images) == _MAX_IMAGES:
+            break
+        if not path.is_file():
             continue
         try:
             images.append(load_pixels(path))

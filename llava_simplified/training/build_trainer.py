@@ -658,7 +658,7 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
         return
     if before.language_model == "adapter":
         contents = "a LoRA adapter of the language model"
-        advice = f"Merge it with `llava merge --model-path {folder}`, and start from the merged checkpoint."
+        advice = f"Merge it with `llava merge {folder} --output MERGED`, and start from MERGED."
     else:
         contents = "a language model whose weights are all trained"
         advice = f"Pass --model_name_or_path {own_language_model} to start from that model."

@@ -34,6 +34,7 @@ from transformers import (
 from llava_simplified.data.images import load_pixels
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.export import gguf_export
+from llava_simplified.export.export_command import export_main
 from llava_simplified.export.gguf_export import export_gguf
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
 from llava_simplified.export.gguf_vision import describe_padding_difference
@@ -553,3 +554,17 @@ def test_llamacpp_generates_the_same_captions(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def test_export_command_refuses_images_that_gguf_would_ignore(tmp_path: Path) -> None:
+    argv = [
+        str(tmp_path),
+        "--format",
+        "gguf",
+        "--output",
+        str(tmp_path / "gguf"),
+        "--images",
+        "a.png",
+    ]
+    with pytest.raises(ValueError, match="--images"):
+        export_main(argv)

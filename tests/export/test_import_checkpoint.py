@@ -43,6 +43,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_simplified.captioning.caption_command import predict_main
 from llava_simplified.export.gguf_export import export_gguf
+from llava_simplified.export.import_check import choose_check_images
 from llava_simplified.export.import_checkpoint import (
     fold_linear_projector,
     import_checkpoint,
@@ -584,6 +585,14 @@ def test_import_command_names_wrong_images_before_the_conversion(tmp_path: Path)
         argv = ["source", "--output", "ours", "--check-images", str(tmp_path / name)]
         with pytest.raises(ValueError, match=f"--check-images .*{name}: .*{message}"):
             import_main(argv)
+
+
+def test_check_images_are_found_in_subfolders(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "a.txt").write_text("a cat")
+    Image.new("RGB", (5, 3), "red").save(tmp_path / "photos" / "cats" / "a.png")
+    images, _ = choose_check_images(tmp_path / "photos")
+    assert [image.shape for image in images] == [(3, 5, 3)]
 
 
 # ---- what is refused ----
