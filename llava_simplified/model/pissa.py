@@ -89,11 +89,19 @@ def subtract(model: PeftModel, initial: Weights) -> None:
         model: A model with an adapter, and with the original frozen weights.
         initial: A0 and B0 by their names in checkpoints.
 
+    If the same s B0 A0 has been subtracted already, as when a run with a reference model is resumed, nothing is changed.
+
     Raises:
-        RuntimeError: s B0 A0 has been subtracted already. A second subtraction would corrupt the weights.
+        ValueError: Another s B0 A0 has been subtracted. A second subtraction would corrupt the weights.
     """
-    if initial_weights(model) is not None:
-        raise RuntimeError("the principal part has been subtracted from the frozen weights already")
+    subtracted = initial_weights(model)
+    if subtracted is not None:
+        if all(torch.equal(matrix, subtracted[name]) for name, matrix in initial.items()):
+            return
+        raise ValueError(
+            "PiSSA: the checkpoint was started from other singular vectors than this machine computes. Resume the run on "
+            "the machine on which it began, or start from an adapter that was saved: --init_from."
+        )
     for name, layer in _adapted_layers(model):
         base: Any = layer.get_base_layer()
         lora_a = initial[f"{name}.lora_A.weight"].to(base.weight.device)

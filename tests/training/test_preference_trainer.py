@@ -178,6 +178,43 @@ def test_resumed_run_and_accumulation_give_the_same_weights(dpo_options: MakeOpt
     assert read_log(at_once, "margin") == pytest.approx(read_log(output, "margin"), abs=1e-5)
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("starts_from_adapter", [True, False])
+def test_resumed_run_with_pissa_gives_the_same_weights(
+    dpo_options: MakeOptions,
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    starts_from_adapter: bool,
+) -> None:
+    """The frozen weights are changed at the start, and a reference must not change them again."""
+    lora_options = '{"init_lora_weights": "pissa"}'
+    start = run_training(
+        training_options(
+            models_folder,
+            data_folder,
+            tmp_path / "start",
+            max_steps=1,
+            **{"lora_options": lora_options}
+            if starts_from_adapter
+            else {"tune_mm_mlp_adapter": True},
+        )
+    )
+    changes: dict[str, object] = {
+        "init_from": start,
+        "lora_options": lora_options,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    output = run_training(dpo_options("whole", **changes))
+    # In the first step, the model is its own reference.
+    assert read_log(output, "margin")[0] == pytest.approx(0, abs=1e-5)
+    options = dpo_options("resumed", **changes)
+    again = run_training([*options, "--resume_from_checkpoint", str(output / "checkpoint-1")])
+    assert_equal_weights(trained_weights(output), trained_weights(again))
+    assert read_log(again, "margin") == read_log(output, "margin")[-1:]
+
+
 def test_dry_run_of_the_preflight_trains_on_pairs(dpo_options: MakeOptions, tmp_path: Path) -> None:
     dry_run(dpo_options(max_steps=1))
     assert (tmp_path / "report.json").is_file()
