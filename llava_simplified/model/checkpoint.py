@@ -69,6 +69,8 @@ from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionM
 from llava_simplified.model.vision import check_missing_keys
 from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix
 
+# Folders of weights that a checkpoint contains only if the part was trained in this way.
+_PART_FOLDERS = ("adapter", "language_model", "vision_adapter", "vision_tower")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
@@ -103,7 +105,6 @@ def save_checkpoint(
     _check_adapters(model, parts)
     folder = Path(folder)
     temporary = _temporary_folder(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # Names begin with the attribute of `Llava` that contains the part: "projector.", "language_model.", ...
     weights = dict(model.state_dict() if state_dict is None else state_dict)
@@ -148,7 +149,7 @@ def save_checkpoint(
         checkpoint_config["pissa"] = pissa
     text = json.dumps(checkpoint_config, indent=2, default=str)
     (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-    _move_into_place(temporary, folder)
+    _move_into_place(temporary, folder, [config.language_model, config.vision_tower])
 
 
 def copy_checkpoint(source: str | Path, folder: str | Path) -> None:
@@ -156,7 +157,8 @@ def copy_checkpoint(source: str | Path, folder: str | Path) -> None:
     folder = Path(folder)
     temporary = _temporary_folder(folder)
     shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("trainer_state"))
-    _move_into_place(temporary, folder)
+    config = LlavaConfig.from_dict(read_checkpoint_config(source)["architecture"])
+    _move_into_place(temporary, folder, [config.language_model, config.vision_tower])
 
 
 def load_checkpoint(
@@ -345,12 +347,12 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
     load_projector(model.projector, folder)
     if parts.language_model != "none":
         pissa = _read_pissa_entries(checkpoint_config)
-        _load_trained_part(
-            model.language_model, folder / "adapter", folder / "language_model", pissa
-        )
+        adapter = folder / "adapter" if parts.language_model == "adapter" else None
+        _load_trained_part(model.language_model, adapter, folder / "language_model", pissa)
     if parts.vision_tower != "none":
         tower = model.vision_tower.model
-        _load_trained_part(tower, folder / "vision_adapter", folder / "vision_tower")
+        adapter = folder / "vision_adapter" if parts.vision_tower == "lora" else None
+        _load_trained_part(tower, adapter, folder / "vision_tower")
 
 
 def load_projector(projector: nn.Module, folder: str | Path) -> None:
@@ -543,13 +545,25 @@ def _versions() -> dict[str, str]:
 
 
 def _temporary_folder(folder: Path) -> Path:
-    """Return the path of the folder into which a checkpoint is written before it is renamed."""
-    # Use the parent folder of the target, since a rename is atomic only within one file system.
-    return folder.with_name(f".{folder.name}.part{os.getpid()}")
+    """Return the path of the folder into which a checkpoint is written before it is moved. It does not exist."""
+    # A move is atomic only within one file system. `folder` may be a mount point, so its parent is used only if there
+    # is no such folder yet.
+    if folder.is_dir():
+        temporary = folder / ".saving-checkpoint"
+    else:
+        temporary = folder.with_name(f".{folder.name}.part{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    return temporary
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary folder to `folder`. If `folder` exists, move the files into it instead."""
+def _move_into_place(temporary: Path, folder: Path, base_models: Sequence[str]) -> None:
+    """Rename a complete temporary folder to `folder`. If `folder` exists, move the files into it instead.
+
+    Args:
+        temporary: The new checkpoint.
+        folder: Its final folder. The weights of an older checkpoint are deleted.
+        base_models: Folders that the new checkpoint refers to, which are not deleted.
+    """
     use_default_permissions(temporary)
     if not folder.exists():
         rename_folder(temporary, folder)
@@ -557,21 +571,27 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     # Delete the old llava.json first, and move the new one last. After a crash in between, the folder
     # contains old and new files, but without llava.json it does not count as a checkpoint.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
+    written = {entry.name for entry in temporary.iterdir()}
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
         target = folder / entry.name
         if target.is_dir():
             shutil.rmtree(target)
         entry.replace(target)
     temporary.rmdir()
+    kept = {Path(path).resolve() for path in base_models}
+    for name in _PART_FOLDERS:
+        part = folder / name
+        if name not in written and part.resolve() not in kept:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _load_trained_part(
-    part: PretrainedModule, adapter: Path, full: Path, pissa: Mapping[str, Any] | None = None
+    part: PretrainedModule, adapter: Path | None, full: Path, pissa: Mapping[str, Any] | None = None
 ) -> None:
     """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
         # If the checkpoint has no adapter, the new one is kept; see `load_trained_weights`.
-        if adapter.is_dir():
+        if adapter is not None:
             _load_adapter(part, adapter, pissa)
         return
     model_class: Any = type(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_simplified import cli
+from llava_simplified.model import checkpoint as checkpoint_module
 from llava_simplified.model.build import build_model, build_vision_tower
-from llava_simplified.model.checkpoint import load_checkpoint, load_trained_weights, save_checkpoint
+from llava_simplified.model.checkpoint import (
+    copy_checkpoint,
+    load_checkpoint,
+    load_trained_weights,
+    save_checkpoint,
+)
 from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
@@ -187,6 +194,78 @@ def test_save_checkpoint_replaces_a_checkpoint_and_keeps_other_files(
     assert (output / "trainer_log.jsonl").exists()
     assert torch.equal(compute_logits(load_checkpoint(output)), compute_logits(model))
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no temporary folder is left"
+
+
+def test_save_checkpoint_writes_nothing_beside_a_folder_that_exists(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be a mount point: files of other folders cannot be moved into it."""
+    output = tmp_path / "mount"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    beside: list[str] = []
+    move = checkpoint_module._move_into_place
+
+    def move_and_look(*arguments: Any) -> None:
+        beside.extend(path.name for path in tmp_path.iterdir())
+        move(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "_move_into_place", move_and_look)
+    parts = TrainedParts("adapter")
+    config = make_config(models_folder)
+    model = make_trained_model(config, parts)
+    save_checkpoint(model, Path(), config, parts)
+    save_checkpoint(model, Path("checkpoint-5"), config, parts)
+    copy_checkpoint("checkpoint-5", ".")  # the best checkpoint of a run
+    assert set(beside) == {"mount"}
+    assert not list(output.glob(".*"))
+    load_checkpoint(output)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (TrainedParts("adapter", vision_tower="lora"), TrainedParts("full")),
+        (TrainedParts("full", vision_tower="full"), TrainedParts("adapter")),
+    ],
+)
+def test_save_checkpoint_removes_the_weights_of_an_older_checkpoint(
+    models_folder: Path, tmp_path: Path, first: TrainedParts, second: TrainedParts
+) -> None:
+    save_trained_model(models_folder, tmp_path / "out", first)
+    model = save_trained_model(models_folder, tmp_path / "out", second)
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"adapter" if second.language_model == "adapter" else "language_model"}
+    assert torch.equal(compute_logits(load_checkpoint(tmp_path / "out")), compute_logits(model))
+
+
+def test_save_checkpoint_keeps_the_base_models_in_its_folder(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    """An imported checkpoint contains the models that a run on it starts from."""
+    output = tmp_path / "out"
+    for name, source in (("language_model", "mistral"), ("vision_tower", "clip")):
+        shutil.copytree(models_folder / source, output / name)
+    config = replace(
+        make_config(models_folder),
+        language_model=str(output / "language_model"),
+        vision_tower=str(output / "vision_tower"),
+    )
+    parts = TrainedParts("adapter")
+    model = make_trained_model(config, parts)
+    save_checkpoint(model, output, config, parts)
+    assert torch.equal(compute_logits(load_checkpoint(output)), compute_logits(model))
+
+
+def test_copy_checkpoint_replaces_what_a_killed_process_has_left(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    save_trained_model(models_folder, tmp_path / "best", TrainedParts("adapter"))
+    left = checkpoint_module._temporary_folder(tmp_path / "out")
+    left.mkdir()
+    (left / "adapter").write_text("")
+    copy_checkpoint(tmp_path / "best", tmp_path / "out")
+    load_checkpoint(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
