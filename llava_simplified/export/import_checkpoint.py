@@ -64,7 +64,7 @@ from llava_simplified.model.config import (
 )
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import Module
-from llava_simplified.model.vision import VisionTower
+from llava_simplified.model.vision import VisionTower, check_missing_keys
 from llava_simplified.model.weights import check_state_dict, weights_digest
 from llava_simplified.prompt import Message, Prompt
 
@@ -133,7 +133,7 @@ class ImportOptions:
 
     Attributes:
         model_base: Base language model of an adapter or a single projector.
-        vision_tower: Path of the vision tower; overrides the source.
+        vision_tower: Path of the vision tower that the source was trained from; None for the one that it names.
         template: Prompt template used in training: auto, chat, plain or bare.
         instruction: Default instruction of the model.
         image_aspect_ratio: "crop" or "pad"; None for the setting of the source.
@@ -185,23 +185,22 @@ def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[l
     source = read_source(source_path)
     report = _describe(source)
     _check_supported(source)
+    _check_options(source, options)
 
     # Find the three parts. Vision tower and language model are in the source, or they are published
     # models that the user or the source names; the projector is always in the source.
     own_tower = output / "vision_tower"
     if source.vision_tower and source.is_stock:
         _write_stock_tower(source, own_tower)
-    elif source.vision_tower:
+        has_own_tower = True
+    else:
         published = _published_tower(source, options)
-        is_tuned = _write_tuned_tower(source, published, own_tower)
-        if is_tuned:
-            report.append(
-                f"the vision tower in the source is a fine-tuned {published}: it is stored"
-            )
-        else:
+        has_own_tower = _write_tower_if_tuned(source, published, own_tower)
+        if has_own_tower:
+            report.append(f"the vision tower in the source is a fine-tuned {published}")
+        elif source.vision_tower:
             report.append(f"the vision tower in the source has the same weights as {published}")
-    has_own_tower = own_tower.is_dir()
-    vision_tower = str(own_tower.resolve()) if has_own_tower else _published_tower(source, options)
+    vision_tower = str(own_tower.resolve()) if has_own_tower else published
     model_base = options.model_base
     if source.has_language_model:
         model_base = str(output.resolve() / "language_model")
@@ -210,7 +209,7 @@ def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[l
             f"{source_path} does not contain a language model. Pass the one that it was trained on: "
             "--model-base."
         )
-    config = _make_config(source, model_base, vision_tower, options)
+    config = _make_config(source, model_base, vision_tower, has_own_tower, options)
     report.append(f"image_aspect_ratio: {config.image_aspect_ratio}")
     if source.has_language_model:
         model = _build_with_language_model(config, source)
@@ -456,35 +455,46 @@ def _check_supported(source: SourceCheckpoint) -> None:
         raise ValueError(f"{source.path} contains no projector. Its first weights: {found}.")
 
 
+def _check_options(source: SourceCheckpoint, options: ImportOptions) -> None:
+    """Raise ValueError if an option names a part that the source contains, since the option would have no effect."""
+    if options.vision_tower and source.is_stock and source.vision_tower:
+        raise ValueError(
+            f"--vision-tower {options.vision_tower}: {source.path} contains its vision tower. Leave out the option."
+        )
+    if options.model_base and source.has_language_model:
+        raise ValueError(
+            f"--model-base {options.model_base}: {source.path} contains its language model. Leave out the option."
+        )
+
+
 def _make_config(
     source: SourceCheckpoint,
     language_model: str,
     vision_tower: str,
+    has_own_tower: bool,
     options: ImportOptions,
 ) -> LlavaConfig:
     """Convert the `config.json` of a source to a checkpoint config."""
     # Count the layers of the projector, each of which has one matrix. Original LLaVA also stores
     # mm_projector_type, but a single mm_projector.bin has no config.
     num_layers = sum(weight.dim() == 2 for weight in source.projector.values())
-    # A source that names no layer is assumed to use the second-to-last one, as LLaVA 1.5 does.
-    layer = source.config.get(
-        "vision_feature_layer", source.config.get("mm_vision_select_layer", -2)
-    )
     # Store the digests of parts that are loaded from published models, so that loading the checkpoint
     # can verify them. A part that is stored in the checkpoint needs no digest.
-    digests = {"vision_tower": weights_digest(vision_tower)}
-    dtype = "float32"
+    digests = {}
+    if not has_own_tower:
+        digests["vision_tower"] = weights_digest(vision_tower)
     if source.has_language_model:
         first_weight = next(iter(source.language_model.values()))
         dtype = str(first_weight.dtype).removeprefix("torch.")
     else:
         digests["language_model"] = weights_digest(language_model)
+        dtype = _stored_dtype(language_model)
         language_model = resolve_path(language_model)
     return LlavaConfig(
         language_model=language_model,
         vision_tower=resolve_path(vision_tower),
         mm_projector_type="linear" if num_layers == 1 else f"mlp{num_layers}x_gelu",
-        mm_vision_select_layer=tuple(layer) if isinstance(layer, list) else layer,
+        mm_vision_select_layer=_select_layer(source),
         mm_vision_select_feature="cls_patch" if _keeps_cls(source) else "patch",
         image_aspect_ratio=options.image_aspect_ratio or _aspect_ratio(source, vision_tower),
         template=options.template,
@@ -492,6 +502,22 @@ def _make_config(
         dtype=dtype,
         weights_digests=digests,
     )
+
+
+def _select_layer(source: SourceCheckpoint) -> int | tuple[int, ...]:
+    """Return the layers of the vision tower that a source selects."""
+    layer = source.config.get("vision_feature_layer", source.config.get("mm_vision_select_layer"))
+    if layer is None:
+        return -2  # as LLaVA 1.5
+    return tuple(layer) if isinstance(layer, list) else layer
+
+
+def _stored_dtype(language_model: str) -> str:
+    """Return the data type of a published language model, for example "float16"."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
@@ -545,7 +571,10 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         # Add the tied weight, which a file contains once, but a state dict under both names.
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        table = model.language_model.get_input_embeddings().weight
+        for name, weight in model.language_model.named_parameters():
+            if weight is table and name in weights:
+                weights["lm_head.weight"] = weights[name]
     _load_strictly(model.language_model, weights, "language model")
     return model
 
@@ -618,8 +647,8 @@ def _write_stock_tower(source: SourceCheckpoint, target: Path) -> None:
     image_processor.save_pretrained(target)
 
 
-def _write_tuned_tower(source: SourceCheckpoint, published: str, target: Path) -> bool:
-    """Write the vision tower of original LLaVA to a separate model folder if it is not the published one.
+def _write_tower_if_tuned(source: SourceCheckpoint, published: str, target: Path) -> bool:
+    """Write the vision tower of original LLaVA to a separate model folder if it differs from the published one.
 
     Original LLaVA saves its vision tower with everything else, frozen or not.
 
@@ -629,21 +658,29 @@ def _write_tuned_tower(source: SourceCheckpoint, published: str, target: Path) -
         target: Folder to create.
 
     Returns:
-        Whether the weights differ.
+        Whether the tower was written.
 
     Raises:
         ValueError: The weights do not fit the published vision tower.
     """
-    tower: Any = VisionTower.from_pretrained(published).model
-    expected = tower.state_dict()
-    weights = _rename_like(source.vision_tower, expected)
-    if source.adapter_config is not None:
-        weights = {**expected, **weights}  # a LoRA run saves only the weights that were trained
-    check_state_dict(weights, expected, f"{source.path}: compared with --vision-tower {published}")
-    if all(_is_rounded(weight, expected[name]) for name, weight in weights.items()):
+    if not source.vision_tower:
         return False
-    tower.load_state_dict(weights)
-    tower.save_pretrained(target)
+    tower = VisionTower.from_pretrained(published, select_layer=_select_layer(source))
+    model: Any = tower.model
+    expected = model.state_dict()
+    weights = _rename_like(source.vision_tower, expected)
+    where = (
+        f"{source.path}: its vision tower is not {published}; pass the right one as --vision-tower"
+    )
+    if source.adapter_config is None:
+        check_missing_keys(where, tower.used_parameters - weights.keys())
+    # Add weights that a LoRA run did not train, and those that the features do not depend on, such as a pooling head.
+    completed = {**expected, **weights}
+    check_state_dict(completed, expected, where)
+    if all(_equals_published(weight, expected[name]) for name, weight in weights.items()):
+        return False
+    model.load_state_dict(completed)
+    model.save_pretrained(target)
     image_processor: Any = load_image_processor(published)
     image_processor.save_pretrained(target)
     return True
@@ -659,8 +696,8 @@ def _rename_like(weights: Weights, expected: Weights) -> Weights:
     return renamed
 
 
-def _is_rounded(weight: torch.Tensor, published: torch.Tensor) -> bool:
-    """Return whether a weight is the published one, rounded to the data type of the checkpoint.
+def _equals_published(weight: torch.Tensor, published: torch.Tensor) -> bool:
+    """Return whether a weight is the published one, up to rounding to the data type of the checkpoint.
 
     Towers are loaded in 16 bits for training, so a weight may have been rounded twice.
     """

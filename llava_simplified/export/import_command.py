@@ -23,7 +23,8 @@ def build_parser() -> CommandParser:
         "--model-base", help="Base language model of a LoRA adapter or a single projector"
     )
     parser.add_argument(
-        "--vision-tower", help="Vision tower (default: the path or name in the checkpoint)"
+        "--vision-tower",
+        help="Vision tower that the model was trained from (default: the path or name in the checkpoint)",
     )
     parser.add_argument(
         "--template",

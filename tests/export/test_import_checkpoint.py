@@ -681,8 +681,9 @@ def test_import_checkpoint_stores_a_fine_tuned_vision_tower(
 
     # The tower is complete: neither the source nor the published tower is needed any more.
     shutil.rmtree(folder)
-    config = json.loads((tmp_path / "ours" / "llava.json").read_text())
-    assert config["architecture"]["vision_tower"] == str(tmp_path / "ours" / "vision_tower")
+    config = json.loads((tmp_path / "ours" / "llava.json").read_text())["architecture"]
+    assert config["vision_tower"] == str(tmp_path / "ours" / "vision_tower")
+    assert "vision_tower" not in config["weights_digests"], "a stored part needs no digest"
     model = Llava.from_pretrained(tmp_path / "ours", device="cpu")
     expected = CLIPVisionModel.from_pretrained(tuned).state_dict()
     stored = model.vision_tower.model.state_dict()
@@ -734,21 +735,85 @@ def test_import_checkpoint_adds_frozen_weights_to_the_tuned_ones_of_a_lora_run(
         assert torch.equal(stored[other], weight + 1 if other == key else weight), other
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape"])
+def change_weight(folder: Path, suffix: str, change: str) -> None:
+    """Remove or shorten the weights of a folder whose names end with `suffix`."""
+    for path in folder.glob("*.bin"):
+        weights = torch.load(path, weights_only=True)
+        for name in [name for name in weights if name.endswith(suffix)]:
+            weight = weights.pop(name)
+            if change == "shorten":
+                weights[name] = weight[:-1].clone()
+        torch.save(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [("layers.0.mlp.fc2.bias", "remove"), ("post_layernorm.bias", "shorten")],
+)
 def test_import_checkpoint_refuses_a_vision_tower_that_does_not_fit(
-    source: Source, models_folder: Path, tmp_path: Path, fault: str
+    source: Source, models_folder: Path, tmp_path: Path, suffix: str, change: str
 ) -> None:
     _, merged = source
     folder = write_original(merged, models_folder / "clip", tmp_path / "odd")
-    for path in folder.glob("*.bin"):
-        weights = torch.load(path, weights_only=True)
-        for name in [name for name in weights if name.endswith("post_layernorm.bias")]:
-            weight = weights.pop(name)
-            if fault == "shape":
-                weights[name] = weight[:-1].clone()
-        torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"--vision-tower .*post_layernorm\.bias"):
+    change_weight(folder, f"vision_model.{suffix}".replace("vision_model.layers", "layers"), change)
+    with pytest.raises(ValueError, match=f"--vision-tower.*{re.escape(suffix)}"):
         import_checkpoint(folder, tmp_path / "ours")
+
+
+def test_import_checkpoint_needs_no_weights_that_the_features_do_not_depend_on(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    """LLaVA with SigLIP, for example, saves no pooling head."""
+    _, merged = source
+    tuned = tune_vision_tower(models_folder / "clip", tmp_path / "tuned")
+    for name, tower, is_stored in (("same", models_folder / "clip", False), ("new", tuned, True)):
+        folder = write_original(merged, tower, tmp_path / f"llava-{name}")
+        change_weight(folder, "post_layernorm.bias", "remove")
+        import_checkpoint(folder, tmp_path / name, vision_tower=str(models_folder / "clip"))
+        assert (tmp_path / name / "vision_tower").exists() == is_stored
+
+
+def test_import_checkpoint_refuses_options_for_parts_that_the_source_contains(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    clip = str(models_folder / "clip")
+    write_stock(models_folder, tmp_path / "stock")
+    with pytest.raises(ValueError, match="--vision-tower"):
+        import_checkpoint(tmp_path / "stock", tmp_path / "ours", vision_tower=clip)
+    original = write_original(source[1], models_folder / "clip", tmp_path / "original")
+    with pytest.raises(ValueError, match="--model-base"):
+        import_checkpoint(original, tmp_path / "ours", model_base=str(models_folder / "llama"))
+
+
+def test_import_checkpoint_names_the_missing_embeddings_of_a_tied_language_model(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    write_stock(models_folder, tmp_path / "stock", language_model="qwen2")
+    path = tmp_path / "stock" / "model.safetensors"
+    weights = load_file(path)
+    for name in [name for name in weights if "embed_tokens" in name]:
+        del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "stock" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="embed_tokens"):
+        import_checkpoint(tmp_path / "stock", tmp_path / "ours")
+
+
+def test_imported_adapter_keeps_the_data_type_of_its_language_model(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    """In float32, a language model of 16 bits would need twice the memory."""
+    trained, _ = source
+    base = base_language_model(trained)
+    language_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    language_model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "half")
+    folder = write_lora(trained, models_folder / "clip", tmp_path / "lora", "safetensors")
+    import_checkpoint(folder, tmp_path / "ours", model_base=str(tmp_path / "half"))
+    config = json.loads((tmp_path / "ours" / "llava.json").read_text())["architecture"]
+    assert config["dtype"] == "float16"
 
 
 def test_import_checkpoint_refuses_image_start_and_end_tokens(
