@@ -30,10 +30,11 @@ _MIN_TRIALS, _MAX_TRIALS = 6, 40
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Return whether this CPU computes matrix products in a 16-bit data type about as fast as in float32.
+    """Return whether this CPU has instructions for matrix products in a 16-bit data type.
 
-    If PyTorch does not know any instructions of this CPU for the data type, products are timed. The times differ by a
-    factor of 10 or more if there are none.
+    They suffice for generation, which is bound by memory traffic. For training, see `trains_fast_in`. If PyTorch does not
+    know any instructions of this CPU for the data type, products are timed: without instructions, they take 10 times as
+    long as in float32, or longer.
 
     Args:
         dtype: torch.bfloat16 or torch.float16.

@@ -338,8 +338,8 @@ class DecodingBatch:
     #                                    ->   row 1  id 9      . p p p  my
     #
     # Sharing rows saves time on a CPU, where the time of a step is nearly proportional to the number of rows, and
-    # where samples often begin with the same tokens. On a GPU, rows are not shared: it would make no difference,
-    # and the buffers have a fixed number of rows.
+    # where samples often begin with the same tokens. The buffers of `static_decoding` have a fixed number of rows,
+    # which are not shared: on a GPU, it would make no difference.
     def _split_rows(self, newest: Sequence[int]) -> list[int]:
         """Copy the rows of sequences that have shared a row until now, but have chosen different tokens.
 

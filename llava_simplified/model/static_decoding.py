@@ -5,7 +5,7 @@ thousand small kernels, and Python needs more time to launch them than the GPU n
 graph records all launches of a step once, and repeats them with a single call. It always uses the same
 addresses and shapes, so these must not change from step to step:
 
-    DynamicCache (CPU)         a new, longer tensor in every step; one row per active sequence
+    DynamicCache (CPU)         a new, longer tensor in every step; one row per distinct sequence
     static buffers (GPU)       tensors of a fixed size; each step writes one more column
 
             columns 0 .. length - 1: prompts and generated tokens    next column     unused

@@ -187,7 +187,8 @@ def build_trainer(
         # the weights of the checkpoint are loaded below.
         initialize_trained_parts(model, model_args, parts, train_set)
         reference = ReferenceWeights(model)
-    initialize_trained_parts(model, model_args, parts, train_set, resumed)
+    if reference is None or resumed:
+        initialize_trained_parts(model, model_args, parts, train_set, resumed)
     table = check_trainable(model, parts)
 
     examples: TrainingSet = train_set
@@ -503,8 +504,8 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: The checkpoint was trained with different vision layers, another preparation of the images, or
-            different base weights.
+        ValueError: The checkpoint was trained with different vision layers, other image tokens, another preparation of
+            the images, or different base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]
@@ -516,6 +517,14 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
             f"{folder}: its projector was trained with different layers of the vision tower. Pass "
             f"--mm_vision_select_layer {values}."
         )
+    # These do not change a shape, so the weights would be loaded without an error.
+    for name, default in (("mm_vision_select_feature", "patch"), ("mm_token_pool", 0)):
+        value = trained_with.get(name, default)
+        if getattr(model_args, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(model_args, name)}: the projector of {folder} was trained with other image tokens. Pass "
+                f"--{name} {value}."
+            )
     aspect_ratio = trained_with.get("image_aspect_ratio", "crop")
     if model_args.image_aspect_ratio != aspect_ratio:
         raise ValueError(
@@ -555,21 +564,26 @@ def build_config(
 
 
 def _default_instruction(records: Sequence[Record]) -> str:
-    """Return the instruction of the first record with an image: the default of `Llava.caption`."""
-    # If none of the first records has an image, use the instruction of the first record.
-    first: Record | None = None
+    """Return the instruction of the first record with exactly one image: the default of `Llava.caption`."""
+    # If none of the first records has one image, prefer a record with several images to one without.
+    chosen: Record | None = None
     for index in range(min(len(records), _MAX_SEARCHED_RECORDS)):
         with suppress(ValueError):  # skip bad records, which are left out of training too
             record = records[index]
-            if record.images:
-                first = record
+            if len(record.images) == 1:
+                chosen = record
                 break
-            first = first or record
-    if first is None:
+            if chosen is None or (record.images and not chosen.images):
+                chosen = record
+    if chosen is None:
         return DEFAULT_INSTRUCTION
-    question = next(turn.content for turn in first.turns if turn.role == "user")
-    placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(first.images)
-    return question.removeprefix(placeholders)
+    question = next(turn.content for turn in chosen.turns if turn.role == "user")
+    if len(chosen.images) > 1:
+        # The instruction is used for single images. Without a placeholder, the image is placed before the text.
+        question = (
+            question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+        )
+    return question.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
 
 
 def _digest(option: str, name_or_path: str) -> str:

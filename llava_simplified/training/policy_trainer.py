@@ -316,7 +316,14 @@ def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn dropout off permanently, so that a caption has the same probability in training as in sampling."""
+    """Turn dropout off permanently, so that a caption has the same probability in training as in sampling.
+
+    Besides `nn.Dropout`, models of Transformers have dropout probabilities as attributes, which they pass to functions:
+    `attention_dropout` in most, `dropout`, `activation_dropout` and `layerdrop` in OPT, for example.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -4,7 +4,7 @@
                                                         caption 2 --+--> one example with branches
                                                         caption 3 --+    (see `data.collate`)
 
-The prompt is computed only once, both in sampling (`DecodingBatch` copies its KV cache for each caption)
+The prompt is computed only once, both in sampling (`DecodingBatch` copies its KV cache where captions diverge)
 and in training (`Llava.forward` computes a shared prompt once for all of its branches).
 """
 

@@ -129,6 +129,7 @@ WHAT_IS_IT = Message("user", "<image>\nWhat is it?")
     [
         ((WHAT_IS_IT,), 1, "What is it?"),
         ((Message("user", "<image>\n<image>\n<image>\nCompare."),), 3, "Compare."),
+        ((Message("user", "Compare <image> and <image>."),), 2, "Compare  and ."),
         ((Message("user", "What is it?\n<image>"),), 1, "What is it?\n<image>"),
         (
             (
@@ -155,6 +156,10 @@ def test_config_records_the_instruction_of_the_first_image(
     text_only = Record((), (Message("user", "Say hello."),), ("hello",), "0")
     records = [text_only, Record(("a.jpg",) * images, turns, ("a cat",), "1")]
     assert build_config(model_args, args, records).instruction == instruction
+    # The instruction is used for single images, so a later record with a single image is preferred.
+    records.append(Record(("a.jpg",), (Message("user", "What color?"),), ("red",), "2"))
+    preferred = instruction if images == 1 else "What color?"
+    assert build_config(model_args, args, records).instruction == preferred
 
 
 # ---- what would end a run in the middle ----

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cli_process import fork_process
+from tiny import make_language_model
 from training_runs import (
     assert_equal_weights,
     read_log,
@@ -31,6 +32,7 @@ from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.dry_run import dry_run
 from llava_simplified.training.plan import Plan, make_plan
 from llava_simplified.training.plan_command import main as plan_command
+from llava_simplified.training.policy_trainer import disable_dropout
 from llava_simplified.training.reference_weights import ReferenceWeights
 
 REWARD_MODULE = """
@@ -257,6 +259,27 @@ def test_engines_that_shard_the_weights_are_refused(
     monkeypatch.setattr(name, sharded)
     with pytest.raises(ValueError, match="ZeRO-2"):
         run_training(policy_options())
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_disable_dropout_makes_training_mode_deterministic(kind: str) -> None:
+    """OPT, and attention in all families, do not use `nn.Dropout` modules."""
+    model = make_language_model(kind, 40)
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.5)
+    model.train()
+    input_ids = torch.arange(4)[None]
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=input_ids).logits
+
+    assert not torch.equal(logits(), logits())
+    disable_dropout(model)
+    assert torch.equal(logits(), logits())
+    assert torch.equal(logits(), model.eval()(input_ids=input_ids).logits)
 
 
 def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) -> None:

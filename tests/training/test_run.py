@@ -279,10 +279,12 @@ def test_projector_stage_is_followed_by_lora_stage(
     second = run_training(training_options(models_folder, data_folder, tmp_path / "2", **changes))
     assert_equal_weights(projector_weights(first), projector_weights(second))
 
-    # In the first three cases, the weights would have the right shapes, but would not fit the features. In the last case,
+    # In all cases but the last, the weights would have the right shapes, but would not fit the features. In the last case,
     # two options contradict each other.
     for change, message in (
         ({"mm_vision_select_layer": -1}, "Pass --mm_vision_select_layer -2"),
+        ({"mm_vision_select_feature": "cls_patch"}, "Pass --mm_vision_select_feature patch"),
+        ({"mm_token_pool": 2}, "Pass --mm_token_pool 0"),
         ({"image_aspect_ratio": "pad"}, "Pass --image_aspect_ratio crop"),
         ({"vision_tower": models_folder / "siglip"}, "vision_tower .*siglip"),
         ({"init_from": second}, "--init_from and --pretrain_mm_mlp_adapter"),
