@@ -4,7 +4,8 @@ Each image is checked with the same decoder and transform as in training, so tha
 written to the quarantine file with its reason; nothing is deleted.
 
     records -> chunks of 500 -> workers: validate_chunk() -> <output>.work/<settings>/000012.parquet
-                                                          \\-> one more pass: duplicates, output, quarantine, report
+                                                          \\-> one more pass: comparison of the records with each
+                                                              other, output, quarantine, report
 
 The results of a chunk are published with a rename, and stay in the work folder until the end. A run that was killed
 therefore continues with the missing chunks. The name of the work folder depends on all settings, so results of different
@@ -18,8 +19,8 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_simplified.data.image_folder import NameMatches
+from llava_simplified.data.image_folder import NameMatches, locate_file
 from llava_simplified.data.images import (
     MAX_PIXELS,
     ImageError,
@@ -36,6 +37,7 @@ from llava_simplified.data.images import (
     decode_image,
     read_image_bytes,
 )
+from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.records import Record, pair_problem
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.transforms import ImageTransform
@@ -61,6 +63,10 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
+# Reasons to reject a record whose images are usable.
+_TEXT_REASONS = ("empty_caption", "long_caption", "no_caption", "unusable_pair")
+# Keys of a row for its captions; see `data.records`.
+_CAPTION_KEYS = ("response", "responses", "gt_caption", "pred_output")
 # If the file of an image has a different name than the image in the record, the details of the record contain this text,
 # followed by the rule that matched the two names.
 _MATCHED_BY = "image name matched by "
@@ -109,9 +115,8 @@ def validate_record(
     folder: Path,
     transform: ImageTransform | None,
     rules: Rules,
-    matches: NameMatches | None = None,
 ) -> ValidationResult:
-    """Check whether training can use a record.
+    """Check whether training can use a record, without regard to the other records.
 
     Args:
         row: The record as JSON.
@@ -119,11 +124,8 @@ def validate_record(
         folder: The image folder.
         transform: The transform of the vision tower; if None, check only that the images can be decoded.
         rules: Requirements on images and captions.
-        matches: Remembers the image names that were matched by a rule, and rejects two names that lead to one file.
     """
-    if matches is None:
-        matches = NameMatches()
-    rules_before = matches.rules.copy()
+    matches = NameMatches()
     try:
         record = Record.from_json(row, where)
         # Catch ImageError first, because it is a ValueError.
@@ -147,9 +149,7 @@ def validate_record(
         reason = problems.get(0, "no_caption")
         shown = repr(record.responses) if record.responses else "no response"
         return ValidationResult(reason, shown[:_SHOWN_CAPTION])
-    # The difference of the counters contains the rules that found the images of this record.
-    found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
-    notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
+    notes = {f"{_MATCHED_BY}{rule}" for rule in matches.rules if rule != "exact"}
     detail = ", ".join(sorted({*problems.values(), *notes}))
     return ValidationResult(
         detail=detail,
@@ -256,10 +256,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
     # An existing file is complete, because it was published with a rename.
     if not path.exists():
         rows = cached_rows(chunk.records)
-        matches = NameMatches()
-        results = [
-            _validate_row(rows, index, chunk, matches) for index in range(chunk.start, chunk.stop)
-        ]
+        results = [_validate_row(rows, index, chunk) for index in range(chunk.start, chunk.stop)]
         # The column names of the schema are in the order of the result's attributes.
         values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
         with atomic_file(path) as part:
@@ -268,9 +265,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
     return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
 
 
-def _validate_row(
-    rows: RowFile, index: int, chunk: Chunk, matches: NameMatches
-) -> ValidationResult:
+def _validate_row(rows: RowFile, index: int, chunk: Chunk) -> ValidationResult:
     """Read and check one record. A row that is not JSON is rejected with the reason "not_a_record"."""
     try:
         row = rows[index]
@@ -278,32 +273,109 @@ def _validate_row(
         return ValidationResult("not_a_record", str(error))
     where = rows.where(index)
     folder = Path(chunk.folder)
-    return validate_record(row, where, folder, chunk.transform, chunk.rules, matches)
+    return validate_record(row, where, folder, chunk.transform, chunk.rules)
 
 
 def _read_results(
-    chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
+    chunks: list[Chunk], rows: RowFile, folder: Path, duplicates: dict[int, int]
 ) -> Iterator[ValidationResult]:
-    """Yield the result of every record in order. The reason of records in `duplicates` is replaced by "duplicate".
-
-    A record that has a different text about the same image file is not replaced.
-    """
+    """Yield the result of every record in order, after it has been compared with the records before it."""
+    comparison = _Comparison(rows, folder, duplicates)
     for chunk in chunks:
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
             result = ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
-            # Mark duplicates here, because a worker has only the records of its own chunk.
-            original = duplicates.get(index)
-            if original is not None and not _has_other_text(rows[index], rows[original]):
-                detail = f"of {rows.where(original)}"
-                result = result._replace(reason="duplicate", detail=detail)
-            yield result
+            yield comparison.check(index, result)
 
 
-def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
-    """Return whether two rows have the same images but different texts. Such rows are not duplicates."""
-    same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
-    return same_images and row != original
+# ---- comparison of the records with each other ----
+
+
+class _Comparison:
+    """Rejects records because of earlier ones: duplicates, and other names of a file that an earlier record names.
+
+    The workers cannot do this, because each of them has only the records of its own chunk.
+
+    Records whose images are equal or similar are a group. The first kept record of a group selects the image. Of the others,
+    those that name the same image are kept if their text is new:
+
+        a.jpg     "A"     kept
+        copy.jpg  "B"     duplicate of row 0: another file
+        a.jpg     "B"     kept: the same file with a new text
+        a.jpg     "B"     duplicate of row 2
+
+    Args:
+        rows: All records.
+        folder: The image folder.
+        duplicates: Row of each equal or similar image -> row of an earlier one; see `find_duplicates`.
+    """
+
+    def __init__(self, rows: RowFile, folder: Path, duplicates: dict[int, int]) -> None:
+        self._rows = rows
+        self._folder = folder
+        self._names = NameMatches()
+        # Row -> first row of its group. Begin with the earliest rows, because the earlier row of a similar image may
+        # itself be similar to one before it.
+        self._group_of: dict[int, int] = {}
+        for index in sorted(duplicates):
+            original = duplicates[index]
+            self._group_of[index] = self._group_of.setdefault(original, original)
+        # First row of a group -> its first kept row, with the names of the images.
+        self._first_kept: dict[int, tuple[int, tuple[str, ...]]] = {}
+        # Digest of the content of a kept record -> its row. Memory contains no records, since there may be millions.
+        self._contents: dict[bytes, int] = {}
+
+    def check(self, index: int, result: ValidationResult) -> ValidationResult:
+        """Return the result of a record, rejected if it conflicts with an earlier one. Call this in order of the rows."""
+        problem = ""
+        # Also note the names of a record that is rejected because of its text: the file may be its image, and then another
+        # name means another image.
+        is_matched = not result.reason and _MATCHED_BY in result.detail
+        if is_matched or result.reason in _TEXT_REASONS:
+            problem = self._note_names(self._record(index))
+        if result.reason:
+            return result
+        if problem:
+            return ValidationResult("ambiguous", problem)
+        original = self._find_original(index, result)
+        if original is not None:
+            detail = f"of {self._rows.where(original)}"
+            return result._replace(reason="duplicate", detail=detail)
+        return result
+
+    def _record(self, index: int) -> Record:
+        return Record.from_json(self._rows[index], self._rows.where(index))
+
+    def _note_names(self, record: Record) -> str:
+        """Note which files the images' names lead to. Return the problem if another name leads to one of these files."""
+        try:
+            for name in record.images:
+                located = locate_file(name, self._folder)
+                if located is not None:
+                    self._names.add(name, located)
+        except AmbiguousNameError as error:
+            return str(error)
+        return ""
+
+    def _find_original(self, index: int, result: ValidationResult) -> int | None:
+        """Return the kept row that a usable record duplicates; None if the record is to be kept."""
+        group = self._group_of.get(index)
+        if group is None:
+            return None
+        record = self._record(index)
+        first, images = self._first_kept.setdefault(group, (index, record.images))
+        if record.images != images:
+            return first
+        digest = _content_digest(record, result.unusable_responses)
+        original = self._contents.setdefault(digest, index)
+        return None if original == index else original
+
+
+def _content_digest(record: Record, unusable_responses: Collection[int]) -> bytes:
+    """Return a digest of everything that training uses of a record."""
+    usable = [text for n, text in enumerate(record.responses) if n not in unusable_responses]
+    content = replace(record, id="", responses=tuple(usable))
+    return hashlib.sha256(repr(content).encode()).digest()[:DIGEST_BYTES]
 
 
 def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -359,8 +431,8 @@ def clean(
         vision_tower: A model whose transform every image must pass; empty for none.
         image_aspect_ratio: "crop" or "pad", as in training, for this transform.
         rules: Requirements on images and captions.
-        dedupe: "exact" (equal files), "perceptual" (similar images), or "" to keep duplicates. A second text about the
-            same image file is not a duplicate.
+        dedupe: "exact" (equal files), "perceptual" (similar images), or "" to keep duplicates. A new text about the same
+            image file is not a duplicate.
         compact: Output folder for shards with the images of the usable records; `output` then refers to them.
         compact_size: Shorter side of the images in `compact`, in pixels; 0 copies the image files unchanged.
         engine: Run the tasks in local processes or on Ray, see `run_tasks`.
@@ -410,7 +482,7 @@ def clean(
         if dedupe:
             numbers, hashes = _read_hashes(chunks, dedupe == "perceptual")
             duplicates = find_duplicates(numbers, hashes, dedupe == "perceptual")
-        results = _read_results(chunks, rows, duplicates)
+        results = _read_results(chunks, rows, folder, duplicates)
         # With --compact, write the records twice: first with the old image names, from which the
         # shards are made, then with the new ones.
         kept = output if compact is None else work / "survivors.jsonl"
@@ -520,7 +592,8 @@ class _Outputs:
                 self.matched.update(matched)
                 # Move only the unusable captions to the quarantine, and keep the record with its other captions.
                 if result.unusable_responses:
-                    row, removed = _split_responses(row, result.unusable_responses)
+                    where = self._rows.where(index)
+                    row, removed = _split_responses(row, where, result.unusable_responses)
                     reason = ", ".join(note for note in notes if note not in matched)
                     quarantine.write({"reason": reason, "detail": "", "record": removed})
                 usable.write(row)
@@ -573,13 +646,15 @@ class _Outputs:
 
 
 def _split_responses(
-    row: dict[str, Any], unusable: tuple[int, ...]
+    row: dict[str, Any], where: str, unusable: Collection[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a row with the usable responses, and a copy with the unusable ones."""
-    responses = row["responses"]
+    responses = Record.from_json(row, where).responses
     usable = [text for index, text in enumerate(responses) if index not in unusable]
     removed = [responses[index] for index in unusable]
-    return {**row, "responses": usable}, {**row, "responses": removed}
+    # Write `responses` only: the other keys may contain captions that are removed from it.
+    rest = {key: value for key, value in row.items() if key not in _CAPTION_KEYS}
+    return {**rest, "responses": usable}, {**rest, "responses": removed}
 
 
 def _parse_or_text(text: str) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_simplified.data.chat_rows import convert_chat, is_chat
 from llava_simplified.data.images import check_image, read_image_bytes, shrink_image
+from llava_simplified.data.preference_rows import convert_pair, is_pair
 from llava_simplified.data.records import Record
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.shards import ShardWriter
@@ -186,18 +188,32 @@ def write_compacted_records(records: RowFile, output: Path) -> None:
     """Write records with the names that their images have in the new shards."""
     with RecordWriter(output) as writer:
         for index, row in enumerate(records):
-            writer.write(_rename_images(row, index))
+            writer.write(_rename_images(row, index, records.where(index)))
 
 
-def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return a record whose images refer to the new shards."""
-    column = "image" if "image" in row else "images"
-    value = row.get(column)
-    if not value:  # a record without images
+def _rename_images(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
+    """Return a record whose images refer to the new shards.
+
+    Args:
+        row: The record as JSON.
+        index: The index of the row among the usable records.
+        where: The file and row, for messages.
+    """
+    # `compact_shard` numbers the images in the order of the parsed record, which may differ from the row's.
+    count = len(Record.from_json(row, where).images)
+    if not count:
         return row
+    # Convert the row as `Record.from_json` does. Its turns then contain `<image>` instead of the names of images or their
+    # indices in a list.
+    if is_pair(row):
+        row = convert_pair(row, where)
+    elif is_chat(row):
+        row = convert_chat(row, where)
     # Compute the shard from the index among the usable records, as `compact_images` does.
     shard = f"{index // SHARD_RECORDS:05d}.tar"
-    if isinstance(value, list):
-        names = [f"{shard}#{compact_key(index, number)}" for number in range(len(value))]
-        return {**row, column: names}
-    return {**row, column: f"{shard}#{compact_key(index, 0)}"}
+    names = [f"{shard}#{compact_key(index, number)}" for number in range(count)]
+    # A row may have both keys, and one of them may be null.
+    rest = {key: value for key, value in row.items() if key not in ("image", "images")}
+    if count == 1:
+        return {"image": names[0], **rest}
+    return {"images": names, **rest}

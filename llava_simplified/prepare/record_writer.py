@@ -96,9 +96,13 @@ class RecordWriter:
                 self._file.write("\n]\n" if self.count else "[]\n")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one record."""
+        """Add one record.
+
+        Raises:
+            ValueError: The output is a Parquet file, which cannot hold the record; see `_parquet_row`.
+        """
         if self._parquet is not None:
-            self._rows.append(record)
+            self._rows.append(self._parquet_row(record))
             if len(self._rows) == _PARQUET_BATCH:
                 self._flush()
         elif self.path.suffix == ".jsonl":
@@ -109,27 +113,40 @@ class RecordWriter:
             self._file.write(f"{separator}\n{self._encode(record)}")
         self.count += 1
 
-    def _flush(self) -> None:
-        """Write the buffered records to the Parquet file.
+    def _parquet_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of a record in the Parquet file.
 
         Raises:
-            ValueError: A record is a conversation or a preference pair, or does not have exactly one image.
+            ValueError: The row is not a record. Or it is a conversation or a preference pair, has multiple-choice questions,
+                or does not have exactly one image.
         """
+        # Imported here, because the parsers of commands import this module, and these modules import numpy.
+        from llava_simplified.data.chat_rows import is_chat
+        from llava_simplified.data.records import Record
+
+        # Parse the row as training does, because the image and the responses can be under several keys.
+        record = Record.from_json(row, f"{self.path}: record {self.count}")
+        is_conversation = "conversations" in row or is_chat(row)
+        has_one_image = len(record.images) == 1
+        is_pair = record.rejected is not None
+        if is_conversation or is_pair or record.questions or not has_one_image:
+            raise ValueError(
+                f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
+                f"record {self.count} has {', '.join(sorted(row))}. Write conversations, preference pairs, "
+                "multiple-choice questions and records of several images to .json or .jsonl."
+            )
+        return {
+            "image": record.images[0],
+            "instruction": row["instruction"],
+            # Always write a list, since a Parquet column has one type. It is empty for a record without a response.
+            "responses": list(record.responses),
+        }
+
+    def _flush(self) -> None:
+        """Write the buffered rows to the Parquet file."""
         import pyarrow as pa
 
-        rows = []
-        for record in self._rows:
-            is_pair = "rejected" in record
-            if is_pair or not isinstance(record.get("image"), str) or not record.get("instruction"):
-                raise ValueError(
-                    f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
-                    f"this record has {', '.join(sorted(record))}. Write conversations, preference pairs and "
-                    "records of several images to .json or .jsonl."
-                )
-            # Convert a single response to a list, since a Parquet column has one type.
-            responses = record.get("responses") or [record.get("response")]
-            rows.append({**record, "responses": responses})
-        self._parquet.write_table(pa.Table.from_pylist(rows, _parquet_schema()))
+        self._parquet.write_table(pa.Table.from_pylist(self._rows, _parquet_schema()))
         self._rows.clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from cli_process import ForkedProcess
 from PIL import Image
 
 from llava_simplified import jobs
+from llava_simplified.data.image_folder import check_distinct
 from llava_simplified.data.images import MAX_PIXELS, ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
+from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import exclusive_lock
 from llava_simplified.prepare import clean as module
@@ -204,6 +207,29 @@ def test_clean_removes_only_the_bad_captions_of_a_record(tmp_path: Path) -> None
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize(
+    "captions",
+    [
+        {"gt_caption": ["good", "", "x" * 99, "fine"], "pred_output": "generated"},
+        {"response": "", "responses": ["good", "", "x" * 99, "fine"]},
+        {"response": "good", "responses": ["good", "", "x" * 99, "fine"]},
+    ],
+)
+def test_clean_removes_only_the_bad_captions_of_every_form_of_record(
+    tmp_path: Path, captions: dict[str, Any]
+) -> None:
+    """The kept record and the quarantined one have their captions under the key `responses` only."""
+    (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
+    record = {"image": "1.jpg", "instruction": "Describe it.", "id": 7}
+    (tmp_path / "records.json").write_text(json.dumps([{**record, **captions}]))
+    clean(tmp_path / "records.json", tmp_path / "out.json", rules=Rules(max_caption=50), workers=1)
+    assert read_json(tmp_path / "out.json") == [{**record, "responses": ["good", "fine"]}]
+    (quarantined,) = read_quarantine(tmp_path)
+    assert quarantined["record"] == {**record, "responses": ["", "x" * 99]}
+    assert open_records(tmp_path / "out.json")[0].responses == ("good", "fine")
+
+
+@pytest.mark.medium
 def test_clean_sets_unusable_pairs_aside(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
     rows = []
@@ -319,6 +345,55 @@ def test_clean_keeps_new_captions_and_new_combinations_of_an_image(
     assert read_json(tmp_path / "out.json") == [rows[0], rows[1], rows[4], rows[5]]
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("dedupe", ["exact", "perceptual"])
+def test_clean_compares_a_caption_with_all_kept_captions_of_its_image(
+    tmp_path: Path, dedupe: str
+) -> None:
+    for name in ("a.jpg", "copy.jpg"):
+        (tmp_path / name).write_bytes(encode_jpeg(make_photo(1)))
+    # More rows than `find_duplicates` compares with each other.
+    kept = [make_row("a.jpg", f"caption {number}") for number in range(12)]
+    repeated = [*reversed(kept), make_row("copy.jpg", "new"), make_row("a.jpg", "caption 5", " ")]
+    (tmp_path / "records.json").write_text(json.dumps([*kept, *repeated]))
+    rules = Rules(perceptual=dedupe == "perceptual")
+    clean(tmp_path / "records.json", tmp_path / "out.json", dedupe=dedupe, rules=rules, workers=1)
+    assert read_json(tmp_path / "out.json") == kept
+    originals = [f"of records.json row {row}" for row in [*reversed(range(12)), 0, 5]]
+    assert [entry["detail"] for entry in read_quarantine(tmp_path)] == originals
+
+
+@pytest.mark.medium
+def test_clean_ignores_the_ids_and_the_form_of_duplicates(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode_jpeg(make_photo(1)))
+    chat = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
+    rows = [
+        {"id": 0, "image": "a.jpg", "instruction": "What?", "response": "a cat"},
+        {"id": 1, "images": ["a.jpg"], "instruction": "What?", "responses": ["a cat"]},
+        {"id": 2, "image": "a.jpg", "conversations": chat},
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    clean(tmp_path / "records.json", tmp_path / "out.json", dedupe="exact", workers=1)
+    assert read_json(tmp_path / "out.json") == rows[:1]
+
+
+@pytest.mark.medium
+def test_clean_keeps_records_of_one_image_that_train_differently(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode_jpeg(make_photo(1)))
+    question = {"question": "Which animal?", "options": ["cat", "dog"], "answer": "cat"}
+    pair = {"image": "a.jpg", "instruction": "What?", "chosen": "a cat"}
+    rows = [
+        make_row("a.jpg", "a cat"),
+        {**make_row("a.jpg", "a cat"), "instruction": "What?"},
+        {**make_row("a.jpg", "a cat"), "multiple_choice": [question]},
+        {**pair, "rejected": "a dog"},
+        {**pair, "rejected": "a car"},
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    clean(tmp_path / "records.json", tmp_path / "out.json", dedupe="exact", workers=1)
+    assert read_json(tmp_path / "out.json") == rows
+
+
 def test_find_duplicates_finds_what_brute_force_finds() -> None:
     rng = np.random.default_rng(0)
     base = rng.integers(0, 256, (300, 19), dtype=np.uint8)
@@ -368,6 +443,61 @@ def test_clean_command_compacts_images_for_training(
             assert data == (mixed.images / f"{index}.jpg").read_bytes()
         else:
             assert decode_image(data).shape == (64, 85, 3)
+
+
+def chat_with_parts(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the question of a chat whose content is a list of image parts and a text."""
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+
+
+_ANSWER = {"role": "assistant", "content": "a cat"}
+_NAMED_PART = {"type": "image", "image": "0.jpg"}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ({"messages": [*chat_with_parts(_NAMED_PART), _ANSWER]}, ["0.jpg"]),
+        (
+            {
+                "prompt": chat_with_parts(_NAMED_PART),
+                "chosen": [_ANSWER],
+                "rejected": [{"role": "assistant", "content": "a dog"}],
+            },
+            ["0.jpg"],
+        ),
+        (
+            {
+                "images": ["0.jpg", "1.jpg"],
+                "messages": [
+                    *chat_with_parts({"type": "image", "index": 1}, {"type": "image", "index": 0}),
+                    _ANSWER,
+                ],
+            },
+            ["1.jpg", "0.jpg"],
+        ),
+        ({"image": None, "images": ["0.jpg"], "instruction": "", "response": "a"}, ["0.jpg"]),
+        ({"image": "0.jpg", "images": ["0.jpg"], "instruction": "", "response": "a"}, ["0.jpg"]),
+        ({"image": ["1.jpg", "0.jpg"], "instruction": "", "response": "a"}, ["1.jpg", "0.jpg"]),
+        ({"instruction": "Say hi", "response": "hi"}, []),
+    ],
+)
+def test_clean_renames_the_compacted_images_of_every_form_of_record(
+    tmp_path: Path, row: dict[str, Any], images: list[str]
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(encode_jpeg(make_photo(number)))
+    source, output, shards = tmp_path / "rows.json", tmp_path / "out.jsonl", tmp_path / "shards"
+    source.write_text(json.dumps([{**row, "id": "x"}]))
+    counts = clean(source, output, compact=shards, compact_size=0, workers=1)
+    assert counts == {"ok": 1}
+    (before,), (after,) = open_records(source), open_records(output)
+    assert [read_image_bytes(name, shards) for name in after.images] == [
+        (tmp_path / name).read_bytes() for name in images
+    ]
+    assert replace(after, images=before.images, id=before.id) == before
+    assert open_rows(output)[0]["id"] == "x"
 
 
 @pytest.mark.medium
@@ -577,6 +707,56 @@ def test_clean_counts_images_whose_names_do_not_match_exactly(tmp_path: Path) ->
     report = json.loads((tmp_path / "clean_report.json").read_text())
     expected = {"image name matched by suffix": 1, "image name matched by case": 1}
     assert report["matched"] == expected
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("chunk_records", [1, 2, 500])
+def test_clean_sets_aside_a_second_name_of_a_file_in_any_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_records: int
+) -> None:
+    """The names are paths of another machine. Which records are kept does not depend on the chunks."""
+    monkeypatch.setattr(module, "CHUNK_RECORDS", chunk_records)
+    (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
+    (tmp_path / "2.jpg").write_bytes(encode_jpeg(make_photo(2)))
+    rows = [
+        make_row("/x/a/1.jpg", "first"),
+        make_row("/x/a/2.jpg", ""),
+        make_row("/x/b/1.jpg", "another image"),
+        make_row("/x/a/1.jpg", "second"),
+        make_row("1.jpg", "exact name"),
+        make_row("/x/b/2.jpg", "not the image of row 1"),
+    ]
+    counts, quarantine = clean_rows(tmp_path, rows)
+    assert counts == {"ok": 3, "ambiguous": 2, "empty_caption": 1}
+    assert [entry["record"] for entry in quarantine] == [rows[1], rows[2], rows[5]]
+    assert "'/x/a/1.jpg' and '/x/b/1.jpg'" in quarantine[1]["detail"]
+    report = json.loads((tmp_path / "clean_report.json").read_text())
+    assert report["matched"] == {"image name matched by suffix": 2}
+    records = open_records(tmp_path / "clean.jsonl")
+    check_distinct((name for record in records for name in record.images), tmp_path)
+
+
+@pytest.mark.medium
+def test_clean_keeps_a_copy_of_an_image_that_is_set_aside(tmp_path: Path) -> None:
+    """A record is a duplicate of kept records only. Row 1 is set aside, since its first image is ambiguous."""
+    for number in (1, 2):
+        (tmp_path / f"{number}.jpg").write_bytes(encode_jpeg(make_photo(number)))
+    rows = [make_row("/x/a/1.jpg", "x")]
+    for folder in ("b", "a"):
+        rows.append({**make_row("", "y"), "image": [f"/x/{folder}/1.jpg", "2.jpg"]})
+    source = tmp_path / "records.json"
+    source.write_text(json.dumps(rows))
+    counts = clean(source, tmp_path / "out.json", dedupe="exact", workers=1)
+    assert counts == {"ok": 2, "ambiguous": 1}
+    assert read_json(tmp_path / "out.json") == [rows[0], rows[2]]
+
+
+def test_clean_command_refuses_a_negative_number_of_workers_before_it_reads_anything(
+    tmp_path: Path,
+) -> None:
+    argv = [str(tmp_path / "missing.json"), "--output", str(tmp_path / "o.json"), "--workers", "-1"]
+    with pytest.raises(ValueError, match="--workers -1: must be at least 1"):
+        main(argv)
 
 
 @pytest.mark.medium
