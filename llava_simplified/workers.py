@@ -100,8 +100,9 @@ def run_tasks(
             run.
 
     Raises:
-        ValueError: `engine` is unknown or not installed.
+        ValueError: `engine` is unknown or not installed, or `workers` is negative.
     """
+    check_workers(workers)
     if not specs:
         return
     if engine not in _BACKENDS:
@@ -139,6 +140,14 @@ def run_tasks(
                     waiting.append((spec, attempt + 1))
     finally:
         backend.close()
+
+
+def check_workers(workers: int) -> None:
+    """Raise ValueError for a negative value of `--workers`. Call this before a long job."""
+    if workers < 0:
+        raise ValueError(
+            f"--workers {workers}: must be at least 1, or 0 for a number that depends on the number of CPUs"
+        )
 
 
 def count_cpus() -> int:

@@ -240,6 +240,22 @@ def test_inspect_opens_the_images_of_the_given_folder(
     assert "40 x 32" in capsys.readouterr().out
 
 
+def test_inspect_reads_the_sidecars_that_are_chosen(
+    models_folder: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (40, 32)).save(folder / "0.jpg")
+    (folder / "0.txt").write_text("a red car")
+    (folder / "0.caption").write_text("two dogs")
+    arguments = ["--data", folder, "--model_name_or_path", models_folder / "mistral"]
+    assert inspect(*arguments) == 2
+    assert "--sidecar txt" in capsys.readouterr().err
+    assert inspect(*arguments, "--sidecar", "txt") == 0
+    assert "car" in capsys.readouterr().out
+
+
 def test_inspect_names_prompts_that_leave_no_room_for_an_answer(
     models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:

@@ -75,6 +75,13 @@ def test_run_tasks_does_not_retry_a_user_error() -> None:
     assert [done.error for done in results] == ["row 7 is wrong"], "the message must be unchanged"
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_run_tasks_refuses_a_negative_number_of_workers(engine: str) -> None:
+    with pytest.raises(ValueError, match="--workers -1: must be at least 1, or 0 for .*CPU"):
+        list(run_tasks(square, [1], engine=engine, workers=-1))
+
+
 @pytest.mark.medium
 def test_run_tasks_replaces_a_killed_process(tmp_path: Path) -> None:
     names = ["bad2" if number == 2 else f"good{number}" for number in range(8)]

@@ -15,6 +15,7 @@ from llava_simplified.options import (
     add_trust_option,
     escape_control_characters,
 )
+from llava_simplified.prepare.convert_command import add_sidecar_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--data", required=True, help="Records, or any source that `llava convert` reads"
     )
+    add_sidecar_option(parser)
     parser.add_argument(
         "--model_name_or_path",
         required=True,
@@ -116,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prompt import Prompt
 
     # Convert the source to records first, as `llava train --data` does.
-    records = Records(open_rows(prepare_data(args.data, args.image_folder).records))
+    data = prepare_data(args.data, args.image_folder, args.sidecar)
+    records = Records(open_rows(data.records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)

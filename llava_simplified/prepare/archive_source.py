@@ -29,6 +29,7 @@ from llava_simplified.prepare.json_source import (
     row_from_mapping,
 )
 from llava_simplified.prepare.source_rows import (
+    SPLIT_NAME,
     Columns,
     NamedColumns,
     ParseIssues,
@@ -93,6 +94,8 @@ def _table_rows(
     if table.image_column is not None:
         image_keys = ["images" if table.image_column.is_list else "image"]
     is_manifest = "key" in names and "status" in names
+    if is_manifest:
+        _check_shard(source)
     # Read all columns of a table of records or of Karpathy's split, which have fixed column names. In any
     # other table, find the columns by their names, and read only those.
     wanted, named = names, None
@@ -105,7 +108,7 @@ def _table_rows(
             # The loop below replaces a list of one image by this image.
             virtual_names = [*names, "image"]
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
-        wanted = [name for name in (*named, "split", "key", "status") if name in names]
+        wanted = [name for name in (*named, SPLIT_NAME, "key", "status") if name in names]
     # Count all rows, including skipped ones: `read_shard_image` uses this number to find the row.
     for number, row in enumerate(table.rows(wanted)):
         if is_manifest:
@@ -120,6 +123,22 @@ def _table_rows(
                 continue
             row["image"] = "".join(images)
         yield from row_from_mapping(row, number, named, issues)
+
+
+def _check_shard(manifest: str) -> None:
+    """Raise ValueError if the tar with the images of a manifest does not exist.
+
+    Two manifests of `llava download` have no tar: the merged manifest.parquet, and those of plain image files. A remote
+    manifest is not checked, because its URLs can be downloaded without the tar.
+    """
+    path = Path(manifest)
+    if "://" in manifest or path.with_suffix(".tar").is_file():
+        return
+    raise ValueError(
+        f"{manifest}: a manifest of the images in {path.stem}.tar, which does not exist. "
+        f"Pass the folder {path.parent} if `llava download` wrote it, after `llava merge-manifests {path.parent}` if it "
+        "contains no file of records. To use the manifest as a list of URLs, remove its column 'status'."
+    )
 
 
 def _has_records(table: ColumnarFile) -> bool:
@@ -172,7 +191,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
         if not texts:
             issues.note("sample without a caption (skipped)", number, key)
             continue
-        row = _row_of_texts(texts)
+        row = _row_of_texts(texts, columns.caption)
         if row is None:
             issues.note(NOT_AN_OBJECT, number, key)
             continue
@@ -198,19 +217,26 @@ def _read_texts(
     return texts
 
 
-def _row_of_texts(texts: dict[str, str]) -> dict[str, Any] | None:
+def _row_of_texts(texts: dict[str, str], caption_column: str) -> dict[str, Any] | None:
     """Return the row of a sample, or None if its .json member is the only text and is not a JSON object.
 
-    The row is the caption in the first text, except that a .json member with a list of captions takes precedence, as in
-    our own shards: their .txt has one caption per line, but captions may contain line breaks.
+    The row is the caption in the first text, with two exceptions in which a .json member takes precedence. It has the
+    column that the user passed; or it has a list of captions, as in our own shards: their .txt has one caption per line,
+    but captions may contain line breaks.
 
     Args:
         texts: The result of `_read_texts`: suffix -> text, preferred suffix first. Not empty.
+        caption_column: Name of the caption column that the user passed; "" if none.
     """
     # `row` is None for a sample without a .json member, since an empty text is not JSON.
     row = parse_object(texts.get("json", ""))
     suffix, text = next(iter(texts.items()))
-    has_list = row is not None and isinstance(row.get("captions"), list)
-    if suffix != "json" and not has_list:
+    if suffix == "json":
+        return row
+    if row is None:
         return {"caption": text}
-    return row
+    # `find_columns` ignores case too.
+    has_column = caption_column.lower() in [name.lower() for name in row]
+    if has_column or isinstance(row.get("captions"), list):
+        return row
+    return {"caption": text}

@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     require_extra("download", "pyarrow", purpose="llava clean")
 
     from llava_simplified.prepare.clean import clean
+    from llava_simplified.workers import check_workers
 
+    check_workers(args.workers)
     rules = Rules(
         min_side=args.min_side,
         max_aspect=args.max_aspect,

@@ -31,7 +31,7 @@ from llava_simplified.prepare.record_writer import (
     image_file_name,
     make_record,
 )
-from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.source_rows import SPLIT_NAME, Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ def to_records(
     instructions: list[str],
     image_folder: Path | None,
     keep_paths: bool = False,
+    replace_instructions: bool = False,
 ) -> Iterator[tuple[dict[str, Any], SourceRow]]:
     """Yield the record of each row, together with the row.
 
@@ -144,13 +145,17 @@ def to_records(
         instructions: Instruction templates, one of which is selected by a hash of the image name.
         image_folder: If given, rows whose image is not in this folder are skipped.
         keep_paths: Keep absolute paths that do not exist. They are resolved when the images are read.
+        replace_instructions: Also replace the instructions of rows that are records already.
     """
     names = _ImageNames(issues, image_folder, keep_paths)
     for index, row in enumerate(rows):
         if row.record is not None:
             record = _record_of_row(row, names)
-            if record is not None:
-                yield record, row
+            if record is None:
+                continue
+            if replace_instructions:
+                record = _replace_instruction(record, row, instructions, issues)
+            yield record, row
             continue
         image = row.image
         # Use the index of the grouped rows, as `llava download` does, so that both derive the same file name.
@@ -165,10 +170,26 @@ def to_records(
         if not row.captions:
             issues.note_without_caption("image without any caption (skipped)", row, image)
         else:
-            # `hash_fraction(image)` selects the split. Append a character to get an independent number. Otherwise the
-            # instruction would depend on the split.
-            choice = int(hash_fraction(image + "?") * len(instructions))
-            yield make_record(image, instructions[choice], row.captions), row
+            instruction = _choose_instruction(image, instructions)
+            yield make_record(image, instruction, row.captions), row
+
+
+def _replace_instruction(
+    record: dict[str, Any], row: SourceRow, instructions: list[str], issues: ParseIssues
+) -> dict[str, Any]:
+    """Return a record with one of the instructions. A conversation is kept, because its turns belong together."""
+    if "conversations" in record or "instruction" not in record:
+        issues.note("conversation (kept without the --instruction)", row.number, record)
+        return record
+    first_image = next(iter(image_names(record)), "")
+    return {**record, "instruction": _choose_instruction(first_image, instructions)}
+
+
+def _choose_instruction(image: str, instructions: list[str]) -> str:
+    """Return the instruction of an image, selected by a hash of its name."""
+    # `hash_fraction(image)` selects the split. Append a character to get an independent number. Otherwise the
+    # instruction would depend on the split.
+    return instructions[int(hash_fraction(image + "?") * len(instructions))]
 
 
 def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
@@ -292,7 +313,7 @@ def convert(
     output: Path,
     *,
     image_folder: Path | None = None,
-    instruction: str = INSTRUCTION,
+    instruction: str | None = None,
     split: str = "",
     columns: Columns = Columns(),  # noqa: B008 - immutable
     sidecar: str = "",
@@ -304,9 +325,11 @@ def convert(
         source: Any source that `read_source` supports.
         output: Output file: `.json`, `.jsonl` or `.parquet`.
         image_folder: The image folder. Rows whose image is not in it are skipped and counted.
-        instruction: Instruction of all records, or a `.txt` file with one instruction template per line.
+        instruction: Instruction of all records, or a `.txt` file with one instruction template per line. It replaces the
+            instructions of rows that are records already, except conversations. With None, these instructions are kept,
+            and all other records get `INSTRUCTION`.
         split: "val=0.01" writes this fraction (by a hash of the image name) to `<output>_val`, and the rest to
-            `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
+            `<output>_train`; "source" uses the split of the source itself (a column or key "split"); "" writes one file.
         columns: Column names that the user passed.
         sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
         keep_paths: Keep absolute paths of images, also of those that do not exist, instead of their base names.
@@ -315,13 +338,14 @@ def convert(
         The number of records by file name, and the issues of the source (skipped and repaired rows).
 
     Raises:
-        ValueError: An argument is wrong, or the source contains no usable record.
+        ValueError: An argument is wrong, the source contains no usable record, or no row has a split that `split`
+            requires.
     """
     if image_folder is not None and not image_folder.is_dir():
         raise ValueError(
             f"--image-folder {image_folder}: no such folder. Pass the folder that contains the images."
         )
-    instructions = _read_instructions(instruction)
+    instructions = _read_instructions(INSTRUCTION if instruction is None else instruction)
     shares: dict[str, float] = {}
     if split not in ("", "source"):
         shares = _parse_split(split)
@@ -331,6 +355,7 @@ def convert(
         lambda pass_issues: read_source(source, pass_issues, columns, sidecar), issues
     )
     writers: dict[str, RecordWriter] = {}
+    has_source_split = False
     with ExitStack() as stack:
 
         def open_part(part: str) -> RecordWriter:
@@ -343,9 +368,18 @@ def convert(
         if shares:
             for part in ("train", *shares):
                 open_part(part)
-        for record, row in to_records(rows, issues, instructions, image_folder, keep_paths):
+        records = to_records(
+            rows,
+            issues,
+            instructions,
+            image_folder,
+            keep_paths,
+            replace_instructions=instruction is not None,
+        )
+        for record, row in records:
             part = ""
             if split == "source":
+                has_source_split = has_source_split or bool(row.split)
                 part = _source_part(row, issues)
             elif shares:
                 first_image = next(iter(image_names(record)), "")
@@ -354,6 +388,11 @@ def convert(
         # Raise inside the `with` block, so that the unfinished files are discarded.
         if not any(writer.count for writer in writers.values()):
             raise ValueError("\n".join([f"{source}: contains no usable record", *issues.lines()]))
+        if split == "source" and not has_source_split:
+            raise ValueError(
+                f"--split source: no row of {source} has a split, which is read from the column or key {SPLIT_NAME!r}. "
+                "Pass --split val=0.01, for example, to choose the split by a hash of the image name."
+            )
     return {str(writer.path): writer.count for writer in writers.values()}, issues
 
 

@@ -21,6 +21,16 @@ def add_column_options(parser: Any) -> None:
         )
 
 
+def add_sidecar_option(parser: Any) -> None:
+    """Add `--sidecar`; see `SidecarOptions.parse`."""
+    parser.add_argument(
+        "--sidecar",
+        default="",
+        help="Suffix of the caption files beside images: txt or caption (default: both). Add `lines` if each line is a "
+        "separate caption, as in caption,lines",
+    )
+
+
 def build_parser() -> CommandParser:
     """Return the parser of `llava convert`."""
     parser = CommandParser("llava convert", "Convert any source of captions to records.")
@@ -40,22 +50,17 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--instruction",
-        default=INSTRUCTION,
-        help="Instruction (user message) for every record, or a .txt file with one instruction template per line"
-        " (default: %(default)s)",
+        help="Instruction (user message) for every record except conversations, or a .txt file with one instruction "
+        f'template per line (default: "{INSTRUCTION}" for captions; instructions in the source are kept)',
     )
     parser.add_argument(
         "--split",
         default="",
-        help="Write several files: val=0.01 moves 1%% of the images to OUTPUT_val, `source` uses the split in the source",
+        help="Write several files: val=0.01 moves 1%% of the images to OUTPUT_val, `source` uses the column or "
+        "key `split` of the source",
     )
     add_column_options(parser)
-    parser.add_argument(
-        "--sidecar",
-        default="",
-        help="Suffix of the caption files beside images: txt or caption (default: both). Add `lines` if each line is a "
-        "separate caption, as in caption,lines",
-    )
+    add_sidecar_option(parser)
     return parser
 
 

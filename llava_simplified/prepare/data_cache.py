@@ -43,7 +43,7 @@ from llava_simplified.prepare.sources import read_source
 logger = logging.getLogger(__name__)
 
 # Part of the digest. Increment it when the conversion changes, so that sources are converted again.
-_VERSION = 1
+_VERSION = 2
 _COPIES = "files"  # name of the folder for copies of remote files
 _NUM_PROBED_ROWS = 20  # number of rows whose images are searched, to find the image folder
 _MAX_SUBFOLDERS = 200  # maximum number of subfolders to search

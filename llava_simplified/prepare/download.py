@@ -39,7 +39,7 @@ from llava_simplified.prepare.preparation_report import write_download_report
 from llava_simplified.prepare.record_writer import INSTRUCTION, RecordWriter, make_record
 from llava_simplified.prepare.source_rows import Columns, ParseIssues
 from llava_simplified.prepare.sources import read_source
-from llava_simplified.workers import parse_slice, run_tasks
+from llava_simplified.workers import check_workers, parse_slice, run_tasks
 
 # Values of --retry in addition to FAILURE_KINDS: all, a status code (404 or http_404), or a class of codes (5xx).
 _RETRY_KIND = re.compile(r"all|(http_)?\d{3}|\dxx")
@@ -86,7 +86,7 @@ def download(
         ValueError: The source has no URLs, the output belongs to a download with different settings, another process
             is writing to the output, a shard failed at every attempt, or the first rows all fail in the same way.
     """
-    _check_arguments(options, shard_size, limit, retry)
+    _check_arguments(options, shard_size, limit, retry, workers)
     store = Store(output)
     # Object stores charge for every request, so millions of small files would be slow and expensive.
     if files and not store.is_local:
@@ -101,6 +101,7 @@ def download(
         "resize": options.resize,
         # Use the size to detect that the source has changed: otherwise, its new rows would never be fetched.
         "bytes": Path(source).stat().st_size if Path(source).is_file() else 0,
+        **_column_settings(columns),
     }
     # The lock excludes all other runs on this output, except for other slices.
     with _run_lock(store, output, shards):
@@ -121,7 +122,7 @@ def download(
 
 
 def _check_arguments(
-    options: FetchOptions, shard_size: int, limit: int, retry: tuple[str, ...]
+    options: FetchOptions, shard_size: int, limit: int, retry: tuple[str, ...], workers: int
 ) -> None:
     """Raise ValueError for an option that is out of range, or an unknown kind of failure."""
     at_least_one = {
@@ -134,6 +135,7 @@ def _check_arguments(
             raise ValueError(f"{name} {value}: must be at least 1")
     if limit < 0:
         raise ValueError(f"--limit {limit}: must be at least 1, or 0 for all rows")
+    check_workers(workers)
     unknown = [
         kind for kind in retry if kind not in FAILURE_KINDS and not _RETRY_KIND.fullmatch(kind)
     ]
@@ -192,10 +194,16 @@ def _load_or_make_plan(
     """Return the `download.json` of an existing download, or plan a new one."""
     known = store.settings()
     if known:
-        compare_settings(known, settings, output)
+        # Version 0.1 did not store the columns. Most of its downloads used the default ones.
+        compare_settings({**_column_settings(Columns()), **known}, settings, output)
         if _is_planned(store, parse_slice(shards, known["shards"])):
             return known
     return plan_shards(source, columns, store, settings, shards)
+
+
+def _column_settings(columns: Columns) -> dict[str, str]:
+    """Return the settings that store the column names: "url_column", "image_column" and "caption_column"."""
+    return {f"{name}_column": value for name, value in columns._asdict().items()}
 
 
 def _is_planned(store: Store, numbers: range) -> bool:

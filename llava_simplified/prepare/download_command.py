@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     require_extra("download", *_MODULES, purpose="llava download")
 
     from llava_simplified.prepare.download import download
-    from llava_simplified.prepare.download_progress import FAILURE_ADVICE, NOT_RETRIABLE
+    from llava_simplified.prepare.download_progress import failure_advice
 
     output = args.output.rstrip("/")
     report = download(
@@ -141,9 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
-    advice = FAILURE_ADVICE.get(most_frequent, "Look up the details in the Parquet manifests.")
-    if most_frequent not in NOT_RETRIABLE:
-        advice = f"{advice} Then run the command again with --retry {most_frequent}"
+    advice = failure_advice(most_frequent, "Look up the details in the Parquet manifests.")
     print_text(f"No image was downloaded. {advice}", file=sys.stderr)
     return 1
 

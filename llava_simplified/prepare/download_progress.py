@@ -29,7 +29,20 @@ FAILURE_ADVICE = {
 }
 # For these kinds, --retry would not help: it would fetch the same wrong URLs, which are stored in the output.
 NOT_RETRIABLE = ("scheme", "bad_url")
-_OTHER_ADVICE = "Look up the details of each row in the journals of the work folder."
+
+
+def failure_advice(kind: str, otherwise: str) -> str:
+    """Return what to do if most rows failed in this way.
+
+    Args:
+        kind: The kind of failure.
+        otherwise: The advice for kinds without an entry in `FAILURE_ADVICE`.
+    """
+    advice = FAILURE_ADVICE.get(kind, otherwise)
+    if kind in NOT_RETRIABLE:
+        return advice
+    # Without --retry, a run skips the rows that have failed already.
+    return f"{advice} Then run the command again with --retry {kind}"
 
 
 class DownloadProgress:
@@ -51,8 +64,9 @@ class DownloadProgress:
         self._finished_before = finished_before
         self._positions: Counter[Path] = Counter()  # number of bytes of each journal that were read
         self._outcomes: dict[int, Counter[str]] = {}  # shard -> its outcomes
+        self._before: Counter[str] = Counter()  # outcomes of earlier runs
         self._read_journals()
-        self._before = self.total()  # outcomes of earlier runs
+        self._before = self.total()
         self.progress = Progress(rows, "rows", self._before.total(), enabled)
 
     def _read_journals(self) -> None:
@@ -74,8 +88,13 @@ class DownloadProgress:
             outcomes = self._outcomes.setdefault(number, Counter())
             for line in complete.splitlines():
                 row = json.loads(line)
-                if row["index"] >= 0:
-                    outcomes[row["error"] or "ok"] += 1
+                if row["index"] < 0:
+                    continue
+                outcome = row["error"] or "ok"
+                outcomes[outcome] += 1
+                # The journal of a finished shard that is fetched again begins with the rows of the earlier run.
+                if row.get("kept"):
+                    self._before[outcome] += 1
 
     def tick(self) -> None:
         """Read the new lines of the journals, and update the progress line.
@@ -93,16 +112,18 @@ class DownloadProgress:
         if len(in_this_run) != 1 or in_this_run.total() < FAIL_FAST_AFTER or "ok" in in_this_run:
             return
         ((kind, count),) = in_this_run.items()
-        advice = FAILURE_ADVICE.get(kind, _OTHER_ADVICE)
+        advice = failure_advice(
+            kind, "Look up the details of each row in the journals of the work folder."
+        )
         raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
 
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
         """Replace the outcomes from the journal of a shard with the final ones."""
+        has_journal = number in self._outcomes
         self._outcomes[number] = Counter(outcomes)
-        # A shard that was finished before this run has no journal, so `_before` does not contain its rows yet.
-        if number in self._finished_before:
+        # If a shard that was finished before this run has no journal, `_before` does not contain its rows yet.
+        if number in self._finished_before and not has_journal:
             self._before += self._outcomes[number]
-            self.progress.initial = self._before.total()
         self._update()
 
     def total(self) -> Counter[str]:
@@ -110,6 +131,7 @@ class DownloadProgress:
         return sum(self._outcomes.values(), Counter())
 
     def _update(self) -> None:
+        self.progress.initial = self._before.total()
         total = self.total()
         done = total.total()
         details = f"{total['ok']:,} ok, {done - total['ok']:,} failed"

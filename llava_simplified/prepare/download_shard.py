@@ -165,7 +165,9 @@ class _ShardJob:
         """Create a journal for a finished shard, with the rows that are not fetched again."""
         rows: list[dict[str, Any]] = []
         for row in kept:
-            rows.append({name: row[name] for name in row if name not in ("url", "captions")})
+            line = {name: row[name] for name in row if name not in ("url", "captions")}
+            # `DownloadProgress` does not count these rows as rows of this run.
+            rows.append({**line, "kept": True})
         if not self.spec.files:
             # Append new samples after the old ones, overwriting the end-of-archive mark.
             tar_size = self.store.fs.size(self.store.path(self.tar_name))
@@ -324,6 +326,8 @@ def finished_rows(
     outcomes: dict[int, dict[str, Any]] = {}
     tar_end = 0
     for row in rows:
+        # These keys are no columns of the manifest.
+        row.pop("kept", None)
         row_end = row.pop("end", 0)
         if not row_end:
             # Rows from the manifest of a finished shard have the end of the image, but not of the sample.

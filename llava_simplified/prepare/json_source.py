@@ -28,6 +28,7 @@ from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
 from llava_simplified.prepare.source_rows import (
     IMAGE_NAME_PATTERN,
+    SPLIT_NAME,
     URL_PATTERN,
     Columns,
     NamedColumns,
@@ -174,8 +175,12 @@ class _JsonReader:
         is_url = bool(URL_PATTERN.match(key))
         if isinstance(value, dict):
             value = self._read_kohya(key, value)
-        if not isinstance(value, str) or not (is_url or IMAGE_NAME_PATTERN.search(key)):
+        is_image_key = is_url or IMAGE_NAME_PATTERN.search(key) is not None
+        if not is_image_key or not isinstance(value, str):
             self._ignored[key] = None
+            if is_image_key:
+                kind = "image name without a caption (skipped)"
+                self._issues.note(kind, self._number + 1, key)
             return
         self._number += 1
         name, url = ("", key) if is_url else (key, "")
@@ -371,13 +376,13 @@ def row_from_mapping(
         named: The columns; may be None for the first two formats.
         issues: Collects malformed chats and unusable pairs.
     """
-    split = as_text(value.get("split"))
+    split = as_text(value.get(SPLIT_NAME))
     # Check for Karpathy's rows first, since these could also be mistaken for rows with an image column.
     if "sentences" in value:
         yield _karpathy_row(value, number, split)
         return
     if is_record(value):
-        yield from _record_row(value, number, issues)
+        yield from _record_row(value, number, split, issues)
         return
     # The caller has called `columns_of_row` for every row of this format.
     assert named is not None
@@ -388,7 +393,9 @@ def row_from_mapping(
     yield SourceRow(number, image, url, captions, split)
 
 
-def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
+def _record_row(
+    record: dict[str, Any], number: int, split: str, issues: ParseIssues
+) -> Iterator[SourceRow]:
     """Yield the row of a record; nothing for a malformed chat, or a pair that training cannot use."""
     if is_pair(record):
         plain = _convert_usable_pair(record, number, issues)
@@ -404,7 +411,7 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
     images = image_names(record)
     # The image identifies the row only if it is the only one.
     image = images[0] if len(images) == 1 else ""
-    yield SourceRow(number, image, "", _last_answers(record), record=record)
+    yield SourceRow(number, image, "", _last_answers(record), split, record)
 
 
 def _convert_usable_pair(

@@ -35,6 +35,7 @@ CAPTION_NAMES = (
     "title",
     "raw",
 )
+SPLIT_NAME = "split"  # column with the split that the source itself assigns to a row
 EMPTY_CAPTION = "empty caption (skipped)"  # an issue
 COLUMN_OPTIONS = "--url-column, --image-column or --caption-column"
 # What a URL and the name of an image look like, for tables without a header. The repetitions are limited, because they are

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from array import array
 from bisect import bisect_left
@@ -61,9 +62,10 @@ _PART_SUFFIXES = {
     "files of JSON lines": (".jsonl", ".ndjson"),
     "JSON files": (".json",),
 }
+_MERGED_MANIFEST = "merged manifest of `llava download` (not read)"  # an issue
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
-# Maximum number of files of one form that are opened to find out whether they contain captions.
+# Number of files of one form that are opened to find out whether any of them contains captions. If one does, all are read.
 _MAX_TRIED_FILES = 20
 # Maximum number of rows of a file that are read to find out which folder contains its images.
 _MAX_TRIED_ROWS = 20
@@ -186,7 +188,10 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
     parts, root = expand_pattern(pattern)
     if not parts:
         raise ValueError(f"{pattern}: no file matches")
-    for part in map(Path, parts):
+    for number, part in enumerate(map(Path, parts)):
+        if len(parts) > 1 and _is_merged_manifest(part.as_posix(), os.path.exists):
+            issues.note(_MERGED_MANIFEST, number, part)
+            continue
         # A pattern may match a folder too. Its rows name images relative to this folder.
         rows = _read_any(str(part), issues, columns)
         if part.is_dir():
@@ -199,6 +204,19 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
             in_own_folder = _images_are_in_own_folder(part, root, first_rows, issues)
         for row in rows:
             yield _move_images(row, folder, all_images=in_own_folder)
+
+
+def _is_merged_manifest(path: str, exists: Callable[[str], bool]) -> bool:
+    """Return whether a file is the merged manifest of a download.
+
+    Its rows are those of the shards' manifests, which a pattern that matches it probably matches too.
+
+    Args:
+        path: The file, with slashes.
+        exists: Returns whether a file of the same file system exists.
+    """
+    name = path.rpartition("/")[2]
+    return name == "manifest.parquet" and exists(path.removesuffix(name) + "download.json")
 
 
 def _images_are_in_own_folder(
@@ -240,7 +258,10 @@ def _read_url_pattern(pattern: str, issues: ParseIssues, columns: Columns) -> It
         paths = sorted(file_system.glob(path))
     if not paths:
         raise ValueError(f"{pattern}: no file matches")
-    for path in paths:
+    for number, path in enumerate(paths):
+        if len(paths) > 1 and _is_merged_manifest(path, file_system.exists):
+            issues.note(_MERGED_MANIFEST, number, path)
+            continue
         yield from _read_any(file_system.unstrip_protocol(path), issues, columns)
 
 
@@ -340,11 +361,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
                 contents.metadata.append(path)
             # A file with the name of an image (`a.json` beside `a.jpg`) describes that image, so it is not a source.
             elif not group.folder and not group.images:
-                suffix = _format_suffix(name)
-                paths = contents.files.setdefault(suffix, [])
-                # There may be a million texts that are not sidecars. Do not read them all.
-                if suffix != ".txt" or len(paths) < _MAX_TRIED_FILES:
-                    paths.append(path)
+                contents.files.setdefault(_format_suffix(name), []).append(path)
     return contents
 
 
@@ -387,9 +404,12 @@ def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]
         columns: Column names that the user passed.
         errors: Receives the reasons why files are not read, except for text files.
     """
-    texts = []
+    texts: list[Path] = []
     has_captions = False  # whether one of the files that are not texts contains captions
-    for path in paths[:_MAX_TRIED_FILES]:
+    for number, path in enumerate(paths):
+        # There may be a million texts that are not sources. Do not open them all.
+        if number >= _MAX_TRIED_FILES and not (texts or has_captions):
+            break
         is_text = _format_suffix(path.name) == ".txt"
         if has_captions and not is_text:
             continue

@@ -28,6 +28,7 @@ from llava_simplified.prepare.source_rows import (
     CAPTION_NAMES,
     IMAGE_NAME_PATTERN,
     IMAGE_NAMES,
+    SPLIT_NAME,
     URL_NAMES,
     URL_PATTERN,
     Columns,
@@ -59,7 +60,7 @@ Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """The positions of URL, image name and caption in the rows of a table.
+    """The positions of URL, image name, caption and split in the rows of a table.
 
     Attributes:
         url: Index of the field with the URL; -1 if the table has no URLs.
@@ -67,6 +68,7 @@ class Layout(NamedTuple):
         caption: Index of the field with the caption, or -1.
         width: Number of fields of a complete row.
         has_header: Whether the first line contains the names of the columns.
+        split: Index of the field with the split ("train", "val", ...), or -1.
     """
 
     url: int
@@ -74,6 +76,7 @@ class Layout(NamedTuple):
     caption: int
     width: int
     has_header: bool
+    split: int = -1
 
 
 def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -149,7 +152,10 @@ def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
     url = ""
     if layout.url >= 0:
         url = fields[layout.url].strip()
-    return SourceRow(number, image, url, captions)
+    split = ""
+    if layout.split >= 0:
+        split = fields[layout.split].strip()
+    return SourceRow(number, image, url, captions, split)
 
 
 def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
@@ -540,7 +546,11 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     if _known_names(columns).intersection(names) and not has_url:
         found = find_columns(source, names, columns, first)
         url, image, caption = (names.index(name) if name else -1 for name in found)
-        return Layout(url, image, caption, len(names), has_header=True)
+        split = names.index(SPLIT_NAME) if SPLIT_NAME in names else -1
+        # A user may name this column as the column of captions, for example. Then it does not contain the split.
+        if split in (url, image, caption):
+            split = -1
+        return Layout(url, image, caption, len(names), has_header=True, split=split)
 
     same_width = {len(fields) for fields in sample} == {len(first)}
     if len(sample) > 1 and len(first) > 2 and same_width:

@@ -156,6 +156,35 @@ def test_convert_selects_instructions_by_a_hash_of_the_image_name(tmp_path: Path
     assert min(counts.values()) > 90
 
 
+def test_convert_replaces_the_instructions_of_records_only_if_one_is_passed(
+    tmp_path: Path,
+) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    rows = [
+        {"image": "1.jpg", "instruction": "Old:", "response": "a cat"},
+        {"image": "2.jpg", "conversations": turns},
+        {"image": "3.jpg", "instruction": "Old:", "chosen": "a cat", "rejected": "a dog"},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, issues = convert(str(tmp_path / "x.json"), tmp_path / "o.json")
+    assert read_json(tmp_path / "o.json") == rows
+    assert not issues.counts
+    _, issues = convert(str(tmp_path / "x.json"), tmp_path / "o.json", instruction="New:")
+    expected = [{**rows[0], "instruction": "New:"}, rows[1], {**rows[2], "instruction": "New:"}]
+    assert read_json(tmp_path / "o.json") == expected
+    assert issues.counts == {"conversation (kept without the --instruction)": 1}
+
+
+def test_convert_command_keeps_the_instructions_of_records_by_default(tmp_path: Path) -> None:
+    rows = [{"image": "1.jpg", "instruction": "Old:", "response": "a cat"}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    argv = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json")]
+    assert main(argv) == 0
+    assert read_json(tmp_path / "o.json") == rows
+    assert main([*argv, "--instruction", "New:"]) == 0
+    assert read_json(tmp_path / "o.json") == [{**rows[0], "instruction": "New:"}]
+
+
 # ---- images ----
 
 
@@ -276,10 +305,57 @@ def test_convert_uses_the_split_of_karpathy(tmp_path: Path) -> None:
 
 
 def test_convert_notes_rows_without_a_split_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "x.tsv").write_text("a cat\thttp://a.example/1.jpg\n")
-    counts, issues = convert(str(tmp_path / "x.tsv"), tmp_path / "o.json", split="source")
-    assert counts == {str(tmp_path / "o_train.json"): 1}
+    (tmp_path / "x.csv").write_text("image,caption,split\n1.jpg,a cat,\n2.jpg,a dog,val\n")
+    counts, issues = convert(str(tmp_path / "x.csv"), tmp_path / "o.json", split="source")
+    assert counts == {str(tmp_path / "o_train.json"): 1, str(tmp_path / "o_val.json"): 1}
     assert issues.counts["row without a split (assigned to train)"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "x.csv",
+            ["image,caption,Split", "1.jpg,a cat,train", "2.jpg,a dog,val", "3.jpg,a, b,test"],
+        ),
+        (
+            "x.jsonl",
+            [
+                '{"image": "1.jpg", "instruction": "Say:", "response": "a cat", "split": "train"}',
+                '{"image": "2.jpg", "instruction": "Say:", "response": "a dog", "split": "val"}',
+                '{"image": "3.jpg", "messages": [{"role": "user", "content": "What?"}, '
+                '{"role": "assistant", "content": "a"}], "split": "test"}',
+            ],
+        ),
+        (
+            "x.ndjson",
+            [
+                '{"image": "1.jpg", "caption": "a cat", "split": "train"}',
+                '{"image": "2.jpg", "caption": "a dog", "split": "val"}',
+                '{"image": "3.jpg", "caption": "a", "split": "test"}',
+            ],
+        ),
+    ],
+)
+def test_convert_uses_the_split_column_of_tables_and_records(
+    tmp_path: Path, name: str, lines: list[str]
+) -> None:
+    (tmp_path / name).write_text("\n".join(lines))
+    counts, issues = convert(str(tmp_path / name), tmp_path / "o.jsonl", split="source")
+    assert {Path(path).name: count for path, count in counts.items()} == {
+        "o_train.jsonl": 1,
+        "o_val.jsonl": 1,
+        "o_test.jsonl": 1,
+    }
+    assert "2.jpg" in (tmp_path / "o_val.jsonl").read_text()
+    assert "row without a split (assigned to train)" not in issues.counts
+
+
+def test_convert_refuses_the_split_of_a_source_without_splits(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("a cat\thttp://a.example/1.jpg\n")
+    with pytest.raises(ValueError, match=r"--split source: no row of .*x\.tsv has a split"):
+        convert(str(tmp_path / "x.tsv"), tmp_path / "o.json", split="source")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
 
 
 # ---- files that cannot be written ----

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from cli_process import ForkedProcess
 from downloads import SHARD_SIZE, check_output, read_manifest, write_source
@@ -21,6 +23,7 @@ from llava_simplified import jobs
 from llava_simplified.data.images import MAX_PIXELS, decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.jobs import Journal, exclusive_lock
+from llava_simplified.prepare import download_progress, download_shard
 from llava_simplified.prepare.convert import convert
 from llava_simplified.prepare.download import download, merge_manifests, plan_shards
 from llava_simplified.prepare.download_command import main, merge_main
@@ -284,6 +287,35 @@ def test_download_refuses_other_settings_for_the_same_output(
 
 
 @pytest.mark.medium
+def test_download_refuses_other_columns_for_the_same_output(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"url,short,long\n{server.url('ok/1.jpg')},a cat,a cat on a mat\n")
+    run(path, tmp_path / "out", columns=Columns(caption="short"))
+    with pytest.raises(ValueError, match='caption_column was "short", now it is "long"'):
+        run(path, tmp_path / "out", columns=Columns(caption="long"))
+    with pytest.raises(ValueError, match='url_column was "", now it is "short"'):
+        run(path, tmp_path / "out", columns=Columns(url="short", caption="short"))
+
+
+@pytest.mark.medium
+def test_download_continues_an_output_without_stored_columns(
+    server: Server, tmp_path: Path
+) -> None:
+    """Before the columns were stored in `download.json`, most downloads used the default columns."""
+    tsv, _ = write_source(tmp_path, server.port, 4, {"ok": 1})
+    plan_shards(
+        str(tsv),
+        Columns(),
+        Store(str(tmp_path / "out")),
+        settings_of(tsv, tsv.stat().st_size),
+        "",
+    )
+    with pytest.raises(ValueError, match='caption_column was "", now it is "text"'):
+        run(tsv, tmp_path / "out", columns=Columns(caption="text"))
+    assert run(tsv, tmp_path / "out")["outcomes"] == {"ok": 4}
+
+
+@pytest.mark.medium
 def test_download_is_refused_while_another_run_writes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +441,7 @@ def test_merge_manifests_without_a_shard_leaves_nothing_behind(tmp_path: Path) -
         ("--concurrency", {"options": replace(OPEN, concurrency=0)}),
         ("--shard-size", {"shard_size": 0}),
         ("--limit", {"limit": -1}),
+        ("--workers", {"workers": -1}),
     ],
 )
 def test_download_refuses_numbers_that_are_too_small(
@@ -416,6 +449,7 @@ def test_download_refuses_numbers_that_are_too_small(
 ) -> None:
     with pytest.raises(ValueError, match=f"{option} .*at least 1"):
         run(tmp_path / "x.tsv", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kinds", ["404,tiemout", "http_5xx", "4"])
@@ -460,8 +494,55 @@ def test_download_progress_stops_when_the_first_rows_of_a_shard_fail_in_the_same
     journal.write_text(line * (FAIL_FAST_AFTER - 1))
     progress.tick()
     journal.write_text(line * FAIL_FAST_AFTER)
-    with pytest.raises(ValueError, match=f"first {FAIL_FAST_AFTER} rows all failed"):
+    with pytest.raises(
+        ValueError, match=f"first {FAIL_FAST_AFTER} rows all failed.*--retry blocked_address"
+    ):
         progress.tick()
+
+
+def test_download_progress_does_not_advise_to_retry_wrong_urls(tmp_path: Path) -> None:
+    progress = DownloadProgress(tmp_path, range(1), set(), 10**6, False)
+    line = json.dumps({"index": 0, "error": "bad_url"}) + "\n"
+    (tmp_path / "00000.journal").write_text(line * FAIL_FAST_AFTER)
+    with pytest.raises(ValueError, match="all failed with 'bad_url'.*--url-column") as error:
+        progress.tick()
+    assert "--retry" not in str(error.value)
+
+
+@pytest.mark.medium
+def test_download_retry_does_not_count_the_rows_that_it_keeps(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If all rows failed, the rows that are not retried say nothing about this run."""
+    monkeypatch.setattr(download_progress, "FAIL_FAST_AFTER", 3)
+    tsv, _ = write_source(tmp_path, server.port, 8, {"ok": 1})
+    output = tmp_path / "out"
+    run(tsv, output)
+    manifest = pq.read_table(output / "00000.parquet")
+    kinds = ["dns"] * 4 + ["timeout"] * 4
+    rows = [
+        {**row, "status": "failed", "error": kind, "file": None, "offset": None, "length": None}
+        for row, kind in zip(manifest.to_pylist(), kinds)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, manifest.schema), output / "00000.parquet")
+    progress = DownloadProgress(output / "_work", range(1), {0}, 8, False)
+    fetch_missing = download_shard._ShardJob._fetch_missing
+
+    def tick_and_fetch(
+        job: download_shard._ShardJob, planned: list[dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        # At this point, the journal contains only the kept rows.
+        progress.tick()
+        return fetch_missing(job, planned)
+
+    monkeypatch.setattr(download_shard._ShardJob, "_fetch_missing", tick_and_fetch)
+    outcomes = fetch_shard(ShardSpec(0, str(output), False, ("dns",), OPEN))
+    assert outcomes == {"ok": 4, "timeout": 4}
+    progress.finish_shard(0, outcomes)
+    assert progress.progress.initial == 4
+    assert progress.progress.done == 8
+    schema = pq.read_schema(output / "00000.parquet")
+    assert schema.names == download_shard.MANIFEST_SCHEMA.names
 
 
 @pytest.mark.medium

@@ -9,7 +9,7 @@ import json
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sampling import num_examples
 
 from llava_simplified.data.records import image_names, open_records
 from llava_simplified.data.shards import ShardWriter, read_shard_image
+from llava_simplified.prepare import sources
 from llava_simplified.prepare.convert import group_captions
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
@@ -329,6 +330,49 @@ def test_read_source_keeps_captions_of_concatenated_tars_with_their_images(tmp_p
 def test_read_source_refuses_a_remote_tar() -> None:
     with pytest.raises(ValueError, match=r"memory://x\.tar.*[Cc]opy"):
         list(read_source("memory://x.tar", ParseIssues(), Columns()))
+
+
+def test_read_source_reads_the_caption_column_of_a_tar_from_its_json(tmp_path: Path) -> None:
+    """img2dataset writes the caption to 0.txt, and all columns to 0.json."""
+    members = [
+        ("0.jpg", b"x"),
+        ("0.txt", b"cat.jpg"),
+        ("0.json", b'{"caption": "cat.jpg", "re_caption": "a cat on a mat"}'),
+    ]
+    path = write_tar(tmp_path / "0.tar", members)
+    assert read_captions(path) == [("0.tar#0", "cat.jpg")]
+    assert read_captions(path, caption="RE_caption") == [("0.tar#0", "a cat on a mat")]
+    with pytest.raises(ValueError, match="no column 'other'"):
+        read(path, caption="other")
+
+
+def write_manifest(path: Path) -> None:
+    """Write a manifest of `llava download`, for one image."""
+    rows = {"url": [U], "captions": [["a cat"]], "key": ["000000000"], "status": ["ok"]}
+    pq.write_table(pa.table(rows), path)
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "00000.parquet"])
+def test_read_source_refuses_a_manifest_without_its_tar(tmp_path: Path, name: str) -> None:
+    """These are the merged manifest, and the manifest of a shard of plain image files."""
+    write_manifest(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: .*\.tar.*Pass the folder {tmp_path}"):
+        read(tmp_path / name)
+
+
+def test_read_source_leaves_the_merged_manifest_out_of_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "00000.tar", [("000000000.jpg", b"x")])
+    write_manifest(tmp_path / "00000.parquet")
+    write_manifest(tmp_path / "manifest.parquet")
+    (tmp_path / "download.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for pattern in (str(tmp_path / "*.parquet"), "*.parquet", f"{tmp_path.as_uri()}/*.parquet"):
+        issues = ParseIssues()
+        rows = list(read_source(pattern, issues, Columns()))
+        assert [row.image for row in rows] == ["00000.tar#000000000"]
+        assert issues.counts == {"merged manifest of `llava download` (not read)": 1}
 
 
 def test_read_source_uses_the_manifest_of_img2dataset(tmp_path: Path) -> None:
@@ -773,6 +817,35 @@ def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> 
     assert read(tmp_path)[1].counts == {"image without a row of metadata (skipped)": 1}
 
 
+@pytest.mark.parametrize("last", ["part-029.txt", "z.tsv"])
+def test_read_source_of_a_folder_reads_every_part(tmp_path: Path, last: str) -> None:
+    for number in range(29):
+        (tmp_path / f"part-{number:03d}.txt").write_text(f"cat {number}\thttp://a/{number}.jpg\n")
+    (tmp_path / last).write_text("the last\thttp://a/29.jpg\n")
+    (tmp_path / "zz_readme.txt").write_text("Nothing to see here.\n")
+    rows, issues = read(tmp_path)
+    assert [row.url for row in rows] == [f"http://a/{number}.jpg" for number in range(30)]
+    assert issues.counts == {"another file or folder in the source (not read)": 1}
+
+
+def test_read_source_of_a_folder_opens_few_texts_that_are_not_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(50):
+        (tmp_path / f"{number}.txt").write_text("Nothing to see here.\n")
+    opened = []
+    read_any = sources._read_any
+
+    def count_and_read(source: str, *arguments: Any) -> Iterator[SourceRow]:
+        opened.append(source)
+        return read_any(source, *arguments)
+
+    monkeypatch.setattr(sources, "_read_any", count_and_read)
+    with pytest.raises(ValueError, match="contains no metadata file"):
+        read(tmp_path)
+    assert len(opened) < 30
+
+
 # ---- JSON of other forms ----
 
 
@@ -789,6 +862,21 @@ def test_read_source_reads_captions_by_image_name(tmp_path: Path) -> None:
         ("a.jpg", "dog"),
         (U, "a cat"),
     ]
+
+
+def test_read_source_notes_image_names_without_a_caption(tmp_path: Path) -> None:
+    values = {
+        "a.jpg": {"caption": "x"},
+        "b.jpg": {"train_resolution": [512, 512]},
+        "c.jpg": None,
+        U: {"text": "y"},
+        "info": {"year": 2024},
+    }
+    (tmp_path / "x.json").write_text(json.dumps(values))
+    rows, issues = read(tmp_path / "x.json")
+    assert [(row.image, *row.captions) for row in rows] == [("a.jpg", "x")]
+    assert issues.counts == {"image name without a caption (skipped)": 3}
+    assert "b.jpg" in issues.first["image name without a caption (skipped)"]
 
 
 def test_read_source_names_the_keys_of_json_without_captions(tmp_path: Path) -> None:
