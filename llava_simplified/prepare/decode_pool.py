@@ -126,6 +126,7 @@ class DecodePool:
             # The image took too long, so another thread has replaced this one.
             if is_given_up:
                 return
+            del job, result  # free the memory of the image while the thread waits for the next one
 
     def _decode(self, job: _Job) -> EncodedImage | BaseException:
         """Return the decoded image, or the error."""

@@ -22,11 +22,13 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import ssl
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
@@ -54,8 +56,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT_ERRORS = (TimeoutError, asyncio.TimeoutError)
 AGENT = "llava-simplified"
 MAX_REDIRECTS = 5
-# After this many timeouts in a row, give up on a host. Otherwise a host that is down would cost one timeout
-# per URL.
+# After this many timeouts in a row, ban a host. Otherwise a host that is down would cost one timeout per URL.
 MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
 SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
@@ -114,11 +115,38 @@ class FetchResult(NamedTuple):
     pause: float | None = None
 
 
-class Fetcher:
-    """A pool of connections with the rules of this module. Use it as an async context manager."""
+@dataclass
+class _HostState:
+    """The state that all URLs of a host share, including redirects to it. Times are on the monotonic clock.
 
-    def __init__(self, options: FetchOptions) -> None:
+    Attributes:
+        slots: Limits the number of requests in flight.
+        users: Number of URLs that hold a slot or wait for one.
+        consecutive_timeouts: Number of timeouts since the last response.
+        banned_until: End of the ban that the last timeout would start or extend; see `MAX_CONSECUTIVE_TIMEOUTS`.
+        paused_until: End of the pause that the host has requested; only for hosts that a redirect led to.
+    """
+
+    slots: asyncio.Semaphore
+    users: int = 0
+    consecutive_timeouts: int = 0
+    banned_until: float = 0.0
+    paused_until: float = 0.0
+
+
+class Fetcher:
+    """A pool of connections with the rules of this module. Use it as an async context manager.
+
+    Args:
+        options: Options of the requests.
+        ban_seconds: Duration of the ban of a host after `MAX_CONSECUTIVE_TIMEOUTS`, and maximum duration of a pause that
+            the target of a redirect requests. By default, both are unlimited, which suits a download. A server runs for
+            months, so its bans must end.
+    """
+
+    def __init__(self, options: FetchOptions, ban_seconds: float = math.inf) -> None:
         self.options = options
+        self._ban_seconds = ban_seconds
         contact = f"(+{options.contact})" if options.contact else "(image dataset research)"
         self._headers = {
             "User-Agent": f"{AGENT}/{version('llava-simplified')} {contact}",
@@ -127,13 +155,8 @@ class Fetcher:
         }
         # One task per origin, so that robots.txt is read once for all URLs of an origin.
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
-        # Shared by all URLs of a host, including redirects to it.
-        self._host_slots = defaultdict[str, asyncio.Semaphore](
-            lambda: asyncio.Semaphore(options.per_host)
-        )
-        self._consecutive_timeouts = Counter[str]()  # host -> number of timeouts
-        # Host -> end of its pause on the monotonic clock; only for hosts that a redirect led to.
-        self._paused_until = defaultdict[str, float](float)
+        self._hosts: dict[str, _HostState] = {}  # without idle hosts, see `_is_idle`
+        self._next_cleanup = 0.0  # on the monotonic clock
 
     async def __aenter__(self) -> Fetcher:
         guard = None if self.options.allow_private else guard_address
@@ -216,34 +239,33 @@ class Fetcher:
         the URL waits for a free slot of a host, which may be long if many hosts redirect to the same one.
         """
         url = parse_url(text)
-        first_host = str(url.raw_host)
+        first_name = str(url.raw_host)
         seconds_left = self.options.timeout
         for _ in range(MAX_REDIRECTS + 1):
             if self.options.robots and not await self._robots_allow(url):
                 raise FetchError("robots", f"robots.txt of {url.raw_host} forbids it")
-            host = str(url.raw_host)
+            name = str(url.raw_host)
+            is_redirected = name != first_name
             # Acquire a slot for every redirect, because it may lead to a different host.
-            async with self._host_slots[host]:
-                if self._consecutive_timeouts[host] >= MAX_CONSECUTIVE_TIMEOUTS:
-                    raise FetchError(
-                        "timeout",
-                        f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {host} timed out",
-                    )
+            async with self._slot(name) as host:
                 start = time.monotonic()
+                self._check_ban(host, name, start)
                 # `fetch_hosts` waits if the host of the URL requests a pause. Check here only the hosts of redirects.
-                if host != first_host and self._paused_until[host] > start:
-                    raise FetchError("rate_limited", f"not requested: {host} has requested a pause")
+                if is_redirected and host.paused_until > start:
+                    raise FetchError("rate_limited", f"not requested: {name} has requested a pause")
                 try:
                     # Do not use `asyncio.wait_for`, which can lose a cancellation before Python 3.12.
                     async with timeout(seconds_left):
                         answer = await self._request(url, headers)
                 except TIMEOUT_ERRORS:
                     if seconds_left >= FAIR_SHARE * self.options.timeout:
-                        self._consecutive_timeouts[host] += 1
+                        host.consecutive_timeouts += 1
+                        host.banned_until = time.monotonic() + self._ban_seconds
                     raise
                 except FetchError as error:
-                    if error.pause is not None and host != first_host:
-                        self._paused_until[host] = time.monotonic() + error.pause
+                    if error.pause is not None and is_redirected:
+                        pause = min(error.pause, self._ban_seconds)
+                        host.paused_until = time.monotonic() + pause
                         error.pause = None
                     raise
                 # Subtract only the time of the request, and not the time that it waited for the slot.
@@ -253,11 +275,54 @@ class Fetcher:
             url = answer
         raise FetchError("redirect", f"more than {MAX_REDIRECTS} redirects", http=302)
 
+    @contextlib.asynccontextmanager
+    async def _slot(self, name: str) -> AsyncIterator[_HostState]:
+        """Hold one of the slots of a host, and forget the host afterward if it is idle.
+
+        In `llava serve`, clients choose the hosts, so their number must not grow without limit.
+        """
+        now = time.monotonic()
+        if now >= self._next_cleanup:
+            self._next_cleanup = now + self._ban_seconds
+            self._hosts = {
+                name: host for name, host in self._hosts.items() if not self._is_idle(host)
+            }
+        host = self._hosts.setdefault(name, _HostState(asyncio.Semaphore(self.options.per_host)))
+        host.users += 1
+        try:
+            async with host.slots:
+                yield host
+        finally:
+            host.users -= 1
+            if self._is_idle(host):
+                del self._hosts[name]
+
+    def _is_idle(self, host: _HostState) -> bool:
+        """Return whether a host has no users, and there is nothing to remember about it."""
+        if host.users:
+            return False
+        remember_until = host.paused_until
+        if host.consecutive_timeouts:
+            # Remember the timeouts beyond the ban, so that `_check_ban` then allows one request only.
+            remember_until = max(remember_until, host.banned_until + self._ban_seconds)
+        return time.monotonic() >= remember_until
+
+    def _check_ban(self, host: _HostState, name: str, now: float) -> None:
+        """Raise FetchError if a host is banned. When a ban ends, allow one request, which shows whether it is up."""
+        if host.consecutive_timeouts < MAX_CONSECUTIVE_TIMEOUTS:
+            return
+        if now < host.banned_until:
+            raise FetchError(
+                "timeout",
+                f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {name} timed out",
+            )
+        host.banned_until = now + self._ban_seconds
+
     async def _request(self, url: URL, headers: dict[str, str] | None) -> URL | tuple[bytes, int]:
         """Send one request. Return the target of a redirect, or body and status code."""
         async with self._session.get(url, allow_redirects=False, headers=headers) as response:
             # Reset the count of timeouts after any response.
-            self._consecutive_timeouts.pop(str(url.raw_host), None)
+            self._hosts[str(url.raw_host)].consecutive_timeouts = 0
             if response.status in _REDIRECT_STATUSES:
                 location = response.headers.get("Location")
                 if not location:

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,6 +69,8 @@ _READ_GRACE = 5.0
 # place in the queue until it has arrived, so a few clients that send one byte a second would lock out all others.
 BODY_SECONDS = 10.0
 _BODY_RATE = 50_000
+# An image host that is down is not requested for this long, so that not every request has to wait for its timeout.
+_HOST_BAN_SECONDS = 30.0
 # Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
@@ -84,7 +86,7 @@ class Limits:
     """Limits of one request.
 
     Attributes:
-        max_body: Maximum size of the body in bytes.
+        max_body: Maximum size of the body in bytes, and of all fetched images of a request together.
         max_images: Maximum number of images in the conversation.
         max_tokens: Maximum number of tokens of an answer; also used for requests that set no maximum.
         fetch: Options for fetching the images of http(s) URLs; None rejects such URLs.
@@ -171,7 +173,11 @@ class ModelEndpoint:
                 async with request.deadline():
                     body = await self._read_body(Request(scope, receive))
                 response = self._respond(body, request, send_response)
-                await _run_while_connected(receive, response, request.seconds_left + _READ_GRACE)
+                # Leave the only reference to `_respond`, which frees the body before the model runs.
+                del body
+                await _run_while_connected(
+                    receive, response, request.seconds_left + _READ_GRACE, lambda: has_started
+                )
             status = 200
         except ClientDisconnect:
             pass
@@ -241,7 +247,12 @@ class ModelEndpoint:
         return parsed
 
     async def _load_images(self, messages: Sequence[ChatMessage]) -> list[bytes]:
-        """Return the files of all images, in the order of the messages."""
+        """Return the files of all images, in the order of the messages.
+
+        Raises:
+            RequestError: There are too many images, an image cannot be fetched, or the fetched images exceed
+                `max_body` bytes together.
+        """
         urls = image_urls(messages)
         if len(urls) > self.limits.max_images:
             raise RequestError(
@@ -249,7 +260,23 @@ class ModelEndpoint:
                 param="messages",
                 code="too_many_images",
             )
-        return await asyncio.gather(*(self._load_image(url) for url in urls))
+        # Fetch one image at a time. Otherwise, images that exceed the limit together could all be in memory before their
+        # sizes are known.
+        max_bytes = self.limits.max_body
+        num_fetched_bytes = 0
+        images: list[bytes] = []
+        for url in urls:
+            image = await self._load_image(url)
+            if isinstance(url, str):
+                num_fetched_bytes += len(image)
+            if num_fetched_bytes > max_bytes:
+                raise RequestError(
+                    f"The images of the URLs exceed {max_bytes} bytes together. Send fewer or smaller images.",
+                    param="messages",
+                    code="too_large",
+                )
+            images.append(image)
+        return images
 
     async def _load_image(self, url: str | bytes) -> bytes:
         """Return the bytes of an image: the content of a data URL, or a fetched file."""
@@ -307,15 +334,27 @@ class ChatCompletions(ModelEndpoint):
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
         """Send the generated answers, as one JSON object or as a stream."""
-        chat = await self._parse(ChatRequest, body)
-        options = chat.to_generation_options(self.limits.max_tokens)
-        messages = chat.to_messages(self.engine.model.instruction)
-        images = await self._load_images(chat.messages)
-        await request.submit(messages, images, options, chat.stop or ())
+        chat = await self._submit(body, request)
+        del body  # free it while the answer is generated
         if chat.stream:
             await self._send_stream(chat, request, send)
         else:
             await self._send_complete(chat, request, send)
+
+    async def _submit(self, body: bytes, request: RequestHandle) -> ChatRequest:
+        """Append a request to the engine's queue, and return it without its messages.
+
+        From here on, only the pixels of the images are needed. The messages contain the image files, which would
+        otherwise be in memory until the answer has been generated.
+        """
+        async with request.deadline():
+            chat = await self._parse(ChatRequest, body)
+            options = chat.to_generation_options(self.limits.max_tokens)
+            messages = chat.to_messages(self.engine.model.instruction)
+            images = await self._load_images(chat.messages)
+        await request.submit(messages, images, options, chat.stop or ())
+        chat.messages.clear()
+        return chat
 
     async def _deltas(
         self, request: RequestHandle, token_counts: list[int]
@@ -410,21 +449,8 @@ class Attention(ModelEndpoint):
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
         """Send the words of an answer, each with its attention map."""
-        attention = await self._parse(AttentionRequest, body)
-        messages = attention.to_messages(self.engine.model.instruction)
-        images = await self._load_images(attention.messages)
-        if len(images) != 1:
-            raise RequestError(
-                f"Attention maps require exactly one image, got {len(images)}.",
-                param="messages",
-            )
-        loop = asyncio.get_running_loop()
-        readers = self.engine.reader_threads
-        async with request.deadline():
-            answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
-            height, width = await loop.run_in_executor(readers, _shown_size, images[0])
-        # The answer is appended to the prompt, so both together must fit into the context.
-        await request.prepare(messages, images, answer_tokens=len(answer_ids))
+        answer_ids, (height, width) = await self._prepare(body, request)
+        del body  # free it while the model runs
         async with request.deadline():
             words, grids = await self.engine.run_on_model(
                 lambda model: _word_attention(model, request, answer_ids)
@@ -436,6 +462,33 @@ class Attention(ModelEndpoint):
             "words": [{"word": word, "grid": grid} for word, grid in zip(words, grids)],
         }
         await _send_json(content, send)
+
+    async def _prepare(
+        self, body: bytes, request: RequestHandle
+    ) -> tuple[list[int], tuple[int, int]]:
+        """Prepare the prompt and the image of a request.
+
+        Nothing else of the request is kept, for the same reason as in `ChatCompletions._submit`.
+
+        Returns:
+            The token ids of the answer, and (height, width) of the image.
+        """
+        loop = asyncio.get_running_loop()
+        readers = self.engine.reader_threads
+        async with request.deadline():
+            attention = await self._parse(AttentionRequest, body)
+            messages = attention.to_messages(self.engine.model.instruction)
+            images = await self._load_images(attention.messages)
+            if len(images) != 1:
+                raise RequestError(
+                    f"Attention maps require exactly one image, got {len(images)}.",
+                    param="messages",
+                )
+            answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
+            image_size = await loop.run_in_executor(readers, _shown_size, images[0])
+        # The answer is appended to the prompt, so both together must fit into the context.
+        await request.prepare(messages, images, answer_tokens=len(answer_ids))
+        return answer_ids, image_size
 
     def _encode_answer(self, answer: str) -> list[int]:
         """Return the token ids of an answer; raise RequestError if it has no tokens or too many."""
@@ -530,7 +583,10 @@ def _event(content: object, more_body: bool = True) -> dict[str, Any]:
 
 
 async def _run_while_connected(
-    receive: Receive, response: Coroutine[Any, Any, None], seconds: float
+    receive: Receive,
+    response: Coroutine[Any, Any, None],
+    seconds: float,
+    has_started: Callable[[], bool],
 ) -> None:
     """Send a response; stop when the client disconnects, or when the time limit is reached.
 
@@ -539,9 +595,11 @@ async def _run_while_connected(
         response: Coroutine that sends the response.
         seconds: Time limit. A client that has not read its response by then is treated as disconnected.
             Otherwise, its request could be in flight forever.
+        has_started: Function that returns whether the response has started, so that the client can read it.
 
     Raises:
-        ClientDisconnect: The client has disconnected, or the time limit was reached.
+        ClientDisconnect: The client has disconnected, or it has not read its response within the time limit.
+        TimeoutError: The time limit was reached before the response started.
     """
 
     async def wait_for_disconnect() -> None:
@@ -555,7 +613,9 @@ async def _run_while_connected(
             [responding, watching], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
         if not responding.done():
-            raise ClientDisconnect
+            if watching.done() or has_started():
+                raise ClientDisconnect
+            raise asyncio.TimeoutError
         responding.result()  # raises the exception of the response, if any
     finally:
         responding.cancel()
@@ -670,4 +730,4 @@ def _create_fetcher(limits: Limits) -> Fetcher | None:
     # Import the fetcher only here, because it requires aiohttp, which the extra `serve` does not install.
     from llava_simplified.prepare.fetch import Fetcher
 
-    return Fetcher(limits.fetch)
+    return Fetcher(limits.fetch, ban_seconds=_HOST_BAN_SECONDS)

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +35,13 @@ else:
     from async_timeout import timeout
 
 from llava_simplified.data.images import ImageError, ImageSource
-from llava_simplified.model.generation import DecodingBatch, encode_images
+from llava_simplified.model.generation import (
+    DecodingBatch,
+    count_prompt_tokens,
+    encode_images,
+    limit_new_tokens,
+    max_context_of,
+)
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.openmp import use_all_threads, use_one_thread
@@ -188,7 +194,7 @@ class RequestHandle:
         options = options or self.options
         await self.prepare(messages, images, options, answer_tokens=1)
         remaining = self._engine.max_context - self.prompt_tokens
-        self.options = replace(options, max_new_tokens=min(options.max_new_tokens, remaining))
+        self.options = limit_new_tokens(options, remaining)
         self._engine.enqueue(self)
 
     async def prepare(
@@ -260,8 +266,7 @@ class RequestHandle:
             raise
         except ValueError as error:
             raise RequestError(str(error), param="messages") from None
-        # An image is one placeholder in `prompt`, but has `tokens_per_image` tokens in the context.
-        self.prompt_tokens = len(self.prompt) + len(images) * (tokens_per_image - 1)
+        self.prompt_tokens = count_prompt_tokens(model, self.prompt)
         if not self.prompt:
             raise RequestError("The prompt is empty.", param="messages")
         if self.prompt_tokens + answer_tokens > max_context:
@@ -408,9 +413,7 @@ class Engine:
         self.batch_size = batch_size
         self.max_queue = max_queue
         self.timeout = timeout
-        self.max_context = min(
-            max_context, getattr(model.config, "max_position_embeddings", max_context)
-        )
+        self.max_context = min(max_context, max_context_of(model) or max_context)
         self.requests_in_flight: set[RequestHandle] = set()
         self.sequences_running: dict[int, RunningSequence] = {}
         self.reader_threads = ThreadPoolExecutor(_READER_THREADS, "reader", use_one_thread)

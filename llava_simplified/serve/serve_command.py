@@ -134,7 +134,8 @@ def _add_limit_options(parser: CommandParser) -> None:
         type=int,
         default=20,
         metavar="MEGABYTES",
-        help="Maximum size of a request body in megabytes (default: %(default)s)",
+        help="Maximum size of a request body in megabytes, and of all images that a request fetches "
+        "(default: %(default)s)",
     )
 
 

@@ -464,6 +464,65 @@ def test_fetch_all_gives_up_on_a_host_that_is_down(server: Server) -> None:
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
 
+def test_fetcher_tries_a_host_again_when_its_ban_ends(server: Server) -> None:
+    """A server runs for months, so a host that was down for a minute must not stay banned."""
+    hang = server.url("hang/1.jpg")
+    missing = server.url("missing/1.jpg")
+
+    async def run() -> None:
+        async with Fetcher(replace(OPEN, timeout=0.2), ban_seconds=1.0) as fetcher:
+            for _ in range(10):
+                assert (await fetcher.fetch(hang)).kind == "timeout"
+            assert "10 requests to 127.0.0.1 timed out" in (await fetcher.fetch(missing)).detail
+            assert server.served == {"/hang/1.jpg": 10}
+            await asyncio.sleep(1.0)
+            # One request finds out whether the host is still down; the others do not wait for a timeout.
+            details = [fetched.detail for fetched in await fetch_four_times(fetcher)]
+            assert sum("not requested" in detail for detail in details) == 3
+            assert server.served == {"/hang/1.jpg": 11}
+            await asyncio.sleep(1.0)
+            kinds = [(await fetcher.fetch(missing)).kind for _ in range(3)]
+            assert kinds == ["http_404"] * 3
+
+    async def fetch_four_times(fetcher: Fetcher) -> list[FetchResult]:
+        return await asyncio.gather(*(fetcher.fetch(hang) for _ in range(4)))
+
+    asyncio.run(run())
+
+
+def test_fetcher_limits_the_pause_of_a_redirect_target_to_the_ban(server: Server) -> None:
+    server.targets["there"] = server.url("busy/3600.jpg", "127.0.0.2")
+    url = server.url("redirect/there", "127.0.0.1")
+
+    async def run() -> None:
+        async with Fetcher(OPEN, ban_seconds=0.5) as fetcher:
+            assert (await fetcher.fetch(url)).kind == "http_429"
+            assert (await fetcher.fetch(url)).kind == "rate_limited"
+            await asyncio.sleep(0.5)
+            assert (await fetcher.fetch(url)).kind == "http_429"
+
+    asyncio.run(run())
+
+
+def test_fetcher_forgets_idle_hosts(server: Server) -> None:
+    """Clients of `llava serve` choose the hosts, so hosts must not accumulate."""
+
+    async def run() -> None:
+        async with Fetcher(replace(OPEN, timeout=0.2), ban_seconds=0.2) as fetcher:
+            for number in range(1, 6):
+                await fetcher.fetch(server.url("missing/1.jpg", f"127.0.1.{number}"))
+                await fetcher.fetch(f"http://127.0.2.{number}:9/1.jpg")  # a closed port
+            assert not fetcher._hosts
+            down = [server.url("hang/1.jpg", f"127.0.3.{number}") for number in range(1, 6)]
+            await asyncio.gather(*map(fetcher.fetch, down))
+            assert len(fetcher._hosts) == 5, "their timeouts are counted"
+            await asyncio.sleep(0.5)
+            await fetcher.fetch(server.url("missing/1.jpg"))
+            assert not fetcher._hosts
+
+    asyncio.run(run())
+
+
 def test_fetch_all_does_not_give_up_on_a_host_because_of_slow_redirects_to_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,13 +193,13 @@ def attention_body(photo: bytes, answer: str) -> dict[str, Any]:
 
 
 def open_connection(
-    server: LiveServer, body: dict[str, Any], send_half: bool = False
+    server: LiveServer, body: dict[str, Any], send_half: bool = False, path: str = CHAT
 ) -> socket.socket:
     """Send a request, or half of one, and return the connection without reading the response."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     if send_half:

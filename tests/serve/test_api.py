@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import logging
 import random
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, get_type_hints
 from urllib.parse import quote
@@ -35,11 +39,13 @@ from live_server import (
 )
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image
+from starlette.requests import ClientDisconnect
 from test_engine import nan_features_for
 
 from llava_simplified.model.llava import Llava
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prompt import Message
+from llava_simplified.serve.api import _run_while_connected
 from llava_simplified.serve.attention_map import WORD, attention_map
 from llava_simplified.serve.schemas import ChatMessage
 
@@ -628,9 +634,12 @@ class ImageHost(BaseHTTPRequestHandler):
 
     requests: ClassVar[list[str]] = []
     image: ClassVar[bytes] = b""
+    resume: ClassVar[threading.Event] = threading.Event()
 
     def do_GET(self) -> None:
         self.requests.append(self.path)
+        if self.path == "/hang":
+            self.resume.wait()
         self.send_response(302 if self.path == "/redirect" else 200)
         self.send_header("Location", "file:///etc/passwd")
         self.end_headers()
@@ -674,6 +683,133 @@ def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]
             caption = model.caption(photos[1], max_new_tokens=9)
             assert completion.choices[0].message.content == caption
         host.shutdown()
+
+
+@contextmanager
+def image_host(image: bytes) -> Iterator[str]:
+    """Run an `ImageHost`, and return its URL. Its path `/hang` is not answered while the block runs."""
+    ImageHost.image = image
+    ImageHost.requests.clear()
+    ImageHost.resume.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), ImageHost) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{host.server_address[1]}"
+        finally:
+            ImageHost.resume.set()
+            host.shutdown()
+
+
+def url_body(*urls: str, **options: Any) -> dict[str, Any]:
+    """Return the body of a request about the images of URLs."""
+    content = [image_part(url) for url in urls]
+    return {"messages": [{"role": "user", "content": content}], **options}
+
+
+def test_image_host_that_was_down_is_tried_again(
+    model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_simplified.serve.api._HOST_BAN_SECONDS", 1.0)
+    limits = Limits(fetch=FetchOptions(retries=0, allow_private=True, timeout=0.5))
+    with image_host(photos[0]) as url, live_server(model, limits=limits) as server:
+        hang = url_body(f"{url}/hang")
+        with ThreadPoolExecutor(4) as clients:
+            responses = list(clients.map(server.post, [hang] * 12))
+        assert {response.json()["error"]["code"] for response in responses} == {"timeout"}
+        image = url_body(f"{url}/1.png", max_tokens=2)
+        assert "not requested" in server.post(image).json()["error"]["message"]
+        time.sleep(1.0)
+        assert server.post(image).status_code == 200
+
+
+def test_slow_image_url_times_out_with_the_request(model: Llava, photos: list[bytes]) -> None:
+    """The time limit of a request includes the time in which its images are fetched."""
+    limits = Limits(fetch=FetchOptions(retries=0, allow_private=True, timeout=30))
+    with image_host(photos[0]) as url, live_server(model, limits=limits, timeout=0.5) as server:
+        body = url_body(f"{url}/hang")
+        requests = [(CHAT, body), (CHAT, {**body, "stream": True})]
+        requests.append((ATTENTION, {**body, "answer": "a cat"}))
+        for path, request in requests:
+            start = time.monotonic()
+            response = server.post(request, path)
+            assert time.monotonic() - start < 4
+            assert response.status_code == 504
+            assert response.json()["error"]["code"] == "timeout"
+        assert server.metric('llava_requests_total{status="504"}') == 2
+        assert server.metric('llava_attention_requests_total{status="504"}') == 1
+
+
+def test_slow_parsing_times_out(
+    model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = threading.Event()
+    monkeypatch.setattr("llava_simplified.serve.api.check_body", lambda _: resume.wait(10))
+    with live_server(model, timeout=0.5) as server:
+        responses = [
+            server.post(chat_body(photos[0])),
+            server.post(attention_body(photos[0], "a cat"), ATTENTION),
+        ]
+        resume.set()
+    assert [response.status_code for response in responses] == [504, 504]
+
+
+@pytest.mark.parametrize(
+    ("has_started", "expected"), [(False, asyncio.TimeoutError), (True, ClientDisconnect)]
+)
+def test_time_limit_is_a_disconnection_only_after_the_response_has_started(
+    has_started: bool, expected: type[Exception]
+) -> None:
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        await _run_while_connected(receive, asyncio.sleep(60), 0.01, lambda: has_started)
+
+    with pytest.raises(expected):
+        asyncio.run(run())
+
+
+def test_fetched_images_share_the_limit_of_the_body(model: Llava, photos: list[bytes]) -> None:
+    photo = photos[0]
+    limits = Limits(
+        max_body=2 * len(photo) + 1,
+        fetch=FetchOptions(retries=0, allow_private=True),
+    )
+    with image_host(photo) as url, live_server(model, limits=limits) as server:
+        urls = [f"{url}/{number}.png" for number in range(5)]
+        assert server.post(url_body(*urls[:2], max_tokens=2)).status_code == 200
+        ImageHost.requests.clear()
+        response = server.post(url_body(*urls, max_tokens=2))
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == ("messages", "too_large")
+        assert len(ImageHost.requests) == 3, "no image is fetched after the limit is exceeded"
+        assert server.post(url_body(*urls, answer="a cat"), ATTENTION).status_code == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, ATTENTION])
+def test_body_and_image_files_are_freed_before_the_model_runs(
+    model: Llava, photos: list[bytes], path: str
+) -> None:
+    """Otherwise, each request that waits or runs would keep its image files, and their base64 in its body."""
+    image = photos[0] + bytes(6_000_000)  # decoders ignore bytes after the end of the image
+    body = chat_body(image) if path == CHAT else attention_body(image, "a cat")
+    running = threading.Event()
+
+    def begin() -> bool:
+        running.set()
+        return True
+
+    with live_server(model) as server:
+        server.post(chat_body(photos[0], max_tokens=2))  # allocates what all requests share
+        with paused_after(model, steps=0, begin=begin):
+            tracemalloc.start()
+            connection = open_connection(server, body, path=path)
+            assert running.wait(30)
+            allocated, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            connection.close()
+    assert allocated < 3_000_000
 
 
 # ---- the API key and the log ----
