@@ -338,12 +338,30 @@ def add_trust_option(parser: Any) -> None:
     )
 
 
-def add_generation_options(parser: Any, *, temperature: float) -> None:
+def check_at_least(minimum: int, **values: int | None) -> None:
+    """Check integer options. Call this before anything is loaded.
+
+    Args:
+        minimum: The smallest valid value.
+        **values: Values by name, for example `batch_size=16`. None, an option that was not given, is valid.
+
+    Raises:
+        ValueError: A value is below the minimum.
+    """
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: must be at least {minimum}")
+
+
+def add_generation_options(parser: Any, *, temperature: float, beam_search: bool = True) -> None:
     """Add the options for sampling, beam search, the number of new tokens and the seed; see `GenerationOptions`.
 
     Args:
         parser: A parser.
         temperature: Default of `--temperature`.
+        beam_search: Whether the command supports beam search. If not, it has no options for it, but their defaults are
+            among the parsed values.
     """
     group = parser.add_argument_group("generation")
     group.add_argument(
@@ -372,19 +390,22 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         default=1.0,
         help="Penalty for repeated tokens; 1 means none (default: %(default)s)",
     )
-    group.add_argument(
-        "--num-beams",
-        type=int,
-        default=1,
-        help="Number of beams; over 1 selects beam search (default: %(default)s)",
-    )
-    group.add_argument(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        help="For beam search: scores are divided by length ** LENGTH_PENALTY, so higher values favor longer "
-        "captions (default: %(default)s)",
-    )
+    if beam_search:
+        group.add_argument(
+            "--num-beams",
+            type=int,
+            default=1,
+            help="Number of beams; over 1 selects beam search (default: %(default)s)",
+        )
+        group.add_argument(
+            "--length-penalty",
+            type=float,
+            default=1.0,
+            help="For beam search: scores are divided by length ** LENGTH_PENALTY, so higher values favor longer "
+            "captions (default: %(default)s)",
+        )
+    else:
+        parser.set_defaults(num_beams=1, length_penalty=1.0)
     group.add_argument(
         "--min-new-tokens",
         type=int,

@@ -38,6 +38,7 @@ from llava_simplified.captioning.sidecars import (
     SidecarOptions,
 )
 from llava_simplified.extras import require_extra
+from llava_simplified.model.config import resolve_path
 from llava_simplified.options import (
     CommandParser,
     add_batch_size_option,
@@ -47,6 +48,7 @@ from llava_simplified.options import (
     add_image_folder_option,
     add_limit_option,
     add_shards_option,
+    check_at_least,
     checkpoint_options,
     print_text,
 )
@@ -204,7 +206,8 @@ def build_chat_parser() -> CommandParser:
     )
     parser.add_argument("image", help="Image to chat about")
     add_checkpoint_options(parser)
-    add_generation_options(parser, temperature=0.0)
+    # The answer is printed while it is generated, which beam search does not support.
+    add_generation_options(parser, temperature=0.0, beam_search=False)
     return parser
 
 
@@ -242,6 +245,7 @@ def caption_main(argv: list[str] | None = None) -> int:
     """Run `llava caption`; see `cli.main` for the exit status."""
     parser = build_caption_parser()
     args = parser.parse_args(argv)
+    _check_numbers(args)
     options = replace(
         _generation_options(args, args.trials),
         start_with=args.start_with.strip(),
@@ -279,6 +283,7 @@ def caption_main(argv: list[str] | None = None) -> int:
 def predict_main(argv: list[str] | None = None) -> int:
     """Run `llava predict`; see `cli.main` for the exit status."""
     args = build_predict_parser().parse_args(argv)
+    _check_numbers(args)
     trials = args.trials
     if trials is None:
         # LLaVA's tutorial samples three captions per image. With greedy decoding, all would be the same.
@@ -314,6 +319,17 @@ def chat_main(argv: list[str] | None = None) -> int:
         # Replace an empty answer, because chat templates do not support empty turns.
         answer = "".join(pieces).strip() or "."
         turns.append(Message("assistant", answer))
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError if a number of `llava caption` or `llava predict` is below 1."""
+    check_at_least(
+        1,
+        trials=args.trials,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        num_chunks=args.num_chunks,
+    )
 
 
 def _read_line(prompt: str) -> str:
@@ -475,9 +491,11 @@ def _caption_on_terminal(
     style: CaptionStyle = CaptionStyle(),
 ) -> int:
     """Print the captions of one image; as they are generated, if generated text cannot change afterward."""
+    from llava_simplified.captioning.inputs import refuse_image_folder
     from llava_simplified.captioning.runner import load_model
     from llava_simplified.data.images import load_pixels
 
+    refuse_image_folder(args.image_folder, image)
     pixels = load_pixels(image)  # load it before the model, so that a wrong path fails immediately
     model = load_model(args)
     generation: dict[str, Any] = asdict(replace(options, loop_guard=style.text.loop_guard))
@@ -524,7 +542,7 @@ def _print_captions_of_endpoint(
     if style.prompts:
         chooser = prompt_chooser(style.prompts, str(image.parent.absolute()), options.seed or 0)
         instructions = [chooser(image.name)]
-    records, folder = open_inputs(args.sources, image_folder=None, instructions=instructions)
+    records, folder = open_inputs(args.sources, args.image_folder, instructions)
     finisher = CaptionFinisher(style.text, sidecars=None, image_folder=folder)
     status = 0
     indices = range(len(records))  # one record for each instruction
@@ -610,10 +628,10 @@ def _caption_on_cluster(
             "--engine ray captions all slices. Pass --num-chunks N, and remove --shards and --chunk-idx."
         )
     num_slices = args.num_chunks or 1
-    jobs = [
-        _make_job(args, args.sources, output, options, style, slice_index, num_slices)
-        for slice_index in range(num_slices)
-    ]
+    jobs = []
+    for slice_index in range(num_slices):
+        job = _make_job(args, args.sources, output, options, style, slice_index, num_slices)
+        jobs.append(_with_absolute_paths(job))
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):
         if task.result is None:
@@ -621,8 +639,27 @@ def _caption_on_cluster(
             failed = True
             logger.error("%s: %s", task.spec.output, task.error)
         else:
-            _report(task.result, task.spec)
+            failed |= bool(_report(task.result, task.spec))
     return 1 if failed else 0
+
+
+def _with_absolute_paths(job: CaptionJob) -> CaptionJob:
+    """Return a job that does not depend on the working directory. A Ray worker has a different one."""
+    sources = [job.source] if isinstance(job.source, str) else job.source
+    absolute_sources = tuple(str(Path(source).absolute()) for source in sources)
+    # With sidecar files, a file name as the output means the folder of the images; see `runner.CaptionJob.output`.
+    output = job.output if job.sidecars else str(Path(job.output).absolute())
+    # Checkpoints may also be names of repositories on the hub, which `resolve_path` does not change.
+    return replace(
+        job,
+        source=absolute_sources[0] if len(absolute_sources) == 1 else absolute_sources,
+        output=output,
+        review=str(Path(job.review).absolute()) if job.review else None,
+        image_folder=str(Path(job.image_folder).absolute()) if job.image_folder else None,
+        model_path=resolve_path(job.model_path) if job.model_path else "",
+        model_base=resolve_path(job.model_base) if job.model_base else None,
+        vision_tower=resolve_path(job.vision_tower) if job.vision_tower else None,
+    )
 
 
 def _make_job(

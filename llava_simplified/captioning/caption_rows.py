@@ -33,6 +33,8 @@ def parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
 def failed_row(index: int, record: Record | ValueError, error: object) -> Row:
     """Return the row of a record that has no caption, with the reason.
 
+    The row of an error has no image name; for images, `runner` adds it.
+
     Args:
         index: Index of the record.
         record: The record, or the error of a row that is not a record (see `parse_record`).

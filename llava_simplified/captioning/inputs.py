@@ -110,6 +110,15 @@ class ImageRecords(Sequence[Record]):
         return Record(images=(name,), turns=turns, responses=(), id=name)
 
 
+def refuse_image_folder(image_folder: str | None, source: str) -> None:
+    """Raise ValueError if an image folder was given, but the source contains images instead of records."""
+    if image_folder is not None:
+        raise ValueError(
+            f"--image-folder {image_folder}: {source} is not a file of records, which the option requires; remove the "
+            "option."
+        )
+
+
 def open_inputs(
     source: str | Sequence[str], image_folder: str | None, instructions: Sequence[str]
 ) -> tuple[Sequence[Record], str]:
@@ -122,8 +131,8 @@ def open_inputs(
         instructions: Instructions about every image. Empty for records, because each record has its own.
 
     Raises:
-        ValueError: The source does not exist or contains no image, or a file of records was given together with
-            instructions or other inputs.
+        ValueError: The source does not exist or contains no image, a file of records was given together with
+            instructions or other inputs, or images together with an image folder.
     """
     sources = [source] if isinstance(source, str) else list(source)
     records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
@@ -150,6 +159,7 @@ def open_inputs(
             max_bad_records=ALL_RECORDS,
         )
     # Otherwise, the sources are images, folders, shards or patterns.
+    refuse_image_folder(image_folder, sources[0])
     found = [_find_some_images(name) for name in sources]
     names, folder = found[0].names, found[0].folder
     if len(found) > 1:

@@ -21,7 +21,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -51,7 +51,7 @@ from llava_simplified.jobs import (
 )
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
-from llava_simplified.options import checkpoint_options
+from llava_simplified.options import check_at_least, checkpoint_options
 
 # torch is imported when a model is loaded, because it may not be installed where `--endpoint` is used.
 if TYPE_CHECKING:
@@ -110,6 +110,9 @@ class CaptionJob:
     review: str | None = None
     endpoint: EndpointOptions | None = None
 
+    def __post_init__(self) -> None:
+        check_at_least(1, limit=self.limit, batch_size=self.batch_size)
+
 
 class CaptionCounts(NamedTuple):
     """The result of a job, in records."""
@@ -164,8 +167,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         try:
             if job.endpoint is None:
                 model = model or load_model(job)
-            else:
-                _forget_server_failures(files.failures)
+            _forget_failures(job, records, files.failures)
             if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
                 # Use the instruction of the training run, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
@@ -281,16 +283,29 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     store_or_check_settings(files.settings, settings, str(files.output))
 
 
-def _forget_server_failures(failures: Path) -> None:
-    """Remove records that failed because of the server from the file of failures, so that this run retries them."""
-    # Import it here, because the module imports aiohttp, an optional package.
-    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path) -> None:
+    """Remove the records that this run must retry from the file of failures.
 
-    if not failures.exists():
+    These are the records that failed because of the server. Earlier versions also stored some images that failed
+    without their names. After images were added to the folder, the index of such a failure can belong to another image.
+    """
+    retried_kinds: Collection[str] = ()
+    if job.endpoint is not None:
+        # Import it here, because the module imports aiohttp, an optional package.
+        from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+        retried_kinds = SERVER_FAILURES
+    requires_name = isinstance(records, ImageRecords)
+
+    def is_retried(row: Row) -> bool:
+        return row.get("kind") in retried_kinds or (requires_name and not row.get("image"))
+
+    # Do not rewrite the file if nothing changes.
+    if not failures.exists() or not any(is_retried(row) for row, _ in read_json_lines(failures)):
         return
     with atomic_file(failures) as part, part.open("wb") as stream:
         for row, _ in read_json_lines(failures):
-            if row.get("kind") not in SERVER_FAILURES:
+            if not is_retried(row):
                 stream.write(encode_json_lines([row]))
 
 
@@ -392,7 +407,7 @@ def _caption_remaining(
         if job.chunks == 1:
             _renumber(records, finished, failed)
         indices = records.indices()
-    if job.limit and job.sidecars is None:
+    if job.limit is not None and job.sidecars is None:
         indices = indices[: job.limit]
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
@@ -418,6 +433,7 @@ def _caption_remaining(
             # The order matters if the process is killed between these writes. Captions in the journal whose sidecar
             # files are missing are written by the next run (`resume`). Failures that were not listed occur again.
             finished_rows, unfinished_rows = finisher.finish(rows)
+            _add_image_names(failed_rows, records)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
@@ -426,12 +442,25 @@ def _caption_remaining(
     return CaptionCounts(num_records - len(failed), len(failed))
 
 
+def _add_image_names(failed_rows: Sequence[Row], records: Sequence[Record]) -> None:
+    """Add the image name to the rows of images of which no record could be created; see `caption_rows.parse_record`.
+
+    `_renumber` needs the name. Without it, the next run could give the index of the failure to an image that was added to
+    the folder since, and would then skip that image.
+    """
+    if not isinstance(records, ImageRecords):
+        return
+    for row in failed_rows:
+        if row["image"] is None:
+            row["image"] = records.name_at(row["index"] // len(records.instructions))
+
+
 def _images_left(job: CaptionJob, num_finished: int) -> int | None:
     """Return how many more images of its slice a job with sidecar files may caption; None for no limit.
 
     Images that keep their sidecar file do not count for `--limit`, so that the next run captions other images.
     """
-    if not job.limit:
+    if job.limit is None:
         return None
     # The size of this slice of the first `limit` images.
     return len(range(job.chunk, job.limit, job.chunks)) - num_finished
@@ -589,8 +618,8 @@ def caption_records(
         logger.warning("%s", matches.describe())
 
 
-# The captions of a record, or the error that prevented them: its image cannot be read, its prompt cannot be rendered, the
-# row is not a record, or the model's logits for it are not finite.
+# The captions of a record, or the error that prevented them: its image cannot be read, its prompt cannot be rendered or
+# exceeds the context, the row is not a record, or the model's logits for it are not finite.
 Outcome = list[str] | ValueError | FloatingPointError
 
 

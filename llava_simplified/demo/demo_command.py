@@ -36,7 +36,13 @@ from llava_simplified.demo.reward_demo import (
 )
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import CommandParser, add_limit_option, print_text, quote_arguments
+from llava_simplified.options import (
+    CommandParser,
+    add_limit_option,
+    check_at_least,
+    print_text,
+    quote_arguments,
+)
 
 
 def build_parser() -> CommandParser:
@@ -92,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}"
         )
         return 0
+    check_at_least(1, limit=args.limit, max_steps=args.max_steps)
     return _run_reward_demo(args) if args.reward else _run_demo(args)
 
 

@@ -25,6 +25,7 @@ from llava_simplified.captioning.endpoint_options import (
 )
 from llava_simplified.evaluation.evaluate_command import (
     add_scoring_options,
+    check_scoring_options,
     comparison_to_json,
     format_table,
     replace_surrogates,
@@ -38,6 +39,7 @@ from llava_simplified.options import (
     add_batch_size_option,
     add_checkpoint_options,
     add_limit_option,
+    check_at_least,
     checkpoint_options,
     print_text,
 )
@@ -112,10 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    check_at_least(1, limit=args.limit, batch_size=args.batch_size)
+    check_scoring_options(args)
     endpoint = parse_endpoint_options(parser, args)
     decodings = _choose_decodings(args.decoding, endpoint)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: must be at least 1")
     # Reading a benchmark can take minutes, so check the options of the endpoint first.
     if endpoint is not None:
         require_extra("download", "aiohttp", purpose="--endpoint")
@@ -184,6 +186,10 @@ def _write_records(path: Path, images: Sequence[BenchmarkImage], instruction: st
 
     Writing the same text again would change the modification time of the file. This time is one of the settings of the
     captioning job, which continues only if its settings are unchanged.
+
+    Raises:
+        ValueError: The folder contains captions of other records. Nothing was written, so that the command that they
+            belong to can still continue.
     """
     lines = []
     for image in images:
@@ -194,8 +200,16 @@ def _write_records(path: Path, images: Sequence[BenchmarkImage], instruction: st
         }
         lines.append(json.dumps(row) + "\n")
     text = "".join(lines)
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        for name in DECODINGS:
+            captions = path.with_name(f"{name}.jsonl")
+            if captions.exists():
+                raise ValueError(
+                    f"{captions}: these captions were generated for other images or with another instruction, which "
+                    f"are in {path.name}. Pass the same --split, --limit and --instruction again, or another --output."
+                )
     path.write_text(text, encoding="utf-8")
 
 

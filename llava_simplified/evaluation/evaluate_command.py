@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 
 from llava_simplified.evaluation.run_names import name_runs, sort_by_step
 from llava_simplified.jobs import prepare_output_file
-from llava_simplified.options import CommandParser, add_image_folder_option, print_text
+from llava_simplified.options import (
+    CommandParser,
+    add_image_folder_option,
+    check_at_least,
+    print_text,
+)
 
 if TYPE_CHECKING:
     from llava_simplified.evaluation.bootstrap import Scores
@@ -102,9 +107,15 @@ def add_scoring_options(parser: CommandParser) -> None:
     )
 
 
+def check_scoring_options(args: argparse.Namespace) -> None:
+    """Raise ValueError if a number among the options of `add_scoring_options` is out of range."""
+    check_at_least(0, resamples=args.resamples, seed=args.seed)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `llava evaluate`: print the scores, and write the output files."""
     args = build_parser().parse_args(argv)
+    check_scoring_options(args)
     paths = sort_by_step(args.predictions)
     for output in (args.output, args.report):
         if output:

@@ -34,10 +34,15 @@ from tqdm import tqdm
 from llava_simplified.data.images import load_pixels
 from llava_simplified.data.records import insert_image_placeholders
 from llava_simplified.model.answer_scores import Question, score_answers
-from llava_simplified.model.generation import generate
+from llava_simplified.model.generation import (
+    count_prompt_tokens,
+    generate,
+    limit_new_tokens,
+    max_context_of,
+)
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, count_images
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 logger = logging.getLogger(__name__)
 
@@ -339,17 +344,16 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: Fewer than `answer_tokens` fit.
         """
-        tokens_per_image = self.model.vision_tower.num_tokens
-        prompt_tokens = len(prompt) + prompt.count(IMAGE_INDEX) * (tokens_per_image - 1)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is None:  # a model without position embeddings, such as Mamba, has no limit
+        prompt_tokens = count_prompt_tokens(self.model, prompt)
+        context = max_context_of(self.model)
+        if context is None:
             return sys.maxsize
         if prompt_tokens + answer_tokens > context:
             raise ValueError(
                 f"{source.name}: the prompt has {prompt_tokens} tokens and the answer at least {answer_tokens}, but the "
                 f"model's context has only {context} tokens. Lower --num_fewshot, or leave the task out."
             )
-        return int(context) - prompt_tokens
+        return context - prompt_tokens
 
     # ---- generation ----
 
@@ -367,7 +371,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             max_new_tokens = self._remaining_context(job.source, prompt, answer_tokens=1)
             prompts.append(prompt)
             pixels.append(pixel_values)
-            options = _limit_tokens(job.options, max_new_tokens)
+            options = limit_new_tokens(job.options, max_new_tokens)
             groups.setdefault(options, []).append(number)
 
         for options, numbers in groups.items():
@@ -454,14 +458,6 @@ def _repeat(job: GenerationJob, times: int) -> GenerationJob:
         return job
     options = replace(job.options, num_return_sequences=times)
     return job._replace(options=options)
-
-
-def _limit_tokens(options: GenerationOptions, limit: int) -> GenerationOptions:
-    """Return the options with at most `limit` new tokens, the number that still fits into the context."""
-    if options.max_new_tokens <= limit:
-        return options
-    min_new_tokens = min(options.min_new_tokens, limit)
-    return replace(options, max_new_tokens=limit, min_new_tokens=min_new_tokens)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -176,17 +176,19 @@ class _Reader:
     def _own_references(self, row: Mapping[str, object], where: str) -> tuple[str, ...]:
         """Return the references in the row's `gt_caption`; none if the record had no response."""
         value = row.get("gt_caption")
-        if value is None or value == "" or value == []:
+        if value is None:
             return ()
-        texts = value if isinstance(value, list) else [value]
-        # An empty reference would match an empty caption.
-        captions = [text for text in texts if isinstance(text, str) and text.strip()]
-        if len(captions) < len(texts):
-            raise ValueError(
-                f"{where}: 'gt_caption' must be a caption or a list of captions, but it is "
-                f"{value!r}. To use a file of reference captions instead, pass --references."
-            )
-        return tuple(map(self._replace_lone_surrogates, captions))
+        references: list[str] = []
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{where}: 'gt_caption' must be a caption or a list of captions, but it is "
+                    f"{value!r}. To use a file of reference captions instead, pass --references."
+                )
+            # Records may have blank responses. A blank reference would match an empty caption.
+            if text.strip():
+                references.append(self._replace_lone_surrogates(text))
+        return tuple(references)
 
     def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
         """Return the references of a row: its `gt_caption`, or the matching captions of the file of references."""

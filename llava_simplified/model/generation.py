@@ -20,8 +20,10 @@ reads only one small tensor from the device: the new tokens, which decide which 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -63,6 +65,9 @@ from llava_simplified.model.static_decoding import (
     disable_static_decoding,
     find_static_decoder,
 )
+from llava_simplified.prompt import IMAGE_INDEX
+
+logger = logging.getLogger(__name__)
 
 # This id takes the place of the token if the logits of a sequence are not finite.
 _NO_TOKEN = -1
@@ -568,6 +573,60 @@ def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tens
         return model.vision_tower(to_device(pixel_values, model.device))
 
 
+# ---- the length of the context ----
+
+
+def max_context_of(model: CaptionModel) -> int | None:
+    """Return the maximum number of tokens of prompt, images and answer together.
+
+    A model without position embeddings, such as Mamba, has no limit; None is returned for it.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    return None if context is None else int(context)
+
+
+def count_prompt_tokens(model: CaptionModel, prompt: Sequence[int]) -> int:
+    """Return the number of tokens of a prompt in the context.
+
+    An image is one IMAGE_INDEX in the prompt, but has `vision_tower.num_tokens` tokens in the context.
+    """
+    return len(prompt) + prompt.count(IMAGE_INDEX) * (model.vision_tower.num_tokens - 1)
+
+
+def limit_new_tokens(options: GenerationOptions, limit: int) -> GenerationOptions:
+    """Return the options with at most `limit` new tokens, the number that still fits into the context."""
+    if options.max_new_tokens <= limit:
+        return options
+    min_new_tokens = min(options.min_new_tokens, limit)
+    return replace(options, max_new_tokens=limit, min_new_tokens=min_new_tokens)
+
+
+def fit_to_context(
+    model: CaptionModel, prompt: Sequence[int], options: GenerationOptions
+) -> GenerationOptions:
+    """Return the options, with as many new tokens as fit into the context after the prompt and `start_with`.
+
+    A model with learned position embeddings has none beyond its context. Other models continue, but were not trained
+    for such positions.
+
+    Raises:
+        ValueError: The prompt leaves no room for an answer.
+    """
+    context = max_context_of(model)
+    if context is None:
+        return options
+    prompt_tokens = count_prompt_tokens(model, prompt) + len(_start_ids(model, options))
+    if prompt_tokens >= context:
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens (images included), but the context of the model has only "
+            f"{context} tokens for the prompt and the answer. Shorten the conversation."
+        )
+    return limit_new_tokens(options, context - prompt_tokens)
+
+
+# ---- generation ----
+
+
 def generate(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
@@ -586,7 +645,14 @@ def generate(
     Returns:
         For each prompt `num_return_sequences` texts, without special tokens and without white space at the
         beginning and at the end.
+
+    Raises:
+        ValueError: A prompt does not fit into the context of the model.
+        FloatingPointError: The logits of a prompt were not finite.
     """
+    # Check all prompts before the images are encoded.
+    for prompt in prompts:
+        fit_to_context(model, prompt, options)
     features = None if pixel_values is None else encode_images(model, pixel_values)
     hashes = prompt_hashes(prompts, pixel_values)
     return generate_from_features(model, prompts, features, options, hashes)
@@ -602,7 +668,8 @@ def generate_from_features(
 ) -> list[list[str]]:
     """Continue each prompt as `generate` does, but from images that are already encoded.
 
-    For the arguments, see `generate_separately`.
+    For the arguments, see `generate_separately`. A prompt that does not fit into the context gets empty texts, and a
+    warning is logged: a training run, which captions some validation images, must not end because of one of them.
 
     Raises:
         FloatingPointError: The logits of a prompt were not finite.
@@ -611,6 +678,9 @@ def generate_from_features(
     for result in generate_separately(model, prompts, image_features, options, hashes):
         if isinstance(result, FloatingPointError):
             raise result
+        if isinstance(result, ValueError):
+            logger.warning("A caption is left empty: %s", result)
+            result = [""] * options.num_return_sequences
         results.append(result)
     return results
 
@@ -622,8 +692,10 @@ def generate_separately(
     image_features: torch.Tensor | None,
     options: GenerationOptions,
     hashes: Sequence[bytes],
-) -> list[list[str] | FloatingPointError]:
-    """Continue each prompt. If the logits of one prompt are not finite, the other prompts are still continued.
+) -> list[list[str] | FloatingPointError | ValueError]:
+    """Continue each prompt. If one prompt fails, the other prompts are still continued.
+
+    An answer ends where the context of the model is full.
 
     Args:
         model: The model.
@@ -635,12 +707,73 @@ def generate_separately(
 
     Returns:
         For each prompt `num_return_sequences` texts, as `generate` returns them; or an error if the logits of
-        one of the sequences were not finite.
+        one of the sequences were not finite (FloatingPointError), or if the prompt does not fit into the context
+        (ValueError).
     """
-    per_prompt = options.num_return_sequences
+    results: dict[int, list[str] | FloatingPointError | ValueError] = {}
+    fitted: dict[int, GenerationOptions] = {}
+    # If `start_with` cannot be tokenized, raise the error here, because it concerns all prompts.
+    _start_ids(model, options)
+    for number, prompt in enumerate(prompts):
+        try:
+            fitted[number] = fit_to_context(model, prompt, options)
+        except ValueError as error:
+            results[number] = error
+
+    # Beam search accepts one maximum length for a batch, so prompts with a lowered one are in batches of their own.
+    batches: dict[GenerationOptions, list[int]] = {}
+    for number, fitted_options in fitted.items():
+        key = fitted_options if options.num_beams > 1 else options
+        batches.setdefault(key, []).append(number)
+    for numbers in batches.values():
+        texts = _generate_batch(
+            model,
+            [prompts[number] for number in numbers],
+            _features_of_prompts(prompts, image_features, numbers),
+            [fitted[number] for number in numbers],
+            [hashes[number] for number in numbers],
+        )
+        results.update(zip(numbers, texts))
+    return [results[number] for number in range(len(prompts))]
+
+
+def _features_of_prompts(
+    prompts: Sequence[Sequence[int]], image_features: torch.Tensor | None, numbers: Sequence[int]
+) -> torch.Tensor | None:
+    """Return the features of the images of some prompts.
+
+    Args:
+        prompts: All prompts.
+        image_features: (images, tokens, vision hidden size), the images of all prompts in order, or None.
+        numbers: Indices of prompts, in order.
+
+    Returns:
+        The features in the same form, or None if these prompts contain no images.
+    """
+    if image_features is None or len(numbers) == len(prompts):
+        return image_features
+    counts = [prompt.count(IMAGE_INDEX) for prompt in prompts]
+    features_by_prompt = image_features.split(counts)
+    features = torch.cat([features_by_prompt[number] for number in numbers])
+    return features if len(features) else None
+
+
+def _generate_batch(
+    model: CaptionModel,
+    prompts: Sequence[Sequence[int]],
+    image_features: torch.Tensor | None,
+    options: Sequence[GenerationOptions],
+    hashes: Sequence[bytes],
+) -> list[list[str] | FloatingPointError]:
+    """Continue prompts that fit into the context.
+
+    For the arguments and the result, see `generate_separately`. There is one `options` per prompt; they differ only in
+    the number of new tokens, and not at all for beam search.
+    """
+    per_prompt = options[0].num_return_sequences
     with eval_mode(model):
-        if options.num_beams > 1:
-            sequences, failed = _beam_search(model, prompts, image_features, options)
+        if options[0].num_beams > 1:
+            sequences, failed = _beam_search(model, prompts, image_features, options[0])
         else:
             batch = DecodingBatch(model, prompts, image_features, options, hashes)
             while batch.active:
@@ -679,12 +812,15 @@ def stream(
         options: The options; `num_beams` and `num_return_sequences` must be 1.
 
     Raises:
-        ValueError: `options` request several sequences or beam search.
+        ValueError: `options` request several sequences or beam search, or the prompt does not fit into the context.
     """
     if options.num_return_sequences > 1:
         raise ValueError(
             f"num_return_sequences must be 1 when streaming, not {options.num_return_sequences}"
         )
+    if options.num_beams > 1:
+        raise ValueError(f"num_beams must be 1 when streaming, not {options.num_beams}")
+    options = fit_to_context(model, prompt, options)
     with eval_mode(model):
         features = None if pixel_values is None else encode_images(model, pixel_values)
         hashes = prompt_hashes([prompt], pixel_values)

@@ -64,6 +64,7 @@ class GenerationOptions:
             "top_k": (self.top_k >= 0, "must be at least 0"),
             "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
             "num_beams": (self.num_beams >= 1, "must be at least 1"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "must be at least 1"),
             "loop_guard": (self.loop_guard >= 0, "must be at least 0"),
         }
         for name, (fulfilled, requirement) in requirements.items():

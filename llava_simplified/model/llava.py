@@ -301,6 +301,8 @@ class Llava(nn.Module):
             ImageError: An image cannot be read.
             ValueError: An option has an invalid value.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         is_list = isinstance(images, (list, tuple))
         sources: Any = images if is_list else [images]
         turn = Message("user", self.instruction if instruction is None else instruction)

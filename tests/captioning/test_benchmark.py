@@ -258,6 +258,34 @@ def test_images_without_a_caption_are_named_and_the_status_is_1(tmp_path: Path) 
     assert "1 of 4 images have no caption" in run["notes"][1]
 
 
+def test_changed_images_are_refused_before_the_records_are_written(tmp_path: Path) -> None:
+    """A mistyped command must not change the files of an unfinished benchmark."""
+    write_flickr(tmp_path / "flickr")
+    output = tmp_path / "out"
+    with faulty_endpoint() as server:
+        argv = ["flickr30k", str(tmp_path / "flickr"), "--endpoint", server.url, "--model", "m"]
+        argv += ["--output", str(output), *SCORING]
+        assert main(argv) == 0
+        complete = (output / "greedy.jsonl").read_bytes()
+        lines = complete.splitlines(keepends=True)
+        (output / "greedy.jsonl").write_bytes(b"".join(lines[:2]))
+        records = (output / "records.jsonl").read_bytes()
+        for change in (["--limit", "2"], ["--instruction", "Where?"]):
+            with pytest.raises(ValueError, match=r"records\.jsonl.*--limit"):
+                main([*argv, *change])
+        assert (output / "records.jsonl").read_bytes() == records
+        assert main(argv) == 0
+    assert (output / "greedy.jsonl").read_bytes() == complete
+
+
+@pytest.mark.parametrize(
+    "option", ["--limit 0", "--batch-size 0", "--batch-size -1", "--resamples -1", "--seed -1"]
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}: must be at least"):
+        main(["coco", str(tmp_path), "--model-path", "m", *option.split()])
+
+
 def test_beam_search_is_refused_with_a_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

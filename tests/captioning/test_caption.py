@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny import nan_features_for
+from tiny import build_llava, nan_features_for
 
 from llava_simplified.captioning import caption_command, runner
 from llava_simplified.captioning.caption_command import (
@@ -34,7 +34,9 @@ from llava_simplified.captioning.runner import (
     caption_file,
     caption_records,
 )
+from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL
 from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.records import Record
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import exclusive_lock
 from llava_simplified.model import generation
@@ -42,6 +44,8 @@ from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.openmp import run_in_own_thread
 from llava_simplified.options import escape_control_characters
+from llava_simplified.prompt import Message
+from llava_simplified.workers import TaskResult
 
 SAMPLING = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
 LINE_SEPARATORS = "\u2028\u2029\u0085"  # line breaks for str.splitlines, but not for JSON lines
@@ -153,6 +157,8 @@ def test_open_inputs_refuses_what_cannot_be_captioned(data_folder: Path) -> None
         open_inputs(records, None, ["What?"])
     with pytest.raises(ValueError, match="nothing-here"):
         open_inputs("nothing-here", None, ["What?"])
+    with pytest.raises(ValueError, match="--image-folder nowhere"):
+        open_inputs(str(data_folder / "images"), "nowhere", ["What?"])
 
 
 # ---- output files ----
@@ -246,6 +252,32 @@ def test_caption_file_continues_with_images_that_were_added(
     complete = output.read_bytes()
     assert caption_file(job, model) == counts
     assert output.read_bytes() == complete
+
+
+@pytest.mark.parametrize("failure_has_a_name", [True, False])
+def test_image_added_after_a_failure_is_captioned(
+    model: Llava, folder: Path, tmp_path: Path, output: Path, failure_has_a_name: bool
+) -> None:
+    """Earlier versions did not store the name of an image whose name is not UTF-8."""
+    images = tmp_path / "few"
+    images.mkdir()
+    bad_name = os.fsdecode(b"\xff.jpg")
+    for name in ("b.jpg", bad_name):
+        shutil.copy(folder / "0.jpg", images / name)
+    job = folder_job(images, output, review=str(tmp_path / "review.html"))
+    assert caption_file(job, model) == (1, 1)
+    (failure,) = read_rows(failures_of(output))
+    assert failure["image"] == bad_name
+    if not failure_has_a_name:
+        failure["image"] = None
+        failures_of(output).write_text(json.dumps(failure) + "\n")
+    shutil.copy(folder / "0.jpg", images / "a.jpg")
+    assert caption_file(job, model) == (2, 1)
+    assert {row["image"] for row in read_rows(output)} == {"a.jpg", "b.jpg"}
+    (failure,) = read_rows(failures_of(output))
+    assert failure["image"] == bad_name
+    indices = {row["image"]: row["index"] for row in [*read_rows(output), failure]}
+    assert sorted(indices.values()) == [0, 1, 2]
 
 
 def test_caption_file_refuses_a_changed_source_of_slices(
@@ -435,6 +467,30 @@ def test_caption_records_encodes_each_image_once(
     assert indices == [*range(10), 12, 13]
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_caption_records_sets_aside_a_prompt_that_exceeds_the_context(
+    models_folder: Path, folder: Path, num_beams: int
+) -> None:
+    """OPT has learned position embeddings, so a position beyond the context is an IndexError."""
+    opt = build_llava(models_folder, "opt")
+    texts = ["What?", "What? " * 3000, "Where?"]
+    records = []
+    for text in texts:
+        turns = [Message("user", f"<image>\n{text}")]
+        records.append(Record(images=("0.jpg",), turns=turns, responses=(), id=text[:6]))
+    options = GenerationOptions(3, num_beams=num_beams)
+    ((rows, failed),) = caption_records(opt, records, folder, options)
+    assert [row["index"] for row in rows] == [0, 2]
+    (failure,) = failed
+    assert failure["index"] == 1
+    assert "context" in failure["error"]
+    expected = [
+        opt.caption(folder / "0.jpg", text, max_new_tokens=3, num_beams=num_beams)
+        for text in ("What?", "Where?")
+    ]
+    assert [row["pred_output"] for row in rows] == expected
+
+
 def test_caption_records_yields_rows_after_every_batch(model: Llava, folder: Path) -> None:
     records, image_folder = open_inputs(str(folder), None, ["What?"])
     parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))
@@ -554,6 +610,107 @@ def test_caption_with_ray_captions_all_slices(
         caption_main([str(folder), "--model-path", "m", "--engine", "ray", "--shards", "0/2"])
 
 
+def test_caption_with_ray_exits_with_1_if_a_slice_has_no_caption(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_tasks(function: object, specs: list[CaptionJob], engine: str) -> list:
+        return [TaskResult(spec, CaptionCounts(0, 3), "") for spec in specs]
+
+    monkeypatch.setattr(caption_command, "run_tasks", run_tasks)
+    argv = [str(folder), "--model-path", "m", "--engine", "ray"]
+    assert caption_main([*argv, "--output", str(tmp_path / "out.jsonl")]) == 1
+
+
+def test_caption_with_ray_makes_paths_absolute(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ray worker has a different working directory."""
+    submitted: list[CaptionJob] = []
+
+    def run_tasks(function: object, specs: list[CaptionJob], engine: str) -> list:
+        submitted.extend(specs)
+        return []
+
+    monkeypatch.setattr(caption_command, "run_tasks", run_tasks)
+    monkeypatch.chdir(folder.parent)
+    Path("model").symlink_to(checkpoint)
+    argv = ["images", "images/*.jpg", "--model-path", "model", "--vision-tower", "org/clip"]
+    argv += ["--engine", "ray", "--review", "review.html"]
+    assert caption_main(argv) == 0
+    (job,) = submitted
+    assert job.source == (str(folder), str(folder / "*.jpg"))
+    assert job.output == str(folder.parent / "captions.jsonl")
+    assert job.review == str(folder.parent / "review.html")
+    assert job.model_path == str(checkpoint)
+    assert job.vision_tower == "org/clip"
+    # Without --output, the journal of sidecar files is in the folder of the images, which the job finds.
+    assert caption_main([*argv, "--write", "txt"]) == 0
+    assert submitted[-1].output == SIDECAR_JOURNAL
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--batch-size 0",
+        "--batch-size -1",
+        "--trials 0",
+        "--trials -1",
+        "--limit 0",
+        "--limit -3",
+        "--num-chunks 0",
+        "--num-chunks -2",
+    ],
+)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_commands_refuse_numbers_below_1(
+    jobs: list[CaptionJob],
+    folder: Path,
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    engine: str,
+) -> None:
+    monkeypatch.setattr(caption_command, "run_tasks", lambda *_, **__: [])
+    argv = ["--model-path", "m", *option.split()]
+    message = f"{option}: must be at least 1"
+    for source in (folder, folder / "0.jpg"):
+        with pytest.raises(ValueError, match=message):
+            caption_main([str(source), *argv, "--engine", engine])
+    server = ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m", *option.split()]
+    if not option.startswith("--batch-size"):  # refused with --endpoint
+        with pytest.raises(ValueError, match=message):
+            caption_main([str(folder / "0.jpg"), *server])
+    for source in (
+        ["--image", str(folder / "0.jpg")],
+        ["--data-path", str(data_folder / "val.json")],
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict_main([*source, *argv])
+    assert jobs == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"limit": 0}, {"limit": -3}, {"batch_size": 0}, {"batch_size": -1}]
+)
+def test_caption_job_refuses_numbers_below_1(
+    folder: Path, output: Path, changes: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        folder_job(folder, output, **changes)
+
+
+def test_commands_refuse_an_image_folder_for_an_image(folder: Path) -> None:
+    image = str(folder / "0.jpg")
+    options = ["--image-folder", "elsewhere"]
+    model = ["--model-path", "m"]
+    server = ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m"]
+    for argv in (model, server):
+        with pytest.raises(ValueError, match="--image-folder elsewhere"):
+            caption_main([image, *argv, *options])
+    with pytest.raises(ValueError, match="--image-folder elsewhere"):
+        predict_main(["--image", image, *model, *options])
+
+
 @pytest.mark.parametrize("option", ["--trials", "--num-return-sequences", "--num_return_sequences"])
 def test_caption_accepts_every_name_of_trials(
     jobs: list[CaptionJob], folder: Path, option: str
@@ -630,6 +787,15 @@ def test_chat_sends_the_whole_conversation(
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
     assert conversations == [["What?"], ["What?", "yes", "Where?"]]
+
+
+@pytest.mark.parametrize("option", ["--num-beams", "--length-penalty"])
+def test_chat_has_no_options_of_beam_search(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit):
+        chat_main([str(folder / "0.jpg"), "--model-path", "m", option, "4"])
+    assert option in capsys.readouterr().err
 
 
 # ---- every input becomes a record, a counted issue or an error ----

@@ -214,6 +214,13 @@ def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
         assert arguments.frozen_dtype == ("bfloat16" if is_fast else "float32")
 
 
+@pytest.mark.parametrize("option", ["--limit", "--max-steps"])
+def test_demo_refuses_numbers_below_1(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        demo_command.main(["--output", str(tmp_path / "demo"), option, "0"])
+    assert not (tmp_path / "demo").exists()
+
+
 def test_demo_ends_when_a_command_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[str] = []
 

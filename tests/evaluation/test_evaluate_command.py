@@ -89,6 +89,28 @@ def test_read_predictions_names_a_bad_row(tmp_path: Path, rows: list[Any], messa
         read_predictions(write_rows(tmp_path / "predictions.json", rows))
 
 
+@pytest.mark.parametrize(
+    ("gt_caption", "references"),
+    [(["a cat", ""], ("a cat",)), ([" ", "a cat"], ("a cat",)), (" ", None), (["", "\t"], None)],
+)
+def test_read_predictions_drops_blank_references(
+    tmp_path: Path, gt_caption: object, references: tuple[str, ...] | None
+) -> None:
+    """`llava predict` copies all responses of a record, including blank ones."""
+    rows = [*make_rows("x", gt_caption=gt_caption), *make_rows("y", index=1, image="b.jpg")]
+    read = read_predictions(write_rows(tmp_path / "predictions.jsonl", rows))
+    expected = [("a cat",)] if references is None else [references, ("a cat",)]
+    assert [sample.references for sample in read.samples] == expected
+    assert read.counts["predictions without a reference"] == (references is None)
+
+
+@pytest.mark.parametrize("option", ["--resamples -1", "--seed -1"])
+def test_evaluate_refuses_numbers_out_of_range(tmp_path: Path, option: str) -> None:
+    path = write_rows(tmp_path / "predictions.jsonl", make_rows("x"))
+    with pytest.raises(ValueError, match=f"{option}: must be at least 0"):
+        main([str(path), "--no-java", *option.split()])
+
+
 def test_read_predictions_rejects_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json"):
         read_predictions(tmp_path / "none.json")

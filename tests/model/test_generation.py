@@ -30,7 +30,14 @@ from transformers.generation.logits_process import (
 )
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
-from llava_simplified.model.generation import DecodingBatch, generate, stream
+from llava_simplified.model.generation import (
+    DecodingBatch,
+    encode_images,
+    generate,
+    generate_from_features,
+    generate_separately,
+    stream,
+)
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora
@@ -268,6 +275,7 @@ def test_generate_ignores_the_generation_config_of_the_base_model(
         {"max_new_tokens": 0},
         {"min_new_tokens": 9, "max_new_tokens": 8},
         {"repetition_penalty": 0},
+        {"num_return_sequences": 0},
         {"num_return_sequences": 3},
         {"num_return_sequences": 3, "num_beams": 2},
     ],
@@ -427,6 +435,71 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+# ---- the length of the context ----
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("text", ["opt", "llama"])
+def test_generation_ends_where_the_context_is_full(
+    models_folder: Path, text: str, num_beams: int
+) -> None:
+    model = build_llava(models_folder, text)
+    prompts, pixels = make_prompts(model)
+    features = encode_images(model, pixels)
+    hashes = [b""] * len(prompts)
+    options = GenerationOptions(8, min_new_tokens=8, num_beams=num_beams)
+    complete = generate(model, prompts, pixels, options)
+    num_tokens = model.vision_tower.num_tokens
+    lengths = [len(expand_image_placeholders(prompt, num_tokens)) for prompt in prompts]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+    # The third prompt has exactly as many tokens as the context. The second one leaves room for fewer than 8 tokens.
+    model.config.max_position_embeddings = lengths[2]
+    prompts[1] += [prompts[1][-1]] * (lengths[2] - lengths[1] - 3)
+    shorter = replace(options, max_new_tokens=3, min_new_tokens=3)
+    results = generate_separately(model, prompts, features, options, hashes)
+    assert results[0] == complete[0]
+    assert results[1] == generate(model, prompts[1:2], pixels[:1], shorter)[0]
+    assert isinstance(results[2], ValueError)
+    with pytest.raises(ValueError, match=rf"{lengths[2]} tokens.*context"):
+        generate(model, prompts, pixels, options)
+    assert generate_from_features(model, prompts, features, options, hashes)[2] == [""]
+
+
+def test_generation_from_prompts_that_all_exceed_the_context_runs_no_model(
+    models_folder: Path,
+) -> None:
+    model = build_llava(models_folder, "opt")
+    prompts, pixels = make_prompts(model)
+    model.config.max_position_embeddings = 2
+    features = encode_images(model, pixels)
+    hashes = [b""] * len(prompts)
+    results = generate_separately(model, prompts, features, GenerationOptions(), hashes)
+    assert all(isinstance(result, ValueError) for result in results)
+
+
+def test_stream_checks_the_length_of_the_context(models_folder: Path) -> None:
+    model = build_llava(models_folder, "opt")
+    [prompt], _ = make_prompts(model, TEXTS[:1])
+    (expected,) = generate(model, [prompt], None, GenerationOptions(3))[0]
+    model.config.max_position_embeddings = len(prompt) + 3
+    *_, last = stream(model, prompt, None, GenerationOptions(50))
+    assert last == expected
+    # The forced beginning of the answer counts too.
+    with pytest.raises(ValueError, match="context"):
+        list(stream(model, prompt, None, GenerationOptions(start_with="a cat on a mat")))
+    model.config.max_position_embeddings = len(prompt)
+    with pytest.raises(ValueError, match="context"):
+        list(stream(model, prompt, None, GenerationOptions(3)))
+
+
+def test_stream_refuses_beam_search(models_folder: Path) -> None:
+    model = build_llava(models_folder, "mistral")
+    [prompt], _ = make_prompts(model, TEXTS[:1])
+    with pytest.raises(ValueError, match="num_beams must be 1 when streaming, not 2"):
+        list(stream(model, prompt, None, GenerationOptions(num_beams=2)))
 
 
 # ---- the methods of Llava ----
