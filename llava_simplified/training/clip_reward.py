@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llava_simplified.data.image_folder import split_shard_name
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.evaluation.clip_metrics import CLIP_SCORE_WEIGHT, ClipEmbedder
 from llava_simplified.foreign_files import error_reason
@@ -77,6 +78,9 @@ def _read_image(path: str, record_id: str) -> bytes:
             f"--reward clipscore: {record_id} has no image. Remove the record, or use another --reward."
         )
     try:
-        return read_image_bytes(Path(path).name, Path(path).parent)
+        # The key of an image in an archive may contain slashes: shard.tar#folder/0001.
+        file, key = split_shard_name(path)
+        name = Path(file).name if key is None else f"{Path(file).name}#{key}"
+        return read_image_bytes(name, Path(file).parent)
     except ImageError as error:
         raise ValueError(f"--reward clipscore: {record_id}: {error_reason(error)}.") from error

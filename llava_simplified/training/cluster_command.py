@@ -44,8 +44,13 @@ def plan_cluster(
         args: Training options.
 
     Raises:
-        ValueError: The rates cannot be read or measured.
+        ValueError: The rates cannot be read or measured, or the vision tower is trained.
     """
+    if model_args.tune_vision_tower != "off":
+        raise ValueError(
+            f"--cluster: the plan encodes each image once, before training, so it does not support --tune_vision_tower "
+            f"{model_args.tune_vision_tower}. Leave out --cluster to plan the training alone."
+        )
     # The images are encoded in a step before training, so the vision tower is not part of a training step.
     data = replace(data, cache_vision_features="memory")
     train_flops = make_plan(model_args, data, args).flops

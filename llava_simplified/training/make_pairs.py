@@ -20,7 +20,7 @@ from llava_simplified.data.records import Record, Records, response_problem
 from llava_simplified.data.rows import open_rows
 from llava_simplified.prepare.record_writer import RecordWriter
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
-from llava_simplified.training.rewards import Reward
+from llava_simplified.training.rewards import Reward, rewarded_image
 
 SUFFIXES = (".json", ".jsonl")
 # Captions are passed to the reward in batches of this size, which matters for rewards that run a model.
@@ -153,7 +153,7 @@ def _rewards(
     repeated: list[_SampledRecord] = []
     captions: list[str] = []
     for record, group in batch:
-        image = str(image_folder / record.images[0]) if record.images else ""
+        image = rewarded_image(record, image_folder)
         rewarded = _SampledRecord(record.id, image, record.responses, record.questions)
         repeated += [rewarded] * len(group)
         captions += group

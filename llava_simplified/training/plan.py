@@ -76,7 +76,8 @@ class Plan:
         flops: Mean FLOPs per sample, for sampling, the reference and training together.
         samples: Samples of the whole run (of one step, if the length of the run is unknown).
         steps: Steps of the whole run (0 if unknown).
-        checkpoint: Bytes of one checkpoint.
+        checkpoint: Bytes of one checkpoint, with the state of the optimizer.
+        final_model: Bytes of the trained weights in the output folder.
         features: Bytes of a feature cache of all images.
         cached: True if the features are cached, so that the vision tower does not run in the steps.
         sampling: The captions that are sampled, or None if the objective samples nothing.
@@ -92,22 +93,40 @@ class Plan:
     samples: int
     steps: int
     checkpoint: int
+    final_model: int
     features: int
     cached: bool
     sampling: SamplingPlan | None = None
 
     def count_checkpoints(self, args: TrainingArguments) -> int:
-        """Return the number of checkpoints on the disk at the end of the run."""
+        """Return the number of checkpoints on the disk at the end of the run.
+
+        With `--save_strategy best`, it is an upper bound: every evaluation could be the best one.
+        """
+        saves = self._count_saves(args)
+        kept = args.save_total_limit or saves
+        if args.load_best_model_at_end and kept == 1:
+            kept = 2  # the best one and the last one
+        return min(kept, saves)
+
+    def disk_peak(self, args: TrainingArguments) -> int:
+        """Return the maximum number of bytes of the run's checkpoints and of the final model on the disk."""
+        # A new checkpoint is complete before an old one is deleted.
+        count = min(self.count_checkpoints(args) + 1, self._count_saves(args))
+        return count * self.checkpoint + self.final_model
+
+    def _count_saves(self, args: TrainingArguments) -> int:
+        """Return how many checkpoints the run writes, at most."""
         if args.save_strategy == "no":
             return 0
-        if args.save_strategy == "steps":
-            interval = args.save_steps
-            if interval < 1:  # a fraction of all steps
-                interval *= self.steps
-            saves = math.ceil(self.steps / math.ceil(interval))
-        else:
-            saves = math.ceil(args.num_train_epochs)
-        return min(args.save_total_limit or saves, saves)
+        strategy, interval = args.save_strategy, args.save_steps
+        if strategy == "best":
+            strategy, interval = args.eval_strategy, args.eval_steps or args.logging_steps
+        if strategy == "epoch":
+            return math.ceil(args.num_train_epochs)
+        if interval < 1:  # a fraction of all steps
+            interval *= self.steps
+        return math.ceil(self.steps / math.ceil(interval))
 
 
 class ExampleLength(NamedTuple):
@@ -531,6 +550,7 @@ def make_plan(
         steps=steps,
         # The trained weights in float32, and their optimizer state.
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,
+        final_model=4 * trained,
         features=features,
         cached=cached,
         sampling=sampling,

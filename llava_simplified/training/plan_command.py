@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print_text(plan_cluster(plan_options, training_options, model_args, data_args, args))
         return 0
-    zero = read_zero_stage(plan_options.deepspeed)
+    zero = 3 if args.fsdp else read_zero_stage(plan_options.deepspeed)
     plan = make_plan(model_args, data_args, args, devices=plan_options.devices, zero=zero)
     tflops = plan_options.tflops
     if tflops is None:

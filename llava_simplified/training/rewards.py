@@ -24,7 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_simplified.data.image_folder import (
+    AmbiguousNameError,
+    OutsideFolderError,
+    locate_file,
+)
 from llava_simplified.data.questions import Question
+from llava_simplified.data.records import Record
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ngram_metrics import MAX_ORDER, ngram_metrics
 from llava_simplified.evaluation.ptb_tokenizer import cached_tokenize
@@ -42,6 +48,24 @@ class RewardedRecord(Protocol):
     image: str
     references: tuple[str, ...]
     questions: tuple[Question, ...]
+
+
+def rewarded_image(record: Record, image_folder: Path) -> str:
+    """Return the path of a record's first image, or "" if it has none.
+
+    It is the file that training reads, whose path may differ from the name in the record; see `image_folder`. For an image
+    in an archive, the path ends with its key: shard.tar#0001.
+    """
+    if not record.images:
+        return ""
+    name = record.images[0]
+    try:
+        located = locate_file(name, image_folder)
+    except (AmbiguousNameError, OutsideFolderError, OSError, ValueError):
+        located = None
+    if located is None:
+        return str(image_folder / name)  # reading it raises an error that says why
+    return str(located.path) if located.key is None else f"{located.path}#{located.key}"
 
 
 RewardFunction = Callable[[Sequence[RewardedRecord], Sequence[str]], Sequence[float]]

@@ -26,6 +26,7 @@ from llava_simplified.model.generation import DecodingBatch, encode_images, eval
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
+from llava_simplified.training.rewards import rewarded_image
 
 # Answers[prompt][sample] are token ids. The last one is the end token, unless the answer was cut off.
 Answers = list[list[list[int]]]
@@ -62,9 +63,6 @@ class PromptDataset(CaptionDataset):
         trained = responses if self.trains_references else ()
         prefix, answers, warnings = self.tokenize_answers(record, trained)
         prompt = prefix.input_ids
-        image = ""
-        if record.images:
-            image = str(self.image_folder / record.images[0])
         return PromptExample(
             prompt,
             # Earlier answers of a conversation are not sampled, so they get no labels either.
@@ -72,7 +70,7 @@ class PromptDataset(CaptionDataset):
             warnings=warnings,
             id=record.id,
             references=tuple(responses),
-            image=image,
+            image=rewarded_image(record, self.image_folder),
             questions=record.questions,
             reference_answers=answers,
         )

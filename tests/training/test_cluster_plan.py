@@ -107,6 +107,7 @@ def test_read_rates_refuses_a_file_with_wrong_entries(
         (["--measure", "urls.tsv"], "--cluster"),
         (["--cluster", "2", "--egress", "0"], "--egress"),
         (["--cluster", "-1"], "--cluster"),
+        (["--cluster", "2", "--tune_vision_tower", "lora"], "--tune_vision_tower"),
         (["--cluster", "2", "--urls", "5", "0"], "--urls"),
         (["--cluster", "2", "--measure", "urls.tsv", "--measure-rows", "2"], "--measure-rows"),
         (["--cluster", "2", "--measure", "urls.tsv", "--endpoint", "http://x/v1"], "--model"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import make_tokenizer
 from training_runs import run_training, training_options
 
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.training import plan
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plan import Plan, make_plan
 from llava_simplified.training.plan_command import main
@@ -249,8 +251,32 @@ def test_plan_counts_the_checkpoints_that_are_kept(
         (["--save_steps", "4"], 3),
         (["--save_steps", "4", "--save_total_limit", "1"], 1),
         (["--save_strategy", "no"], 0),
+        (["--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "best"], 5),
     ):
         # These options change nothing else in the plan.
         assert plan.count_checkpoints(parse_arguments([*options, *other])[2]) == count
+    for other, count in (
+        (["--save_total_limit", "2"], 3),  # the third is written before the first is deleted
+        (["--save_total_limit", "1"], 2),
+        (["--save_total_limit", "5"], 4),
+    ):
+        args = parse_arguments([*options, *other])[2]
+        assert plan.disk_peak(args) == count * plan.checkpoint + plan.final_model
     run_training(options)
     assert len(list(output.glob("checkpoint-*"))) == 4
+
+
+def test_plan_shards_the_weights_with_fsdp(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[int] = []
+
+    def keep_stage(*_: Any, zero: int, **__: Any) -> None:
+        stages.append(zero)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "make_plan", keep_stage)
+    options = training_options(models_folder, data_folder, tmp_path / "out", fsdp=True)
+    with pytest.raises(KeyboardInterrupt):
+        main([*options, "--devices", "2"])
+    assert stages == [3]

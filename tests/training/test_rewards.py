@@ -7,22 +7,33 @@ import json
 import math
 import os
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tiny import save_tiny_clip
 
 from llava_simplified.data.questions import Question
+from llava_simplified.data.records import Record
 from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
+from llava_simplified.prompt import Message
 from llava_simplified.training.cider_reward import CiderScorer, DocumentFrequencies
-from llava_simplified.training.rewards import Reward, RewardOptions, length_reward, parse_rewards
+from llava_simplified.training.clip_reward import _read_image
+from llava_simplified.training.rewards import (
+    Reward,
+    RewardOptions,
+    length_reward,
+    parse_rewards,
+    rewarded_image,
+)
 from llava_simplified.training.user_reward import UserReward
 
 REFERENCES = [
@@ -282,6 +293,22 @@ def test_clipscore_without_an_image_is_an_error_with_the_record(
     for image in ("", str(tmp_path / "none.jpg")):
         with pytest.raises(ValueError, match=IDS[2]):
             reward([CaptionedRecord(IDS[2], image)], ["a"])
+
+
+@pytest.mark.parametrize(
+    "name", ["photos/cats/1.jpg", "/nowhere/cats/1.jpg", "cats/1.jpg", "s.tar#cats/1"]
+)
+def test_rewards_read_the_image_that_training_reads(tmp_path: Path, name: str) -> None:
+    """The name in a record may differ from the path of the file."""
+    image = tmp_path / "images" / "cats" / "1.jpg"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(image)
+    with tarfile.open(tmp_path / "images" / "s.tar", "w") as archive:
+        archive.add(image, "cats/1.jpg")
+    record = Record((name,), (Message("user", "What is it?"),), ("a cat",), "row 0")
+    path = rewarded_image(record, tmp_path / "images")
+    assert Path(path.partition("#")[0]).is_file()
+    assert _read_image(path, record.id) == image.read_bytes()
 
 
 # ---- options ----
