@@ -69,6 +69,10 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             # Restore the number of evaluations without improvement in a resumed run.
             self.restore_callback_states_from_checkpoint = True
+        # Transformers assumes that a metric is better if it is greater, unless its name ends with "loss".
+        is_perplexity = (self.metric_for_best_model or "").endswith("perplexity")
+        if is_perplexity and self.greater_is_better is None:
+            self.greater_is_better = False
         # Load the full model in every process: `training.sharding` distributes the weights itself.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
@@ -174,7 +178,7 @@ RENAMED = {
 NO_EFFECT = {
     "lazy_preprocess": "samples are always read on demand",
     "save_safetensors": "weights are always saved as safetensors",
-    "overwrite_output_dir": "files of the output folder are always replaced",
+    "overwrite_output_dir": "the model in the output folder is always replaced, and checkpoint-N folders never",
     "is_multimodal": "each record states whether it has images",
     "version": "the chat template of the tokenizer is used; pass --template for another format",
 }

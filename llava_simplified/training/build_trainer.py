@@ -113,6 +113,7 @@ def build_trainer(
     # Set the seed first: the weights of new adapters and projectors are random.
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
+    resumed = find_resume_folder(args)
     train_records, train_folder = open_data(
         str(data_args.train_data_path),
         data_args.train_image_folder,
@@ -151,7 +152,6 @@ def build_trainer(
         )
 
     settings = run_settings(model_args, data_args, args)
-    resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
             logger.warning("resuming %s: %s", resumed, difference)
@@ -334,6 +334,7 @@ def check_options(
             "--dpo_label_smoothing is for pairs whose answers may be swapped."
         )
     _check_tower_options(model_args, data_args)
+    _check_bias(model_args, args)
     _check_lora_options(model_args)
     if "wandb" in args.report_to and not planning and find_spec("wandb") is None:
         raise ValueError(
@@ -449,6 +450,18 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
     if args.sample_max_tokens < 1:
         raise ValueError(f"--sample_max_tokens {args.sample_max_tokens}: expected 1 or more.")
     check_reward_options(parse_rewards(args.reward), RewardOptions.from_arguments(args))
+
+
+def _check_bias(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if biases would be trained in 16 bits, in which small updates are lost.
+
+    The adapter is in float32, but PEFT trains the biases of the frozen model in its data type.
+    """
+    if model_args.lora_enable and model_args.lora_bias != "none" and args.frozen_dtype != "float32":
+        raise ValueError(
+            f"--lora_bias {model_args.lora_bias}: biases would be trained in {args.frozen_dtype}, in which small updates are "
+            "lost. Pass --bf16 False --fp16 False, or --lora_bias none."
+        )
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:

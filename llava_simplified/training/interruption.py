@@ -124,3 +124,25 @@ class InterruptionCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
             self.was_stopped = True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Prevent the evaluation of an epoch that a signal has ended early.
+
+        The trainer calls this for the incomplete epoch too, after `on_step_end` has saved the checkpoint. An evaluation
+        would delay the end of the run, and would count for early stopping.
+        """
+        if not self.was_stopped:
+            return
+        if state.epoch is not None and state.epoch.is_integer():
+            # The signal arrived in the last step of the epoch. A resumed run starts with the next epoch and would skip
+            # this evaluation, so do it now, and save its result.
+            control.should_save = control.should_evaluate
+            return
+        control.should_evaluate = False
+        control.should_save = False

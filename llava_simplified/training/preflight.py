@@ -26,7 +26,7 @@ from llava_simplified.options import print_text
 from llava_simplified.prompt import Prompt
 from llava_simplified.training.plan import Plan, format_estimate, make_plan
 from llava_simplified.training.preference_pairs import record_problem
-from llava_simplified.training.resume import is_resuming
+from llava_simplified.training.resume import find_resume_folder, is_resuming
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def preflight(
     """
     if not _is_wanted(data, args):
         return
+    # Check the output folder and the checkpoint here, because the dry run replaces both.
+    find_resume_folder(args)
     plan = make_plan(model_args, data, args)
     output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
@@ -144,16 +146,18 @@ def _check_memory(plan: Plan, args: TrainingArguments) -> None:
 
 
 def _check_disk(plan: Plan, args: TrainingArguments) -> None:
-    """Raise ValueError if the checkpoints do not fit on the disk."""
+    """Raise ValueError if the checkpoints and the final model do not fit on the disk."""
     free = shutil.disk_usage(str(args.output_dir)).free
-    count = plan.count_checkpoints(args)
-    if plan.checkpoint * count > free:
-        fitting = max(1, free // plan.checkpoint)
-        raise ValueError(
-            f"preflight: {count} checkpoints of {plan.checkpoint / 1e9:.2f} GB do not fit on the disk of "
-            f"{args.output_dir}, which has {free / 1e9:.1f} GB free. Pass --save_total_limit {fitting}, or another "
-            "--output_dir."
-        )
+    if plan.disk_peak(args) <= free:
+        return
+    # Besides the checkpoints that are kept, the next one and the final model must fit.
+    fitting = (free - plan.final_model) // plan.checkpoint - 1
+    advice = f"Pass --save_total_limit {fitting}, or another" if fitting > 0 else "Pass another"
+    raise ValueError(
+        f"preflight: the checkpoints, of {plan.checkpoint / 1e9:.2f} GB each, and the final model need "
+        f"{plan.disk_peak(args) / 1e9:.2f} GB, but the disk of {args.output_dir} has {free / 1e9:.1f} GB free. "
+        f"{advice} --output_dir."
+    )
 
 
 def _available_memory(args: TrainingArguments) -> int:
@@ -235,6 +239,8 @@ def _dry_run_options(
         # With --data, the command line has no other option for the records.
         option = "data" if data.data else "train_data_path"
         values |= {option: target, "train_image_folder": folder}
+        # --sidecar describes the folder that --data names. A file of records has no sidecars.
+        values["sidecar"] = ""
     if data.eval_data_path:
         target = scratch / "eval.jsonl"
         folder = _write_longest_records(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava_simplified.arguments import (
     DataArguments,
@@ -19,6 +20,8 @@ from llava_simplified.arguments import (
 from llava_simplified.data.rows import find_records
 from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 from llava_simplified.training_options import INHERITED
+
+logger = logging.getLogger(__name__)
 
 # A run that is killed and resumed ends with the weights of an uninterrupted run, bit for bit on one
 # CPU process. For this, `checkpoint-N/` contains the trained weights and the folder
@@ -134,6 +137,23 @@ def is_resuming(args: TrainingArguments) -> bool:
     return args.resume_from_checkpoint not in (None, "", "False", "false", False)
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders `checkpoint-N` of an output folder, sorted by N."""
+    steps: dict[Path, int] = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        # A folder that the user has renamed, such as checkpoint-500-good, is no checkpoint of a run anymore.
+        if step.isdecimal() and folder.is_dir():
+            steps[folder] = int(step)
+    return sorted(steps, key=lambda folder: steps[folder])
+
+
+def find_last_checkpoint(output_dir: Path) -> Path | None:
+    """Return the checkpoint with the highest step in an output folder, or None."""
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
 def find_resume_folder(args: TrainingArguments) -> Path | None:
     """Return the checkpoint of `--resume_from_checkpoint`; "true" is the last complete one.
 
@@ -141,27 +161,51 @@ def find_resume_folder(args: TrainingArguments) -> Path | None:
         The checkpoint folder, or None if the run is new.
 
     Raises:
-        ValueError: The checkpoint does not exist, or has no trainer state.
+        ValueError: The checkpoint does not exist, or has no trainer state; or the run is new, but its output folder
+            contains checkpoints of another run.
     """
+    output_dir = Path(str(args.output_dir))
+    last = find_last_checkpoint(output_dir)
     if not is_resuming(args):
+        # Checkpoints are told apart by their step only. `--resume_from_checkpoint true` would continue the other run
+        # if that run was longer, and `--save_total_limit` would count its checkpoints.
+        if last is not None:
+            raise ValueError(
+                f"--output_dir {output_dir}: it contains {last.name} of another run. Continue that run with "
+                f"--resume_from_checkpoint true, delete its {PREFIX_CHECKPOINT_DIR}-N folders, or pass another "
+                "--output_dir."
+            )
         return None
     requested = str(args.resume_from_checkpoint)
     if requested.lower() == "true":
-        output_dir = str(args.output_dir)
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if last is None:
             raise ValueError(
                 f"--resume_from_checkpoint true: no checkpoint in {output_dir}. Name a checkpoint folder, or start "
                 "a new run with --resume_from_checkpoint false."
             )
-        requested = last
-    folder = Path(requested)
+        folder = last
+    else:
+        folder = Path(requested)
     if not (folder / "trainer_state").is_dir():
         raise ValueError(
             f"--resume_from_checkpoint {folder}: there is no folder trainer_state/ in it, so the run cannot be resumed "
             "from it. Pass an existing checkpoint-N folder, or start a new run from a saved model with --init_from."
         )
+    _warn_of_later_checkpoints(folder, last)
     return folder
+
+
+def _warn_of_later_checkpoints(folder: Path, last: Path | None) -> None:
+    """Log a warning if a run is resumed from `folder`, which is not the `last` checkpoint of its output folder."""
+    if last is None or folder.parent.resolve() != last.parent.resolve() or folder.name == last.name:
+        return
+    logger.warning(
+        "resuming %s: %s has later checkpoints, up to %s. Until this run has passed that step, "
+        "--resume_from_checkpoint true would choose one of them. Delete them, or pass another --output_dir.",
+        folder,
+        last.parent,
+        last.name,
+    )
 
 
 def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any]) -> list[str]:

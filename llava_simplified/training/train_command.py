@@ -43,25 +43,38 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         args = groups[2]
         if args.process_index == 0:
-            logger.warning("%s", describe_interruption(argv, Path(str(args.output_dir))))
+            checkpoint = getattr(interrupt, "checkpoint", None)
+            message = describe_interruption(argv, Path(str(args.output_dir)), checkpoint)
+            logger.warning("%s", message)
         # By convention, the exit status of a process that a signal has ended is 128 plus the signal.
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     return 0
 
 
-def describe_interruption(argv: Sequence[str], output_dir: Path) -> str:
-    """Return a message with the last checkpoint of an interrupted run, and the command that continues it."""
-    from transformers.trainer_utils import get_last_checkpoint
+def describe_interruption(
+    argv: Sequence[str], output_dir: Path, checkpoint: Path | None = None
+) -> str:
+    """Return a message with the last checkpoint of an interrupted run, and the command that continues it.
 
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if last is None:
+    Args:
+        argv: Options of the run.
+        output_dir: Output folder of the run.
+        checkpoint: The checkpoint that the interruption has saved, or None if it has saved none.
+    """
+    from llava_simplified.training.resume import find_last_checkpoint
+
+    last = find_last_checkpoint(output_dir)
+    checkpoint = checkpoint or last
+    if checkpoint is None:
         return (
             "Interrupted before the first checkpoint. The same command starts from the beginning."
         )
-    resume_argv = [*argv, "--resume_from_checkpoint", "true"]
+    # If the run was resumed from an earlier checkpoint, later ones may exist. "true" would choose one of them.
+    resume_from = "true" if checkpoint == last else str(checkpoint)
+    resume_argv = [*argv, "--resume_from_checkpoint", resume_from]
     launcher = " (with the same launcher)" if "LOCAL_RANK" in os.environ else ""
     return (
-        f"Interrupted. The last checkpoint is {last}. Continue{launcher}:\n"
+        f"Interrupted. The last checkpoint is {checkpoint}. Continue{launcher}:\n"
         f"  {program_name('llava train')} {quote_arguments(resume_argv)}"
     )
 

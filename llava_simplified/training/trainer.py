@@ -28,12 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    get_last_checkpoint,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.collate import Batch, Collator
@@ -54,6 +49,7 @@ from llava_simplified.training.callbacks import (
 from llava_simplified.training.eval_captions import EvalCaptions
 from llava_simplified.training.interruption import InterruptionCallback, ignore_interrupts
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
+from llava_simplified.training.resume import list_checkpoints
 from llava_simplified.training.sharding import (
     enable_fsdp_on_cpu,
     full_optimizer_state_dict,
@@ -84,6 +80,9 @@ class LlavaTrainer(transformers.Trainer):
         train_dataset: Examples, or packs of examples.
         eval_dataset: Validation examples.
         data_collator: Collates examples into batches.
+
+    Attributes:
+        last_checkpoint: The checkpoint that this run has saved last, or from which it was resumed.
     """
 
     args: TrainingArguments
@@ -137,6 +136,7 @@ class LlavaTrainer(transformers.Trainer):
         self._step_sample_ids: list[str] = []
         # Losses of micro-batches that have not been read from the device, with the names of their samples.
         self._unchecked_losses: list[tuple[torch.Tensor, list[str]]] = []
+        self.last_checkpoint: Path | None = None
         self._staging: Path | None = None  # set while a checkpoint is being written
         # The last value of `self.model`, and the same model without wrappers.
         self._unwrapped: tuple[object, object] = (None, None)
@@ -344,7 +344,7 @@ class LlavaTrainer(transformers.Trainer):
 
     def _describe_divergence(self, what: str, ids: Sequence[str]) -> str:
         """Return the error message of a run that ends because of a value that is not finite."""
-        last = get_last_checkpoint(str(self.output_dir)) or "none yet"
+        last = self.last_checkpoint or "none yet"
         return (
             f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
             "Lower --learning_rate; if the run uses --fp16 True, pass --bf16 True instead."
@@ -484,8 +484,16 @@ class LlavaTrainer(transformers.Trainer):
         )
 
     def _get_dataloader(self, *args: Any, **options: Any) -> DataLoader[Batch]:
-        """Return a data loader whose workers ignore Ctrl-C."""
+        """Return a data loader whose workers ignore Ctrl-C, and whose sampler is told the epoch."""
         loader = super()._get_dataloader(*args, **options)
+        # `set_epoch` of the loader reaches a sampler through two batch samplers at most. With several processes, a
+        # resumed run has three: SkipBatchSampler -> BatchSamplerShard -> BatchSampler -> sampler. `set_sampler` adds a
+        # reference to the second one. Accelerate does this itself for its random sampler only.
+        batch_sampler = cast(Any, loader.batch_sampler)
+        # Only with several processes, this is a BatchSamplerShard around the batch sampler itself.
+        batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
+        if isinstance(batch_sampler.sampler, LengthGroupedSampler):
+            cast(Any, loader).set_sampler(batch_sampler.sampler)
         loader.worker_init_fn = partial(ignore_interrupts, then=loader.worker_init_fn)
         return loader
 
@@ -563,6 +571,7 @@ class LlavaTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._publish_checkpoint(staging, name)
+        self.last_checkpoint = self.output_dir / name
         self.accelerator.wait_for_everyone()
 
     def _publish_checkpoint(self, staging: Path, name: str) -> None:
@@ -576,14 +585,25 @@ class LlavaTrainer(transformers.Trainer):
         use_default_permissions(staging / name)
         # Complete the checkpoint in the staging folder; the last rename publishes it.
         rename_folder(staging / name, staging / "model" / "trainer_state")
-        # A checkpoint of the same step exists if an older run wrote to the same folder.
+        # A checkpoint of the same step exists if the run was resumed from an earlier one.
         replace_folder(staging / "model", self.output_dir / name)
         shutil.rmtree(staging, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(self.output_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        self._delete_old_checkpoints(self.output_dir / name)
+
+    def _delete_old_checkpoints(self, published: Path) -> None:
+        """Delete checkpoints above `--save_total_limit`, but neither `published` nor the best one."""
+        # `rotate_checkpoints` of transformers protects the checkpoint with the highest step instead. If a run is
+        # resumed from an earlier checkpoint, that is not the one that was just published.
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        best = self.state.best_model_checkpoint
+        protected = {published, Path(best) if best else published}
+        checkpoints = list_checkpoints(self.output_dir)
+        num_excess = len(checkpoints) - max(limit, len(protected))
+        unprotected = [folder for folder in checkpoints if folder not in protected]
+        for folder in unprotected[: max(num_excess, 0)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.output_dir)
@@ -615,7 +635,8 @@ class LlavaTrainer(transformers.Trainer):
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
             self.control.should_save = True
-        return is_best
+        # With --save_strategy best, the base class saves only if this returns True. An interrupted run always saves.
+        return is_best or self.interruption.was_stopped
 
     def _load_best_model(self) -> None:
         """Do nothing: `save_final` copies the best checkpoint, which works with all engines."""
@@ -631,6 +652,14 @@ class LlavaTrainer(transformers.Trainer):
     ) -> None:
         """Do nothing: `build_trainer` has loaded the weights."""
 
+    def _load_callback_state(self) -> None:
+        """Restore the counter of early stopping, but use the patience of this run."""
+        super()._load_callback_state()
+        # The base class has replaced the callback by one with the patience of the checkpoint.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.args.early_stopping_patience
+
     def _prepare_for_training(
         self,
         max_steps: int,
@@ -642,6 +671,7 @@ class LlavaTrainer(transformers.Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
+            self.last_checkpoint = folder.parent  # `folder` is its subfolder `trainer_state`
             optimizer = cast(torch.optim.Optimizer, self.optimizer)
             optimizer_state = load_file(folder / "optimizer.safetensors")
             load_optimizer_state_dict(self.unwrapped_model, optimizer, optimizer_state)

@@ -194,6 +194,20 @@ def test_parse_arguments_refuses_launchers_that_do_not_match_the_options(
 # ---- YAML ----
 
 
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"),
+    [("eval_perplexity", False), ("perplexity", False), ("eval_loss", False), ("cider", True)],
+)
+def test_metric_for_best_model_determines_what_is_better(
+    metric: str, is_greater_better: bool
+) -> None:
+    argv = ["--metric_for_best_model", metric]
+    assert parse_arguments(argv)[2].greater_is_better == is_greater_better
+    for choice in (True, False):
+        args = parse_arguments([*argv, "--greater_is_better", str(choice)])[2]
+        assert args.greater_is_better == choice
+
+
 def test_command_line_has_precedence_over_the_config_file(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,

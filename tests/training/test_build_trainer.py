@@ -32,6 +32,7 @@ REFUSED_OPTIONS = [
     ({"config": "nowhere.yaml"}, "nowhere.yaml"),
     ({"resume_from_checkpoint": "true"}, "--resume_from_checkpoint true: no checkpoint in"),
     ({"model_name_or_path": ""}, "--model_name_or_path is required"),
+    ({"lora_bias": "all", "bf16": "True"}, "--lora_bias all"),
     ({"eval_data_path": "nowhere.json"}, "nowhere.json: no such file"),
     ({"eval_strategy": "steps"}, "--eval_strategy steps .*--eval_data_path"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -29,11 +30,26 @@ from llava_simplified.training.interruption import (
     TrainingInterrupted,
     ignore_interrupts,
 )
+from llava_simplified.training.train_command import main
 from llava_simplified.training.trainer import LlavaTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
+
+
+def interrupt_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Send SIGINT while a run is in a step, counted from its start or from where it is resumed."""
+    start_step = ThroughputMeter.start_step
+    steps = []
+
+    def start_step_with_signal(self: ThroughputMeter) -> None:
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        start_step(self)
+
+    patch.setattr(ThroughputMeter, "start_step", start_step_with_signal)
 
 
 @pytest.mark.medium
@@ -71,6 +87,88 @@ def test_signal_ends_the_run_after_the_step_with_a_checkpoint(
 
     resumed = run_training([*options, "--resume_from_checkpoint", "true"])
     assert_equal_weights(trained_weights(uninterrupted), trained_weights(resumed))
+
+
+@pytest.mark.medium
+def test_interruption_keeps_and_names_its_checkpoint_although_later_ones_exist(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package_log: pytest.LogCaptureFixture,
+) -> None:
+    changes = {**OPTIONS, "save_strategy": "steps", "save_steps": 1}
+    options = training_options(models_folder, data_folder, tmp_path / "out", **changes)
+    output = run_training(options)
+    interrupt_in_step(monkeypatch, 1)
+    first = str(output / "checkpoint-1")
+    status = main([*options, "--resume_from_checkpoint", first, "--save_total_limit", "2"])
+    assert status == 130
+    saved = output / "checkpoint-2"
+    assert (saved / "trainer_state").is_dir()
+    assert f"The last checkpoint is {saved}." in package_log.text
+    assert package_log.text.rstrip().endswith(f"--resume_from_checkpoint {saved}")
+    kept = {folder.name for folder in output.glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("step", "is_evaluated"), [(2, False), (6, True)])
+def test_interruption_evaluates_complete_epochs_only(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    is_evaluated: bool,
+) -> None:
+    """A resumed run starts after a complete epoch, so it would skip that evaluation."""
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        max_steps=12,  # two epochs
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        eval_captions=0,
+        eval_data_path=data_folder / "val.json",
+        val_image_folder=data_folder / "images",
+    )
+    interrupt_in_step(monkeypatch, step)
+    with pytest.raises(TrainingInterrupted) as interrupted:
+        run_training(options)
+    assert interrupted.value.step == step
+    assert bool(read_log(tmp_path / "out", "eval_loss")) == is_evaluated
+    state_file = interrupted.value.checkpoint / "trainer_state" / "trainer_state.json"
+    rows = json.loads(state_file.read_text())["log_history"]
+    assert any("eval_loss" in row for row in rows) == is_evaluated
+
+
+@pytest.mark.medium
+def test_interruption_saves_although_the_evaluation_is_not_the_best(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        **OPTIONS,
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "warmup_steps": 0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_captions": 0,
+        "eval_data_path": data_folder / "val.json",
+        "val_image_folder": data_folder / "images",
+    }
+    options = training_options(models_folder, data_folder, tmp_path / "out", **changes)
+    interrupt_in_step(monkeypatch, 2)
+    with pytest.raises(TrainingInterrupted) as interrupted:
+        run_training(options)
+    first, second = read_log(tmp_path / "out", "eval_loss")
+    assert second < first, "the second evaluation must not be the best"
+    assert (interrupted.value.checkpoint / "trainer_state").is_dir()
 
 
 def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

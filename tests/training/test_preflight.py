@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli_process import run_forked
@@ -69,6 +71,48 @@ def test_preflight_does_not_change_the_run(
 
 
 @pytest.mark.medium
+def test_dry_run_reads_its_records_without_the_sidecars_of_the_run(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    for row in json.loads((data_folder / "train.json").read_text()):
+        image = shutil.copy(data_folder / "images" / row["image"], source)
+        Path(image).with_suffix(".txt").write_text(row["response"])
+    options = ["--data", str(source), "--sidecar", "txt", "--preflight", "true"]
+    options += ["--model_name_or_path", str(models_folder / "mistral")]
+    options += ["--vision_tower", str(models_folder / "clip")]
+    options += ["--output_dir", str(tmp_path / "out")]
+    parsed = []
+
+    def parse_only(argv: Sequence[str], *_: object) -> None:
+        _, data, _ = parse_arguments(list(argv))
+        parsed.append(data)
+        raise ValueError("parsed")
+
+    monkeypatch.setattr(preflight_module, "_start_dry_run", parse_only)
+    with pytest.raises(ValueError, match="parsed"):
+        main(options)
+    [data] = parsed
+    records = Path(data.train_data_path)
+    assert records.name == "train.jsonl"
+    assert Path(data.train_image_folder) == source
+
+
+@pytest.mark.medium
+def test_preflight_refuses_the_output_folder_of_another_run(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dry run writes to another folder, so it would not find this error."""
+    monkeypatch.setattr(preflight_module, "_start_dry_run", lambda *_: pytest.fail("started"))
+    (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    options = training_options(models_folder, data_folder, tmp_path / "out", preflight="true")
+    with pytest.raises(ValueError, match="checkpoint-500 of another run"):
+        main(options)
+
+
+@pytest.mark.medium
 def test_preflight_reports_an_error_of_the_first_steps(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +138,30 @@ def test_preflight_refuses_what_does_not_fit_and_names_the_remedies(
     with pytest.raises(ValueError, match=f"preflight: .*memory.*{remedies}"):
         main(options)
     assert not scratch_folders(tmp_path / "out")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("free_checkpoints", "advice"), [(3.5, "--save_total_limit 2, or"), (1.5, "Pass another")]
+)
+def test_preflight_names_the_limit_of_checkpoints_that_fits_on_the_disk(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_checkpoints: float,
+    advice: str,
+) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "preflight": "true"}
+    options = training_options(models_folder, data_folder, tmp_path / "out", **changes)
+    plan = make_plan(*parse_arguments(options))
+    free = int(free_checkpoints * plan.checkpoint) + plan.final_model
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(ValueError, match=f"preflight: .*{advice}"):
+        main(options)
+    # With the recommended limit, the run fits: two checkpoints are kept while the third is written.
+    args = parse_arguments([*options, "--save_total_limit", "2"])[2]
+    assert (plan.disk_peak(args) <= free) == (free_checkpoints > 3)
 
 
 def test_preflight_auto_skips_short_runs_and_launched_runs(

@@ -24,6 +24,10 @@ from training_runs import (
     training_options,
 )
 
+from llava_simplified.arguments import parse_arguments
+from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.training.resume import find_resume_folder
+
 # Everything that makes it difficult to resume exactly: packs, worker processes, dropout.
 OPTIONS = {
     "packing": True,
@@ -65,6 +69,68 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(
 
     run_training([*options, "--resume_from_checkpoint", "true"])
     assert_equal_weights(trained_weights(uninterrupted), trained_weights(output))
+
+
+def test_new_run_in_the_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    args = parse_arguments(["--output_dir", str(output)])[2]
+    assert find_resume_folder(args) is None
+    # A run that was killed before its first checkpoint can be started again.
+    (output / ".saving" / "checkpoint-500").mkdir(parents=True)
+    (output / "trainer_log.jsonl").touch()
+    (output / "checkpoint-500-good").mkdir()  # renamed by the user
+    assert find_resume_folder(args) is None
+
+    for step in (500, 1000):
+        (output / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+    with pytest.raises(ValueError, match="contains checkpoint-1000 of another run.*--output_dir"):
+        find_resume_folder(args)
+    args.resume_from_checkpoint = "true"
+    assert find_resume_folder(args) == output / "checkpoint-1000"
+
+
+def test_resume_from_an_earlier_checkpoint_warns_of_the_later_ones(
+    tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    for step in (50, 1000):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+    argv = ["--output_dir", str(tmp_path), "--resume_from_checkpoint"]
+    last, earlier = (str(tmp_path / f"checkpoint-{step}") for step in (1000, 50))
+    find_resume_folder(parse_arguments([*argv, last])[2])
+    assert not package_log.text
+    find_resume_folder(parse_arguments([*argv, earlier])[2])
+    assert "later checkpoints, up to checkpoint-1000" in package_log.text
+
+
+@pytest.mark.medium
+def test_resumed_run_stops_after_its_own_early_stopping_patience(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """The highest loss is declared the best, so that no evaluation after the first is an improvement."""
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        eval_data_path=data_folder / "val.json",
+        val_image_folder=data_folder / "images",
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_captions=0,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=4,
+        disable_tqdm=True,
+        early_stopping_patience=10,
+        greater_is_better=True,
+        warmup_steps=0,
+    )
+    output = run_training(options)
+    curve = read_log(output, "eval_loss")
+    assert curve.index(max(curve)) == 0
+    checkpoint = str(output / "checkpoint-2")  # one evaluation without an improvement
+    changes = ["--resume_from_checkpoint", checkpoint, "--early_stopping_patience", "2"]
+    run_training([*options, *changes])
+    assert read_checkpoint_config(output)["training"]["steps"] == 3
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,14 @@ import pytest
 import torch
 from cli_process import fork_process, skip_without_deepspeed
 from safetensors.torch import load_file
-from training_runs import ROOT, read_log, run_training, training_options
+from training_runs import (
+    ROOT,
+    assert_equal_weights,
+    read_log,
+    run_training,
+    trained_weights,
+    training_options,
+)
 
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.training import plots
@@ -197,6 +204,30 @@ def test_two_processes_equal_one_with_other_options(
     train_in_two_processes(options)
     assert read_log(two) == pytest.approx(read_log(one), rel=2e-6)
     assert_same_checkpoints(one, two, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_length_grouped_batches_in_the_second_epoch(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())[:6]  # three steps per epoch
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    changes = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 6,
+        "per_device_train_batch_size": 1,
+        "group_by_length": True,
+        "train_data_path": tmp_path / "train.json",
+        "disable_tqdm": True,
+    }
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    train_in_two_processes(training_options(models_folder, data_folder, uninterrupted, **changes))
+    options = training_options(models_folder, data_folder, resumed, **changes)
+    checkpoint = str(uninterrupted / "checkpoint-4")
+    train_in_two_processes([*options, "--resume_from_checkpoint", checkpoint])
+    assert read_log(resumed) == read_log(uninterrupted)[4:]
+    assert_equal_weights(trained_weights(uninterrupted), trained_weights(resumed))
 
 
 @pytest.mark.slow
