@@ -111,8 +111,11 @@ class ImageRecords(Sequence[Record]):
 
 
 def refuse_image_folder(image_folder: str | None, source: str) -> None:
-    """Raise ValueError if an image folder was given, but the source contains images instead of records."""
-    if image_folder is not None:
+    """Raise ValueError if an image folder was given, but the source contains images instead of records.
+
+    If the source is the image folder itself, the option only repeats it.
+    """
+    if image_folder is not None and Path(image_folder).resolve() != Path(source).resolve():
         raise ValueError(
             f"--image-folder {image_folder}: {source} is not a file of records, which the option requires; remove the "
             "option."
