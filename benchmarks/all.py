@@ -28,7 +28,7 @@ BENCHMARKS = {
     "caption_llama_cpp": "bench_caption.py --peer llama.cpp",
     "caption_llama_cpp_large": "bench_caption.py --peer llama.cpp --size 1.7b --images 8 --rounds 1 --requests 8",
     "serve": "bench_serve.py",
-    "serve_llama_cpp": "bench_serve.py --peer llama.cpp",
+    "serve_llama_cpp": "bench_serve.py --peer llama.cpp --sequences 8",
     "scale": "bench_scale.py",
     "download": "bench_download.py",
     "clean": "bench_clean.py",
