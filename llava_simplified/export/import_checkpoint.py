@@ -52,7 +52,7 @@ from llava_simplified.export.stock_check import load_stock_processor
 from llava_simplified.foreign_files import blame_file, read_json_object, shorten
 from llava_simplified.hub import check_module_counts
 from llava_simplified.jobs import atomic_directory
-from llava_simplified.model.build import build_model, load_tokenizer
+from llava_simplified.model.build import build_model, load_tokenizer, load_transformers_config
 from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -514,9 +514,7 @@ def _select_layer(source: SourceCheckpoint) -> int | tuple[int, ...]:
 
 def _stored_dtype(language_model: str) -> str:
     """Return the data type of a published language model, for example "float16"."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
+    config = load_transformers_config(language_model)
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
 

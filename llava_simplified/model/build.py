@@ -76,7 +76,7 @@ def build_model(
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):
-        source = _load_transformers_config(str(source), trust_remote_code)
+        source = load_transformers_config(str(source), trust_remote_code)
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
@@ -144,7 +144,7 @@ def build_vision_tower(
         )
         return tower if device is None else tower.to(device)
     # On "meta", the config and the preprocessor are enough: no weights are read.
-    transformers_config = _load_transformers_config(name)
+    transformers_config = load_transformers_config(name)
     transform = ImageTransform.from_pretrained(name, aspect_ratio)
     return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
 
@@ -273,7 +273,7 @@ def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
         if not own_weights.is_dir():
             name_or_path = read_checkpoint_config(folder)["architecture"]["language_model"]
     try:
-        return _load_transformers_config(name_or_path)
+        return load_transformers_config(name_or_path)
     except ValueError:
         return None
 
@@ -314,7 +314,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load_transformers_config(
+def load_transformers_config(
     name_or_path: str, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """Load a model's config.json; raise ValueError if it cannot be read."""

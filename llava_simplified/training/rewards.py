@@ -24,11 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_simplified.data.image_folder import (
-    AmbiguousNameError,
-    OutsideFolderError,
-    locate_file,
-)
+from llava_simplified.data.image_folder import locate_file
 from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record
 from llava_simplified.evaluation.metrics import word_f1
@@ -61,7 +57,7 @@ def rewarded_image(record: Record, image_folder: Path) -> str:
     name = record.images[0]
     try:
         located = locate_file(name, image_folder)
-    except (AmbiguousNameError, OutsideFolderError, OSError, ValueError):
+    except (OSError, ValueError):
         located = None
     if located is None:
         return str(image_folder / name)  # reading it raises an error that says why
