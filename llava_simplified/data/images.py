@@ -151,9 +151,27 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         matches: Counts which rule found the image, and rejects two names that lead to one file.
 
     Raises:
+        ImageError: As `locate_image`; "missing" also if the file cannot be read.
+        MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
+    """
+    located = locate_image(image, folder, matches)
+    try:
+        if located.key is not None:
+            return read_shard_image(located.path, located.key)
+        return located.path.read_bytes()
+    except MissingExtraError:
+        raise  # a ValueError, but not this image's fault
+    # For example: there is no permission, the disk fails, the shard has no such key.
+    except (OSError, ValueError) as error:
+        raise ImageError("missing", str(error)) from error
+
+
+def locate_image(image: str, folder: str | Path, matches: NameMatches | None = None) -> LocatedFile:
+    """Find the file of a record's image, without opening it; see `read_image_bytes`.
+
+    Raises:
         ImageError: "unsafe" if the path contains `..`, or is that of a file outside the folder; "ambiguous" if several
             files match; "missing" if there is no such image. The message names the path that was tried.
-        MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
         raise ImageError(
@@ -166,24 +184,16 @@ def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None
         if located is not None:
             if matches is not None:
                 matches.add(image, located)
-            return _read_located(located)
-    except MissingExtraError:
-        raise  # a ValueError, but not this image's fault
+            return located
     except AmbiguousNameError as error:
         raise ImageError("ambiguous", str(error)) from error
     except OutsideFolderError as error:
         raise ImageError("unsafe", str(error)) from error
-    # For example: the name is too long, there is no permission, the disk fails, the shard has no such key.
+    # For example: the name is too long, or the folder cannot be read.
     except (OSError, ValueError) as error:
         raise ImageError("missing", str(error)) from error
     path = exact_path(image, folder) or folder / Path(image).name
     raise ImageError("missing", f"no image at {str(path)!r}; check the image folder")
-
-
-def _read_located(located: LocatedFile) -> bytes:
-    if located.key is not None:
-        return read_shard_image(located.path, located.key)
-    return located.path.read_bytes()
 
 
 def load_pixels(image: ImageSource) -> np.ndarray:

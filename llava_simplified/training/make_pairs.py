@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llava_simplified.data.images import ImageError
 from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record, Records, response_problem
 from llava_simplified.data.rows import open_rows
@@ -35,6 +36,14 @@ class _SampledRecord:
     image: str
     references: tuple[str, ...]
     questions: tuple[Question, ...]
+
+
+class _Candidate(NamedTuple):
+    """A record that may give a pair, and its distinct captions."""
+
+    record: Record
+    rewarded: _SampledRecord
+    captions: list[str]
 
 
 def read_samples(path: Path, records: Records) -> dict[int, list[str]]:
@@ -111,7 +120,7 @@ def write_pairs(
         ValueError: A reward fails, or no record gives a pair.
     """
     counts: Counter[str] = Counter()
-    candidates: list[tuple[Record, list[str]]] = []
+    candidates: list[_Candidate] = []
     for index, captions in samples.items():
         record = records[index]
         # Empty captions cannot be trained on: DPO needs two answers.
@@ -121,13 +130,18 @@ def write_pairs(
         elif len(usable) < 2:
             counts["with fewer than two distinct captions"] += 1
         else:
-            candidates.append((record, usable))
+            try:
+                image = rewarded_image(record, image_folder)
+            except ImageError:
+                counts["with an image outside the image folder"] += 1
+                continue
+            rewarded = _SampledRecord(record.id, image, record.responses, record.questions)
+            candidates.append(_Candidate(record, rewarded, usable))
 
     with RecordWriter(output) as writer:
         for start in range(0, len(candidates), _REWARD_BATCH):
             batch = candidates[start : start + _REWARD_BATCH]
-            rewards_of = _rewards(batch, reward, image_folder)
-            for (record, captions), rewards in zip(batch, rewards_of):
+            for (record, _, captions), rewards in zip(batch, _rewards(batch, reward)):
                 best = max(range(len(captions)), key=rewards.__getitem__)
                 worst = min(range(len(captions)), key=rewards.__getitem__)
                 difference = rewards[best] - rewards[worst]
@@ -146,19 +160,15 @@ def write_pairs(
     return counts
 
 
-def _rewards(
-    batch: Sequence[tuple[Record, Sequence[str]]], reward: Reward, image_folder: Path
-) -> list[list[float]]:
+def _rewards(batch: Sequence[_Candidate], reward: Reward) -> list[list[float]]:
     """Return the reward of each caption of each record, computed in one call."""
     repeated: list[_SampledRecord] = []
     captions: list[str] = []
-    for record, group in batch:
-        image = rewarded_image(record, image_folder)
-        rewarded = _SampledRecord(record.id, image, record.responses, record.questions)
-        repeated += [rewarded] * len(group)
-        captions += group
+    for candidate in batch:
+        repeated += [candidate.rewarded] * len(candidate.captions)
+        captions += candidate.captions
     values = iter(reward(repeated, captions))
-    return [[next(values) for _ in group] for _, group in batch]
+    return [[next(values) for _ in candidate.captions] for candidate in batch]
 
 
 def _pair(record: Record, chosen: str, rejected: str) -> dict[str, Any]:

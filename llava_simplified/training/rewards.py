@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_simplified.data.image_folder import locate_file
+from llava_simplified.data.images import ImageError, locate_image
 from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record
 from llava_simplified.evaluation.metrics import word_f1
@@ -50,16 +50,20 @@ def rewarded_image(record: Record, image_folder: Path) -> str:
     """Return the path of a record's first image, or "" if it has none.
 
     It is the file that training reads, whose path may differ from the name in the record; see `image_folder`. For an image
-    in an archive, the path ends with its key: shard.tar#0001.
+    in an archive, the path ends with its key: shard.tar#0001. Most rewards need no image, so one that is not there is no
+    error here.
+
+    Raises:
+        ImageError: "unsafe" if the path leads out of the image folder.
     """
     if not record.images:
         return ""
     name = record.images[0]
     try:
-        located = locate_file(name, image_folder)
-    except (OSError, ValueError):
-        located = None
-    if located is None:
+        located = locate_image(name, image_folder)
+    except ImageError as error:
+        if error.kind == "unsafe":
+            raise
         return str(image_folder / name)  # reading it raises an error that says why
     return str(located.path) if located.key is None else f"{located.path}#{located.key}"
 

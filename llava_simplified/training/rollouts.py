@@ -19,6 +19,7 @@ import torch
 
 from llava_simplified.data.collate import Batch, Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import plan_packs
 from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record
@@ -70,10 +71,17 @@ class PromptDataset(CaptionDataset):
             warnings=warnings,
             id=record.id,
             references=tuple(responses),
-            image=rewarded_image(record, self.image_folder),
+            image=self._rewarded_image(record),
             questions=record.questions,
             reference_answers=answers,
         )
+
+    def _rewarded_image(self, record: Record) -> str:
+        """Return the path of the image; empty if it is outside the image folder."""
+        try:
+            return rewarded_image(record, self.image_folder)
+        except ImageError:
+            return ""  # `load_images` refuses it too, and then the record is counted as bad
 
 
 class PromptBatch(TypedDict):

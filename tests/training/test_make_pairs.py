@@ -104,6 +104,25 @@ def test_records_without_reference_are_counted(make_pairs, capsys):
     assert "1 records without a reference" in capsys.readouterr().out
 
 
+def test_images_outside_the_image_folder_give_no_pair(make_pairs, tmp_path, capsys):
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes(b"x")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = ["../outside.jpg", str(outside), "missing.jpg"]
+    records = [{"image": name, "instruction": "", "response": "a cat"} for name in images]
+    rows = [
+        {"index": index, "image": name, "pred_output": text}
+        for index, name in enumerate(images)
+        for text in ("a cat", "dogs")
+    ]
+    status, output = make_pairs(rows, "--image-folder", str(folder), records=records)
+    assert status == 0
+    # Word F1 needs no image, so one that is not on this machine may be missing.
+    assert [pair.images for pair in open_records(output)] == [("missing.jpg",)]
+    assert "2 records with an image outside the image folder" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("row", "named"),
     [
