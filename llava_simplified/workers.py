@@ -7,10 +7,8 @@ process died, is simply run again. A task is any picklable object, such as the n
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
-import mmap
 import multiprocessing
 import os
 import re
@@ -34,9 +32,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 R = TypeVar("R")
 
-_MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _STOP_SECONDS = 5.0  # time that a worker process has to end after SIGTERM, before it is killed
-_PAGEOUT = 21  # MADV_PAGEOUT of Linux's mman.h; Python's module mmap does not define it
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
 # On Windows, Python's `select` can wait for at most 512 sockets. Leave some for sockets that are not connections: those
 # of the DNS resolver and of the event loop itself.
@@ -155,40 +151,6 @@ def count_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def tune_malloc(threshold: int) -> None:
-    """Make glibc return freed blocks of at least `threshold` bytes to the operating system at once.
-
-    By default, glibc raises this threshold (up to 32 MB) when large blocks are freed, and keeps all smaller freed blocks
-    for later use, separately for each thread. Without glibc, this function does nothing.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl does not have it
-        libc.mallopt(_MALLOC_MMAP_THRESHOLD, threshold)
-
-
-def release_pages(address: int, size: int) -> None:
-    """Release the memory of a part of a mapped file that is not needed again soon.
-
-    The content does not change: if a page is read again, Linux reads it from the file. Memory that is not mapped from a
-    file, and pages that other processes use, are not released. On other systems, this function does nothing.
-
-    Args:
-        address: Address of the first byte.
-        size: Number of bytes.
-    """
-    if sys.platform != "linux":
-        return
-    page = mmap.PAGESIZE
-    # Release only pages that lie completely within the range: the first and the last page may contain other data.
-    start = -(-address // page) * page  # rounded up
-    end = (address + size) // page * page  # rounded down
-    if end > start:
-        # Ignore the result: an older kernel, which does not support this advice, returns an error.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 
 # ---- event loops ----

@@ -60,7 +60,7 @@ from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.pissa import initial_weights
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
-from llava_simplified.workers import tune_malloc
+from llava_simplified.system_memory import return_freed_blocks
 
 SHARD_SIZE = "5GB"  # maximum size of one weight file
 
@@ -130,7 +130,7 @@ def export_stock(
     comparison_images, image_kind = choose_images(config["training"], images)
     # Return freed memory to the system. Otherwise, half the size of a small model would stay allocated after it
     # was merged and converted.
-    tune_malloc(threshold=1 << 16)
+    return_freed_blocks(threshold=1 << 16)
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None

@@ -27,12 +27,10 @@ import torch
 from torch import nn
 
 from llava_simplified.model.protocols import CausalLM
-from llava_simplified.workers import release_pages, tune_malloc
+from llava_simplified.system_memory import release_pages, return_freed_blocks
 
-# Freed blocks of at least this size are returned to the operating system: the first value applies during quantization,
-# the second one afterward. See `workers.tune_malloc`.
+# During quantization, freed blocks of at least this size are returned to the operating system.
 _RETURNED_BLOCK_BYTES = 1 << 20
-_DEFAULT_RETURNED_BLOCK_BYTES = 32 << 20
 
 
 class Int8Linear(nn.Module):
@@ -160,7 +158,7 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
     torch.backends.quantized.engine = "fbgemm"
     # Return the memory of the float32 copy of each weight to the operating system at once. Otherwise, it would remain as
     # a gap between the packed weights.
-    tune_malloc(_RETURNED_BLOCK_BYTES)
+    return_freed_blocks(_RETURNED_BLOCK_BYTES)
     lm_head: Any = language_model.get_output_embeddings()
     # Collect all layers first, because the loop below changes the tree of modules.
     found: list[tuple[nn.Module, str, nn.Linear]] = []
@@ -176,7 +174,7 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
         # The weights are mapped from a file. Without this call, its pages would stay in memory until no weight of the
         # file is used any more.
         release_pages(linear.weight.data_ptr(), linear.weight.nbytes)
-    # The first call of `tune_malloc` has turned off glibc's automatic adjustment of the threshold. Set the largest value
-    # that glibc would choose.
-    tune_malloc(_DEFAULT_RETURNED_BLOCK_BYTES)
+    # The first call has turned off glibc's automatic adjustment of the threshold. Set the largest value that glibc would
+    # choose.
+    return_freed_blocks()
     return count

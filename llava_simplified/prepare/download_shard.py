@@ -49,7 +49,8 @@ from llava_simplified.prepare.fetch import FetchResult
 from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.record_writer import image_file_name
-from llava_simplified.workers import event_loop, tune_malloc
+from llava_simplified.system_memory import return_freed_blocks
+from llava_simplified.workers import event_loop
 
 PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST_SCHEMA = pa.schema(
@@ -76,7 +77,7 @@ _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also 
 # Index of a journal line that is not a row: it contains the end of the samples in a reopened tar.
 _END_MARK = -1
 _SPARE_FILES = 64  # open files in addition to connections
-_RETURNED_BLOCK_BYTES = 4_000_000  # see `tune_malloc`
+_RETURNED_BLOCK_BYTES = 4_000_000  # see `return_freed_blocks`
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
 
 
@@ -252,7 +253,7 @@ def _prepare_process(options: FetchOptions) -> None:
     # Collect garbage less often: with the default thresholds, it takes a tenth of the run time.
     gc.set_threshold(20_000, 50)
     # Return freed memory to the system. Otherwise, each decoding thread would keep the memory of its largest image.
-    tune_malloc(_RETURNED_BLOCK_BYTES)
+    return_freed_blocks(_RETURNED_BLOCK_BYTES)
     # Allow two files per request: its connection, and possibly an older one that is being closed.
     _raise_file_limit(2 * options.concurrency + _SPARE_FILES)
 

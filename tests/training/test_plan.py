@@ -13,12 +13,12 @@ from tiny import make_tokenizer
 from training_runs import run_training, training_options
 
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.system_memory import return_freed_blocks
 from llava_simplified.training import plan
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plan import Plan, make_plan
 from llava_simplified.training.plan_command import main
 from llava_simplified.training.train_command import train
-from llava_simplified.workers import tune_malloc
 
 
 def measure_peak(small: list[str], large: list[str], result: Path) -> None:
@@ -30,7 +30,7 @@ def measure_peak(small: list[str], large: list[str], result: Path) -> None:
         result: File for the measured number.
     """
     # By default, glibc does not return all freed memory. The peak would be a quarter higher, which no plan can predict.
-    tune_malloc(131072)
+    return_freed_blocks(131072)
     train(*parse_arguments(small))
     before = read_memory("RssAnon") + read_memory(
         "RssFile"
