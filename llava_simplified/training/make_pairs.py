@@ -1,10 +1,19 @@
-"""Make preference pairs from sampled captions: the highest reward is chosen, the lowest rejected.
+"""Make preference pairs from sampled captions: of two captions, the one with the higher reward is chosen.
 
-llava predict --trials 5        llava pairs                               llava train --objective dpo
+    llava predict --trials 4        llava pairs                           llava train --objective dpo
 
-0.jpg: a cat                    reward 1.0  --+--> chosen:   a cat
-       a black dog              reward 0.2  --|
-       a dog                    reward 0.0  --+--> rejected: a dog
+    0.jpg: a cat                    reward 1.0  --+-- random     --> chosen: a cat,  rejected: a dog
+           a dog                    reward 0.1  --+
+           a cat                    reward 1.0  --+-- random     --> chosen: a cat,  rejected: a bird
+           a bird                   reward 0.0  --+
+
+           all of them              1.0 and 0.0  --- best_worst  --> chosen: a cat,  rejected: a bird
+
+Which captions are compared decides what is learned. `random` compares independent samples, as in the paper on DPO
+(Rafailov et al., 2023): a caption takes part as often as it is sampled, so on average, the first step goes where the mean
+reward rises, as a step of policy gradient does. `best_worst` has the largest differences, but which captions it compares
+depends on the reward: if the model cannot see what decides (a shade of color, a count), it rejects the wrong guess that it
+makes most often, even though this guess is also right most often.
 """
 
 from __future__ import annotations
@@ -13,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.questions import Question
@@ -24,6 +33,7 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER
 from llava_simplified.training.rewards import Reward, rewarded_image
 
 SUFFIXES = (".json", ".jsonl")
+Pairing: TypeAlias = Literal["best_worst", "random"]
 # Captions are passed to the reward in batches of this size, which matters for rewards that run a model.
 _REWARD_BATCH = 1024
 
@@ -39,7 +49,7 @@ class _SampledRecord:
 
 
 class _Candidate(NamedTuple):
-    """A record that may give a pair, and its distinct captions."""
+    """A record that may give pairs, and its captions in the order of the file."""
 
     record: Record
     rewarded: _SampledRecord
@@ -47,19 +57,19 @@ class _Candidate(NamedTuple):
 
 
 def read_samples(path: Path, records: Records) -> dict[int, list[str]]:
-    """Read the distinct captions that `llava predict` has generated for each record.
+    """Read the captions that `llava predict` has generated for each record.
 
     Args:
         path: The prediction file: one row per caption, with the `index` of the record.
         records: The records that were captioned.
 
     Returns:
-        Index of a record -> its distinct captions, in the order of the file.
+        Index of a record -> its captions, in the order of the file.
 
     Raises:
         ValueError: A row is not a prediction, or belongs to other records. The message names the file and the row.
     """
-    samples: dict[int, dict[str, None]] = {}
+    samples: dict[int, list[str]] = {}
     rows = open_rows(path)
     for number in range(len(rows)):
         row = rows[number]
@@ -70,8 +80,8 @@ def read_samples(path: Path, records: Records) -> dict[int, list[str]]:
                 f"{where}: expected a row of `llava predict`, with the keys index and pred_output; got {sorted(row)}"
             )
         _check_same_image(row, index, records, where)
-        samples.setdefault(index, {})[caption.strip()] = None
-    return {index: list(captions) for index, captions in samples.items()}
+        samples.setdefault(index, []).append(caption.strip())
+    return samples
 
 
 def _check_same_image(row: Mapping[str, Any], index: int, records: Records, where: str) -> None:
@@ -100,9 +110,10 @@ def write_pairs(
     output: Path,
     *,
     image_folder: Path,
+    pairing: Pairing = "best_worst",
     min_difference: float = 0.0,
 ) -> Counter[str]:
-    """Write one pair for each record whose captions differ in reward.
+    """Write the pairs of each record whose captions differ in reward.
 
     Args:
         samples: The captions of each record, see `read_samples`.
@@ -110,11 +121,13 @@ def write_pairs(
         reward: The reward of captions.
         output: Output file: .json or .jsonl.
         image_folder: Folder of the images.
+        pairing: Which captions of a record are compared: "best_worst", those with the highest and the lowest reward, or
+            "random", the first with the second, the third with the fourth, and so on.
         min_difference: Minimum difference of the rewards of chosen and rejected; pairs with equal rewards are
             never written.
 
     Returns:
-        Number of records by what became of them: a pair, or the reason why there is none.
+        The number of pairs, and the number of records without a pair by the reason.
 
     Raises:
         ValueError: A reward fails, or no record gives a pair.
@@ -127,7 +140,7 @@ def write_pairs(
         usable = [caption for caption in captions if caption]
         if response_problem(record):
             counts["without a reference"] += 1
-        elif len(usable) < 2:
+        elif len(set(usable)) < 2:
             counts["with fewer than two distinct captions"] += 1
         else:
             try:
@@ -141,15 +154,19 @@ def write_pairs(
     with RecordWriter(output) as writer:
         for start in range(0, len(candidates), _REWARD_BATCH):
             batch = candidates[start : start + _REWARD_BATCH]
-            for (record, _, captions), rewards in zip(batch, _rewards(batch, reward)):
-                best = max(range(len(captions)), key=rewards.__getitem__)
-                worst = min(range(len(captions)), key=rewards.__getitem__)
-                difference = rewards[best] - rewards[worst]
-                if difference <= 0 or difference < min_difference:
+            for candidate, rewards in zip(batch, _rewards(batch, reward)):
+                compared = _compared_captions(candidate.captions, rewards, pairing)
+                pairs = [
+                    (better, worse)
+                    for better, worse in compared
+                    if rewards[better] > rewards[worse]
+                    and rewards[better] - rewards[worse] >= min_difference
+                ]
+                for better, worse in pairs:
+                    writer.write(_pair(candidate.record, better, worse))
+                counts["pairs"] += len(pairs)
+                if not pairs:
                     counts["with too small a difference of rewards"] += 1
-                    continue
-                writer.write(_pair(record, captions[best], captions[worst]))
-                counts["pairs"] += 1
         # Raise inside the `with` block, so that the empty file is discarded.
         if not writer.count:
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
@@ -160,15 +177,25 @@ def write_pairs(
     return counts
 
 
-def _rewards(batch: Sequence[_Candidate], reward: Reward) -> list[list[float]]:
-    """Return the reward of each caption of each record, computed in one call."""
-    repeated: list[_SampledRecord] = []
-    captions: list[str] = []
-    for candidate in batch:
-        repeated += [candidate.rewarded] * len(candidate.captions)
-        captions += candidate.captions
-    values = iter(reward(repeated, captions))
-    return [[next(values) for _ in candidate.captions] for candidate in batch]
+def _rewards(batch: Sequence[_Candidate], reward: Reward) -> list[dict[str, float]]:
+    """Return the reward of each distinct caption of each record, computed in one call."""
+    distinct = [dict.fromkeys(candidate.captions, 0.0) for candidate in batch]
+    records = [candidate.rewarded for candidate, captions in zip(batch, distinct) for _ in captions]
+    values = iter(reward(records, [caption for captions in distinct for caption in captions]))
+    return [{caption: next(values) for caption in captions} for captions in distinct]
+
+
+def _compared_captions(
+    captions: Sequence[str], rewards: Mapping[str, float], pairing: Pairing
+) -> list[tuple[str, str]]:
+    """Return the captions of a record that are compared: (higher reward, lower reward); see `write_pairs`."""
+    if pairing == "best_worst":
+        return [(max(rewards, key=rewards.__getitem__), min(rewards, key=rewards.__getitem__))]
+    # The captions are samples, so neighbors in the file are a random pair.
+    neighbors = zip(captions[::2], captions[1::2])
+    return [
+        (one, other) if rewards[one] > rewards[other] else (other, one) for one, other in neighbors
+    ]
 
 
 def _pair(record: Record, chosen: str, rejected: str) -> dict[str, Any]:

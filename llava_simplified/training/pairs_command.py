@@ -14,8 +14,8 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava pairs`."""
     parser = CommandParser(
         "llava pairs",
-        "Make preference pairs from sampled captions: for each image, the caption with the highest reward is chosen, "
-        "and the caption with the lowest reward is rejected.",
+        "Make preference pairs from sampled captions: of two captions of an image, the one with the higher reward is "
+        "chosen, and the other one is rejected.",
     )
     parser.add_argument(
         "predictions",
@@ -39,6 +39,13 @@ def build_parser() -> CommandParser:
         "--reward",
         default="cider",
         help="Rewards with weights, as for `llava train`, such as cider=1.0,length=0.1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pairing",
+        choices=("best_worst", "random"),
+        default="best_worst",
+        help="Which captions of an image are compared. best_worst: those with the highest and the lowest reward. random: "
+        "the first with the second, the third with the fourth, and so on (default: %(default)s)",
     )
     parser.add_argument(
         "--min-difference",
@@ -92,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         reward,
         args.output,
         image_folder=image_folder,
+        pairing=args.pairing,
         min_difference=args.min_difference,
     )
     num_pairs = counts.pop("pairs")

@@ -96,6 +96,23 @@ def test_min_difference_excludes_close_pairs(make_pairs):
     assert [pair.images for pair in open_records(output)] == [("4.jpg",)]
 
 
+def test_random_pairs_compare_neighbors_as_often_as_they_were_sampled(make_pairs):
+    captions = {
+        # (a cat, dogs), (dogs, a black cat), (dogs, dogs), and a caption without a neighbor
+        0: ["a cat", "dogs", "dogs", "a black cat", "dogs", "dogs", "a black cat"],
+        1: ["my pet", "cars", "cars", "my pet"],
+        3: ["a tree", "a tree", "dogs", "cars"],
+    }
+    _, output = make_pairs(prediction_rows(captions), "--pairing", "random")
+    pairs = [(pair.images[0], *pair.responses, pair.rejected) for pair in open_records(output)]
+    assert pairs == [
+        ("0.jpg", "a cat", "dogs"),
+        ("0.jpg", "a black cat", "dogs"),
+        ("1.jpg", "my pet", "cars"),
+        ("1.jpg", "my pet", "cars"),
+    ]
+
+
 def test_records_without_reference_are_counted(make_pairs, capsys):
     without = {"image": "4.jpg", "instruction": "Name it."}
     rows = prediction_rows({0: ["a cat", "a dog"], 3: ["a tree", "dogs"]})
