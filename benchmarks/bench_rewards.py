@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_train import LORA, Models, common_options, train_ours, write_projector
-from workload import compute_dtype, run_child, write_data, write_models
+from workload import compute_dtype, peak_memory, run_child, write_data, write_models
 
 WARM_UP_STEPS = 2  # steps that are slower, because they fill caches and allocate memory
 OURS, TRL = "llava train", "TRL's GRPOTrainer"
@@ -189,7 +188,7 @@ def run_side(folder: Path, models: Models, name: str, args: argparse.Namespace) 
 
         times.record(GRPOTrainer, "_generate_and_score_completions")
         tokens = run_trl(folder, args)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux returns kB
+    memory = peak_memory(os.getpid())
     return {**times.summary(), "tokens": tokens, "memory": memory}
 
 

@@ -1,4 +1,4 @@
-"""When the memory that a process has freed goes back to the operating system, on Linux.
+"""The memory of this process: its peak, and when freed memory goes back to the operating system (on Linux).
 
 Returned memory is free for other programs, but whoever allocates it again waits: the operating system clears every page.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
+
+import psutil
 
 # Parameters of `mallopt`, from glibc's malloc.h.
 _TRIM_THRESHOLD = -1
@@ -55,3 +58,18 @@ def release_pages(address: int, size: int) -> None:
     if end > start:
         # Ignore the result: an older kernel, which does not support this advice, returns an error.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory that this process has had so far, in bytes; mapped files are included."""
+    # On Linux, do not use `getrusage`: the peak of a new process begins with that of the process that has started it.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024  # in kibibytes
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Windows does not have it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes

@@ -40,3 +40,18 @@ print(faults(2))
 """)
     assert small > 5 * (2 << 20) // 4096 / 2
     assert large < small / 10, "by default, blocks below 32 MB are kept"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count each process by itself")
+def test_the_peak_does_not_include_that_of_the_parent_process():
+    peaks = run("""
+import subprocess, sys
+from llava_simplified.system_memory import peak_memory
+block = b"x" * (400 << 20)
+print(peak_memory(), flush=True)
+child = "from llava_simplified.system_memory import peak_memory; print(peak_memory())"
+subprocess.run([sys.executable, "-c", child], check=True)
+""")
+    parent, child = peaks
+    assert parent > 400 << 20
+    assert child < 200 << 20

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
 
 from llava_simplified.arguments import (
@@ -30,6 +29,7 @@ from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
+from llava_simplified.system_memory import peak_memory
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.policy_trainer import PolicyTrainer
 
@@ -144,15 +144,7 @@ def _peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: of the tensors on the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        # On Windows, which lacks this module, psutil reports the peak.
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kibibytes.
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()
 
 
 if __name__ == "__main__":
