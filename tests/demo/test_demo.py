@@ -482,9 +482,10 @@ def test_every_step_with_a_result_names_its_files(tmp_path: Path) -> None:
     for step in steps:
         words = step.argv
         named = [words[i + 1] for i, word in enumerate(words) if word in ("--output", "--report")]
+        files = [Path(name) for name in named]
         if "--output_dir" in words:
-            named.append(words[words.index("--output_dir") + 1] + "/llava.json")
-        assert [str(path) for path in step.outputs] == named
+            files.append(Path(words[words.index("--output_dir") + 1]) / "llava.json")
+        assert list(step.outputs) == files
 
 
 def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
