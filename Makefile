@@ -1,9 +1,14 @@
 # Every target installs what it needs into .venv. Nothing has to be installed by hand before.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# exact versions for Python 3.11 (torch: a CPU build); `make CONSTRAINTS= test` resolves versions anew
+# exact versions for Python 3.11; `make CONSTRAINTS= test` resolves versions anew
 CONSTRAINTS ?= constraints.txt
+# some of the pinned versions do not exist for Python 3.10
+MINIMUM := 3.$(if $(CONSTRAINTS),11,10)
+# shell condition: .venv exists, and has been created with this Python
+IDENTITY := import sys; print(sys.base_prefix, sys.version)
+SAME_PYTHON = [ "$$($(BIN)/python -c '$(IDENTITY)' 2>/dev/null)" = "$$($(PYTHON) -c '$(IDENTITY)')" ]
 # uv installs faster and is used where it is; else pip, without its warnings (-qq) and without compiling every module
 # (--no-compile: Python compiles what it imports)
 UV := $(shell command -v uv)
@@ -22,8 +27,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # what `make demo` needs: the core, the reader of the language model's file, and what its last lines suggest to run
 $(CORE): pyproject.toml constraints.txt
-	@echo "Installing the core into $(VENV), about half a minute"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MINIMUM)".split("."))))' || { \
+	  echo "The setup requires Python $(MINIMUM) or newer, and '$(PYTHON)' is not. Install it, or pass its path: make PYTHON=PATH"; \
+	  exit 1; }
+	@echo "Installing the core into $(VENV), about half a minute (minutes with the CUDA build of torch: docs/index.md)"
+	@$(PYTHON) -m venv $$($(SAME_PYTHON) || echo --clear) $(VENV)
 	@$(INSTALL) -e '.[report,gguf,serve]'
 	@touch $@
 
@@ -36,8 +44,8 @@ $(STAMP): $(CORE)
 
 # a browser for the tests of the web page; they are skipped without one
 setup-browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	{ if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
 	  then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	  else echo "Chromium is not installed, and this user may not install it: browser tests are skipped"; fi; } \
 	|| echo "Chromium could not be installed: browser tests are skipped"

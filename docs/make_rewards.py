@@ -231,12 +231,21 @@ def main() -> None:
         "--image", default="1f939-1f3fd-200d-2640-fe0f.png", help="A training drawing"
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples")
+    parser.add_argument(
+        "--without-results",
+        action="store_true",
+        help="Leave the results of a whole run out of the page",
+    )
     args = parser.parse_args()
     reward_demo = args.demo / "reward"
+    if not args.without_results and not (reward_demo / "scores.json").is_file():
+        parser.error(
+            f"{reward_demo} has no results. Run `make demo-reward` first, or pass --without-results to leave them out of "
+            "the page."
+        )
     values = {
         "step": follow_step(args.demo / "model", args.cache_dir, args.image, args.seed),
-        # Without `make demo-reward`, the page omits the results of a whole run.
-        "run": read_run(reward_demo) if (reward_demo / "scores.json").is_file() else None,
+        "run": None if args.without_results else read_run(reward_demo),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DOCS),

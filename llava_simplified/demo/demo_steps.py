@@ -6,6 +6,7 @@ command writes, and updates a line in the terminal and `report.html`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from llava_simplified import cli
+from llava_simplified import __version__, cli
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.demo.progress import (
     NOT_STARTED,
@@ -27,6 +28,7 @@ from llava_simplified.demo.progress import (
 from llava_simplified.demo.terminal import Terminal
 from llava_simplified.jobs import atomic_file, format_duration
 from llava_simplified.options import quote_arguments
+from llava_simplified.recipes import resolve_recipe
 
 NUM_STEPS = 6
 EXPECTED_SECONDS = 480  # expected duration of all steps after the download
@@ -43,6 +45,7 @@ class Step(NamedTuple):
         seconds: Expected duration on 2 CPU cores, for the estimate of the remaining time.
         read_progress: Function that returns the progress of the running command.
         run_folder: Output folder of a training run; None for other commands.
+        outputs: Files that the command writes. If one is missing, the step has not finished.
     """
 
     title: str
@@ -50,6 +53,15 @@ class Step(NamedTuple):
     seconds: float
     read_progress: ReadProgress = lambda: NOT_STARTED
     run_folder: Path | None = None
+    outputs: tuple[Path, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the result of the command: arguments, contents of the recipe, version of the package."""
+        digest = None
+        if "--config" in self.argv:
+            recipe = self.argv[self.argv.index("--config") + 1]
+            digest = hashlib.sha256(resolve_recipe(recipe).read_bytes()).hexdigest()
+        return {"argv": self.argv, "recipe": digest, "version": __version__}
 
 
 DOWNLOAD = Step("Download the models and drawings", [], seconds=30)
@@ -76,7 +88,20 @@ def caption_step(
         argv,
         seconds=seconds,
         read_progress=lambda: captioning_progress(predictions, num_captions),
+        outputs=(predictions,),
     )
+
+
+def evaluate_step(argv: list[str], folder: Path, title: str) -> Step:
+    """Return a step that scores captions, and writes `scores.json` and `report.html`.
+
+    Args:
+        argv: Arguments of `llava`.
+        folder: Output folder.
+        title: What the step does.
+    """
+    outputs = (folder / "scores.json", folder / "report.html")
+    return Step(title, argv, seconds=10, outputs=outputs)
 
 
 class Demo:
@@ -122,15 +147,15 @@ class Demo:
         steps = [DOWNLOAD, *commands]
         history = FinishedSteps(self.output / "finished_steps.json")
         for index, step in enumerate(commands, 1):
-            if history.contains(index, step.argv):
+            if history.contains(index, step):
                 self._announce(index, step, len(steps))
                 self.terminal.print("  already done")
                 # A skipped step needs a duration too, because `_write_report` looks durations up by step number.
                 self.durations.append(0.0)
                 continue
-            argv = [*step.argv, *self._prepare_run(step, history.started)]
-            # Record the command before it runs: if it is interrupted, the next demo with the same arguments resumes it.
-            history.start(index, step.argv)
+            argv = [*step.argv, *self._prepare_run(step, history.was_started(step))]
+            # Record the command before it runs: if it is interrupted, the next demo with the same settings resumes it.
+            history.start(index, step)
             self._announce(index, step, len(steps))
             self.terminal.print(f"$ llava {_shell_command(argv)}")
             watcher = Watcher(self, steps, index, assets.images)
@@ -139,27 +164,29 @@ class Demo:
             if status:
                 self._describe_failure(step, status)
                 return status
-            history.add(index, step.argv)
+            history.add(index, step)
             self._delete_checkpoints(step)
             self._finish(watcher)
         return 0
 
-    def _prepare_run(self, step: Step, started: Sequence[str]) -> list[str]:
-        """Prepare the output folder for a training run, and return the options that resume an interrupted run.
+    def _prepare_run(self, step: Step, was_interrupted: bool) -> list[str]:
+        """Prepare the output folder for a command, and return the options that resume an interrupted training run.
 
-        If the interrupted run had other settings, its files are deleted instead, and there are no such options.
+        If another command was interrupted, or this one with other settings, its files are deleted instead, and there are
+        no such options.
 
         Args:
             step: A command that has not finished.
-            started: Arguments of the command that was started last, by this demo or an earlier one.
+            was_interrupted: True if the command that was started last is this one, with the same settings.
         """
+        if not was_interrupted:
+            # Delete the journal of unfinished captions: `llava predict` refuses to continue it with other settings, and a
+            # training run replaces the model that generated them.
+            for part in self.output.glob("*.json.part*"):
+                part.unlink()
         if step.run_folder is None:
             return []
-        # Delete the journal of unfinished captions: they are from the model that this run replaces.
-        for part in self.output.glob("*.part*"):
-            part.unlink()
-        # Resume only if the arguments are the same, because a run with other settings must start again.
-        if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
+        if was_interrupted and any(step.run_folder.glob("checkpoint-*")):
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)
         return []
@@ -195,39 +222,46 @@ class Demo:
 class FinishedSteps:
     """Records which commands have finished, so that a second demo skips them.
 
-    A command counts as finished only if its arguments, and the arguments of all commands before it, are the same.
+    A command counts as finished only if its settings, and the settings of all commands before it, are the same (see
+    `Step.settings`), and if its outputs exist.
 
     Args:
-        path: JSON file with the commands.
+        path: JSON file with the settings of the commands.
 
     Attributes:
-        finished: Arguments of the finished commands, in order.
-        started: Arguments of the command that was started last.
+        finished: Settings of the finished commands, in order.
+        started: Settings of the command that was started last; None if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.finished: list[list[str]] = []
-        self.started: list[str] = []
+        self.finished: list[dict[str, Any]] = []
+        self.started: dict[str, Any] | None = None
         if path.is_file():
             state = json.loads(path.read_text(encoding="utf-8"))
             self.finished = state["finished"]
             self.started = state["started"]
 
-    def contains(self, index: int, argv: Sequence[str]) -> bool:
-        """Return whether command `index`, counted from 1, has finished with these arguments."""
-        # `start` removes all later commands, so the commands before this one have finished with the same arguments too.
-        return len(self.finished) >= index and self.finished[index - 1] == list(argv)
+    def contains(self, index: int, step: Step) -> bool:
+        """Return whether command `index`, counted from 1, has finished with these settings, and its outputs exist."""
+        # `start` removes all later commands, so the commands before this one have finished with the same settings too.
+        if len(self.finished) < index or self.finished[index - 1] != step.settings():
+            return False
+        return all(path.is_file() for path in step.outputs)
 
-    def start(self, index: int, argv: Sequence[str]) -> None:
+    def was_started(self, step: Step) -> bool:
+        """Return whether this command was started last, with the same settings, by this demo or an earlier one."""
+        return self.started == step.settings()
+
+    def start(self, index: int, step: Step) -> None:
         """Record the start of command `index`. It and all later commands, which depend on its output, become unfinished."""
         self.finished = self.finished[: index - 1]
-        self.started = list(argv)
+        self.started = step.settings()
         self._save()
 
-    def add(self, index: int, argv: Sequence[str]) -> None:
+    def add(self, index: int, step: Step) -> None:
         """Record that command `index` has finished."""
-        self.finished = [*self.finished[: index - 1], list(argv)]
+        self.finished = [*self.finished[: index - 1], step.settings()]
         self._save()
 
     def _save(self) -> None:

@@ -26,7 +26,7 @@ from llava_simplified.demo.demo_options import (
     predict_argv,
     training_argv,
 )
-from llava_simplified.demo.demo_steps import Step, caption_step
+from llava_simplified.demo.demo_steps import Step, caption_step, evaluate_step
 from llava_simplified.demo.progress import training_progress
 from llava_simplified.jobs import format_duration
 from llava_simplified.options import quote_arguments
@@ -45,14 +45,16 @@ EXPECTED_SECONDS = (
 SHOWN_METRICS = ("CIDEr-D", "word F1")
 
 
-def check_finished(output: Path) -> None:
-    """Check that `llava demo` has finished.
+def check_finished(output: Path, limit: int | None = None) -> None:
+    """Check that `llava demo` has finished, with the same limit.
 
     Args:
         output: Output folder of `llava demo`.
+        limit: Maximum number of images to caption; None for all held-out images.
 
     Raises:
-        ValueError: There is no model, or it has not captioned the held-out images.
+        ValueError: There is no model, it has not captioned the held-out images, or it has captioned more or fewer of them
+            than this run is going to.
     """
     model_config = output / "model" / "llava.json"
     predictions = output / "predictions.json"
@@ -62,6 +64,17 @@ def check_finished(output: Path) -> None:
         raise ValueError(
             f"--reward continues to train the model of a finished demo, but the demo in {output} is not finished. "
             f"Run `make demo` (llava demo --output {quote_arguments([str(output)])}) first."
+        )
+    # Captions before and after the training are compared, so they must be those of the same images.
+    captioned = len(json.loads(predictions.read_text(encoding="utf-8")))
+    expected = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
+    if captioned != expected:
+        repeat = f"llava demo --output {quote_arguments([str(output)])}"
+        if limit:
+            repeat += f" --limit {limit}"
+        raise ValueError(
+            f"--reward compares the captions of {expected} drawings, but {predictions} contains those of {captioned}. "
+            f"Pass --limit {captioned}, or caption the same drawings with the demo's model first: {repeat}"
         )
 
 
@@ -136,11 +149,12 @@ def plan_reward_steps(
             seconds=TRAINING_SECONDS,
             read_progress=lambda: training_progress(model, num_steps),
             run_folder=model,
+            outputs=(model / "llava.json",),
         ),
         *sample_steps,
-        Step("Compare the samples before and after", compare_samples, seconds=10),
+        evaluate_step(compare_samples, samples_folder, "Compare the samples before and after"),
         caption_step(predict, greedy, num_images),
-        Step("Compare the greedy captions before and after", compare_greedy, seconds=10),
+        evaluate_step(compare_greedy, folder, "Compare the greedy captions before and after"),
     ]
 
 

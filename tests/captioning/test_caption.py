@@ -216,6 +216,22 @@ def test_caption_file_refuses_other_settings(model: Llava, folder: Path, output:
         caption_file(folder_job(folder, output, quantize="int8"), model)
 
 
+def test_caption_file_names_the_journal_of_other_settings(
+    model: Llava, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal, not the JSON array, is the file whose deletion starts the job again."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "predictions.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "_publish_array", killed)
+        caption_file(folder_job(folder, output), model)
+    with pytest.raises(ValueError, match=r"predictions\.json\.part\.jsonl .*limit.* delete it"):
+        caption_file(folder_job(folder, output, limit=2), model)
+
+
 @pytest.mark.parametrize("kept_bytes", [None, 700])
 @pytest.mark.parametrize("instructions", [("What?",), ("What?", "Where is it?")])
 def test_caption_file_continues_with_images_that_were_added(

