@@ -319,6 +319,15 @@ def test_image_names_that_do_not_match_exactly_are_counted(
         open_data(str(path), folder, "--train_image_folder")
 
 
+def test_open_data_refuses_a_missing_image_whose_name_leads_to_the_image_of_another_record(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    rows = [make_row("0.jpg"), make_row("1.jpg"), make_row("gone/0.jpg")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows.jsonl: .*0.jpg.*gone/0.jpg.*both names lead"):
+        open_data(str(path), str(data_folder / "images"), "--train_image_folder")
+
+
 def test_bad_records_are_logged_once(tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
     """`drop_bad_records` logs them, so `open_records` does not."""
     row = '{"image": "0.jpg", "instruction": "What?", "response": "a cat"}'
