@@ -37,15 +37,15 @@ def open_data(
         path: A file of records, or a folder that `llava download` wrote.
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
-        require_responses: Every record must have a response, as training needs them.
+        require_responses: A record without a response is invalid, as training needs responses.
         max_bad_records: Maximum share of the checked rows that may be invalid. The caller must skip these rows.
 
     Returns:
         The records, and the image folder.
 
     Raises:
-        ValueError: The file has no records, too many of the checked rows are invalid, a checked record has no response,
-            the image folder does not exist, none of the first images can be read, or two image names lead to one file.
+        ValueError: The file has no records, too many of the checked rows are invalid, the image folder does not exist,
+            none of the first images can be read, or two image names lead to one file.
         MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
     records = open_records(path, require_responses, max_bad_records)
@@ -76,9 +76,7 @@ def open_data(
     return records, folder
 
 
-def _first_image_error(
-    records: Records, folder: str, matches: NameMatches
-) -> ImageError | None:
+def _first_image_error(records: Records, folder: str, matches: NameMatches) -> ImageError | None:
     """Return the first error if none of the first images can be read; None if one can, or if there are no images."""
     first_error: ImageError | None = None
     for name in _first_image_names(records):

@@ -187,7 +187,9 @@ def test_existing_absolute_path_never_leads_to_a_file_of_the_same_name(tmp_path:
         assert error.value.kind == "unsafe"
         with pytest.raises(OutsideFolderError):
             locate_file(path, folder)
-    check_distinct(lambda: [str(outside / "1.jpg"), "1.jpg"], folder)  # these are two different files
+    check_distinct(
+        lambda: [str(outside / "1.jpg"), "1.jpg"], folder
+    )  # these are two different files
     assert not matches.rules
     # Once the file is gone, the path is treated as a path of another machine.
     (outside / "cats/1.jpg").unlink()
