@@ -95,8 +95,8 @@ def find_image_column(schema: pa.Schema, name: str = "the table") -> ImageColumn
     columns = structs or by_name
     if len(columns) > 1:
         raise ValueError(
-            f"{name}: several columns contain images: {_list_names(column.name for column in columns)}. Keep one of them, or "
-            "put the images of a row into one column of lists, 'images'."
+            f"{name}: several columns contain images: {_list_names(column.name for column in columns)}. Keep one of "
+            "them, or put the images of a row into one column of lists, 'images'."
         )
     return columns[0] if columns else None
 

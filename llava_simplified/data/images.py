@@ -8,7 +8,8 @@ Changed bytes can also decode to other pixels without any sign, above all in for
 shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow. CMYK is decoded with both: strictly to find damage, and with Pillow for the colors. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
+Pillow. A CMYK JPEG is decoded by both: by simplejpeg to find damage, by Pillow for the colors. Some of libjpeg's warnings
+are harmless; `jpeg_segments` finds out which ones.
 
 **Metadata never affect the pixels.** If a decoder rejects a file, a copy without its metadata is decoded, as strictly as
 the file (`image_formats.without_metadata`).
@@ -556,8 +557,8 @@ def _check_samples(image: Image.Image) -> None:
     if image.mode == "F" or is_wide_tiff:
         raise ImageError(
             "unsupported",
-            "the samples of this image are 32-bit, 12-bit, signed or floating-point numbers, whose range is not known: convert "
-            "it to 8 bits, or to unsigned 16 bits",
+            "the samples of this image are 32-bit, 12-bit, signed or floating-point numbers, whose range is not known: "
+            "convert it to 8 bits, or to unsigned 16 bits",
         )
 
 
@@ -583,7 +584,8 @@ def _open_other_format(data: bytes) -> Image.Image:
     if data.startswith(_TIFF_SIGNATURES):
         raise ImageError(
             "unsupported",
-            "this TIFF image has samples or a layout that are not supported, or its header is damaged: convert it to JPEG or PNG",
+            "this TIFF image has samples or a layout that are not supported, or its header is damaged: "
+            "convert it to JPEG or PNG",
         )
     shown = f"{len(data)} bytes beginning {data[:16]!r}"
     if name == "web page":
