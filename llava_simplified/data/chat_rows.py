@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from llava_simplified.data.unsupported import check_turn_keys
 from llava_simplified.foreign_files import shorten
@@ -28,6 +29,7 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 _TURN_KEYS = ("messages", "texts", "system")  # replaced by `conversations`
 _IMAGE_PARTS = ("image", "image_url")
+_FILE_SCHEME = "file://"
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
@@ -74,9 +76,18 @@ def convert_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def path_of_image(image: object) -> object:
-    """Return the path of an image in the form of `datasets`, {"bytes": null, "path": "0.jpg"}; other values unchanged."""
+    """Return the path of an image in the form of `datasets`, {"bytes": null, "path": "0.jpg"}, or of a file:// URL.
+
+    Other values are returned unchanged.
+    """
     if isinstance(image, dict) and not image.get("bytes"):
-        return image.get("path")
+        image = image.get("path")
+    if isinstance(image, str) and image.startswith(_FILE_SCHEME):
+        # An empty host is this machine, too: file:///a.jpg. Characters such as spaces are escaped in URLs: %20.
+        path = image.removeprefix(_FILE_SCHEME)
+        if path.startswith("localhost/"):
+            path = path.removeprefix("localhost")
+        return unquote(path)
     return image
 
 
@@ -203,14 +214,13 @@ def _image_reference(part: Mapping[str, Any], where: str) -> Any:
         value = value.get("url", value)
     if value is None:
         return part.get("index")
+    if isinstance(value, str):
+        value = path_of_image(value)
     if isinstance(value, str) and "://" in value:
-        scheme, _, path = value.partition("://")
-        if scheme != "file":
-            raise ValueError(
-                f"{where}: the image {shorten(value)} is a URL; only local files are supported. "
-                "Download it first, for example with `llava download`."
-            )
-        return path
+        raise ValueError(
+            f"{where}: the image {shorten(value)} is a URL; only local files are supported. "
+            "Download it first, for example with `llava download`."
+        )
     if isinstance(value, str) and value.startswith("data:"):
         raise ValueError(
             f"{where}: an image in a data: URL (base64) is not supported; save it to a file, and pass the path of the "
@@ -220,7 +230,11 @@ def _image_reference(part: Mapping[str, Any], where: str) -> Any:
 
 
 def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> list[Any]:
-    """Return the images of the row in the order of its image parts."""
+    """Return the images of the row in the order of its image parts.
+
+    Raises:
+        ValueError: The parts refer to the images in several ways, to an image that is not there, or not to all images.
+    """
     listed = row.get("images") or row.get("image") or []
     if not isinstance(listed, list):
         listed = [listed]
@@ -233,13 +247,24 @@ def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> lis
         )
     if own:
         return own
-    if all(isinstance(part, int) for part in parts):
-        # Several parts may have the same index, and the indices may be in any order.
-        for part in parts:
-            if not 0 <= part < len(listed):
-                raise ValueError(
-                    f"{where}: an image part has the index {part}, but 'images' has {len(listed)} image(s); the first "
-                    "index is 0"
-                )
-        return [listed[part] for part in parts]
-    return listed
+    # The images of parts without an index are those of the list, in order.
+    if all(part is None for part in parts):
+        return listed
+    if None in parts:
+        raise ValueError(
+            f"{where}: give an index to every image part of the turns, or to none; this row mixes both forms"
+        )
+    # Several parts may have the same index, and the indices may be in any order.
+    for part in parts:
+        if not 0 <= part < len(listed):
+            raise ValueError(
+                f"{where}: an image part has the index {part}, but 'images' has {len(listed)} image(s); the first "
+                "index is 0"
+            )
+    unused = sorted(set(range(len(listed))) - set(parts))
+    if unused:
+        raise ValueError(
+            f"{where}: no image part refers to {shorten(listed[unused[0]])} in 'images'; remove it, or add a part with the "
+            f"index {unused[0]}"
+        )
+    return [listed[part] for part in parts]

@@ -102,25 +102,39 @@ class CaptionDataset(Dataset[Example]):
         warnings: list[str] = []
         for offset in range(len(self)):
             # Wrap around: the first example follows the last one.
-            record, responses = self.locate((index + offset) % len(self))
-            example = self.tokenize(record, responses)
-            matches = NameMatches()
-            try:
-                example.pixel_values, example.image_features = self.load_images(record, matches)
-            except ImageError as error:
-                # The trainer counts the warnings of each kind: the text before the first comma.
-                warnings.append(f"bad image, {record.id}: {error}")
-                continue
-            for rule in matches.rules:
-                if rule != "exact":
-                    names = ", ".join(record.images)
-                    warnings.append(f"image name matched by {rule}, {record.id}: {names}")
-            example.warnings = warnings + example.warnings
-            return example
+            example = self.load((index + offset) % len(self), warnings)
+            if example is not None:
+                example.warnings = warnings + example.warnings
+                return example
         raise ValueError(
             f"the images of all {len(self)} examples cannot be read; check the image folder. "
             f"The first problem: {warnings[0]}"
         )
+
+    def load(self, index: int, warnings: list[str]) -> Example | None:
+        """Return the example at `index`, or None if its image cannot be read.
+
+        Args:
+            index: Index of the example.
+            warnings: A list to which a warning about the image is appended. The trainer counts the warnings of each kind:
+                the text before the first comma.
+
+        Raises:
+            ValueError: The record has no usable response.
+        """
+        record, responses = self.locate(index)
+        example = self.tokenize(record, responses)
+        matches = NameMatches()
+        try:
+            example.pixel_values, example.image_features = self.load_images(record, matches)
+        except ImageError as error:
+            warnings.append(f"bad image, {record.id}: {error}")
+            return None
+        for rule in matches.rules:
+            if rule != "exact":
+                names = ", ".join(record.images)
+                warnings.append(f"image name matched by {rule}, {record.id}: {names}")
+        return example
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
         """Return the number of positions of each example, with expanded image placeholders.
@@ -257,14 +271,18 @@ class CaptionDataset(Dataset[Example]):
         """
         if room < MIN_ANSWER_TOKENS:
             raise ValueError(no_room_problem(record, self.max_length))
+        words = text.split(" ")
+        # Keep the first word that is not blank, and what precedes it. Spaces at the beginning are empty words.
+        is_blank = [not word.strip() for word in words]
+        num_kept = is_blank.index(False) + 1
         # A word has at least one token, so more words than tokens cannot fit. Render the text again for each attempt:
         # its number of tokens is not the sum over its words, because tokenizers may merge across spaces.
-        words = text.split(" ")[:room]
+        words = words[: max(room, num_kept)]
         while True:
             _, (answer,) = self.prompt.render_branches(record.turns, [" ".join(words)], record.id)
             if len(answer) <= room:
                 return answer
-            if len(words) == 1:
+            if len(words) == num_kept:
                 # Cut within a single "word" that does not fit: a long URL, or a language without spaces.
                 return [*answer[: room - 1], self.prompt.end_id]
             words.pop()

@@ -7,6 +7,9 @@ Such an image is named by the file and its row: `train.parquet#7`; if a row has 
     list<struct<bytes, path>>    several images per row
     binary, list<binary>         the bytes alone; only in a column with one of the names in _IMAGE_COLUMN_NAMES
 
+A file with several such columns, or with a column of sounds or videos, is refused: only one column would be read, and a
+model would learn to answer questions about the others by guessing.
+
 Rows are read without the bytes of their images if possible. The statistics of a Parquet file show whether all images are
 embedded. If some may not be, the bytes are read to find out which ones; if lists have no paths, to count their images.
 Arrow files are memory-mapped, so bytes that are not accessed are not read from the disk.
@@ -15,13 +18,14 @@ Arrow files are memory-mapped, so bytes that are not accessed are not read from 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from llava_simplified.data.unsupported import is_other_media
 from llava_simplified.extras import require_extra
 
 if TYPE_CHECKING:
@@ -53,24 +57,52 @@ class ImageColumn(NamedTuple):
     has_paths: bool
 
 
-def find_image_column(schema: pa.Schema) -> ImageColumn | None:
+def find_image_column(schema: pa.Schema, name: str = "the table") -> ImageColumn | None:
     """Return the column of images, or None.
 
-    It is the first struct with `bytes` (as in Hugging Face datasets), or else the first binary column with a usual name.
-    Other binary columns can be hashes or embeddings.
+    It is the struct with `bytes` (as in Hugging Face datasets), or else the binary column with a usual name. Other binary
+    columns can be hashes or embeddings.
+
+    Args:
+        schema: The columns.
+        name: The name of the file, for error messages.
+
+    Raises:
+        ValueError: Several columns may contain the images, or a column contains sounds, videos or the like.
     """
-    by_name: ImageColumn | None = None
+    structs: list[ImageColumn] = []
+    by_name: list[ImageColumn] = []
+    other_media: list[str] = []
     for field in schema:
         value_type, is_list = _value_type(field.type)
         members = _member_types(value_type)
         # Compare names of types, because Arrow has several: binary, large_binary, binary_view, fixed_size_binary.
-        is_binary = "binary" in str(members.get("bytes", ""))
-        if is_binary or {"bytes", "path"} <= members.keys():
-            return ImageColumn(field.name, is_list, "path" in members)
-        is_usual = field.name.lower() in _IMAGE_COLUMN_NAMES
-        if by_name is None and is_usual and _is_binary(value_type):
-            by_name = ImageColumn(field.name, is_list, has_paths=False)
-    return by_name
+        has_bytes = "binary" in str(members.get("bytes", ""))
+        is_file = has_bytes or {"bytes", "path"} <= members.keys()
+        if not is_file and not _is_binary(value_type):
+            continue
+        if is_other_media(field.name):
+            other_media.append(field.name)
+        elif is_file:
+            structs.append(ImageColumn(field.name, is_list, "path" in members))
+        elif field.name.lower() in _IMAGE_COLUMN_NAMES:
+            by_name.append(ImageColumn(field.name, is_list, has_paths=False))
+    if other_media:
+        raise ValueError(
+            f"{name}: the columns {_list_names(other_media)} contain media other than images, which are not supported. "
+            "Remove them from the file."
+        )
+    columns = structs or by_name
+    if len(columns) > 1:
+        raise ValueError(
+            f"{name}: several columns contain images: {_list_names(column.name for column in columns)}. Keep one of "
+            "them, or put the images of a row into one column of lists, 'images'."
+        )
+    return columns[0] if columns else None
+
+
+def _list_names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _value_type(data_type: pa.DataType) -> tuple[pa.DataType, bool]:
@@ -119,12 +151,15 @@ class ColumnarFile:
         name: The name of the file, with which the names of its images begin.
         schema: The columns.
         image_column: The column with images, or None.
+
+    Raises:
+        ValueError: See `find_image_column`.
     """
 
     def __init__(self, name: str, schema: pa.Schema) -> None:
         self.name = name
         self.schema = schema
-        self.image_column = find_image_column(schema)
+        self.image_column = find_image_column(schema, name)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """Yield batches of rows, and whether it is known that all of their images are embedded.
@@ -360,6 +395,9 @@ def read_embedded_image(path: Path, key: str) -> bytes:
     else:
         value = _find_parquet_image(path, row)
     if position:
+        _, is_list = _value_type(value.type)
+        if not is_list:
+            raise ValueError(f"{path}: row {row} has one image and no list; its name is #{row}")
         values = value.values
         num_images = 0 if values is None else len(values)
         if not 0 <= int(position) < num_images:
@@ -381,7 +419,8 @@ def _check_row(path: Path, row: int, num_rows: int) -> None:
 
 
 def _find_arrow_image(path: Path, row: int) -> Any:
-    column = _arrow_image_column(path, path.stat().st_mtime_ns)
+    stat = path.stat()
+    column = _arrow_image_column(path, stat.st_mtime_ns, stat.st_size)
     _check_row(path, row, len(column))
     return column[row]
 
@@ -390,21 +429,23 @@ def _find_parquet_image(path: Path, row: int) -> Any:
     """Return the image or the images of a row, as an Arrow scalar."""
     import pyarrow.parquet as pq
 
+    stat = path.stat()
     metadata = pq.read_metadata(path)
     _check_row(path, row, metadata.num_rows)
     group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     group_ends = np.cumsum(group_sizes)
     group = int(np.searchsorted(group_ends, row, side="right"))
     row_in_group = row - int(group_ends[group] - group_sizes[group])
-    return _read_image_group(path, group)[row_in_group]
+    return _read_image_group(path, group, stat.st_mtime_ns, stat.st_size)[row_in_group]
 
 
 @lru_cache(maxsize=2)
-def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
+def _read_image_group(path: Path, group: int, _modified_ns: int, _size: int) -> pa.ChunkedArray:
     """Read the image column of one row group.
 
     The result is cached, because neighboring rows are usually read next. It stays an Arrow array: converting a thousand
-    images to Python bytes takes longer than reading them.
+    images to Python bytes takes longer than reading them. The file's time and size are arguments so that a changed file
+    misses the cache.
     """
     import pyarrow.parquet as pq
 
@@ -414,10 +455,10 @@ def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
 
 
 @lru_cache(maxsize=64)
-def _arrow_image_column(path: Path, _modified_ns: int) -> pa.ChunkedArray:
+def _arrow_image_column(path: Path, _modified_ns: int, _size: int) -> pa.ChunkedArray:
     """Map the image column of an Arrow file into memory. The bytes of an image are read from the disk on access.
 
-    The time of modification is an argument so that a changed file misses the cache.
+    The file's time and size are arguments so that a changed file misses the cache.
     """
     import pyarrow as pa
 
@@ -430,9 +471,9 @@ def _name_of_images(path: Path, schema: pa.Schema) -> str:
     """Return the name of the image column.
 
     Raises:
-        ValueError: No column contains images.
+        ValueError: No column contains images, or see `find_image_column`.
     """
-    column = find_image_column(schema)
+    column = find_image_column(schema, str(path))
     if column is None:
         raise ValueError(
             f"{path}: no column with images (a struct with 'bytes', or bytes under a name such as 'image')"

@@ -23,8 +23,9 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -210,14 +211,20 @@ def _cached_names_in(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
 class NameMatches:
     """Counts how many images each rule found, and refuses two names that lead to one file. It is thread-safe.
 
+    Only `exact` names may repeat a file: `cats/1.jpg`, `./cats/1.jpg` and the absolute path are the same image.
+
     Attributes:
         rules: Number of images by rule.
     """
 
     def __init__(self) -> None:
         self.rules: Counter[str] = Counter()
-        # (path, key) of an image -> the name that led to it, for images that were not found by "exact".
-        self._names: dict[tuple[Path, str | None], str] = {}
+        # Hash of a file -> the name that led to it, for files that were not found by "exact".
+        self._names: dict[int, str] = {}
+        # Hashes of the files that were found by "exact". Usually all are, and nobody looks for any of them, so they stay in
+        # the array, which takes 8 bytes per image. They move to the set when another rule finds the next file.
+        self._new_exact = array("q")
+        self._exact: set[int] = set()
         self._lock = Lock()
 
     def add(self, name: str, located: LocatedFile) -> None:
@@ -226,9 +233,21 @@ class NameMatches:
         Raises:
             AmbiguousNameError: Another name has led to the same file.
         """
+        # The path of a file that was named by its absolute path may be absolute, while the folder is relative.
+        path = str(located.path.absolute())
+        file = hash((path, located.key))
         with self._lock:
-            if located.rule != "exact":
-                first = self._names.setdefault((located.path, located.key), name)
+            if located.rule == "exact":
+                first = self._names.get(file)
+                if first is not None:
+                    raise _same_file_error(first, name, located.path)
+                self._new_exact.append(file)
+            else:
+                self._exact.update(self._new_exact)
+                del self._new_exact[:]
+                if file in self._exact:
+                    raise _same_file_error(path, name, located.path)
+                first = self._names.setdefault(file, name)
                 if first != name:
                     raise _same_file_error(first, name, located.path)
             self.rules[located.rule] += 1
@@ -248,29 +267,83 @@ def _same_file_error(first: str, second: str, path: Path) -> AmbiguousNameError:
     )
 
 
-def check_distinct(names: Iterable[str], folder: Path) -> None:
-    """Check that no two names lead to one file, for names that are not found by `exact`.
+def check_distinct(names: Callable[[], Iterable[str]], folder: Path) -> None:
+    """Check that no two names lead to one file, unless both are its exact name.
 
-    Only names with the same last part can lead to one file. Usually all last parts differ, and no file is looked up.
+    All rules keep the last part of a name, apart from its case and its extension. So files are looked up only if several
+    names share this part, and one of them may lead to a file that another one names. This is rare, even if the folders of
+    a data set number their images alike.
+
+    Args:
+        names: A function that iterates over the names. It is called a second time if some share their last part.
+        folder: The image folder.
 
     Raises:
         AmbiguousNameError: Two names lead to one file.
     """
     import numpy as np  # imported here, because parsers of commands import this module
 
-    # Compare hashes in an array, because a dict of millions of names would take gigabytes.
-    all_names = list(names)
-    hashes = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
-    values, counts = np.unique(np.array(hashes, np.int64), return_counts=True)
-    repeated = set(values[counts > 1].tolist())
+    # Compare hashes in arrays, because a dict of millions of names would take gigabytes.
+    name_hashes = array("q")
+    stem_hashes = array("q")
+    for name in names():
+        name_hashes.append(hash(name))
+        stem_hashes.append(hash(_stem(name)))
+    # A name that occurs several times is one image with several texts.
+    _, first_positions = np.unique(np.array(name_hashes), return_index=True)
+    stems, counts = np.unique(np.array(stem_hashes)[first_positions], return_counts=True)
+    repeated = set(stems[counts > 1].tolist())
+    if not repeated:
+        return
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names()):
+        stem = _stem(name)
+        if hash(stem) in repeated:
+            groups.setdefault(stem, []).append(name)
+    listed = _names_in(folder)
     matches = NameMatches()
-    for name in dict.fromkeys(all_names):
-        parts = name_parts(name)
-        if not parts or hash(_fold(parts[-1])) not in repeated:
+    for group in groups.values():
+        if not _may_share_a_file(group, listed):
             continue
-        try:
-            located = locate_file(name, folder)
-        except OutsideFolderError:
-            continue  # reported when the image is read
-        if located is not None:
-            matches.add(name, located)
+        for name in group:
+            try:
+                located = locate_file(name, folder)
+            except (OSError, ValueError):
+                continue  # reported when the image is read
+            if located is not None:
+                matches.add(name, located)
+
+
+def _stem(name: str) -> str:
+    """Return what all names of a file have in common: the last part, without its case and its extension."""
+    parts = name_parts(name)
+    return _fold_stem(parts[-1]) if parts else ""
+
+
+def _fold_stem(part: str) -> str:
+    folded = _fold(part)
+    # No rule replaces the extension of an archive, and the key of an image in it may contain dots.
+    if split_shard_name(part)[1] is not None:
+        return folded
+    return folded.rpartition(".")[0] or folded
+
+
+def _may_share_a_file(names: list[str], listed: dict[str, list[str]]) -> bool:
+    """Return whether one of several names with the same last part may lead to a file that another one names.
+
+    Args:
+        names: The names.
+        listed: The names in the image folder; see `_names_in`. Searching it is much faster than looking up every name.
+    """
+    if not listed:
+        return True  # the folder has too many files to list them
+    whole_names = set()
+    for name in names:
+        parts = name_parts(split_shard_name(name)[0])
+        # A name is resolved by its end only if the image folder contains the first part of this end.
+        for part in parts[1:]:
+            if _fold(part) in listed or f"{_fold(part)}." in listed:
+                return True
+        whole_names.add((*map(_fold, parts[:-1]), _stem(name)))
+    # Names that differ only in case, or by an extension, may lead to one file too.
+    return len(whole_names) < len(names)

@@ -1,13 +1,15 @@
 """Untrusted image bytes -> RGB pixels. Training, cleaning, captioning and serving all use this decoder.
 
 Images come from the internet, so nothing about them is trusted: the format is recognized by its magic bytes, the size
-is checked in the header before pixels are allocated, and a file whose pixels are damaged anywhere is an error.
+is checked in the header before pixels are allocated, and damage of the pixels that a decoder can detect is an error.
+Changed bytes can also decode to other pixels without any sign, above all in formats without checksums (all but PNG).
 
 **Strict JPEG decoding.** The pixels of a JPEG are one stream of variable-length codes. A flipped byte in the middle
 shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
+Pillow. A CMYK JPEG is decoded by both: by simplejpeg to find damage, by Pillow for the colors. Some of libjpeg's warnings
+are harmless; `jpeg_segments` finds out which ones.
 
 **Metadata never affect the pixels.** If a decoder rejects a file, a copy without its metadata is decoded, as strictly as
 the file (`image_formats.without_metadata`).
@@ -24,6 +26,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -84,6 +87,11 @@ JPEG_QUALITY = 95  # quality of the files that `shrink_image` and `portable_imag
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 _EXIF_ORIENTATION = 274
+# Tags of a TIFF: bits of each sample; and how samples become colors, where 0 means that the value 0 is white.
+_TIFF_BITS = 258
+_TIFF_COLORS = 262
+_WHITE_IS_ZERO = 0
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: files of more than 4 GB
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height change places
 # EXIF orientation -> how to make the image upright. Other values mean that it is upright already.
 _ORIENTATIONS = {
@@ -102,6 +110,10 @@ _RLE_COMPRESSIONS = (
     2,
 )  # values of a BMP's compression field: run lengths of 8-bit and of 4-bit pixels
 _RLE_MAX_ROWS = 255  # maximum number of rows that one code of such a BMP skips
+
+_DECODER_MODULES = r"PIL\.|pillow_heif"
+# The filter of warnings that `warnings.filterwarnings("ignore", module=_DECODER_MODULES)` adds.
+_DECODER_FILTER = ("ignore", None, Warning, re.compile(_DECODER_MODULES), 0)
 
 Result = TypeVar("Result")
 
@@ -222,6 +234,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image)
     if isinstance(image, Image.Image):
+        _check_samples(image)
         with _decoder_errors(image.format):
             return _to_pixels(image)
     raise ValueError(
@@ -287,6 +300,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
         if _is_strict(image):
             _decode_jpeg(file, min_size=(1, 1))
         else:
+            _check_cmyk(image, file)
             with _decoder_errors(image.format):
                 image.load()
                 # Try the conversion on one pixel: whether it succeeds depends on the mode and the palette only.
@@ -441,19 +455,28 @@ def _decoder_errors(what: str | None) -> Iterator[None]:
     Args:
         what: The format of the image, for the message.
     """
-    with warnings.catch_warnings():
-        # Ignore Pillow's warnings about the size, which `max_pixels` limits, and about damaged metadata.
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except ImageError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise ImageError("too_large", str(error)) from None
-        except Exception as error:
-            message = f"corrupt {what or 'image'}: {type(error).__name__}: {error}"
-            is_truncated = "Premature end" in message or "truncated" in message
-            raise ImageError("truncated" if is_truncated else "corrupt", message) from error
+    _ignore_warnings_of_decoders()
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from None
+    except Exception as error:
+        message = f"corrupt {what or 'image'}: {type(error).__name__}: {error}"
+        is_truncated = "Premature end" in message or "truncated" in message
+        raise ImageError("truncated" if is_truncated else "corrupt", message) from error
+
+
+def _ignore_warnings_of_decoders() -> None:
+    """Ignore Pillow's warnings about the size, which `max_pixels` limits, and about damaged metadata.
+
+    Do not use `warnings.catch_warnings`: it restores the filters of the entire process, and if two threads decode at the
+    same time, those of one of them remain, which silence all warnings.
+    """
+    # Add the filter again if another one precedes it: pytest and others replace all filters.
+    if not warnings.filters or warnings.filters[0] != _DECODER_FILTER:
+        warnings.filterwarnings("ignore", module=_DECODER_MODULES)
 
 
 def _decode_or_retry_without_metadata(decode: Callable[[bytes], Result], data: bytes) -> Result:
@@ -462,7 +485,7 @@ def _decode_or_retry_without_metadata(decode: Callable[[bytes], Result], data: b
         return decode(data)
     except ImageError as error:
         # Other kinds are not caused by metadata: "too_large" is a limit, and HTML has no pixels.
-        if error.kind not in ("corrupt", "not_image", "truncated") or not data:
+        if error.kind not in ("corrupt", "not_image", "truncated", "unsupported") or not data:
             raise
         is_jpeg = data.startswith(b"\xff\xd8")
         # If libjpeg says that pixels are damaged, do not spend time on a second attempt.
@@ -497,6 +520,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(without_gif_comments(data)), formats=FORMATS)
     if image is None:
         image = _open_other_format(data)
+    _check_samples(image)
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise ImageError(
@@ -519,6 +543,31 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def _check_samples(image: Image.Image) -> None:
+    """Refuse an image whose samples have no known range, because its brightness would be a guess, and is often black.
+
+    Raises:
+        ImageError: "unsupported".
+    """
+    # Pillow uses the mode I also for 16-bit samples of some PNG files, but in a TIFF it means 32 bits, or a sign.
+    is_wide_tiff = False
+    if image.format == "TIFF" and image.mode.startswith("I"):
+        with _decoder_errors("TIFF"):
+            is_wide_tiff = image.mode == "I" or _tiff_tag(image, _TIFF_BITS) != (16,)
+    if image.mode == "F" or is_wide_tiff:
+        raise ImageError(
+            "unsupported",
+            "the samples of this image are 32-bit, 12-bit, signed or floating-point numbers, whose range is not known: "
+            "convert it to 8 bits, or to unsigned 16 bits",
+        )
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    """Return the value of a tag of a TIFF; None if the tag is missing, or if the image is not a TIFF."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return tags.get(tag)
+
+
 def _open_other_format(data: bytes) -> Image.Image:
     """Open an image whose format Pillow supports only with a plugin, or raise an error that names the format.
 
@@ -532,6 +581,12 @@ def _open_other_format(data: bytes) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=("HEIF",))
     if not data:
         raise ImageError("not_image", "the file is empty")
+    if data.startswith(_TIFF_SIGNATURES):
+        raise ImageError(
+            "unsupported",
+            "this TIFF image has samples or a layout that are not supported, or its header is damaged: "
+            "convert it to JPEG or PNG",
+        )
     shown = f"{len(data)} bytes beginning {data[:16]!r}"
     if name == "web page":
         raise ImageError("html", f"not an image but a web page: {shown}")
@@ -564,6 +619,17 @@ def _is_strict(image: Image.Image) -> bool:
     return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
 
 
+def _check_cmyk(image: Image.Image, data: bytes) -> None:
+    """Check the pixels of a CMYK JPEG strictly, since Pillow ignores damage. Other images are not checked.
+
+    Raises:
+        ImageError: "truncated" or "corrupt".
+    """
+    if image.format in ("JPEG", "MPO") and image.mode == "CMYK":
+        # At an eighth of the size, every coded bit is still read.
+        _decode_jpeg(data, min_size=(1, 1), colorspace="CMYK")
+
+
 def _decode_pixels(
     image: Image.Image,
     data: bytes,
@@ -584,6 +650,7 @@ def _decode_pixels(
         ImageError: "truncated" or "corrupt".
     """
     if not _is_strict(image):
+        _check_cmyk(image, data)
         with _decoder_errors(image.format):
             return _to_pixels(image)
     # Do not use Pillow's `exif_transpose`: it also rewrites the EXIF data, which fails if they are damaged.
@@ -594,13 +661,13 @@ def _decode_pixels(
     return np.asarray(_make_upright(Image.fromarray(pixels), orientation))
 
 
-def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
+def _decode_jpeg(data: bytes, min_size: tuple[int, int], colorspace: str = "RGB") -> np.ndarray:
     """Decode a JPEG strictly; it is shrunk while decoding, but not below `min_size` (height, width)."""
     min_height, min_width = min_size
     with _decoder_errors("JPEG"):
         return simplejpeg.decode_jpeg(
             data,
-            "RGB",
+            colorspace,
             min_height=min_height,
             min_width=min_width,
             strict=True,
@@ -685,6 +752,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # A PNG may declare one shade of gray transparent.
         if isinstance(image.info.get("transparency"), int):
             values = np.where(values == image.info["transparency"], _MAX_SIXTEEN_BITS, values)
+        # Pillow inverts such images of 8 bits only.
+        if _tiff_tag(image, _TIFF_COLORS) == _WHITE_IS_ZERO:
+            values = _MAX_SIXTEEN_BITS - values
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)

@@ -37,15 +37,15 @@ def open_data(
         path: A file of records, or a folder that `llava download` wrote.
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
-        require_responses: Every record must have a response, as training needs them.
+        require_responses: A record without a response is invalid, as training needs responses.
         max_bad_records: Maximum share of the checked rows that may be invalid. The caller must skip these rows.
 
     Returns:
         The records, and the image folder.
 
     Raises:
-        ValueError: The file has no records, too many of the checked rows are invalid, a checked record has no response,
-            the image folder does not exist, or none of the first images can be read.
+        ValueError: The file has no records, too many of the checked rows are invalid, the image folder does not exist,
+            none of the first images can be read, or two image names lead to one file.
         MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
     records = open_records(path, require_responses, max_bad_records)
@@ -58,22 +58,35 @@ def open_data(
             f"{option} {folder}: no such folder. Pass the folder that contains the images."
         )
 
-    first_error: ImageError | None = None
     matches = NameMatches()
+    error = _first_image_error(records, folder, matches)
+    if error is not None:
+        raise ValueError(
+            f"{option} {folder}: none of the first images can be read. Pass the folder that the image paths of the records "
+            f"are relative to. First error: {error}"
+        )
+    _check_names(records, folder)
+    if matches.describe():
+        logger.warning(
+            "%s: some of the first images were found in %s under other names. %s",
+            records.rows.name,
+            folder,
+            matches.describe(),
+        )
+    return records, folder
+
+
+def _first_image_error(records: Records, folder: str, matches: NameMatches) -> ImageError | None:
+    """Return the first error if none of the first images can be read; None if one can, or if there are no images."""
+    first_error: ImageError | None = None
     for name in _first_image_names(records):
         try:
             decode_image(read_image_bytes(name, folder, matches))
         except ImageError as error:
             first_error = first_error or error
         else:
-            _check_matches(records, folder, matches)
-            return records, folder
-    if first_error is not None:
-        raise ValueError(
-            f"{option} {folder}: none of the first images can be read. Pass the folder that the image paths of the records "
-            f"are relative to. First error: {first_error}"
-        )
-    return records, folder  # the first records have no images
+            return None
+    return first_error
 
 
 def _first_image_names(records: Records) -> Iterator[str]:
@@ -83,20 +96,12 @@ def _first_image_names(records: Records) -> Iterator[str]:
             yield from records[index].images
 
 
-def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
-    """If an image was found under another name, log a warning, and check that no two names lead to the same file.
-
-    Args:
-        records: All records, whose names are checked.
-        folder: The image folder.
-        matches: The rules that found the first images.
+def _check_names(records: Records, folder: str) -> None:
+    """Check that no two image names lead to the same file.
 
     Raises:
         ValueError: Two names lead to the same file.
     """
-    description = matches.describe()
-    if not description:
-        return
 
     def all_names() -> Iterator[str]:
         for index in range(len(records)):
@@ -104,12 +109,6 @@ def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
                 yield from records[index].images
 
     try:
-        check_distinct(all_names(), Path(folder))
+        check_distinct(all_names, Path(folder))
     except AmbiguousNameError as error:
         raise ValueError(f"{records.rows.name}: {error}") from error
-    logger.warning(
-        "%s: some of the first images were found in %s under other names. %s",
-        records.rows.name,
-        folder,
-        description,
-    )

@@ -29,9 +29,11 @@ from llava_simplified.data.collate import Example
 
 
 class DatasetWithLengths(Protocol):
-    """A map-style dataset of examples with a `lengths` method, such as `CaptionDataset`."""
+    """A map-style dataset of examples whose lengths are known before they are loaded, such as `CaptionDataset`."""
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+    def load(self, index: int, warnings: list[str], /) -> Example | None: ...
 
     def lengths(self, tokens_per_image: int) -> np.ndarray: ...
 
@@ -134,8 +136,25 @@ class PackedDataset(Dataset[list[Example]]):
         return len(self._lengths)
 
     def __getitem__(self, index: int) -> list[Example]:
+        """Return the examples of a pack.
+
+        An example whose image cannot be read is left out, with a warning in the first of the others. Its neighbor in the
+        dataset, which would replace it in an unpacked batch, may be too long for this pack.
+        """
         start = self._starts[index]
         end = self._starts[index + 1]
         # Convert to plain integers, which a dataset may use as list indices or in messages.
         indices = self._order[start:end].tolist()
-        return [self.dataset[i] for i in indices]
+        warnings: list[str] = []
+        examples = []
+        for i in indices:
+            example = self.dataset.load(i, warnings)
+            if example is not None:
+                examples.append(example)
+        if not examples:
+            # A batch cannot be empty, so the next readable example takes the place of the first one, with its warning.
+            replacement = self.dataset[indices[0]]
+            replacement.warnings += warnings[1:]
+            return [replacement]
+        examples[0].warnings = warnings + examples[0].warnings
+        return examples

@@ -21,9 +21,10 @@ from typing import Any
 
 from llava_simplified.data.chat_rows import convert_chat, is_chat, join_parts, turn_of
 from llava_simplified.foreign_files import shorten
+from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 PAIR_KEYS = ("chosen", "rejected")
-_PROMPT_KEYS = ("messages", "prompt", "question")
+_PROMPT_KEYS = ("messages", "prompt", "question", "instruction")
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
@@ -44,16 +45,10 @@ def convert_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: File name and row number, for error messages.
 
     Raises:
-        ValueError: A turn is malformed, or the two answers do not follow the same turns.
+        ValueError: A turn is malformed, the two answers do not follow the same turns, or there are several prompts.
     """
     plain = dict(row)
-    key = next((key for key in _PROMPT_KEYS if plain.get(key) is not None), "")
-    prompt = plain.pop(key, None)
-    turns: list[Any] = []
-    if isinstance(prompt, list):
-        turns = prompt
-    elif prompt is not None:
-        plain.setdefault("instruction", prompt)
+    turns, text = _take_prompt(plain, where)
     chosen, chosen_turns = _split_answer(plain["chosen"], "chosen", where)
     rejected, rejected_turns = _split_answer(plain["rejected"], "rejected", where)
     if chosen_turns != rejected_turns:
@@ -64,8 +59,61 @@ def convert_pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     turns = [*turns, *chosen_turns]
     if turns:
         plain["messages"] = turns
+    if text is not None:
+        known_turns = plain.get("messages") or plain.get("conversations")
+        if not known_turns:
+            plain["instruction"] = text
+        elif text:
+            _check_text_is_in_turns(text, known_turns, where)
     plain |= {"chosen": chosen, "rejected": rejected}
     return convert_chat(plain, where) if is_chat(plain) else plain
+
+
+def _take_prompt(row: dict[str, Any], where: str) -> tuple[list[Any], Any]:
+    """Remove the keys of the prompt from a row, and return the prompt as turns and as a text.
+
+    Returns:
+        The turns, possibly empty, and the text; None if the row has no prompt that is a text.
+
+    Raises:
+        ValueError: Two keys have different turns or different texts.
+    """
+    turns: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    text = None
+    for key in _PROMPT_KEYS:
+        value = row.pop(key, None)
+        if isinstance(value, list):
+            turns[key] = value
+        elif value:
+            texts[key] = value
+        elif value is not None:
+            text = value  # an empty text, which is the prompt only if there is no other
+    for found in (turns, texts):
+        first = next(iter(found), "")
+        for key, value in found.items():
+            if value != found[first]:
+                raise ValueError(
+                    f"{where}: the prompts {first!r} and {key!r} of the pair differ; keep one of them"
+                )
+    return next(iter(turns.values()), []), next(iter(texts.values()), text)
+
+
+def _check_text_is_in_turns(text: Any, turns: Any, where: str) -> None:
+    """Refuse a pair whose prompt is a text beside turns, unless the text repeats one of the turns.
+
+    Raises:
+        ValueError: The text would be lost.
+    """
+    contents = []
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict):
+            content = join_parts(turn_of(turn)[1], [], where)
+            contents.append(str(content).replace(IMAGE_PLACEHOLDER, "").strip())
+    if str(text).replace(IMAGE_PLACEHOLDER, "").strip() not in contents:
+        raise ValueError(
+            f"{where}: the pair has turns, and also the prompt {text!r:.80}, which is none of them; keep one of the two"
+        )
 
 
 def _split_answer(value: Any, key: str, where: str) -> tuple[str, list[Any]]:

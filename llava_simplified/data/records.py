@@ -461,30 +461,29 @@ def open_records(
 
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
-        require_responses: Reject rows without a response, or with an empty one.
-        max_bad_records: Maximum share of the checked rows that are not records; the caller must skip such rows.
+        require_responses: Count rows without a response, or with an empty one, as bad.
+        max_bad_records: Maximum share of the checked rows that are not records or are bad; the caller must skip such rows.
 
     Raises:
-        ValueError: The file cannot be read, more of the checked rows than `max_bad_records` are not records, or a response
-            is missing. The message names the file and the row.
+        ValueError: The file cannot be read, or more of the checked rows than `max_bad_records` are bad. The message names
+            the file and the row.
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)
     bad = BadRecords(max_bad_records, num_checked)
     evenly_spread = np.linspace(0, len(records) - 1, num_checked).astype(int)
     for index in evenly_spread.tolist():
+        problem = ""
         try:
             record = records[index]
+            if require_responses:
+                problem = response_problem(record)
         except ValueError as error:
-            bad.reasons.append(str(error))
+            problem = str(error)
+        if problem:
+            bad.reasons.append(problem)
             if not max_bad_records:
                 break
-            continue
-        if not require_responses:
-            continue
-        problem = response_problem(record)
-        if problem:
-            raise ValueError(problem)
     # Do not log the bad records here: the caller finds and logs all bad records, not only those among the checked rows.
     bad.check(log=False)
     return records

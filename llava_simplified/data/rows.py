@@ -41,6 +41,8 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs wr
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 _LINE_BLOCK_BYTES = 1 << 22
 _MAX_INT32 = 2**31 - 1
+# Part of the names of converted Parquet files. Change it when the conversion changes, so that old files are not read.
+_PARQUET_FORMAT = "v2"
 # A longer row is an error: a quote is missing, or the file was made to exhaust the memory.
 MAX_ROW_BYTES = 1 << 24
 # Characters that can follow a JSON value. This must be a tuple: `"" in "abc"` is true for strings, and "" (the end of
@@ -422,7 +424,8 @@ def _parquet_to_jsonl(path: Path) -> Path:
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         # Windows refuses to delete a file that another run is reading. The next conversion tries again.
         with contextlib.suppress(PermissionError):
-            outdated.unlink()
+            # Another process that converts the same file may have deleted it already.
+            outdated.unlink(missing_ok=True)
     with blame_file(path):
         table = ParquetRows(path, path.name)
     with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:
@@ -438,8 +441,11 @@ def _cache_path(path: Path) -> Path:
     """Return the path of the converted file: its name identifies the path and the version of the Parquet file."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache_home) / "llava_simplified" / "records"
-    absolute = str(path.resolve())
-    path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
+    # The name is a part of the key, because the images in the rows are named by it. Links to one file, as in the cache of
+    # the Hugging Face Hub, may have different names.
+    identity = f"{path.resolve()}\0{path.name}"
+    path_hash = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     stat = path.stat()
     # Use size and modification time to identify the version, since hashing a large file would be slow.
-    return folder / f"{path_hash}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"
+    version = f"{_PARQUET_FORMAT}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    return folder / f"{path_hash}-{version}.jsonl"

@@ -300,20 +300,34 @@ class ShardIndex(NamedTuple):
 def shard_index(path: Path) -> ShardIndex:
     """Return the index of a tar archive, from its manifest if it has offsets, else from the tar's headers.
 
-    The index is kept in memory until the file changes.
+    The index is kept in memory until the archive or its manifest changes.
 
     Raises:
         ValueError: The archive cannot be read.
         MissingExtraError: There is a manifest, and pyarrow is not installed.
     """
-    stat = path.stat()
-    return _cached_index(path, stat.st_mtime_ns, stat.st_size)
+    return _cached_index(path, _version(path), _version(_manifest_path(path)))
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return the time of modification and the size of a file; None if it does not exist."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_suffix(".parquet")
 
 
 @lru_cache(maxsize=100_000)
-def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
-    """Build the index. The file's time and size are arguments so that a changed file misses the cache."""
-    images = _read_manifest(path.with_suffix(".parquet"))
+def _cached_index(
+    path: Path, _version: tuple[int, int] | None, _manifest_version: tuple[int, int] | None
+) -> ShardIndex:
+    """Build the index. The versions of both files are arguments so that a changed file misses the cache."""
+    images = _read_manifest(_manifest_path(path))
     num_without_image = 0
     if images is None:
         images, num_without_image = _read_tar_index(path)

@@ -93,6 +93,11 @@ def check_row_keys(row: Mapping[str, Any], images: Sequence[str], where: str) ->
             )
 
 
+def is_other_media(key: str) -> bool:
+    """Return whether a key names media that are not images: `video`, `audio_path`, or the suffix of such a file, `mp4`."""
+    return bool(_OTHER_MEDIA_KEY.fullmatch(key) or _OTHER_MEDIA_FILE.fullmatch(f".{key}"))
+
+
 def check_turn_keys(turn: Mapping[str, Any], where: str) -> None:
     """Refuse a turn of a conversation with a key whose value training would silently ignore.
 

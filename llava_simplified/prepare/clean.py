@@ -279,13 +279,29 @@ def _validate_row(rows: RowFile, index: int, chunk: Chunk) -> ValidationResult:
 def _read_results(
     chunks: list[Chunk], rows: RowFile, folder: Path, duplicates: dict[int, int]
 ) -> Iterator[ValidationResult]:
-    """Yield the result of every record in order, after it has been compared with the records before it."""
+    """Yield the result of every record in order, after it has been compared with the other records."""
     comparison = _Comparison(rows, folder, duplicates)
+    # If a name leads to a file that another record names exactly, it means another image, in whichever order they come.
+    # Usually all names are exact, and no record is parsed for this.
+    if any(_has_match(result) for _, result in _stored_results(chunks)):
+        for index, result in _stored_results(chunks):
+            if not result.reason and not _has_match(result):
+                comparison.note_exact_names(index)
+    for index, result in _stored_results(chunks):
+        yield comparison.check(index, result)
+
+
+def _stored_results(chunks: list[Chunk]) -> Iterator[tuple[int, ValidationResult]]:
+    """Yield the index and the result of every record, as the workers wrote them."""
     for chunk in chunks:
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
-            result = ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
-            yield comparison.check(index, result)
+            yield index, ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
+
+
+def _has_match(result: ValidationResult) -> bool:
+    """Return whether a usable record has an image that was not found by its exact name."""
+    return not result.reason and _MATCHED_BY in result.detail
 
 
 # ---- comparison of the records with each other ----
@@ -325,13 +341,16 @@ class _Comparison:
         # Digest of the content of a kept record -> its row. Memory contains no records, since there may be millions.
         self._contents: dict[bytes, int] = {}
 
+    def note_exact_names(self, index: int) -> None:
+        """Note the files of a record whose images were found by their exact names. Call this before `check`."""
+        self._note_names(self._record(index))
+
     def check(self, index: int, result: ValidationResult) -> ValidationResult:
         """Return the result of a record, rejected if it conflicts with an earlier one. Call this in order of the rows."""
         problem = ""
         # Also note the names of a record that is rejected because of its text: the file may be its image, and then another
         # name means another image.
-        is_matched = not result.reason and _MATCHED_BY in result.detail
-        if is_matched or result.reason in _TEXT_REASONS:
+        if _has_match(result) or result.reason in _TEXT_REASONS:
             problem = self._note_names(self._record(index))
         if result.reason:
             return result

@@ -17,6 +17,7 @@ from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset, drop_bad_records
 from llava_simplified.data.open_data import open_data
+from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record, Records, open_records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform
@@ -118,6 +119,16 @@ def test_dataset_truncates_inside_a_single_long_word(data_folder: Path) -> None:
     assert example.labels[-1] != IGNORE_INDEX
 
 
+@pytest.mark.parametrize("start", [" ", "   ", " \n "])
+def test_dataset_truncates_inside_a_long_word_after_spaces(data_folder: Path, start: str) -> None:
+    dataset = make_dataset(data_folder, [make_row(response=start + "x" * 300)], max_length=40)
+    example = dataset[0]
+    assert len(example.input_ids) == 40
+    answer = [label for label in example.labels if label != IGNORE_INDEX]
+    assert answer[-1] == dataset.prompt.end_id
+    assert "x" in dataset.prompt.decode(answer)
+
+
 @pytest.mark.parametrize(
     ("text", "max_length"),
     [("What?", 5), ("so many words before it <image>", 8)],
@@ -171,6 +182,31 @@ def test_dataset_treats_an_image_without_features_as_a_bad_image(data_folder: Pa
     assert example.warnings[0].startswith("bad image, row 0: 0.jpg ")
     assert example.image_features is not None
     assert torch.equal(example.image_features[0], features["1.jpg"])
+
+
+def test_pack_leaves_out_an_example_with_a_bad_image(data_folder: Path) -> None:
+    rows = [make_row("gone.jpg"), make_row("1.jpg", response=LONG_ANSWER), make_row("2.jpg")]
+    dataset = make_dataset(data_folder, rows)
+    lengths = dataset.lengths(4)
+    packs = PackedDataset(dataset, tokens_per_image=4, pack_length=int(lengths.sum()), seed=0)
+    [examples] = [packs[index] for index in range(len(packs))]
+    assert sorted(example.id for example in examples) == ["row 1", "row 2"], "each is trained once"
+    [warning] = [warning for example in examples for warning in example.warnings]
+    assert warning.startswith("bad image, row 0: ")
+
+
+def test_pack_of_bad_images_only_contains_another_example(data_folder: Path) -> None:
+    rows = [make_row("gone.jpg"), make_row("gone too.jpg"), make_row("1.jpg", response=LONG_ANSWER)]
+    dataset = make_dataset(data_folder, rows)
+    lengths = dataset.lengths(4)
+    pack_length = int(max(lengths[0] + lengths[1], lengths[2]))
+    packs = PackedDataset(dataset, tokens_per_image=4, pack_length=pack_length, seed=0)
+    assert len(packs) == 2
+    for pack in (packs[0], packs[1]):
+        [example] = pack
+        assert example.id == "row 2"
+        named = {warning.partition(":")[0] for warning in example.warnings}
+        assert named in (set(), {"bad image, row 0", "bad image, row 1"})
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -316,6 +352,27 @@ def test_image_names_that_do_not_match_exactly_are_counted(
     rows.append(make_row("/home/bob/0.jpg"))
     path = write_rows(tmp_path / "two.jsonl", rows)
     with pytest.raises(ValueError, match=r"two.jsonl: .*ann/images/0.jpg.*bob/0.jpg"):
+        open_data(str(path), folder, "--train_image_folder")
+
+
+def test_open_data_refuses_a_missing_image_whose_name_leads_to_the_image_of_another_record(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    rows = [make_row("0.jpg"), make_row("1.jpg"), make_row("gone/0.jpg")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows.jsonl: .*0.jpg.*gone/0.jpg.*both names lead"):
+        open_data(str(path), str(data_folder / "images"), "--train_image_folder")
+
+
+@pytest.mark.parametrize("bad", [make_row(response=""), {"image": "0.jpg", "instruction": "?"}])
+def test_record_without_a_response_is_tolerated_as_every_bad_record(
+    data_folder: Path, tmp_path: Path, bad: dict
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [make_row(), bad, make_row("1.jpg")])
+    folder = str(data_folder / "images")
+    records, _ = open_data(str(path), folder, "--train_image_folder", max_bad_records=0.01)
+    assert len(drop_bad_records(records, 0.01)) == 2
+    with pytest.raises(ValueError, match=r"rows.jsonl row 1: no response"):
         open_data(str(path), folder, "--train_image_folder")
 
 

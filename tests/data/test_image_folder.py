@@ -11,13 +11,14 @@ from sampling import num_examples
 
 from llava_simplified.data import image_folder
 from llava_simplified.data.image_folder import (
+    LocatedFile,
     NameMatches,
     OutsideFolderError,
     check_distinct,
     locate_file,
     split_shard_name,
 )
-from llava_simplified.data.images import ImageError, read_image_bytes
+from llava_simplified.data.images import ImageError, locate_image, read_image_bytes
 from llava_simplified.data.names import AmbiguousNameError
 
 
@@ -90,9 +91,71 @@ def test_two_names_that_lead_to_one_file_are_ambiguous(tmp_path: Path) -> None:
         read_image_bytes("/home/ann/dogs/1.jpg", tmp_path, matches)
     assert error.value.kind == "ambiguous"
     names = ["/home/ann/cats/2.jpg", "/home/ann/cats/1.jpg", "/home/ann/cats/1.jpg"]
-    check_distinct(names, tmp_path)
+    check_distinct(lambda: names, tmp_path)
     with pytest.raises(AmbiguousNameError, match="both names lead"):
-        check_distinct([*names, "/home/ann/dogs/1.jpg"], tmp_path)
+        check_distinct(lambda: [*names, "/home/ann/dogs/1.jpg"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("1.jpg", "gone/1.jpg"),
+        ("cats/IMG_2.JPG", "gone/cats/IMG_2.JPG"),
+        ("cats/IMG_2.JPG", "cats/img_2.jpg"),
+        ("cats/IMG_2.JPG", "cats/IMG_2"),
+        ("x/cats/IMG_2", "y/cats/IMG_2.JPG"),
+        ("0.tar#a", "gone/0.tar#a"),
+    ],
+)
+def test_image_that_is_gone_is_not_replaced_by_the_file_of_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    make_files(tmp_path, "1.jpg", "cats/IMG_2.JPG", "0.tar")
+    monkeypatch.chdir(tmp_path)
+    for names in ([first, second], [second, first], [str(tmp_path / first), second]):
+        for folder in (tmp_path, Path()):
+            matches = NameMatches()
+            locate_image(names[0], folder, matches)
+            with pytest.raises(ImageError, match="both names lead") as error:
+                locate_image(names[1], folder, matches)
+            assert error.value.kind == "ambiguous"
+            with pytest.raises(AmbiguousNameError, match="both names lead"):
+                check_distinct(lambda names=names: names, folder)
+
+
+def test_exact_names_may_repeat_a_file(tmp_path: Path) -> None:
+    make_files(tmp_path, "cats/1.jpg", "dogs/1.jpg", "0.tar")
+    names = ["cats/1.jpg", "cats/1.jpg", "./cats/1.jpg", str(tmp_path / "cats/1.jpg"), "dogs/1.jpg"]
+    names += ["0.tar#a", "0.tar#b", "0.tar#a"]
+    matches = NameMatches()
+    for name in names:
+        locate_image(name, tmp_path, matches)
+    assert dict(matches.rules) == {"exact": len(names)}
+    check_distinct(lambda: names, tmp_path)
+
+
+def test_check_distinct_looks_up_only_files_that_several_names_may_lead_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_files(tmp_path, "cats/1.jpg", "dogs/1.jpg", "2.jpg", "cats/2.jpg", "cats/3.jpg")
+    looked_up: list[str] = []
+
+    def look_up(name: str, folder: Path) -> LocatedFile | None:
+        looked_up.append(name)
+        return locate_file(name, folder)
+
+    monkeypatch.setattr(image_folder, "locate_file", look_up)
+    names = ["cats/1.jpg", "dogs/1.jpg", "2.jpg", "cats/2.jpg", "cats/3.jpg", "cats/3.jpg"]
+    check_distinct(lambda: names, tmp_path)
+    assert looked_up == ["2.jpg", "cats/2.jpg"]
+    check_distinct(list, tmp_path)
+    # In a folder with too many files to list them, all names with the same last part are looked up.
+    looked_up.clear()
+    monkeypatch.setattr(image_folder, "_MAX_LISTED_FILES", 1)
+    image_folder._cached_names_in.cache_clear()
+    check_distinct(lambda: names, tmp_path)
+    image_folder._cached_names_in.cache_clear()
+    assert looked_up == names[:4]
 
 
 def test_nothing_outside_of_the_folder_is_found(tmp_path: Path) -> None:
@@ -124,7 +187,9 @@ def test_existing_absolute_path_never_leads_to_a_file_of_the_same_name(tmp_path:
         assert error.value.kind == "unsafe"
         with pytest.raises(OutsideFolderError):
             locate_file(path, folder)
-    check_distinct([str(outside / "1.jpg"), "1.jpg"], folder)  # these are two different files
+    check_distinct(
+        lambda: [str(outside / "1.jpg"), "1.jpg"], folder
+    )  # these are two different files
     assert not matches.rules
     # Once the file is gone, the path is treated as a path of another machine.
     (outside / "cats/1.jpg").unlink()

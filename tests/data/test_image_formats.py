@@ -10,6 +10,7 @@ import tracemalloc
 import types
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -506,3 +507,30 @@ def test_gif_that_ends_in_a_comment_stays_truncated() -> None:
         with suppress(ImageError):
             decode_image(data[:size])
         assert not without_gif_comments(data[:size]).endswith(b"xxx")
+
+
+def test_decoding_in_threads_does_not_change_how_other_warnings_are_shown() -> None:
+    data = encode(draw().resize((300, 300)), "PNG")
+    load_pixels(data)
+    filters = list(warnings.filters)
+
+    def decode_many(_: int) -> None:
+        for _ in range(30):
+            load_pixels(data)
+            assert warnings.filters == filters, "not even while images are decoded"
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_many, range(8)))
+    with pytest.warns(UserWarning, match="shown"):
+        warnings.warn("shown", UserWarning, stacklevel=1)
+
+
+def test_warnings_of_pillow_are_ignored_after_other_filters_were_added() -> None:
+    broken_exif = b"Exif\0\0II*\0\x08\0\0\0\xff\x7f"
+    data = encode(draw(), "JPEG", exif=broken_exif)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert load_pixels(data).shape == (32, 48, 3)
+        with Image.open(io.BytesIO(data)) as image:
+            load_pixels(image)
+    assert not caught

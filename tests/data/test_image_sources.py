@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ FORMATS_BY_MODE = {
     "YCbCr": ["JPEG"],  # Pillow does not read the TIFF that it writes
     "LAB": ["TIFF"],
     "I;16": ["PNG", "TIFF"],
-    "I": ["TIFF"],
-    "F": ["TIFF"],
 }
-IN_MEMORY_MODES = [*FORMATS_BY_MODE, "La", "RGBa", "HSV", "I;16B", "I;16L", "I;16N"]
+IN_MEMORY_MODES = [*FORMATS_BY_MODE, "I", "La", "RGBa", "HSV", "I;16B", "I;16L", "I;16N"]
 
 
 def make_image(mode: str) -> Image.Image:
@@ -226,3 +225,70 @@ def test_damaged_pil_image_is_an_image_error() -> None:
     with pytest.raises(ImageError) as error:
         load_pixels(Image.open(io.BytesIO(data[: len(data) // 2])))
     assert error.value.kind in ("truncated", "corrupt")
+
+
+# ---- samples of TIFF files ----
+
+
+def make_tiff(samples: np.ndarray, *, bits: int, is_white_zero: bool, sample_format: int) -> bytes:
+    """Return an uncompressed TIFF of one strip.
+
+    Args:
+        samples: The samples (height, width) or (height, width, channels), little-endian.
+        bits: Bits of each sample.
+        is_white_zero: Whether 0 is white.
+        sample_format: 1: unsigned, 2: signed, 3: floating point.
+    """
+    height, width = samples.shape[:2]
+    channels = samples.shape[2] if samples.ndim == 3 else 1
+    colors = 2 if channels == 3 else int(not is_white_zero)
+    strip = samples.tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: colors, 273: 8}
+    tags |= {277: channels, 278: height, 279: len(strip), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(strip))
+    return header + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("is_white_zero", [False, True])
+def test_tiff_may_store_white_as_zero(tmp_path: Path, bits: int, is_white_zero: bool) -> None:
+    values = np.arange(256).reshape(16, 16)
+    samples = values.astype("<u1") if bits == 8 else (values * 257).astype("<u2")
+    data = make_tiff(samples, bits=bits, is_white_zero=is_white_zero, sample_format=1)
+    expected = 255 - values if is_white_zero else values
+    assert np.array_equal(decode_image(data)[:, :, 0], expected)
+    path = tmp_path / "1.tif"
+    path.write_bytes(data)
+    assert np.array_equal(load_pixels(path)[:, :, 0], expected)
+    assert np.array_equal(load_pixels(Image.open(path))[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "sample_format", "channels"),
+    [
+        ("<u4", 32, 1, 1),
+        ("<i4", 32, 2, 1),
+        ("<f4", 32, 3, 1),
+        ("<f4", 32, 3, 3),
+        ("<f8", 64, 3, 1),
+        ("<i2", 16, 2, 1),
+        ("<u1", 12, 1, 1),
+    ],
+)
+def test_tiff_whose_samples_have_no_known_range_is_unsupported(
+    dtype: str, bits: int, sample_format: int, channels: int
+) -> None:
+    shape = (16, 16, channels) if channels > 1 else (16, 24)
+    samples = np.ones(shape, dtype)
+    data = make_tiff(samples, bits=bits, is_white_zero=False, sample_format=sample_format)
+    for function in (decode_image, check_image, load_pixels):
+        with pytest.raises(ImageError, match="convert it") as error:
+            function(data)
+        assert error.value.kind == "unsupported"
+
+
+def test_pil_image_of_floating_point_samples_is_unsupported() -> None:
+    with pytest.raises(ImageError, match="convert it") as error:
+        load_pixels(Image.fromarray(np.full((2, 3), 0.5, np.float32)))
+    assert error.value.kind == "unsupported"

@@ -180,6 +180,22 @@ def test_damage_is_also_found_after_a_harmless_warning(
         assert error.value.kind in ("corrupt", "truncated")
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_damage_of_a_cmyk_jpeg_is_found(options: dict[str, object]) -> None:
+    buffer = io.BytesIO()
+    draw(256, 256).convert("CMYK").save(buffer, "JPEG", quality=90, **options)
+    data = buffer.getvalue()
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for harmless in (data, with_zeros_at_the_end(data), with_bytes_between(SOS)(data)):
+        assert np.array_equal(decode_image(harmless), expected)
+        assert check_image(harmless).width == 256
+    for damage in DAMAGES:
+        for function in (decode_image, check_image):
+            with pytest.raises(ImageError) as error:
+                function(damage(data))
+            assert error.value.kind in ("corrupt", "truncated")
+
+
 def test_every_flipped_byte_that_strict_decoding_finds_is_still_found() -> None:
     """Removing the metadata must not hide damage: an image that strict decoding rejects is still rejected."""
     data = encode()

@@ -79,6 +79,35 @@ def test_malformed_pairs_are_errors(changes: dict[str, Any], named: str) -> None
         Record.from_json({**ROWS["trl"], **changes}, "x row 3")
 
 
+@pytest.mark.parametrize(
+    ("form", "changes", "named"),
+    [
+        ("ours", {"prompt": "Where?"}, "'prompt' and 'instruction'"),
+        ("question", {"prompt": "Where?"}, "'prompt' and 'question'"),
+        ("trl", {"messages": [CHOSEN]}, "'messages' and 'prompt'"),
+        ("trl without a prompt", {"prompt": "Where?"}, "'Where"),
+        ("trl", {"instruction": "Where?"}, "'Where"),
+        ("llama factory", {"question": "Where?"}, "'Where"),
+    ],
+)
+def test_pair_with_two_different_prompts_is_an_error(
+    form: str, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"x row 3: .*{named}.*keep one"):
+        Record.from_json({**ROWS[form], **changes}, "x row 3")
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_pair_may_repeat_its_prompt(form: str) -> None:
+    text = ROWS[form].get("prompt", "What?")
+    if not isinstance(text, str):
+        text = "<image>\nWhat?"
+    row = {**ROWS[form], "question": text, "instruction": text}
+    assert Record.from_json(row, "x row 0") == EXPECTED
+    row |= {"question": "", "prompt": ROWS[form].get("prompt")}
+    assert Record.from_json(row, "x row 0") == EXPECTED
+
+
 def test_a_row_with_null_columns_of_a_pair_has_no_pair() -> None:
     row = {"instruction": "What?", "response": "a cat", "chosen": None, "rejected": None}
     record = Record.from_json(row, "x")

@@ -326,3 +326,49 @@ def test_record_accepts_other_keys_and_texts(row: dict) -> None:
     record = Record.from_json(row, "row 7")
     assert record.responses == (row["response"],)
     assert record.images == (("0.jpg",) if row.get("image") or row.get("images") else ())
+
+
+# ---- image parts of chats ----
+
+
+def chat(images: list[str], *parts: dict) -> dict:
+    content = [*parts, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a cat"}]
+    return {"images": images, "messages": turns} if images else {"messages": turns}
+
+
+def image_part(**keys: object) -> dict:
+    return {"type": "image", **keys}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(["a.jpg", "b.jpg"], image_part(index=0)), "'b.jpg'.*the index 1"),
+        (chat(["a.jpg", "b.jpg"], image_part(index=1), image_part(index=1)), "'a.jpg'.*index 0"),
+        (chat(["a.jpg", "b.jpg"], image_part(index=1), image_part()), "index to every image part"),
+        (chat(["a.jpg", "b.jpg"], image_part(), image_part(index=0)), "index to every image part"),
+    ],
+)
+def test_chat_whose_parts_do_not_refer_to_every_image_is_an_error(row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"row 7: .*{message}"):
+        Record.from_json(row, "row 7")
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("file:///home/ann/my%20cat.jpg", "/home/ann/my cat.jpg"),
+        ("file://localhost/home/ann/100%25.jpg", "/home/ann/100%.jpg"),
+        ("file://a/1.jpg", "a/1.jpg"),
+    ],
+)
+def test_file_url_is_the_path_of_an_image(url: str, path: str) -> None:
+    rows = [
+        chat([], image_part(image=url)),
+        chat([], image_part(image_url={"url": url})),
+        chat([url], image_part()),
+        {"image": url, "instruction": "What?", "response": "a cat"},
+    ]
+    for row in rows:
+        assert Record.from_json(row, "row 7").images == (path,)

@@ -156,6 +156,35 @@ def test_parquet_cache_is_replaced_when_the_file_changes(
     assert len(cached) == 1, "the outdated copy is deleted"
 
 
+def test_parquet_cache_distinguishes_the_names_of_links_to_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are named by the link, `first.parquet#0`, and the folder may contain another file of that name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    row = {"image": {"bytes": b"x", "path": None}, "instruction": "What?", "response": "a cat"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "blob")
+    for name in ("first.parquet", "second.parquet"):
+        (tmp_path / name).symlink_to("blob")
+        assert open_records(tmp_path / name)[0].images == (f"{name}#0",)
+
+
+def test_parquet_conversion_goes_on_if_another_process_has_deleted_the_outdated_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_rows(tmp_path, "parquet")
+    open_rows(path)
+    pq.write_table(pa.Table.from_pylist(ROWS[:3]), path)
+    unlink = Path.unlink
+
+    def unlink_second(self: Path, missing_ok: bool = False) -> None:
+        unlink(self, missing_ok=True)  # the other process
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_second)
+    assert len(open_rows(path)) == 3
+
+
 def test_records_have_ids_and_slices(tmp_path: Path) -> None:
     records = open_records(write_rows(tmp_path, "jsonl"))
     assert records[3].id == "rows_jsonl.jsonl row 3"

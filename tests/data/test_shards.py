@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_simplified.data.embedded_images import find_image_column
+from llava_simplified.data.embedded_images import ParquetRows, find_image_column
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.shards import (
     END_OF_ARCHIVE,
@@ -278,6 +278,77 @@ def test_image_column_prefers_structs_and_ignores_other_bytes(
 ) -> None:
     column = find_image_column(pa.schema(columns))
     assert (column.name if column else "") == expected
+
+
+IMAGE_STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"image": IMAGE_STRUCT, "right_image": IMAGE_STRUCT}, "'image', 'right_image'"),
+        ({"image": IMAGE_STRUCT, "images": pa.list_(IMAGE_STRUCT)}, "'image', 'images'"),
+        ({"jpg": pa.binary(), "text": pa.string(), "png": pa.binary()}, "'jpg', 'png'"),
+        ({"image": IMAGE_STRUCT, "audio": IMAGE_STRUCT}, "'audio'"),
+        ({"jpg": pa.binary(), "video": pa.binary(), "wav": pa.binary()}, "'video', 'wav'"),
+        ({"videos": pa.list_(pa.binary())}, "'videos'"),
+        ({"audio": IMAGE_STRUCT}, "'audio'"),
+    ],
+)
+def test_columns_whose_images_or_other_media_would_be_lost_are_refused(
+    tmp_path: Path, columns: dict[str, pa.DataType], named: str
+) -> None:
+    pq.write_table(pa.schema(columns).empty_table(), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"^x.parquet: .*columns.* {named}"):
+        ParquetRows(tmp_path / "x.parquet", "x.parquet")
+
+
+def test_columns_of_texts_and_embeddings_are_not_media() -> None:
+    columns = {"image": IMAGE_STRUCT, "video": pa.string(), "embedding": pa.binary()}
+    assert find_image_column(pa.schema(columns)).name == "image"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_images_of_a_table_that_is_written_again_are_read_again(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"x.{suffix}"
+    for image in (b"old", b"new" * 100):
+        table = pa.table({"image": [{"bytes": image, "path": None}]})
+        if suffix == "parquet":
+            pq.write_table(table, path)
+        else:
+            path.unlink(missing_ok=True)  # the old file stays mapped into memory
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+                out.write_table(table)
+        # On some file systems, two files that are written soon after each other have the same time.
+        os.utime(path, ns=(1, 1))
+        assert read_image_bytes(f"x.{suffix}#0", tmp_path) == image
+
+
+def test_images_of_a_shard_are_found_again_after_its_manifest_has_changed(tmp_path: Path) -> None:
+    [first, second] = write_shard(tmp_path / "0.tar", 2)
+    [(_, a), (_, b)] = tar_samples(tmp_path / "0.tar")
+    positions = [a["jpg"], b["jpg"]]
+    for order in ([0, 1], [1, 0]):
+        rows = []
+        for key, number in zip("ab", order):
+            offset, length = positions[number]
+            rows.append({"key": key, "offset": offset, "length": length})
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+        os.utime(tmp_path / "0.parquet", ns=(1, 1 + order[0]))
+        assert read_image_bytes("0.tar#a", tmp_path) == [first, second][order[0]]
+    # Without the manifest, the keys are those of the archive.
+    (tmp_path / "0.parquet").unlink()
+    assert read_image_bytes("0.tar#000000001", tmp_path) == second
+
+
+def test_position_in_a_row_of_one_image_is_a_missing_image(tmp_path: Path) -> None:
+    table = pa.table({"image": [{"bytes": b"x", "path": None}]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ImageError, match=r"x.parquet: row 0 has one image") as error:
+        read_image_bytes("x.parquet#0/0", tmp_path)
+    assert error.value.kind == "missing"
 
 
 # ---- paths ----

@@ -718,22 +718,32 @@ def test_clean_sets_aside_a_second_name_of_a_file_in_any_chunk(
     monkeypatch.setattr(module, "CHUNK_RECORDS", chunk_records)
     (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
     (tmp_path / "2.jpg").write_bytes(encode_jpeg(make_photo(2)))
+    (tmp_path / "3.jpg").write_bytes(encode_jpeg(make_photo(3)))
     rows = [
         make_row("/x/a/1.jpg", "first"),
         make_row("/x/a/2.jpg", ""),
         make_row("/x/b/1.jpg", "another image"),
         make_row("/x/a/1.jpg", "second"),
-        make_row("1.jpg", "exact name"),
+        make_row("3.jpg", "exact name"),
         make_row("/x/b/2.jpg", "not the image of row 1"),
+        make_row("/x/b/3.jpg", "not the image of row 5"),
     ]
+    rows.insert(0, make_row("/x/a/3.jpg", "not the image of row 5"))
     counts, quarantine = clean_rows(tmp_path, rows)
-    assert counts == {"ok": 3, "ambiguous": 2, "empty_caption": 1}
-    assert [entry["record"] for entry in quarantine] == [rows[1], rows[2], rows[5]]
-    assert "'/x/a/1.jpg' and '/x/b/1.jpg'" in quarantine[1]["detail"]
+    assert counts == {"ok": 3, "ambiguous": 4, "empty_caption": 1}
+    assert [entry["record"] for entry in quarantine] == [
+        rows[0],
+        rows[2],
+        rows[3],
+        rows[6],
+        rows[7],
+    ]
+    assert "3.jpg' and '/x/a/3.jpg'" in quarantine[0]["detail"]
+    assert "'/x/a/1.jpg' and '/x/b/1.jpg'" in quarantine[2]["detail"]
     report = json.loads((tmp_path / "clean_report.json").read_text())
     assert report["matched"] == {"image name matched by suffix": 2}
     records = open_records(tmp_path / "clean.jsonl")
-    check_distinct((name for record in records for name in record.images), tmp_path)
+    check_distinct(lambda: (name for record in records for name in record.images), tmp_path)
 
 
 @pytest.mark.medium
