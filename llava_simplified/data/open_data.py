@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_simplified.data.image_folder import NameMatches, check_distinct
-from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
+from llava_simplified.data.images import ImageError, decode_image, locate_image, read_image_bytes
 from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.records import Records, open_records
 from llava_simplified.data.rows import find_records
@@ -19,6 +19,7 @@ from llava_simplified.data.rows import find_records
 logger = logging.getLogger(__name__)
 
 NUM_PROBED_RECORDS = 20  # number of records whose images `open_data` tries to read
+NUM_LOCATED_RECORDS = 1_000  # number of records whose images `open_data` looks up
 
 
 def open_data(
@@ -58,30 +59,32 @@ def open_data(
             f"{option} {folder}: no such folder. Pass the folder that contains the images."
         )
 
-    matches = NameMatches()
-    error = _first_image_error(records, folder, matches)
+    error = _first_image_error(records, folder)
     if error is not None:
         raise ValueError(
             f"{option} {folder}: none of the first images can be read. Pass the folder that the image paths of the records "
             f"are relative to. First error: {error}"
         )
-    _check_names(records, folder)
+    matches = _locate_some_images(records, folder)
     if matches.describe():
+        # This parses all records, so it is not done if all names are exact, as they usually are.
+        _check_names(records, folder)
         logger.warning(
-            "%s: some of the first images were found in %s under other names. %s",
+            "%s: of %d images that were looked up, some have other names in %s. %s",
             records.rows.name,
+            matches.rules.total(),
             folder,
             matches.describe(),
         )
     return records, folder
 
 
-def _first_image_error(records: Records, folder: str, matches: NameMatches) -> ImageError | None:
+def _first_image_error(records: Records, folder: str) -> ImageError | None:
     """Return the first error if none of the first images can be read; None if one can, or if there are no images."""
     first_error: ImageError | None = None
     for name in _first_image_names(records):
         try:
-            decode_image(read_image_bytes(name, folder, matches))
+            decode_image(read_image_bytes(name, folder))
         except ImageError as error:
             first_error = first_error or error
         else:
@@ -94,6 +97,19 @@ def _first_image_names(records: Records) -> Iterator[str]:
     for index in range(min(NUM_PROBED_RECORDS, len(records))):
         with suppress(ValueError):
             yield from records[index].images
+
+
+def _locate_some_images(records: Records, folder: str) -> NameMatches:
+    """Look up the images of some records, spread evenly over the file, and count the rules that found them."""
+    matches = NameMatches()
+    for index in range(0, len(records), max(1, len(records) // NUM_LOCATED_RECORDS)):
+        with suppress(
+            ValueError
+        ):  # `drop_bad_records` and the data loader report bad records and images
+            for name in records[index].images:
+                # Only count the rules: `_check_names` compares the names.
+                matches.rules[locate_image(name, folder).rule] += 1
+    return matches
 
 
 def _check_names(records: Records, folder: str) -> None:
