@@ -9,11 +9,8 @@
 
            all of them              1.0 and 0.0  --- best_worst  --> chosen: a cat,  rejected: a bird
 
-Which captions are compared decides what is learned. `random` compares independent samples, as in the paper on DPO
-(Rafailov et al., 2023): a caption takes part as often as it is sampled, so on average, the first step goes where the mean
-reward rises, as a step of policy gradient does. `best_worst` has the largest differences, but which captions it compares
-depends on the reward: if the model cannot see what decides (a shade of color, a count), it rejects the wrong guess that it
-makes most often, even though this guess is also right most often.
+`best_worst` gives one pair per image, with the largest difference. `random` compares independent samples, as in the paper on
+DPO (Rafailov et al., 2023), so that N samples give up to N / 2 pairs, in which a caption takes part as often as it is sampled.
 """
 
 from __future__ import annotations
