@@ -85,7 +85,7 @@ def build_model(
     # (even for weights that are overwritten later), and a seed must always result in the same projector.
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
-            check_text_only(source, source.name_or_path)
+            check_text_only(source, source.name_or_path or source.model_type)
             text_model: CausalLM = AutoModelForCausalLM.from_config(
                 source,
                 dtype=dtype,
@@ -211,11 +211,11 @@ def check_text_only(config: PreTrainedConfig, name: str) -> None:
     if text_config is config:
         return
     # For some multimodal configs (Llama 4), Transformers builds the language model alone, from its own config.
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is not None and model_class.config_class is type(text_config):
         return
     raise ValueError(
-        f"{name or config.model_type}: {config.model_type} is a multimodal model, whose language model cannot be used "
+        f"{name}: {config.model_type} is a multimodal model, whose language model cannot be used "
         "alone. Use a text-only model instead, for example google/gemma-3-1b-it in place of the larger Gemma 3 models."
     )
 
