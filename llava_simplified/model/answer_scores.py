@@ -20,7 +20,7 @@ import torch
 
 from llava_simplified.data.collate import Collator, Example
 from llava_simplified.data.device_copy import to_device
-from llava_simplified.model.generation import encode_images, eval_mode
+from llava_simplified.model.generation import encode_images, eval_mode, generation_lock
 from llava_simplified.model.language_model import supports_shared_prompts
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX
@@ -75,7 +75,7 @@ def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[Answ
         examples += _make_examples(model, question, features)
 
     scores: list[AnswerScore] = []
-    with eval_mode(model):
+    with generation_lock(model), eval_mode(model):
         # A question with many answers becomes several sequences, so there may be more sequences than questions.
         # Use the number of questions as the batch size, because a larger batch may not fit into memory.
         for start in range(0, len(examples), len(questions)):

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -84,6 +85,7 @@ def build_model(
     # (even for weights that are overwritten later), and a seed must always result in the same projector.
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
+            check_text_only(source, source.name_or_path or source.model_type)
             text_model: CausalLM = AutoModelForCausalLM.from_config(
                 source,
                 dtype=dtype,
@@ -166,12 +168,13 @@ def load_language_model(
         trust_remote_code: Run the Python code that the model comes with.
 
     Raises:
-        ValueError: The model cannot be loaded, or some of its weights are missing.
+        ValueError: The model cannot be loaded, some of its weights are missing, or it is multimodal.
     """
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
         options["quantization_config"] = quantization(bits, dtype)
-    check_model_config(name_or_path)
+    # Check the config before the weights are downloaded.
+    check_text_only(load_transformers_config(name_or_path, trust_remote_code), name_or_path)
     with blame_file(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -189,6 +192,32 @@ def load_language_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return cast(CausalLM, language_model)
+
+
+def check_text_only(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a language model that is only a part of a multimodal model, such as Gemma 3 with 4B parameters.
+
+    The layers of such a model have a config of their own inside the config of the model. The attention masks, the length
+    of the context and the layers with an adapter would silently be wrong, because they depend on the outer config.
+
+    Args:
+        config: Config of the model.
+        name: Name of the model, for the message.
+
+    Raises:
+        ValueError: `AutoModelForCausalLM` would build a multimodal model.
+    """
+    text_config = config.get_text_config()
+    if text_config is config:
+        return
+    # For some multimodal configs (Llama 4), Transformers builds the language model alone, from its own config.
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and model_class.config_class is type(text_config):
+        return
+    raise ValueError(
+        f"{name}: {config.model_type} is a multimodal model, whose language model cannot be used "
+        "alone. Use a text-only model instead, for example google/gemma-3-1b-it in place of the larger Gemma 3 models."
+    )
 
 
 def load_tokenizer(

@@ -47,6 +47,7 @@ from llava_simplified.model.config import (
 from llava_simplified.model.cpu_dtype import use_fast_dtype
 from llava_simplified.model.int8_linear import check_int8_support, quantize_linear_layers
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import freeze
 from llava_simplified.model.lora_options import CHANGES_FROZEN_WEIGHTS
 from llava_simplified.model.peft_names import (
     LoraConfig,
@@ -186,7 +187,7 @@ def load_checkpoint(
             on a CPU on which this is much faster.
         bits: Precision of the frozen language model (4, 8 or 16); by default as in training.
         device: Where to put the model; by default the accelerator if there is one, else the CPU.
-        trainable: Keep gradients enabled for the trained parts, to continue training them.
+        trainable: Enable gradients for the trained parts, to continue training them. Their weights are float32.
         merge: Merge the adapters into the weights. A quantized language model is dequantized first,
             so that the adapter is added to the values that it was trained with.
         quantize: "int8" merges the adapters and converts the language model's linear layers to 8 bits, for
@@ -199,7 +200,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: The folder is not a checkpoint; weights are missing or have an unexpected name or
-            shape; or the base weights differ from those that were used in training.
+            shape; or the base weights differ from those that were used in training. Or arguments contradict each
+            other, or the language model does not support `quantize`.
     """
     folder = Path(folder)
     checkpoint_config = read_checkpoint_config(folder)
@@ -219,6 +221,10 @@ def load_checkpoint(
     if quantize:
         _check_quantize(quantize, device, config.bits, trainable)
         merge = True
+    if merge and trainable:
+        raise ValueError(
+            "merged adapters cannot be trained; pass either merge or trainable, not both"
+        )
 
     # If all weights of a part were trained, load it from the checkpoint. Otherwise, load its base model.
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
@@ -239,6 +245,8 @@ def load_checkpoint(
             trust_remote_code=trust_remote_code,
         )
     load_projector(model.projector, folder)
+    if trainable:
+        freeze(model, parts)
     # Add the adapters last, when the base weights are loaded and verified.
     language_model: Any = model.language_model
     if merge and config.bits != 16:
@@ -252,13 +260,12 @@ def load_checkpoint(
         adapted: Any = _with_adapter(tower.model, folder / "vision_adapter", merge)
         tower.model = cast(VisionModel, adapted)
 
-    if parts.vision_tower == "none":
-        tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
+    model.eval()
     if quantize:
         quantize_linear_layers(model.language_model)
-    model.eval().to(device)
+    model.to(device)
     # Convert the weights at the end: they keep the precision of training, and those of quantized layers are gone.
     if dtype is None and device.type == "cpu" and config.bits == 16 and not trainable:
         use_fast_dtype(model)

@@ -196,8 +196,11 @@ def exclude_forbidden_words(
         banned_ids = words.banned_ids(ids)
         rows += [row] * len(banned_ids)
         banned += banned_ids
+    pairs = torch.tensor([rows, banned], dtype=torch.long)
+    # The tokenizer may have tokens without a row in the embedding table, which the model never generates.
+    pairs = pairs[:, pairs[1] < logits.shape[1]]
     # Copy the ids of all rows to the device together, because even a small copy is slow.
-    pairs = to_device(torch.tensor([rows, banned], dtype=torch.long), logits.device)
+    pairs = to_device(pairs, logits.device)
     logits[pairs[0], pairs[1]] = -torch.inf
 
 

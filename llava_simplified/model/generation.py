@@ -21,9 +21,12 @@ reads only one small tensor from the device: the new tokens, which decide which 
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from itertools import count
 from typing import Any
 
@@ -547,6 +550,20 @@ class DecodingBatch:
             return torch.full((1,), _NO_TOKEN, device=self.model.device)
 
 
+# The locks of all models that have generated; see `generation_lock`.
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def generation_lock(model: CaptionModel) -> threading.RLock:
+    """Return the lock that a thread must hold while it runs the model to generate.
+
+    Forward passes temporarily change the model (`lm_head_at_positions`, `skip_layers`, `eval_mode`), so two threads must
+    not run them at the same time. A stream holds the lock only during its steps, so that others may generate while it
+    waits for its reader. The lock is not an attribute of the model, because a model must be copyable.
+    """
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def eval_mode(model: CaptionModel) -> Iterator[None]:
     """Put the model into evaluation mode (no dropout) within a `with` block."""
@@ -569,7 +586,7 @@ def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tens
     Returns:
         Patch features (images, tokens, vision hidden size).
     """
-    with eval_mode(model):
+    with generation_lock(model), eval_mode(model):
         return model.vision_tower(to_device(pixel_values, model.device))
 
 
@@ -771,7 +788,7 @@ def _generate_batch(
     the number of new tokens, and not at all for beam search.
     """
     per_prompt = options[0].num_return_sequences
-    with eval_mode(model):
+    with generation_lock(model), eval_mode(model):
         if options[0].num_beams > 1:
             sequences, failed = _beam_search(model, prompts, image_features, options[0])
         else:
@@ -824,9 +841,12 @@ def stream(
     with eval_mode(model):
         features = None if pixel_values is None else encode_images(model, pixel_values)
         hashes = prompt_hashes([prompt], pixel_values)
-        batch = DecodingBatch(model, [prompt], features, options, hashes)
+        with generation_lock(model):
+            batch = DecodingBatch(model, [prompt], features, options, hashes)
         while batch.active:
-            batch.step()
+            # Never hold the lock at `yield`: a caller may leave the stream unfinished.
+            with generation_lock(model):
+                batch.step()
             batch.raise_errors()
             text = model.prompt.decode(batch.generated_ids[0], finished=not batch.active)
             # Remove white space as `generate` does. If another word follows, white space at the end is yielded with it.
@@ -866,7 +886,17 @@ def _beam_search(
     Returns:
         `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the indices of the
         prompts whose logits were not finite. The token ids of these prompts are meaningless.
+
+    Raises:
+        ValueError: Transformers' beam search does not support embeddings for this family of models.
     """
+    owner = without_peft(model.language_model)
+    # An image is a sequence of embeddings, so a prompt cannot be passed as token ids.
+    if "inputs_embeds" not in signature(owner.prepare_inputs_for_generation).parameters:
+        raise ValueError(
+            f"num_beams={options.num_beams}: Transformers does not support beam search with image embeddings for "
+            f"{model.config.model_type}; use num_beams 1 (greedy search or sampling)"
+        )
     start_ids = _start_ids(model, options)
     prompts = [[*prompt, *start_ids] for prompt in prompts]
     input_ids, attention_mask, image_positions = _expand_and_pad(model, prompts)
@@ -882,7 +912,7 @@ def _beam_search(
     # Pass the penalty as a logits processor, not as the option `repetition_penalty`: in a padded batch,
     # Transformers 5 does not apply the option to all generated tokens (it ignores one for each padding token).
     processors: list[logits_process.LogitsProcessor] = [
-        logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        _RepetitionPenalty(options.repetition_penalty, start_ids)
     ]
     if options.forbid:
         words = load_forbidden_words(model.prompt, options.forbid)
@@ -912,6 +942,25 @@ def _beam_search(
 def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
     """Return the token ids that every answer begins with."""
     return model.prompt.encode_start(options.start_with) if options.start_with.strip() else []
+
+
+class _RepetitionPenalty(logits_process.RepetitionPenaltyLogitsProcessor):
+    """The repetition penalty of beam search. Like that of greedy search, it includes the tokens of `start_with`.
+
+    Args:
+        penalty: Factor of the penalty.
+        start_ids: Token ids that the answer begins with. They are part of the prompt of `generate` of Transformers.
+    """
+
+    def __init__(self, penalty: float, start_ids: Sequence[int]) -> None:
+        super().__init__(float(penalty))
+        self._start_ids = list(start_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (rows, vocabulary), lowered for tokens of the answer so far."""
+        start = input_ids.new_tensor(self._start_ids).expand(len(input_ids), -1)
+        penalized: torch.Tensor = super().__call__(torch.cat([start, input_ids], dim=1), scores)
+        return penalized
 
 
 class _NonFiniteGuard(LogitsProcessor):

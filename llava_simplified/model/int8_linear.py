@@ -14,21 +14,32 @@ scale for all rows of x would have two disadvantages. A few activations in trans
 large as all others, and would reduce the precision of every row. And the answer to one request would depend on
 the other requests in the batch. The output of a layer differs from that of the original weights by about 1 %.
 
-The lm_head, the embeddings, the vision tower and the projector keep their data type.
+The lm_head, the embeddings, the vision tower and the projector keep their data type, and so do weights that are not in
+linear layers, such as the experts of most mixtures of experts. Models without linear layers (GPT-2), or whose code reads
+the weights of a linear layer (Mamba), are refused.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
+from llava_simplified.model.language_model import cache_kwarg_name
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.system_memory import release_pages, return_freed_blocks
 
+logger = logging.getLogger(__name__)
+
+# Subclasses of `nn.Linear` that have a `forward` of their own, which computes the same.
+_PLAIN_SUBCLASSES = ("FalconLinear",)
+# Warn if at least this share of the weights of the layers is not quantized.
+_WARN_SHARE = 0.1
 # During quantization, freed blocks of at least this size are returned to the operating system.
 _RETURNED_BLOCK_BYTES = 1 << 20
 
@@ -150,11 +161,17 @@ def check_int8_support(device: torch.device) -> None:
 def quantize_linear_layers(language_model: CausalLM) -> int:
     """Replace the linear layers of a language model, except the lm_head, by `Int8Linear`.
 
-    Call this only after adapters have been merged into the weights.
+    Call this only after adapters have been merged into the weights. A warning says if a large share of the weights is
+    in other kinds of layers, and keeps its data type.
 
     Returns:
         The number of replaced layers.
+
+    Raises:
+        ValueError: The model has no linear layers, or does not work with `Int8Linear`. In the second case, its layers
+            have been replaced already.
     """
+    model_type = language_model.config.model_type
     torch.backends.quantized.engine = "fbgemm"
     # Return the memory of the float32 copy of each weight to the operating system at once. Otherwise, it would remain as
     # a gap between the packed weights.
@@ -164,9 +181,15 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
     found: list[tuple[nn.Module, str, nn.Linear]] = []
     for parent in language_model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child is not lm_head:
+            if isinstance(child, nn.Linear) and child is not lm_head and _is_plain(child):
                 found.append((parent, name, child))
     count = len(found)
+    if not found:
+        raise ValueError(
+            f"--quantize int8: {model_type} has no linear layers (torch.nn.Linear) except the lm_head, so no weight would "
+            "be quantized. Leave out --quantize."
+        )
+    num_before = _count_layer_weights(language_model)
     while found:
         # Remove the layer from the list, so that the memory of its weights is freed before the next layer is quantized.
         parent, name, linear = found.pop()
@@ -177,4 +200,48 @@ def quantize_linear_layers(language_model: CausalLM) -> int:
     # The first call has turned off glibc's automatic adjustment of the threshold. Set the largest value that glibc would
     # choose.
     return_freed_blocks()
+    num_left = _count_layer_weights(language_model)
+    if num_left >= _WARN_SHARE * num_before:
+        logger.warning(
+            "--quantize int8 leaves %.0f %% of the weights of %s as they are, because they are not in linear layers "
+            "(the experts of a mixture, for example).",
+            100 * num_left / num_before,
+            model_type,
+        )
+    _check_steps(language_model)
     return count
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Return whether a layer computes the same as `nn.Linear`. The router of Llama 4, for example, does not."""
+    layer_class = type(linear)
+    return layer_class.forward is nn.Linear.forward or layer_class.__name__ in _PLAIN_SUBCLASSES
+
+
+def _count_layer_weights(language_model: CausalLM) -> int:
+    """Return the number of parameters outside of the embeddings and the lm_head."""
+    outside: set[int] = set()
+    for module in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        outside.update(id(parameter) for parameter in module.parameters())
+    return sum(p.numel() for p in language_model.parameters() if id(p) not in outside)
+
+
+@torch.inference_mode()
+def _check_steps(language_model: CausalLM) -> None:
+    """Run a prefill and a decoding step.
+
+    Raises:
+        ValueError: The code of the model uses more of a linear layer than its `forward`. Mamba, for example, multiplies
+            by `dt_proj.weight` itself.
+    """
+    cache = DynamicCache(config=language_model.config)
+    cache_kwargs = {cache_kwarg_name(language_model): cache}
+    try:
+        for length in (2, 1):
+            input_ids = torch.zeros(1, length, dtype=torch.long)
+            language_model(input_ids=input_ids, use_cache=True, **cache_kwargs)
+    except AttributeError as error:
+        raise ValueError(
+            f"--quantize int8 does not support {language_model.config.model_type}, because its code reads the weights of "
+            f"linear layers ({error}). Leave out --quantize."
+        ) from error

@@ -238,7 +238,7 @@ def attention_kwargs(
 def supports_shared_prompts(language_model: CausalLM) -> bool:
     """Return whether this model and its attention kernel support shared prompts (see `attention_kwargs`)."""
     config = language_model.config
-    if not _accepts_positions(language_model):
+    if not accepts_positions(language_model):
         return False
     if config._attn_implementation == "flash_attention_2":
         return False
@@ -268,7 +268,7 @@ def padding_kwargs(
     if attention_mask is None or attention_mask.device.type in HOST_DEVICES:
         return plain
     layer_types = set(getattr(language_model.config, "layer_types", None) or ())
-    if not _accepts_positions(language_model) or layer_types - MASKED_LAYER_TYPES:
+    if not accepts_positions(language_model) or layer_types - MASKED_LAYER_TYPES:
         return plain
     if language_model.config._attn_implementation == "flash_attention_2":
         return plain
@@ -284,14 +284,14 @@ def _check_position_ids(language_model: CausalLM) -> None:
 
     Without this check, it would silently be trained with wrong positions and masks.
     """
-    if not _accepts_positions(language_model):
+    if not accepts_positions(language_model):
         raise ValueError(
             f"{language_model.config.model_type} does not accept `position_ids`; turn off --packing and "
             "--share_prefix."
         )
 
 
-def _accepts_positions(language_model: CausalLM) -> bool:
+def accepts_positions(language_model: CausalLM) -> bool:
     """Return whether the caller can set the positions of the tokens.
 
     Some models compute them from the index of a token in its row: models with ALiBi (MPT, Bloom, some Falcons),

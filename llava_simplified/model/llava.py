@@ -223,13 +223,17 @@ class Llava(nn.Module):
         is_image = input_ids == IMAGE_INDEX
         # The table has no row -200, so look up id 0 for the placeholders. The result is overwritten below.
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if image_positions is None:
+            image_positions = find_image_positions(input_ids)
         if image_features is None:
+            if len(image_positions) > 0:
+                raise ValueError(
+                    f"no images were given, but the text has {len(image_positions)} image placeholder tokens"
+                )
             return embeds
         # The features have the dtype of the vision tower. The projector may have another one: it is float32 while
         # it is trained.
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
-        if image_positions is None:
-            image_positions = find_image_positions(input_ids)
         self.check_image_token_count(len(image_positions), image_features)
         # A micro-batch without images contains one dummy image (see `check_image_token_count`). It has no
         # placeholders, so drop its tokens.
@@ -270,6 +274,9 @@ class Llava(nn.Module):
 
     # ---- generation ----
 
+    # `caption`, `chat` and `stream` may be called from several threads, which then take turns. The model must be in
+    # evaluation mode. To answer many requests together, use `llava serve`.
+
     def caption(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -289,7 +296,7 @@ class Llava(nn.Module):
             instruction: Text of the user turn; by default the instruction of the training data.
                 It may contain `<image>` at the place of the image; otherwise, the image comes first.
             num_return_sequences: Number of captions per image. If it is above 1, the captions are sampled (by
-                default with the temperature 0.7), unless `num_beams` is given.
+                default with the temperature 0.7), unless `num_beams` is above 1.
             batch_size: Number of images to process at a time.
             **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
@@ -308,7 +315,7 @@ class Llava(nn.Module):
         turn = Message("user", self.instruction if instruction is None else instruction)
         turns = insert_image_placeholders([turn], 1, "the instruction")
         prompt = self.prompt.render(turns, None).input_ids
-        if num_return_sequences > 1 and not options.get("num_beams"):
+        if num_return_sequences > 1 and options.get("num_beams", 1) == 1:
             options = {"temperature": DEFAULT_TEMPERATURE, **options}
         generation_options = GenerationOptions(num_return_sequences=num_return_sequences, **options)
 

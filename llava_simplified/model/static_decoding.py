@@ -49,7 +49,12 @@ from transformers.cache_utils import (
 )
 
 from llava_simplified.data.device_copy import to_device
-from llava_simplified.model.language_model import cache_kwarg_name, without_peft
+from llava_simplified.model.language_model import (
+    MASKED_LAYER_TYPES,
+    accepts_positions,
+    cache_kwarg_name,
+    without_peft,
+)
 from llava_simplified.model.protocols import CaptionModel, CausalLM
 
 logger = logging.getLogger(__name__)
@@ -294,7 +299,7 @@ class StaticDecoder:
             remaining: Maximum number of tokens that a sequence may still generate.
 
         Raises:
-            StaticDecodingError: The cache is not supported, or the buffers would be too large
+            StaticDecodingError: The cache or a type of layer is not supported, or the buffers would be too large
                 (`BuffersTooLargeError`). The state is unchanged.
         """
         # The buffers contain another batch, for example, if a program alternates between two calls of `stream`.
@@ -302,6 +307,7 @@ class StaticDecoder:
         if previous is not None:
             previous.leave_static_buffers()
         _check_layers(state.cache)
+        _check_layer_types(without_peft(self._require_model().language_model).config)
         self._drop_outdated_graphs()
 
         rows, length = state.mask.shape
@@ -456,7 +462,8 @@ class StaticDecoder:
             # "thread_local" allows other threads to use CUDA during the recording, for example to copy images.
             with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 logits = self._forward(buffers)
-        except RuntimeError as error:
+        except Exception as error:
+            # The code of the model may raise any exception. All of them mean that decoding must continue without graphs.
             for tensor, value in zip(state, saved):
                 tensor.copy_(value)
             raise StaticDecodingError(f"the step cannot be recorded ({error})") from error
@@ -592,6 +599,16 @@ def _check_layers(cache: DynamicCache) -> None:
             )
 
 
+def _check_layer_types(config: Any) -> None:
+    """Raise StaticDecodingError unless `StaticDecoder._masks` computes the masks of all layers."""
+    # Chunked attention (Llama 4), for example, also has keys and values only, but another mask.
+    unsupported = set(getattr(config, "layer_types", None) or ()) - MASKED_LAYER_TYPES
+    if unsupported:
+        raise StaticDecodingError(
+            f"static buffers do not support layers of the types {', '.join(sorted(unsupported))}"
+        )
+
+
 def _check_memory(layers: Sequence[Any], slots: int, columns: int, replaced_bytes: int) -> None:
     """Raise BuffersTooLargeError if buffers of this size would take too much memory.
 
@@ -630,7 +647,7 @@ def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
     """Return the decoder of a model; None if steps must run without CUDA graphs.
 
     This is the case if the model is not on a CUDA device, if it is being trained, if its attention kernel is not sdpa,
-    or after a failure.
+    if it computes the positions of tokens itself, or after a failure.
     """
     if model.device.type != "cuda":
         return None
@@ -641,10 +658,13 @@ def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
         return None
     if model not in _DECODERS:
         kernel = language_model.config._attn_implementation
-        if kernel == "sdpa":
-            _DECODERS[model] = StaticDecoder(model, use_graphs=True)
-        else:
+        if kernel != "sdpa":
             disable_static_decoding(model, f"it uses the attention kernel {kernel}, not sdpa")
+        elif not accepts_positions(language_model):
+            # Such a model computes positions from a 2D mask or from the number of columns of the cache.
+            disable_static_decoding(model, "it does not accept `position_ids`")
+        else:
+            _DECODERS[model] = StaticDecoder(model, use_graphs=True)
     return _DECODERS[model]
 
 

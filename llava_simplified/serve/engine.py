@@ -466,7 +466,12 @@ class Engine:
         self._has_work.set()
 
     def unregister(self, request: RequestHandle) -> None:
-        """Remove a closed request. The next step evicts its sequences."""
+        """Remove a closed request, also from the queue. The next step evicts its sequences."""
+        # The queue would otherwise keep the pixels of closed requests, and grow without limit, while its first request
+        # waits. An admitted request is no longer in the queue. Keep its pixels: the model thread may be reading them.
+        if request in self._waiting:
+            self._waiting.remove(request)
+            request.pixel_values = None
         # Update the moving average, from which `register` computes when to retry.
         self._seconds_per_request += 0.1 * (request.seconds_elapsed - self._seconds_per_request)
         self.requests_in_flight.discard(request)
@@ -503,9 +508,6 @@ class Engine:
         admitted: list[RequestHandle] = []
         while self._waiting:
             request = self._waiting[0]
-            if request.is_closed:
-                self._waiting.popleft()
-                continue
             if request.options.num_return_sequences > free:
                 break
             free -= request.options.num_return_sequences

@@ -12,7 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Llama4Config,
+    Llama4ForCausalLM,
+)
 
 from llava_simplified import cli
 from llava_simplified.model import checkpoint as checkpoint_module
@@ -25,7 +31,7 @@ from llava_simplified.model.checkpoint import (
 )
 from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
+from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.weights import weights_digest
 from llava_simplified.prompt import IMAGE_INDEX
 
@@ -161,6 +167,25 @@ def test_load_checkpoint_trainable_enables_the_gradients_of_the_trained_parts(
     for name, parameter in loaded.named_parameters():
         is_trained = "lora_" in name or name.startswith("projector.")
         assert parameter.requires_grad == is_trained, name
+
+
+@pytest.mark.parametrize(
+    "parts", [TrainedParts(), TrainedParts("full"), TrainedParts("none", "full")], ids=str
+)
+def test_load_checkpoint_trainable_freezes_all_other_parts(
+    models_folder: Path, tmp_path: Path, parts: TrainedParts
+) -> None:
+    save_trained_model(models_folder, tmp_path / "c", parts)
+    loaded = load_checkpoint(tmp_path / "c", trainable=True, device="cpu")
+    check_trainable(loaded, parts)
+
+
+def test_load_checkpoint_refuses_to_merge_what_should_be_trained(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter"))
+    with pytest.raises(ValueError, match="merge or trainable"):
+        load_checkpoint(tmp_path / "c", trainable=True, merge=True, device="cpu")
 
 
 def test_load_checkpoint_accepts_the_attention_name_of_0_1_0(
@@ -353,6 +378,29 @@ def test_build_model_refuses_missing_weights(models_folder: Path, tmp_path: Path
 
 
 # ---- strict loading ----
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_build_model_refuses_a_multimodal_language_model(
+    models_folder: Path, tmp_path: Path, device: str | None
+) -> None:
+    """Otherwise, packed examples would silently be trained with wrong masks."""
+    Gemma3Config().save_pretrained(tmp_path)
+    config = replace(make_config(models_folder), language_model=str(tmp_path))
+    with pytest.raises(ValueError, match=r"gemma3 is a multimodal model.*text-only model"):
+        build_model(config, device=device)
+
+
+def test_build_model_uses_the_language_model_of_a_config_that_transformers_splits(
+    models_folder: Path,
+) -> None:
+    text_config = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    source = Llama4Config(text_config=text_config)
+    tokenizer = AutoTokenizer.from_pretrained(models_folder / "mistral")
+    model = build_model(
+        make_config(models_folder), language_model=source, tokenizer=tokenizer, device="meta"
+    )
+    assert type(model.language_model) is Llama4ForCausalLM
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor
 
-from llava_simplified.model.forbidden_words import ForbiddenWords
+from llava_simplified.model.forbidden_words import ForbiddenWords, exclude_forbidden_words
 from llava_simplified.model.generation import generate
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import Message, Prompt
@@ -242,3 +242,10 @@ def test_options_refuse_a_beginning_that_is_forbidden() -> None:
     assert GenerationOptions(forbid=["a", "b"]).forbid == ("a", "b")
     with pytest.raises(ValueError, match="forbid"):
         GenerationOptions(forbid="word")
+
+
+def test_tokens_without_a_row_in_the_embedding_table_are_ignored() -> None:
+    words = ForbiddenWords([b"a", b" ", b" dog"], ["dog"])
+    logits = torch.zeros(1, 2)
+    exclude_forbidden_words(logits, [[0]], words)
+    assert logits.tolist() == [[0, 0]]

@@ -629,6 +629,42 @@ def test_start_is_continued_as_by_transformers(models_folder: Path, beams: int) 
     assert texts == [model.prompt.decode([*start, *ids]).strip() for ids in expected]
 
 
+def test_repetition_penalty_of_beam_search_includes_the_start(models_folder: Path) -> None:
+    """Forbid all tokens except those of the start and another one. A large penalty leaves the other one."""
+    model = build_llava(models_folder, "llama")
+    prompts, pixels = make_prompts(model)
+    options = GenerationOptions(
+        max_new_tokens=1, min_new_tokens=1, start_with="A photo", repetition_penalty=1e6
+    )
+    start = model.prompt.encode_start("A photo")
+    other = next(id for id in range(50, 300) if id not in start)
+
+    def leave_few(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        logits = torch.full_like(output, -50.0)
+        logits[..., start] = 1.0
+        logits[..., other] = 0.9
+        return logits
+
+    handle = model.language_model.get_output_embeddings().register_forward_hook(leave_few)
+    greedy = generate(model, prompts, pixels, options)
+    beams = generate(model, prompts, pixels, replace(options, num_beams=2))
+    handle.remove()
+    assert beams == greedy
+    assert greedy[0] == [model.prompt.decode([*start, other]).strip()]
+
+
+def test_beam_search_is_refused_for_families_that_do_not_support_it(models_folder: Path) -> None:
+    model = build_llava(models_folder, "llama")
+    prompts, pixels = make_prompts(model)
+
+    def prepare_inputs_for_generation(input_ids: torch.Tensor) -> None: ...
+
+    model.language_model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    with pytest.raises(ValueError, match="num_beams=2: .*beam search.* llama; use num_beams 1"):
+        generate(model, prompts, pixels, GenerationOptions(num_beams=2))
+    assert generate(model, prompts, pixels, GenerationOptions(max_new_tokens=2))
+
+
 def test_start_may_differ_within_a_batch(models_folder: Path) -> None:
     model = build_llava(models_folder)
     prompts, pixels = make_prompts(model)

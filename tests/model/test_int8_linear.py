@@ -8,6 +8,18 @@ import pytest
 import torch
 from tiny import save_llava
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconMambaConfig,
+    GPT2Config,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llava_simplified.model import int8_linear
 from llava_simplified.model.checkpoint import load_checkpoint
@@ -15,6 +27,7 @@ from llava_simplified.model.int8_linear import (
     Int8Linear,
     activation_levels,
     check_int8_support,
+    quantize_linear_layers,
     zero_point,
 )
 
@@ -99,6 +112,57 @@ def test_quantized_checkpoint_generates_the_same_captions_alone_and_in_a_batch(
         load_checkpoint(tmp_path / "model", quantize="int8", device="cpu", bits=4)
     with pytest.raises(ValueError, match="int8"):
         load_checkpoint(tmp_path / "model", quantize="int3", device="cpu")
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+HEADS = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def test_quantize_includes_the_linear_layers_of_falcon() -> None:
+    """They are a subclass of `nn.Linear`."""
+    model = make_model(FalconConfig(**SIZE, num_attention_heads=4))
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    assert quantize_linear_layers(model) == 8  # two layers of four
+    logits = model(ids).logits
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.1
+
+
+def test_quantize_refuses_a_model_without_linear_layers() -> None:
+    model = make_model(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match=r"gpt2 has no linear layers.*Leave out --quantize"):
+        quantize_linear_layers(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(**SIZE),
+        FalconMambaConfig(**SIZE),
+        JambaConfig(**SIZE, **HEADS, attn_layer_offset=1, attn_layer_period=2, num_experts=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_quantize_refuses_a_model_that_reads_the_weights_of_a_layer(
+    config: PreTrainedConfig,
+) -> None:
+    with pytest.raises(ValueError, match=rf"does not support {config.model_type}, .*weight"):
+        quantize_linear_layers(make_model(config))
+
+
+def test_quantize_warns_about_weights_outside_of_linear_layers(
+    package_log: pytest.LogCaptureFixture,
+) -> None:
+    quantize_linear_layers(make_model(LlamaConfig(**SIZE, **HEADS)))
+    assert not package_log.messages
+    quantize_linear_layers(make_model(MixtralConfig(**SIZE, **HEADS, num_local_experts=4)))
+    (message,) = package_log.messages
+    assert "leaves 8" in message and "of the weights of mixtral as they are" in message
 
 
 def test_quantize_refuses_other_devices_and_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,15 @@ def test_splice_refuses_a_wrong_number_of_images(models_folder: Path) -> None:
         model(**batch)
 
 
+def test_splice_refuses_placeholders_without_images(models_folder: Path) -> None:
+    model = build_llava(models_folder)
+    ids = torch.tensor([[0, IMAGE_INDEX, 5]])
+    for positions in (None, torch.tensor([1])):
+        with pytest.raises(ValueError, match="no images were given, .* 1 image placeholder"):
+            model.splice(ids, None, positions)
+    assert model.splice(torch.tensor([[0, 5]]), None).shape == (1, 2, 32)
+
+
 def test_splice_dummy_image_changes_nothing_and_gives_the_projector_a_zero_gradient(
     models_folder: Path,
 ) -> None:
@@ -294,6 +304,35 @@ def test_caption_accepts_paths_bytes_and_pil_images(models_folder: Path, data_fo
     captions = {model.caption(source, max_new_tokens=6) for source in sources}
     assert len(captions) == 1
     assert model.caption(sources, max_new_tokens=6) == [captions.pop()] * 4
+
+
+def test_caption_samples_several_captions_with_one_beam(
+    models_folder: Path, data_folder: Path
+) -> None:
+    model = build_llava(models_folder)
+    path = data_folder / "images" / "0.jpg"
+    options = {"num_return_sequences": 2, "max_new_tokens": 6, "seed": 1}
+    assert model.caption(path, num_beams=1, **options) == model.caption(path, **options)
+    assert len(model.caption(path, num_beams=2, **options)) == 2
+
+
+def test_threads_take_turns(models_folder: Path, data_folder: Path) -> None:
+    model = build_llava(models_folder, "llama")
+    path = data_folder / "images" / "0.jpg"
+    # Batches of different sizes, because a wrong batch is an error only if its shape differs.
+    requests = [[path], [path] * 3, [path] * 2]
+    expected = [model.caption(images, max_new_tokens=4) for images in requests]
+
+    def caption_and_chat(number: int) -> None:
+        images = requests[number % 3]
+        assert model.caption(images, max_new_tokens=4) == expected[number % 3]
+        assert model.chat("What?", images, max_new_tokens=4) == answers[number % 3]
+
+    answers = [model.chat("What?", images, max_new_tokens=4) for images in requests]
+    unfinished = model.stream("What?", [path], max_new_tokens=4, min_new_tokens=4)
+    next(unfinished)  # a stream that is not read to its end must not keep the lock
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(caption_and_chat, range(40)))
 
 
 def test_generation_options_refuse_invalid_values() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from model_helpers import make_images
 from synchronizations import SynchronizationFinder
 from tiny import build_llava
+from transformers import AutoModelForCausalLM, FalconConfig, Llama4TextConfig
 
 from llava_simplified.model import generation, static_decoding
 from llava_simplified.model.generation import DecodingBatch
@@ -176,6 +179,79 @@ def test_failed_recording_continues_in_the_dynamic_cache_and_says_why(
     assert run(batch) == expected
     (message,) = package_log.messages
     assert "without CUDA graphs: the step cannot be recorded" in message
+
+
+def pretend_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the streams of CUDA, so that steps can be warmed up without a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+
+def test_any_error_while_recording_continues_in_the_dynamic_cache(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """A model may refuse the 4D mask of a step with any exception; Falcon with ALiBi raises a ValueError."""
+    model = build_llava(models_folder, "llama")
+    prompt, features, options = make_requests(model)[1]
+    expected = run(DecodingBatch(model, [prompt], features, options))
+    pretend_to_record(monkeypatch)
+    decoder = StaticDecoder(model, use_graphs=True)
+    monkeypatch.setattr(generation, "find_static_decoder", lambda _: decoder)
+
+    def refuse(_: Any) -> None:
+        raise ValueError("a 4D mask is not supported")
+
+    monkeypatch.setattr(decoder, "_forward", refuse)
+    assert run(DecodingBatch(model, [prompt], features, options)) == expected
+    (message,) = package_log.messages
+    assert "without CUDA graphs: the step cannot be recorded (a 4D mask" in message
+
+
+def test_models_that_compute_positions_have_no_static_decoder(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    model = build_llava(models_folder, "llama").requires_grad_(False)
+    monkeypatch.setattr(Llava, "device", torch.device("cuda"))
+    assert find_static_decoder(model) is not None
+    falcon = build_llava(models_folder, "llama")
+    falcon.language_model = AutoModelForCausalLM.from_config(
+        FalconConfig(vocab_size=50, hidden_size=32, num_attention_heads=4, alibi=True)
+    )
+    falcon.requires_grad_(False)
+    falcon.config._attn_implementation = "sdpa"
+    assert find_static_decoder(falcon) is None
+    (message,) = package_log.messages
+    assert "falcon is decoded without CUDA graphs: it does not accept `position_ids`" in message
+
+
+def test_layers_with_other_masks_are_decoded_in_the_dynamic_cache(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """A token of a layer with chunked attention does not attend to earlier chunks."""
+    model = build_llava(models_folder, "llama")
+    config = Llama4TextConfig(
+        vocab_size=model.config.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=16,
+        no_rope_layers=[1, 0],
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model.language_model = AutoModelForCausalLM.from_config(config).eval()
+    prompt, features, options = make_requests(model)[2]
+    expected = run(DecodingBatch(model, [prompt], features, options))
+    use_static_decoder(monkeypatch, model)
+    assert run(DecodingBatch(model, [prompt], features, options)) == expected
+    (message,) = package_log.messages
+    assert "layers of the types chunked_attention" in message
 
 
 def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(

@@ -212,6 +212,35 @@ def test_cancellation_together_with_delta_is_not_lost(model: Llava, ticks: int) 
     run_engine(model, use)
 
 
+def test_closed_requests_leave_the_queue_at_once(model: Llava, photos: list[bytes]) -> None:
+    """Clients that give up while the first request of the queue waits for free sequences."""
+
+    async def use(engine: Engine) -> None:
+        running = asyncio.create_task(
+            generate_answers(engine, "What?", photos[:1], max_new_tokens=4000)
+        )
+        while not engine.sequences_running:
+            await asyncio.sleep(0.01)
+        first = asyncio.create_task(
+            generate_answers(engine, "What?", photos[:1], temperature=1, num_return_sequences=2)
+        )
+        while not engine._waiting:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            with engine.open_request() as request:
+                await request.submit("What?", photos[:1])
+                assert len(engine._waiting) == 2
+            assert len(engine._waiting) == 1
+            assert request.pixel_values is None
+        for task in (running, first):
+            task.cancel()
+        await asyncio.gather(running, first, return_exceptions=True)
+        assert not engine._waiting
+
+    with without_end_tokens(model):
+        run_engine(model, use, batch_size=2)
+
+
 # ---- limits ----
 
 
