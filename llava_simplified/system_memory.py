@@ -65,7 +65,8 @@ def peak_memory() -> int:
     # On Linux, do not use `getrusage`: the peak of a new process begins with that of the process that has started it.
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        lines = status.read_text(encoding="utf-8").splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024  # in kibibytes
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)

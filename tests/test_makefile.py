@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,11 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run make with the Makefile of this repository in another folder."""
     for name in ("pyproject.toml", "constraints.txt"):
         (folder / name).touch()
-    command = ["make", "-f", str(ROOT / "Makefile"), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile"), *words]
+    # Ignore the options of a `make` that runs these tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment.pop("MFLAGS", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_setup_names_the_python_that_it_requires(tmp_path: Path) -> None:

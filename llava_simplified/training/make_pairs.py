@@ -1,13 +1,11 @@
 """Make preference pairs from sampled captions: of two captions, the one with the higher reward is chosen.
 
-    llava predict --trials 4        llava pairs                           llava train --objective dpo
+    samples of 0.jpg    reward    --pairing random                  --pairing best_worst
 
-    0.jpg: a cat                    reward 1.0  --+-- random     --> chosen: a cat,  rejected: a dog
-           a dog                    reward 0.1  --+
-           a cat                    reward 1.0  --+-- random     --> chosen: a cat,  rejected: a bird
-           a bird                   reward 0.0  --+
-
-           all of them              1.0 and 0.0  --- best_worst  --> chosen: a cat,  rejected: a bird
+    a cat               1.0  --+
+    a dog               0.1  --+  a cat is chosen, a dog rejected
+    a cat               1.0  --+                                    a cat is chosen,
+    a bird              0.0  --+  a cat is chosen, a bird rejected  a bird rejected
 
 `best_worst` gives one pair per image, with the largest difference. `random` compares independent samples, as in the paper on
 DPO (Rafailov et al., 2023), so that N samples give up to N / 2 pairs, in which a caption takes part as often as it is sampled.

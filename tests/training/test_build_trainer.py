@@ -114,6 +114,7 @@ def test_record_without_answer_is_named_before_a_model_is_loaded(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     changes = {
         "model_name_or_path": "nowhere",  # would be an error too, but a later one
+        "max_bad_records": 0,
         "val_image_folder": data_folder / "images",
         option: tmp_path / "rows.json",
     }
