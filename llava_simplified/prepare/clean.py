@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llava_simplified.data.image_folder import NameMatches, locate_file
@@ -282,8 +283,8 @@ def _read_results(
     """Yield the result of every record in order, after it has been compared with the other records."""
     comparison = _Comparison(rows, folder, duplicates)
     # If a name leads to a file that another record names exactly, it means another image, in whichever order they come.
-    # Usually all names are exact, and no record is parsed for this.
-    if any(_has_match(result) for _, result in _stored_results(chunks)):
+    # Usually all names are exact, and then no result is parsed for this.
+    if any(map(_mentions_match, chunks)):
         for index, result in _stored_results(chunks):
             if not result.reason and not _has_match(result):
                 comparison.note_exact_names(index)
@@ -297,6 +298,12 @@ def _stored_results(chunks: list[Chunk]) -> Iterator[tuple[int, ValidationResult
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
             yield index, ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
+
+
+def _mentions_match(chunk: Chunk) -> bool:
+    """Return whether the results of a chunk mention an image that was not found by its exact name."""
+    details = pq.read_table(chunk.path, columns=["detail"])["detail"]
+    return bool(pc.any(pc.match_substring(details, _MATCHED_BY)).as_py())
 
 
 def _has_match(result: ValidationResult) -> bool:
