@@ -273,8 +273,7 @@ class CaptionDataset(Dataset[Example]):
             raise ValueError(no_room_problem(record, self.max_length))
         words = text.split(" ")
         # Keep the first word that is not blank, and what precedes it. Spaces at the beginning are empty words.
-        is_blank = [not word.strip() for word in words]
-        num_kept = is_blank.index(False) + 1
+        num_kept = next(number for number, word in enumerate(words, 1) if word.strip())
         # A word has at least one token, so more words than tokens cannot fit. Render the text again for each attempt:
         # its number of tokens is not the sum over its words, because tokenizers may merge across spaces.
         words = words[: max(room, num_kept)]

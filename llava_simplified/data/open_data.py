@@ -103,9 +103,8 @@ def _locate_some_images(records: Records, folder: str) -> NameMatches:
     """Look up the images of some records, spread evenly over the file, and count the rules that found them."""
     matches = NameMatches()
     for index in range(0, len(records), max(1, len(records) // NUM_LOCATED_RECORDS)):
-        with suppress(
-            ValueError
-        ):  # `drop_bad_records` and the data loader report bad records and images
+        # Bad records and images are reported by `drop_bad_records` and the data loader.
+        with suppress(ValueError):
             for name in records[index].images:
                 # Only count the rules: `_check_names` compares the names.
                 matches.rules[locate_image(name, folder).rule] += 1
