@@ -30,7 +30,7 @@ CLIENT_OF_SERVERS = ["captioning/endpoint_client", "captioning/endpoint_options"
 # may import each other, but two names on one line may not. `prepare` writes the files that `data` reads, so it uses the
 # formats and the decoder of `data`.
 ORDER = [
-    ("options", "extras", "foreign_files", "system_memory"),
+    ("options", "extras", "foreign_files", "process_memory"),
     ("hub", "jobs", "workers", "recipes", "small_models"),
     ("prompt", "html_report"),
     ("data",),

@@ -41,7 +41,7 @@ WINDOWS_OS = windows_like.MODULES["os"]
 OPTIONAL_USES = {
     ("jobs.py", "os.pread"),
     ("workers.py", "os.sched_getaffinity"),
-    ("system_memory.py", "resource"),
+    ("process_memory.py", "resource"),
     ("download_shard.py", "resource"),
 }
 

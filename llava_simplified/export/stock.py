@@ -59,8 +59,8 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.pissa import initial_weights
 from llava_simplified.model.protocols import CausalLM
+from llava_simplified.process_memory import return_freed_blocks
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
-from llava_simplified.system_memory import return_freed_blocks
 
 SHARD_SIZE = "5GB"  # maximum size of one weight file
 

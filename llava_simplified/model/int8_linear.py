@@ -32,7 +32,7 @@ from transformers import DynamicCache
 
 from llava_simplified.model.language_model import cache_kwarg_name
 from llava_simplified.model.protocols import CausalLM
-from llava_simplified.system_memory import release_pages, return_freed_blocks
+from llava_simplified.process_memory import release_pages, return_freed_blocks
 
 logger = logging.getLogger(__name__)
 

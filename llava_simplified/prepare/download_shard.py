@@ -49,7 +49,7 @@ from llava_simplified.prepare.fetch import FetchResult
 from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.record_writer import image_file_name
-from llava_simplified.system_memory import return_freed_blocks
+from llava_simplified.process_memory import return_freed_blocks
 from llava_simplified.workers import event_loop
 
 PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}

@@ -29,7 +29,7 @@ from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
-from llava_simplified.system_memory import peak_memory
+from llava_simplified.process_memory import peak_memory
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.policy_trainer import PolicyTrainer
 

@@ -13,7 +13,7 @@ from tiny import make_tokenizer
 from training_runs import run_training, training_options
 
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.system_memory import return_freed_blocks
+from llava_simplified.process_memory import return_freed_blocks
 from llava_simplified.training import plan
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plan import Plan, make_plan

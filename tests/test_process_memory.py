@@ -11,7 +11,7 @@ import pytest
 # Allocate, fill and free a block repeatedly. An allocator that has kept the block causes no page faults.
 PROGRAM = """
 import resource
-from llava_simplified.system_memory import return_freed_blocks
+from llava_simplified.process_memory import return_freed_blocks
 
 def faults(megabytes):
     b"x" * (megabytes << 20)
@@ -46,10 +46,10 @@ print(faults(2))
 def test_the_peak_does_not_include_that_of_the_parent_process():
     peaks = run("""
 import subprocess, sys
-from llava_simplified.system_memory import peak_memory
+from llava_simplified.process_memory import peak_memory
 block = b"x" * (400 << 20)
 print(peak_memory(), flush=True)
-child = "from llava_simplified.system_memory import peak_memory; print(peak_memory())"
+child = "from llava_simplified.process_memory import peak_memory; print(peak_memory())"
 subprocess.run([sys.executable, "-c", child], check=True)
 """)
     parent, child = peaks

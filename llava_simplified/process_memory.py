@@ -10,8 +10,6 @@ import mmap
 import sys
 from pathlib import Path
 
-import psutil
-
 # Parameters of `mallopt`, from glibc's malloc.h.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
@@ -69,6 +67,8 @@ def peak_memory() -> int:
         line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024  # in kibibytes
     if sys.platform == "win32":
+        import psutil  # the workers of a download need nothing but the functions above
+
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # Windows does not have it
 
