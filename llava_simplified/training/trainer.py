@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.collate import Batch, Collator
@@ -590,20 +590,39 @@ class LlavaTrainer(transformers.Trainer):
         shutil.rmtree(staging, ignore_errors=True)
         self._delete_old_checkpoints(self.output_dir / name)
 
-    def _delete_old_checkpoints(self, published: Path) -> None:
-        """Delete checkpoints above `--save_total_limit`, but neither `published` nor the best one."""
+    def _delete_old_checkpoints(self, kept: Path) -> None:
+        """Delete checkpoints above `--save_total_limit`, but neither `kept` nor the best one."""
         # `rotate_checkpoints` of transformers protects the checkpoint with the highest step instead. If a run is
-        # resumed from an earlier checkpoint, that is not the one that was just published.
+        # resumed from an earlier checkpoint, that is not the one that was just saved.
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
         best = self.state.best_model_checkpoint
-        protected = {published, Path(best) if best else published}
+        # Compare resolved paths: a resumed run may have the same output folder under another name.
+        protected = {kept.resolve(), Path(best).resolve() if best else kept.resolve()}
         checkpoints = list_checkpoints(self.output_dir)
         num_excess = len(checkpoints) - max(limit, len(protected))
-        unprotected = [folder for folder in checkpoints if folder not in protected]
+        unprotected = [folder for folder in checkpoints if folder.resolve() not in protected]
         for folder in unprotected[: max(num_excess, 0)]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _finalize_training(
+        self, trial: Any, num_train_samples: int | None, start_time: float
+    ) -> TrainOutput:
+        """Finish a run. With `--save_total_limit 1`, a complete run keeps the best checkpoint only."""
+        args = self.args
+        limit = args.save_total_limit
+        # With a limit of 1, the base method would delete everything but the best checkpoint: also the one that an
+        # interruption has just saved, and folders that the user has renamed, such as checkpoint-500-good.
+        args.save_total_limit = None
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best and args.should_save and not self.interruption.was_stopped:
+            self._delete_old_checkpoints(Path(best))
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.output_dir)

@@ -171,6 +171,41 @@ def test_interruption_saves_although_the_evaluation_is_not_the_best(
     assert (interrupted.value.checkpoint / "trainer_state").is_dir()
 
 
+@pytest.mark.medium
+def test_interruption_keeps_its_checkpoint_and_renamed_ones_beside_the_best(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The highest loss is declared the best, so that the first checkpoint stays the best."""
+    changes = {
+        **OPTIONS,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_captions": 0,
+        "eval_data_path": data_folder / "val.json",
+        "val_image_folder": data_folder / "images",
+    }
+    output = tmp_path / "out"
+    renamed = output / "checkpoint-1-good"
+    renamed.mkdir(parents=True)
+    options = training_options(models_folder, data_folder, output, **changes)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 3)
+        with pytest.raises(TrainingInterrupted) as interrupted:
+            run_training(options)
+    assert interrupted.value.checkpoint.is_dir()
+    assert (output / "checkpoint-1").is_dir()
+
+    run_training([*options, "--resume_from_checkpoint", "true"])
+    # A complete run keeps the best checkpoint only.
+    assert sorted(output.glob("checkpoint-*")) == [output / "checkpoint-1", renamed]
+
+
 def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_simplified.training.interruption._SAME_SIGNAL_SECONDS", 0.01)
     callback = InterruptionCallback()
