@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -110,6 +110,7 @@ def build_trainer(
         ValueError: The options are invalid, contradict each other, or do not match the data, the
             model or the checkpoint.
     """
+    _use_one_gpu(args)
     # Set the seed first: the weights of new adapters and projectors are random.
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
@@ -195,6 +196,7 @@ def build_trainer(
     if data_args.packing:
         tokens_per_image = model.vision_tower.num_tokens
         examples = PackedDataset(train_set, tokens_per_image, data_args.pack_length, args.seed)
+    _check_full_batches(args, len(examples))
     # Compile the layers before the trainer is created: DDP, FSDP or DeepSpeed wrap the model there.
     if args.compile_layers:
         compile_layers(model.language_model)
@@ -213,6 +215,38 @@ def build_trainer(
     if trainer.accelerator.is_local_main_process:
         logger.info("%s\n%s", table, _describe_data(trainer, train_set, examples, model.prompt))
     return trainer, resumed
+
+
+def _use_one_gpu(args: TrainingArguments) -> None:
+    """Train on one GPU, if a single process was started on a machine that has several."""
+    if args.n_gpu <= 1:
+        return
+    logger.warning(
+        "This machine has %d GPUs, but a process trains on one of them. To use all: torchrun --nproc_per_node %d -m "
+        "llava_simplified train, with the same options.",
+        args.n_gpu,
+        args.n_gpu,
+    )
+    # Otherwise, the trainer would use `nn.DataParallel`. It splits every tensor of a batch in as many parts as there are
+    # GPUs, but `logit_positions` and `image_positions` are indices into the whole batch.
+    args._n_gpu = 1
+
+
+def _check_full_batches(args: TrainingArguments, num_rows: int) -> None:
+    """Raise ValueError if `--dataloader_drop_last` would leave out all examples, because they do not fill a batch.
+
+    Args:
+        args: Training options.
+        num_rows: Number of examples, or of packs.
+    """
+    # With `split_batches`, the processes share a batch of the given size.
+    is_split = cast(Any, args.accelerator_config).split_batches
+    batch_size = args.train_batch_size * (1 if is_split else args.world_size)
+    if args.dataloader_drop_last and num_rows < batch_size:
+        raise ValueError(
+            f"--dataloader_drop_last True leaves out batches that are not full, but there are only {num_rows} examples or packs "
+            f"for a batch of {batch_size}. Pass --dataloader_drop_last False, or a smaller --per_device_train_batch_size."
+        )
 
 
 def _create_trainer(

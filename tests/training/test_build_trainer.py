@@ -82,6 +82,36 @@ def test_wrong_option_is_refused_and_named(
         run_training(training_options(models_folder, data_folder, tmp_path / "out", **change))
 
 
+@pytest.mark.medium
+def test_single_process_uses_one_of_several_gpus(
+    models_folder: Path, data_folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    """`nn.DataParallel`, which Transformers uses otherwise, cannot split the batches."""
+    arguments = parse_arguments(training_options(models_folder, data_folder, tmp_path / "out"))
+    arguments[2]._n_gpu = 2  # the number of GPUs that Transformers has counted
+    trainer, _ = build_trainer.build_trainer(*arguments)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 4
+    assert "2 GPUs" in package_log.text
+    assert "torchrun --nproc_per_node 2" in package_log.text
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2])
+def test_dropping_all_batches_is_refused(
+    models_folder: Path, data_folder: Path, tmp_path: Path, max_steps: int
+) -> None:
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        dataloader_drop_last=True,
+        per_device_train_batch_size=13,
+        max_steps=max_steps,
+    )
+    with pytest.raises(ValueError, match="--dataloader_drop_last True .*only 12 .*a batch of 13"):
+        run_training(options)
+
+
 @pytest.mark.parametrize("change", [change for change, _ in REFUSED_OPTIONS], ids=str)
 def test_plan_refuses_the_options_that_training_refuses(
     models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str]
