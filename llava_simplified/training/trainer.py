@@ -483,6 +483,17 @@ class LlavaTrainer(transformers.Trainer):
             cast(Sequence[int], lengths), batch_size * self.args.world_size, seed
         )
 
+    def get_eval_dataloader(
+        self, eval_dataset: str | Dataset[Any] | None = None
+    ) -> DataLoader[Batch]:
+        """Return a data loader of all validation samples, whatever `--dataloader_drop_last` is."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def _get_dataloader(self, *args: Any, **options: Any) -> DataLoader[Batch]:
         """Return a data loader whose workers ignore Ctrl-C, and whose sampler is told the epoch."""
         loader = super()._get_dataloader(*args, **options)
