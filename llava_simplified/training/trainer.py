@@ -46,6 +46,7 @@ from llava_simplified.training.callbacks import (
     ThroughputMeter,
     progress_callback,
 )
+from llava_simplified.training.eval_captions import FOLDER as EVAL_CAPTIONS_FOLDER
 from llava_simplified.training.eval_captions import EvalCaptions
 from llava_simplified.training.interruption import InterruptionCallback, ignore_interrupts
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
@@ -64,6 +65,7 @@ TrainingSet = CaptionDataset | PackedDataset
 ModelInputs = dict[str, torch.Tensor]
 
 MAX_LISTED_SAMPLES = 16
+LOG_FILE = "trainer_log.jsonl"  # in the output folder of a run
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -358,7 +360,7 @@ class LlavaTrainer(transformers.Trainer):
         if not self.is_world_process_zero():
             return
         row = {"step": self.state.global_step, **self.state.log_history[-1]}
-        with (self.output_dir / "trainer_log.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
     # ---- evaluation ----
@@ -699,6 +701,8 @@ class LlavaTrainer(transformers.Trainer):
         """Prepare the model, and restore the optimizer, schedule and loss scale of a resumed run."""
         # Pass None instead of the folder: the base method would look for the engine's own files.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is None and self.is_world_process_zero():
+            self._set_old_logs_aside()
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             self.last_checkpoint = folder.parent  # `folder` is its subfolder `trainer_state`
@@ -709,6 +713,19 @@ class LlavaTrainer(transformers.Trainer):
             load_scheduler_state(cast(Any, self.lr_scheduler), optimizer, scheduler_state)
             self._load_scaler(resume_from_checkpoint)
         return prepared
+
+    def _set_old_logs_aside(self) -> None:
+        """Rename the logs of an earlier run in the output folder, so that a plot or report does not mix two runs."""
+        log = self.output_dir / LOG_FILE
+        if log.exists():
+            previous = log.with_suffix(".previous.jsonl")
+            log.replace(previous)
+            logger.info("The log of an earlier run is now %s.", previous)
+        captions = self.output_dir / EVAL_CAPTIONS_FOLDER
+        if captions.exists():
+            previous = captions.with_suffix(".previous")
+            replace_folder(captions, previous)
+            logger.info("The captions of an earlier run are now in %s.", previous)
 
 
 def _list_samples(ids: Sequence[str]) -> str:

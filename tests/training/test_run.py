@@ -65,6 +65,31 @@ def test_train_learns_and_writes_checkpoints_log_and_plot(
 
 
 @pytest.mark.medium
+def test_new_run_sets_the_logs_of_an_earlier_run_aside(
+    models_folder: Path, data_folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise, the plot would show the last steps of the longer, earlier run."""
+    changes: dict[str, object] = {
+        "eval_data_path": data_folder / "val.json",
+        "val_image_folder": data_folder / "images",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_captions": 1,
+    }
+    for max_steps in (3, 2, 1):
+        options = training_options(
+            models_folder, data_folder, tmp_path / "out", max_steps=max_steps, **changes
+        )
+        output = run_training(options)
+        assert len(read_log(output)) == max_steps
+        captions = {path.name for path in (output / "eval_captions").iterdir()}
+        assert captions == {f"step-{step}.jsonl" for step in range(1, max_steps + 1)}
+    assert len((output / "trainer_log.previous.jsonl").read_text().splitlines()) == 2 + 2 + 1
+    assert len(list((output / "eval_captions.previous").iterdir())) == 2
+    assert "trainer_log.previous.jsonl" in package_log.text
+
+
+@pytest.mark.medium
 def test_train_without_matplotlib_skips_the_plot_and_names_the_extra(
     models_folder: Path,
     data_folder: Path,
