@@ -55,6 +55,7 @@ _MUST_NOT_CHANGE = (
     "data_seed",
     "bf16",
     "fp16",
+    "optim",
     "lora_enable",
     "lora_r",
     "lora_alpha",
@@ -94,6 +95,9 @@ _NOT_COMPARED = {
 _LOCATIONS = ("language_model", "vision_tower")
 
 
+# Resuming requires this file of `trainer_state/`; see above.
+OPTIMIZER_FILE = "optimizer.safetensors"
+
 _BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _BLOCK_BYTES = 1 << 22
 
@@ -108,6 +112,8 @@ def run_settings(
         training records.
     """
     settings = non_default_options(model_args, data_args, args)
+    # Some options of Transformers are enums. Store and compare their values, as they are on the command line.
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     # Transformers replaces this option with an object. Store only its fields that affect the order of the samples.
     accelerator_config = args.accelerator_config
     settings["accelerator_config"] = {
@@ -148,6 +154,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(steps, key=lambda folder: steps[folder])
 
 
+def has_trainer_state(checkpoint: Path) -> bool:
+    """Return whether a run can be resumed from a checkpoint. With `--save_only_model True`, it cannot."""
+    return (checkpoint / "trainer_state" / OPTIMIZER_FILE).is_file()
+
+
 def find_last_checkpoint(output_dir: Path) -> Path | None:
     """Return the checkpoint with the highest step in an output folder, or None."""
     checkpoints = list_checkpoints(output_dir)
@@ -186,10 +197,13 @@ def find_resume_folder(args: TrainingArguments) -> Path | None:
         folder = last
     else:
         folder = Path(requested)
-    if not (folder / "trainer_state").is_dir():
+    if not has_trainer_state(folder):
+        missing = "there is no folder trainer_state/ in it"
+        if (folder / "trainer_state").is_dir():
+            missing = "it was saved with --save_only_model True, without the state of the optimizer"
         raise ValueError(
-            f"--resume_from_checkpoint {folder}: there is no folder trainer_state/ in it, so the run cannot be resumed "
-            "from it. Pass an existing checkpoint-N folder, or start a new run from a saved model with --init_from."
+            f"--resume_from_checkpoint {folder}: {missing}, so the run cannot be resumed from it. Pass an existing checkpoint-N "
+            "folder, or start a new run from a saved model with --init_from."
         )
     _warn_of_later_checkpoints(folder, last)
     return folder
@@ -236,6 +250,8 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
     for name in sorted({*before, *now} - _NOT_COMPARED):
         if before.get(name) == now.get(name):
             continue
+        if name == "optim" and _optimizer_name(before) == _optimizer_name(now):
+            continue
         old_value, new_value = before.get(name, "default"), now.get(name, "default")
         if name in _MUST_NOT_CHANGE:
             raise ValueError(
@@ -249,6 +265,12 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
             f"the number of processes was {before.get('processes')}, is {now.get('processes')}"
         )
     return differences
+
+
+def _optimizer_name(settings: Mapping[str, Any]) -> str:
+    """Return the name of a run's optimizer, without the variants that have the same state."""
+    name = str(settings.get("optim", "adamw_torch"))
+    return name.removesuffix("_fused").removeprefix("paged_")
 
 
 def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -61,13 +61,18 @@ def describe_interruption(
         output_dir: Output folder of the run.
         checkpoint: The checkpoint that the interruption has saved, or None if it has saved none.
     """
-    from llava_simplified.training.resume import find_last_checkpoint
+    from llava_simplified.training.resume import find_last_checkpoint, has_trainer_state
 
     last = find_last_checkpoint(output_dir)
     checkpoint = checkpoint or last
     if checkpoint is None:
         return (
             "Interrupted before the first checkpoint. The same command starts from the beginning."
+        )
+    if not has_trainer_state(checkpoint):
+        return (
+            f"Interrupted. The last checkpoint is {checkpoint}. With --save_only_model True, this run cannot be continued. Start "
+            f"a new run from the trained weights with --init_from {checkpoint} and another --output_dir."
         )
     # If the run was resumed from an earlier checkpoint, later ones may exist. "true" would choose one of them.
     resume_from = "true" if checkpoint == last else str(checkpoint)

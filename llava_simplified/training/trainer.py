@@ -50,7 +50,7 @@ from llava_simplified.training.eval_captions import FOLDER as EVAL_CAPTIONS_FOLD
 from llava_simplified.training.eval_captions import EvalCaptions
 from llava_simplified.training.interruption import InterruptionCallback, ignore_interrupts
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
-from llava_simplified.training.resume import list_checkpoints
+from llava_simplified.training.resume import OPTIMIZER_FILE, list_checkpoints
 from llava_simplified.training.sharding import (
     enable_fsdp_on_cpu,
     full_optimizer_state_dict,
@@ -646,7 +646,7 @@ class LlavaTrainer(transformers.Trainer):
             full_optimizer_state_dict(self.unwrapped_model, self.optimizer)
         )
         if self.args.should_save:
-            save_file(state, Path(output_dir) / "optimizer.safetensors")
+            save_file(state, Path(output_dir) / OPTIMIZER_FILE)
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _gather_on_main_process(
@@ -707,7 +707,7 @@ class LlavaTrainer(transformers.Trainer):
             folder = Path(resume_from_checkpoint)
             self.last_checkpoint = folder.parent  # `folder` is its subfolder `trainer_state`
             optimizer = cast(torch.optim.Optimizer, self.optimizer)
-            optimizer_state = load_file(folder / "optimizer.safetensors")
+            optimizer_state = load_file(folder / OPTIMIZER_FILE)
             load_optimizer_state_dict(self.unwrapped_model, optimizer, optimizer_state)
             scheduler_state = torch.load(folder / "scheduler.pt", weights_only=True)
             load_scheduler_state(cast(Any, self.lr_scheduler), optimizer, scheduler_state)

@@ -27,6 +27,7 @@ from training_runs import (
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.training.resume import find_resume_folder
+from llava_simplified.training.train_command import describe_interruption
 
 # Everything that makes it difficult to resume exactly: packs, worker processes, dropout.
 OPTIONS = {
@@ -42,6 +43,12 @@ OPTIONS = {
 }
 # KILLS=10 kills the run at ten different moments.
 KILLS = int(os.environ.get("KILLS", "1"))
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Write the file by which a checkpoint that can be resumed is recognized."""
+    (folder / "trainer_state").mkdir(parents=True)
+    (folder / "trainer_state" / "optimizer.safetensors").touch()
 
 
 @pytest.mark.slow
@@ -82,18 +89,31 @@ def test_new_run_in_the_output_folder_of_another_run_is_refused(tmp_path: Path) 
     assert find_resume_folder(args) is None
 
     for step in (500, 1000):
-        (output / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+        make_checkpoint(output / f"checkpoint-{step}")
     with pytest.raises(ValueError, match="contains checkpoint-1000 of another run.*--output_dir"):
         find_resume_folder(args)
     args.resume_from_checkpoint = "true"
     assert find_resume_folder(args) == output / "checkpoint-1000"
 
 
+def test_resume_from_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
+    """`--save_only_model True` saves such checkpoints."""
+    checkpoint = tmp_path / "checkpoint-5"
+    make_checkpoint(checkpoint)
+    (checkpoint / "trainer_state" / "optimizer.safetensors").unlink()
+    args = parse_arguments(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"])[2]
+    with pytest.raises(ValueError, match="checkpoint-5: .*--save_only_model True.*--init_from"):
+        find_resume_folder(args)
+    message = describe_interruption(["--save_only_model", "True"], tmp_path)
+    assert f"--init_from {checkpoint}" in message
+    assert "--resume_from_checkpoint" not in message
+
+
 def test_resume_from_an_earlier_checkpoint_warns_of_the_later_ones(
     tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
     for step in (50, 1000):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
     argv = ["--output_dir", str(tmp_path), "--resume_from_checkpoint"]
     last, earlier = (str(tmp_path / f"checkpoint-{step}") for step in (1000, 50))
     find_resume_folder(parse_arguments([*argv, last])[2])
@@ -268,6 +288,7 @@ def test_resume_with_other_options_is_refused_or_reported(
     for change, message in (
         ({"lora_r": 8}, r"--lora_r: .* 4, .* 8\..*--init_from"),
         ({"packing": True}, "--packing: .* default, .* True"),
+        ({"optim": "adafactor"}, r"--optim: .* default, .* adafactor\."),
         ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type linear, .* mlp2x_gelu"),
         ({"vision_tower": models_folder / "siglip"}, "weights_digests"),
     ):
@@ -278,5 +299,6 @@ def test_resume_with_other_options_is_refused_or_reported(
             run_training(options)
 
     changes["learning_rate"] = 1e-3
+    changes["optim"] = "adamw_torch"  # has the same state as the default, which is fused
     run_training(training_options(models_folder, data_folder, tmp_path / "out", **changes))
     assert "--learning_rate was 0.005, is 0.001" in package_log.text
