@@ -500,15 +500,10 @@ def _check_bias(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Raise ValueError if the options of the vision tower contradict each other."""
-    tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
-    check_cache_mode(caching)
+    tuning = model_args.tune_vision_tower
     if tuning not in ("off", "full", "lora"):
         raise ValueError(f"--tune_vision_tower {tuning}: expected off, full or lora.")
-    if tuning != "off" and caching in ("memory", "disk"):
-        raise ValueError(
-            f"--cache_vision_features {caching}: --tune_vision_tower {tuning} changes the features with every step. "
-            "Pass --cache_vision_features pixels, auto or off."
-        )
+    check_cache_mode(data_args.cache_vision_features, tuning)
 
 
 def _check_lora_options(model_args: ModelArguments) -> None:

@@ -18,7 +18,7 @@ from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import weights_digest
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures
-from llava_simplified.training.model_config import model_config
+from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.preference_pairs import record_problem
 
 logger = logging.getLogger(__name__)
@@ -30,11 +30,16 @@ MODES = ("auto", "memory", "disk", "pixels", "off")
 _MAX_RECORDS_PER_IMAGE = 20
 
 
-def check_cache_mode(mode: str) -> None:
-    """Raise ValueError if `--cache_vision_features` has an unknown value."""
+def check_cache_mode(mode: str, tune_vision_tower: str = "off") -> None:
+    """Raise ValueError if `--cache_vision_features` has an unknown value, or one that is wrong for a trained tower."""
     if mode not in MODES:
         raise ValueError(
             f"--cache_vision_features {mode}: expected auto, memory, disk, pixels or off."
+        )
+    if tune_vision_tower != "off" and mode in ("memory", "disk"):
+        raise ValueError(
+            f"--cache_vision_features {mode}: --tune_vision_tower {tune_vision_tower} changes the features with every step. "
+            "Pass --cache_vision_features pixels, auto or off."
         )
 
 
@@ -107,14 +112,18 @@ def encode_data(
         "pixels").
 
     Raises:
-        ValueError: No data is specified, the mode does not use the disk, or the disk space is insufficient.
+        ValueError: No data is specified, the mode does not use the disk or is wrong for a trained tower, or the disk space is
+            insufficient.
     """
     if data.cache_vision_features not in ("auto", "disk", "pixels"):
         raise ValueError(
             f"--cache_vision_features {data.cache_vision_features}: `llava encode` writes to the disk. Pass "
             "--cache_vision_features disk, or pixels."
         )
-    mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
+    check_cache_mode(data.cache_vision_features, model_args.tune_vision_tower)
+    # `auto` stores what the run can use: the features of a tower that is trained change with every step.
+    is_tuned = trained_parts(model_args).vision_tower != "none"
+    mode = "pixels" if is_tuned or data.cache_vision_features == "pixels" else "disk"
     opened = []
     for path, folder, option, objective in (
         (data.train_data_path, data.train_image_folder, "--train_image_folder", args.objective),

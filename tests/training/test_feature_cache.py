@@ -235,6 +235,19 @@ def test_training_run_finds_all_features_of_encode(
         encode_main([*options, "--cache_vision_features", "memory"])
 
 
+def test_encode_stores_the_pixels_of_a_trained_tower(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its features change with every step, so the run could not use them."""
+    options = training_options(
+        models_folder, data_folder, tmp_path / "out", tune_vision_tower="full"
+    )
+    assert encode_main(options) == 0
+    assert "--cache_vision_features pixels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--cache_vision_features disk: --tune_vision_tower full"):
+        encode_main([*options, "--cache_vision_features", "disk"])
+
+
 def test_encode_checks_the_disk_space_first(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
