@@ -359,6 +359,7 @@ def check_options(
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
+    _check_numbers(data_args, args)
     # `llava plan` can estimate a recipe without any records.
     has_records = not planning or bool(data_args.train_data_path)
     _check_evaluation_options(data_args, args, has_records)
@@ -366,6 +367,16 @@ def check_options(
         raise ValueError(
             "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them; with --objective dpo, "
             "--dpo_label_smoothing is for pairs whose answers may be swapped."
+        )
+    if args.push_to_hub:
+        # The trainer of Transformers would upload the output folder before the model is in it.
+        raise ValueError(
+            "--push_to_hub True is not supported. Remove it, and publish the finished model with `llava push`."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "--train_sampling_strategy batch_rebalance is not supported. Pass group_by_length for batches of similar length, "
+            "or --packing True."
         )
     _check_tower_options(model_args, data_args)
     _check_bias(model_args, args)
@@ -383,6 +394,34 @@ def check_options(
         check_origin(model_args, origin, check_weights=not planning)
     _check_objective(model_args, data_args, args)
     check_kernels(model_args, data_args, args, check_machine=not planning)
+
+
+def _check_numbers(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if a number is out of range, and no other check or library would say so."""
+    counts = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "eval_captions": 0,
+        "early_stopping_patience": 0,
+    }
+    for name, fewest in counts.items():
+        if getattr(args, name) < fewest:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected {fewest} or more.")
+    # Both would save the model without a step. A negative `max_steps` means that the epochs count.
+    if args.max_steps == 0:
+        raise ValueError(
+            "--max_steps 0: expected 1 or more, or -1 to train for --num_train_epochs."
+        )
+    # The comparisons are written so that a NaN is refused too.
+    if args.max_steps < 0 and not args.num_train_epochs > 0:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs:g}: expected more than 0.")
+    for name in ("max_bad_images", "max_bad_records"):
+        share = getattr(data_args, name)
+        if not 0 <= share <= 1:
+            raise ValueError(f"--{name} {share:g}: expected a share from 0 to 1, such as 0.01.")
+    if not data_args.feature_cache_gb >= 0:
+        raise ValueError(f"--feature_cache_gb {data_args.feature_cache_gb:g}: expected 0 or more.")
 
 
 def _check_evaluation_options(

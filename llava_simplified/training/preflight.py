@@ -131,7 +131,7 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
         return args.max_steps
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     records = open_records(str(data.train_data_path), max_bad_records=data.max_bad_records)
-    return int(args.num_train_epochs * len(records) / batch)
+    return int(args.num_train_epochs * len(records) / max(batch, 1))  # the run itself refuses 0
 
 
 # ---- memory and disk ----
