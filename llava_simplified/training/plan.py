@@ -315,9 +315,11 @@ def _largest_batch(
         examples_per_pack = data.pack_length / lengths.mean_positions
         positions = data.pack_length
         trained = round(examples_per_pack * lengths.mean_trained)
-        images = max(1, round(examples_per_pack * images))
+        images = max(1, round(examples_per_pack * images)) if images else 0
     ids = torch.zeros(rows, positions, dtype=torch.long)
     num_image_tokens = rows * images * tower.num_tokens
+    # A batch without images contains a dummy image, which no position refers to.
+    num_images = max(rows * images, 1)
     batch = {
         "input_ids": ids,
         "image_positions": torch.zeros(num_image_tokens, dtype=torch.long),
@@ -327,12 +329,10 @@ def _largest_batch(
     }
     if cached:
         batch["image_features"] = torch.empty(
-            rows * images, tower.num_tokens, tower.width, dtype=tower.dtype
+            num_images, tower.num_tokens, tower.width, dtype=tower.dtype
         )
     else:
-        batch["pixel_values"] = torch.empty(
-            rows * images, 3, *tower.transform.crop, dtype=torch.uint8
-        )
+        batch["pixel_values"] = torch.empty(num_images, 3, *tower.transform.crop, dtype=torch.uint8)
     if data.packing or lengths.has_branches:
         batch |= {"segment_ids": ids, "branch_ids": ids}
     return batch

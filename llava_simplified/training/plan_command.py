@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     add_machine_options(machine_parser)
     add_cluster_options(machine_parser)
     plan_options, training_options = machine_parser.parse_known_args(argv)
+    check_machine_options(plan_options)
     check_cluster_options(plan_options)
 
     # Import these here, because they import torch and transformers, which takes seconds.
@@ -178,6 +179,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_machine_options(plan_options: argparse.Namespace) -> None:
+    """Raise ValueError if an option that describes the machine is out of range."""
+    numbers = {
+        "--devices": plan_options.devices,
+        "--tflops": plan_options.tflops,
+        "--mfu": plan_options.mfu,
+        "--bandwidth": plan_options.bandwidth,
+    }
+    for option, number in numbers.items():
+        if number is not None and not number > 0:  # written this way, because a NaN must fail too
+            raise ValueError(f"{option} must be above 0, not {number}.")
+    if plan_options.mfu > 1:
+        raise ValueError(f"--mfu must be a fraction of at most 1, not {plan_options.mfu}.")
+
+
 def check_cluster_options(plan_options: argparse.Namespace) -> None:
     """Raise ValueError if an option of `--cluster` is out of range, or lacks another option that it requires."""
     if not plan_options.cluster:
@@ -187,7 +203,6 @@ def check_cluster_options(plan_options: argparse.Namespace) -> None:
     counts = {
         "--cluster": plan_options.cluster,
         "--cores": plan_options.cores,
-        "--devices": plan_options.devices,
         "--egress": plan_options.egress,
         "--urls": min(plan_options.urls),
         "--num-endpoints": plan_options.num_endpoints or 1,

@@ -163,6 +163,42 @@ def test_plan_needs_no_weights(
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("packing", [False, True])
+def test_records_without_images_are_planned(
+    models_folder: Path, data_folder: Path, tmp_path: Path, packing: bool
+) -> None:
+    rows = [{"instruction": "Name a color.", "response": f"color {number}"} for number in range(8)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        train_data_path=tmp_path / "train.json",
+        packing=packing,
+        pack_length=128,
+        cache_vision_features="off",
+    )
+    plan = make_plan(*parse_arguments(options))
+    assert plan.peak > 0
+    assert plan.features == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--devices", "0"),
+        ("--tflops", "nan"),
+        ("--mfu", "0"),
+        ("--mfu", "40"),
+        ("--bandwidth", "-1"),
+    ],
+)
+def test_plan_refuses_impossible_machines(option: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=option[0]):
+        main(list(option))
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize("recipe", ["cc3m_mistral7b_clip_b16_lora", "coco_smollm_siglip"])
 def test_recipe_is_planned_without_records(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str], recipe: str
