@@ -183,7 +183,20 @@ def test_plan_measures_every_step_from_download_to_caption(
 
     monkeypatch.setattr(cluster_rates.subprocess, "run", run_in_child)
     rates_file = tmp_path / "rates.json"
-    options = training_options(models_folder, data_folder, tmp_path / "out")
+    # As most recipes do, evaluate and save every few hundred steps.
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        eval_strategy="steps",
+        eval_steps=500,
+        save_strategy="steps",
+        save_steps=500,
+        load_best_model_at_end=True,
+    )
+    # The plan itself needs no records.
+    position = options.index("--train_data_path")
+    del options[position : position + 4]  # with --train_image_folder
     with loopback.running(0.01, encode_first=False) as port, faulty_endpoint() as endpoint:
         urls = loopback.urls(64, port, mix={"ok": 3, "missing": 1})
         source = tmp_path / "urls.tsv"
