@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_simplified.extras import require_extra
+
+logger = logging.getLogger(__name__)
 
 
 class Curve(NamedTuple):
@@ -51,7 +54,7 @@ def plot_training(log: Path, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows = _read_rows(log)
     panels = [LOSS_PANEL]
     for panel in OPTIONAL_PANELS:
         if any(panel.curves[0].key in row for row in rows):
@@ -71,6 +74,18 @@ def plot_training(log: Path, output: Path) -> None:
             axes.legend()
     grid[-1, 0].set_xlabel("step")
     figure.savefig(output, dpi=110)
+
+
+def _read_rows(log: Path) -> list[dict[str, float]]:
+    """Return the rows of a training log. A damaged row is left out, with a warning: it must not end a complete run."""
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            # The process was killed, or the disk was full, while the row was written.
+            logger.warning("%s line %d is damaged and is left out of the plot.", log, number)
+    return rows
 
 
 def _plot_curve(axes: Any, curve: Curve, rows: list[dict[str, float]]) -> None:
