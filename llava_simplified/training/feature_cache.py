@@ -96,7 +96,8 @@ class FeatureCache:
             self.dtype = tower.dtype
             self.shape = (tower.num_tokens, tower.width)
         self._row_by_hash: dict[bytes, int] = {}
-        self._memory: list[torch.Tensor] = []
+        # Rows by number: a list while rows are added, one tensor after `__getstate__`.
+        self._memory: list[torch.Tensor] | torch.Tensor = []
         self._map: np.ndarray | None = None
         self._base: Path | None = None
         self._description = _describe(tower, tower_digest, pixels)
@@ -130,6 +131,10 @@ class FeatureCache:
         return torch.from_numpy(copied).view(self.dtype).view(self.shape)
 
     def __getstate__(self) -> dict[str, object]:
+        # torch sends each tensor through a file of its own, and a process may often have only a thousand open files. So
+        # send one tensor with all rows, and keep it, so that all workers share its memory.
+        if isinstance(self._memory, list) and self._memory:
+            self._memory = torch.stack(self._memory)
         # Send neither the tower nor the hashes to data-loader workers, which only read rows, and map the
         # file themselves.
         return {**self.__dict__, "_map": None, "tower": None, "_row_by_hash": {}}
@@ -197,6 +202,8 @@ class FeatureCache:
             features = self.tower(rows.to(device))
             rows = features.to(self.dtype).cpu().contiguous()
         if self._base is None:
+            if isinstance(self._memory, torch.Tensor):
+                self._memory = list(self._memory)
             for digest, row in zip(pixels, rows):
                 self._row_by_hash[digest] = len(self._memory)
                 self._memory.append(row)

@@ -55,6 +55,22 @@ def test_cache_returns_what_the_tower_returns(
         assert torch.equal(features[name], expected)
 
 
+def test_cache_in_memory_is_sent_to_workers_as_one_tensor(
+    models_folder: Path, data_folder: Path
+) -> None:
+    """torch sends each tensor through an open file, and a process may have only some thousand of them."""
+    tower = load_tower(models_folder)
+    cache = FeatureCache(tower, "w")
+    names = [f"{number}.jpg" for number in range(6)]
+    cache.fill(names[:4], data_folder / "images", progress=False)
+    assert isinstance(cache.__getstate__()["_memory"], torch.Tensor)
+    # Rows can still be added.
+    features = cache.fill(names, data_folder / "images", batch_size=1, progress=False)
+    for name in names:
+        expected = tower_features(tower, data_folder / "images" / name)
+        torch.testing.assert_close(features[name], expected)
+
+
 def test_cache_computes_nothing_in_a_second_run(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
