@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {args.output}: unsupported suffix; use .json or .jsonl")
     prepare_output_file(args.output)
-    if args.min_difference < 0:
+    if not args.min_difference >= 0:  # written this way, because a NaN must fail too
         raise ValueError(f"--min-difference {args.min_difference:g}: expected 0 or more.")
     records = open_records(args.data_path)
     samples = read_samples(args.predictions, records)

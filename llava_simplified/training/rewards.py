@@ -273,7 +273,7 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
             )
     if has_function and options.workers < 0:
         raise ValueError(f"--reward_workers {options.workers}: expected 0 or more.")
-    if not options.timeout > 0:
+    if not (options.timeout > 0 and math.isfinite(options.timeout)):
         raise ValueError(
             f"--reward_timeout {options.timeout:g}: expected a number of seconds above 0."
         )

@@ -168,7 +168,12 @@ def test_no_pair_at_all_is_an_error(make_pairs, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [("--min-difference", "-1"), ("--output", "pairs.parquet"), ("--reward", "qa")],
+    [
+        ("--min-difference", "-1"),
+        ("--min-difference", "nan"),
+        ("--output", "pairs.parquet"),
+        ("--reward", "qa"),
+    ],
 )
 def test_wrong_options_are_named(make_pairs, capsys, options):
     status, _ = make_pairs(prediction_rows(CAPTIONS), *options)

@@ -323,6 +323,7 @@ def test_rewards_read_the_image_that_training_reads(tmp_path: Path, name: str) -
         ("cider", RewardOptions(clip="folder"), "--reward_clip"),
         ("os:getcwd", RewardOptions(workers=-1), "--reward_workers"),
         ("cider", RewardOptions(timeout=math.nan), "--reward_timeout"),
+        ("cider", RewardOptions(timeout=math.inf), "--reward_timeout"),
         ("cider", RewardOptions(tries=0), "--reward_tries"),
     ],
 )
