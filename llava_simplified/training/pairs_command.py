@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_simplified.jobs import prepare_output_file
 from llava_simplified.options import CommandParser, add_image_folder_option, print_text
 from llava_simplified.training_options import TrainingDefaults
+
+if TYPE_CHECKING:
+    from llava_simplified.data.records import Records
+
+ALL_RECORDS = 1.0  # share of bad records that is tolerated
 
 
 def build_parser() -> CommandParser:
@@ -71,6 +78,15 @@ def _add_reward_options(parser: CommandParser) -> None:
             )
 
 
+def _references(records: Records) -> Iterator[tuple[str, ...]]:
+    """Yield the references of all good records. `cider` counts n-grams in all of them, not only in those with samples."""
+    # Import this only now, because most rewards do not need it, and it imports torch.
+    from llava_simplified.data.dataset import drop_bad_records
+
+    for record in drop_bad_records(records, ALL_RECORDS):
+        yield record.responses
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `llava pairs`: write the pairs, and print what became of the records."""
     args = build_parser().parse_args(argv)
@@ -85,11 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     prepare_output_file(args.output)
     if not args.min_difference >= 0:  # written this way, because a NaN must fail too
         raise ValueError(f"--min-difference {args.min_difference:g}: expected 0 or more.")
-    records = open_records(args.data_path)
+    # `llava predict` leaves out bad records, so there are no predictions for them. They must stay in the file: without
+    # them, the predictions would have the wrong indices.
+    records = open_records(args.data_path, max_bad_records=ALL_RECORDS)
     samples = read_samples(args.predictions, records)
-    # `cider` weights n-grams by their frequencies in all records, not only in those that were captioned.
-    references = (record.responses for record in records)
-    reward = Reward(args.reward, references, RewardOptions.from_arguments(args))
+    reward = Reward(args.reward, _references(records), RewardOptions.from_arguments(args))
     data_path: Path = args.data_path
     folder_of_records = data_path if data_path.is_dir() else data_path.parent
     image_folder = Path(args.image_folder or folder_of_records)

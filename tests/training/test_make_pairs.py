@@ -96,6 +96,16 @@ def test_min_difference_excludes_close_pairs(make_pairs):
     assert [pair.images for pair in open_records(output)] == [("4.jpg",)]
 
 
+def test_bad_records_are_left_out_and_keep_their_index(make_pairs, package_log):
+    """`llava predict` leaves them out. Removing them from the file would give the predictions the wrong indices."""
+    rows = prediction_rows({0: ["a black cat", "a cat"], 3: ["a tree", "dogs"]})
+    records = [RECORDS[0], {"no": "record"}, {"image": 5}, RECORDS[3]]
+    status, output = make_pairs(rows, "--reward", "cider", records=records)
+    assert status == 0
+    assert [pair.images for pair in open_records(output)] == [("0.jpg",), ("4.jpg",)]
+    assert "2 of 4 records cannot be used" in package_log.text
+
+
 def test_random_pairs_compare_neighbors_as_often_as_they_were_sampled(make_pairs):
     captions = {
         # (a cat, dogs), (dogs, a black cat), (dogs, dogs), and a caption without a neighbor
