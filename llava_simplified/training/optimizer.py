@@ -70,7 +70,9 @@ def load_scheduler_state(
         rates = []
         for base_rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas):
             rates.append(base_rate * factor(position))
-        state = {**state, "base_lrs": scheduler.base_lrs, "_last_lr": rates}
+        # The stored run may also have more groups. Its functions have no state, so nothing of them is restored.
+        no_state = [None] * len(scheduler.lr_lambdas)
+        state = {**state, "base_lrs": scheduler.base_lrs, "_last_lr": rates, "lr_lambdas": no_state}
     scheduler.load_state_dict(state)
     for group, rate in zip(optimizer.param_groups, state["_last_lr"]):
         group["lr"] = rate

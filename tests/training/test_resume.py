@@ -9,12 +9,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_process import ForkedProcess
+from torch.optim.lr_scheduler import LambdaLR
 from training_runs import (
     ROOT,
     assert_equal_weights,
@@ -26,6 +28,7 @@ from training_runs import (
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.training.optimizer import load_scheduler_state
 from llava_simplified.training.resume import find_resume_folder
 from llava_simplified.training.train_command import describe_interruption
 
@@ -120,6 +123,30 @@ def test_resume_from_an_earlier_checkpoint_warns_of_the_later_ones(
     assert not package_log.text
     find_resume_folder(parse_arguments([*argv, earlier])[2])
     assert "later checkpoints, up to checkpoint-1000" in package_log.text
+
+
+def test_schedule_continues_with_fewer_learning_rates() -> None:
+    """Without `--mm_projector_lr`, for example, all parameters are in one group."""
+
+    def decay(step: int, num_steps: int) -> float:
+        return 1 - step / num_steps
+
+    def start(rates: list[float]) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+        optimizer = torch.optim.SGD(groups)
+        # The schedules of Transformers are objects of `partial`, too.
+        return optimizer, LambdaLR(optimizer, partial(decay, num_steps=10))
+
+    optimizer, schedule = start([0.1, 0.2])
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    new_optimizer, new_schedule = start([0.5])
+    load_scheduler_state(new_schedule, new_optimizer, schedule.state_dict())
+    assert new_optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.7)
+    new_optimizer.step()
+    new_schedule.step()
+    assert new_optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.6)
 
 
 @pytest.mark.medium
