@@ -14,6 +14,7 @@ from llava_simplified.foreign_files import error_reason
 
 # Image embeddings are kept, because each image is needed again in every epoch. 100,000 of them take about 200 MB.
 MAX_CACHED_IMAGES = 100_000
+_FILES_IN_MEMORY = 64
 
 
 class ClipReward:
@@ -60,9 +61,12 @@ class ClipReward:
         for record_id, image in zip(ids, images):
             if image not in self._images:
                 missing[image] = record_id
-        if missing:
-            files = [_read_image(path, record_id) for path, record_id in missing.items()]
-            self._images.update(zip(missing, self._embedder.embed_images(files)))
+        # `llava pairs` passes many images at once. Do not read all files before the first one is embedded.
+        paths = list(missing)
+        for start in range(0, len(paths), _FILES_IN_MEMORY):
+            batch = paths[start : start + _FILES_IN_MEMORY]
+            files = [_read_image(path, missing[path]) for path in batch]
+            self._images.update(zip(batch, self._embedder.embed_images(files)))
         result = torch.stack([self._images[image] for image in images])
         # Remove the oldest embeddings, which come first in a dict.
         excess = max(len(self._images) - MAX_CACHED_IMAGES, 0)

@@ -29,7 +29,7 @@ from llava_simplified.training.rewards import Reward, rewarded_image
 
 SUFFIXES = (".json", ".jsonl")
 Pairing: TypeAlias = Literal["best_worst", "random"]
-# Captions are passed to the reward in batches of this size, which matters for rewards that run a model.
+# The captions of this many records are passed to the reward at once, which matters for rewards that run a model.
 _REWARD_BATCH = 1024
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -25,8 +26,8 @@ from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.metrics import word_f1
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
 from llava_simplified.prompt import Message
+from llava_simplified.training import clip_reward
 from llava_simplified.training.cider_reward import CiderScorer, DocumentFrequencies
-from llava_simplified.training.clip_reward import _read_image
 from llava_simplified.training.rewards import (
     Reward,
     RewardOptions,
@@ -284,6 +285,30 @@ def test_clipscore_equals_the_evaluation(data_folder: Path, tmp_path: Path) -> N
     assert again[::-1] == pytest.approx(expected[0].tolist(), abs=1e-6)
 
 
+def test_clipscore_reads_few_files_at_a_time(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`llava pairs` passes a thousand records at once, whose images may be large."""
+    sizes: list[int] = []
+
+    class Embedder:
+        def __init__(self, *_: object) -> None: ...
+
+        def embed_texts(self, texts: list[str]) -> torch.Tensor:
+            return torch.ones(len(texts), 1)
+
+        def embed_images(self, files: list[bytes]) -> torch.Tensor:
+            sizes.append(len(files))
+            return torch.ones(len(files), 1)
+
+    monkeypatch.setattr(clip_reward, "ClipEmbedder", Embedder)
+    monkeypatch.setattr(clip_reward, "_FILES_IN_MEMORY", 2)
+    images = [str(data_folder / "images" / f"{number}.jpg") for number in range(5)]
+    reward = clip_reward.ClipReward("", "cpu")
+    assert len(reward(images, images, ["a"] * 5)) == 5
+    assert sizes == [2, 2, 1]
+
+
 @pytest.mark.medium
 def test_clipscore_without_an_image_is_an_error_with_the_record(
     tmp_path: Path,
@@ -308,7 +333,7 @@ def test_rewards_read_the_image_that_training_reads(tmp_path: Path, name: str) -
     record = Record((name,), (Message("user", "What is it?"),), ("a cat",), "row 0")
     path = rewarded_image(record, tmp_path / "images")
     assert Path(path.partition("#")[0]).is_file()
-    assert _read_image(path, record.id) == image.read_bytes()
+    assert clip_reward._read_image(path, record.id) == image.read_bytes()
 
 
 # ---- options ----
