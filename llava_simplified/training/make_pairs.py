@@ -1,14 +1,16 @@
 """Make preference pairs from sampled captions: of two captions, the one with the higher reward is chosen.
 
-    samples of 0.jpg    reward    --pairing random                  --pairing best_worst
+    samples of 0.jpg    reward    --pairing best_worst     --pairing ranked
 
-    a cat               1.0  --+
-    a dog               0.1  --+  a cat is chosen, a dog rejected
-    a cat               1.0  --+                                    a cat is chosen,
-    a bird              0.0  --+  a cat is chosen, a bird rejected  a bird rejected
+    a black cat         1.0       a black cat chosen,      a black cat chosen, a bird rejected
+    a cat               0.8       a bird rejected          a cat chosen, a dog rejected
+    a dog               0.1
+    a bird              0.0
 
-`best_worst` gives one pair per image, with the largest difference. `random` compares independent samples, as in the paper on
-DPO (Rafailov et al., 2023), so that N samples give up to N / 2 pairs, in which a caption takes part as often as it is sampled.
+`best_worst` gives one pair per image, with the largest difference. `ranked` pairs the best sample with the worst one, the second
+best with the second worst, and so on: N samples give up to N / 2 pairs, in which a caption takes part as often as it is sampled.
+At the start of training, the gradient of these pairs is a policy gradient: each sample above the median of its image becomes more
+likely, and each one below it less likely.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER
 from llava_simplified.training.rewards import Reward, rewarded_image
 
 SUFFIXES = (".json", ".jsonl")
-Pairing: TypeAlias = Literal["best_worst", "random"]
+Pairing: TypeAlias = Literal["best_worst", "ranked"]
 # The captions of this many records are passed to the reward at once, which matters for rewards that run a model.
 _REWARD_BATCH = 1024
 
@@ -117,7 +119,7 @@ def write_pairs(
         output: Output file: .json or .jsonl.
         image_folder: Folder of the images.
         pairing: Which captions of a record are compared: "best_worst", those with the highest and the lowest reward, or
-            "random", the first with the second, the third with the fourth, and so on.
+            "ranked", also the second highest with the second lowest, and so on.
         min_difference: Minimum difference of the rewards of chosen and rejected; pairs with equal rewards are
             never written.
 
@@ -186,11 +188,8 @@ def _compared_captions(
     """Return the captions of a record that are compared: (higher reward, lower reward); see `write_pairs`."""
     if pairing == "best_worst":
         return [(max(rewards, key=rewards.__getitem__), min(rewards, key=rewards.__getitem__))]
-    # The captions are samples, so neighbors in the file are a random pair.
-    neighbors = zip(captions[::2], captions[1::2])
-    return [
-        (one, other) if rewards[one] > rewards[other] else (other, one) for one, other in neighbors
-    ]
+    ranked = sorted(captions, key=rewards.__getitem__, reverse=True)
+    return list(zip(ranked[: len(ranked) // 2], reversed(ranked)))
 
 
 def _pair(record: Record, chosen: str, rejected: str) -> dict[str, Any]:

@@ -49,10 +49,10 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--pairing",
-        choices=("best_worst", "random"),
+        choices=("best_worst", "ranked"),
         default="best_worst",
-        help="Which captions of an image are compared. best_worst: those with the highest and the lowest reward. random: "
-        "the first with the second, the third with the fourth, and so on (default: %(default)s)",
+        help="Which captions of an image are compared. best_worst: those with the highest and the lowest reward. ranked: "
+        "also the second highest with the second lowest, and so on (default: %(default)s)",
     )
     parser.add_argument(
         "--min-difference",

@@ -106,20 +106,22 @@ def test_bad_records_are_left_out_and_keep_their_index(make_pairs, package_log):
     assert "2 of 4 records cannot be used" in package_log.text
 
 
-def test_random_pairs_compare_neighbors_as_often_as_they_were_sampled(make_pairs):
+def test_ranked_pairs_compare_opposite_ranks_as_often_as_they_were_sampled(make_pairs):
     captions = {
-        # (a cat, dogs), (dogs, a black cat), (dogs, dogs), and a caption without a neighbor
-        0: ["a cat", "dogs", "dogs", "a black cat", "dogs", "dogs", "a black cat"],
+        # Rewards (word F1): 0.8, 0, 1, 1, 0. The third-ranked caption of five is in no pair.
+        0: ["a cat", "dogs", "a black cat", "a black cat", "dogs"],
         1: ["my pet", "cars", "cars", "my pet"],
-        3: ["a tree", "a tree", "dogs", "cars"],
+        # Two captions of each reward: the second best and the second worst are as good as each other.
+        3: ["cars", "a tree", "a tree", "a tree"],
     }
-    _, output = make_pairs(prediction_rows(captions), "--pairing", "random")
+    _, output = make_pairs(prediction_rows(captions), "--pairing", "ranked")
     pairs = [(pair.images[0], *pair.responses, pair.rejected) for pair in open_records(output)]
     assert pairs == [
-        ("0.jpg", "a cat", "dogs"),
+        ("0.jpg", "a black cat", "dogs"),
         ("0.jpg", "a black cat", "dogs"),
         ("1.jpg", "my pet", "cars"),
         ("1.jpg", "my pet", "cars"),
+        ("4.jpg", "a tree", "cars"),
     ]
 
 
