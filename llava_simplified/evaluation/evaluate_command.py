@@ -205,7 +205,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     """Compare each run with the first one, and print the differences.
 
     Returns:
-        The comparisons by the name of the later run. A run on other images has no comparison.
+        The comparisons by the name of the later run. A run on other images or references has no comparison.
     """
     from llava_simplified.evaluation.comparison import (
         align_samples,
@@ -218,9 +218,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     comparisons = {}
     for run in runs[1:]:
         if align_samples(run.samples, first.samples) is None:
-            text = (
-                f"{run.name} and {first.name} contain different images, so they are not compared.\n"
-            )
+            text = f"{run.name} and {first.name} contain different images or references, so they are not compared.\n"
         else:
             comparison = compare_runs(first.samples, first.result, run.samples, run.result)
             comparisons[run.name] = comparison

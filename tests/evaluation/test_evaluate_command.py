@@ -554,3 +554,15 @@ def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
     assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
     assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
     assert align_samples(samples[:1], order) is None
+
+
+def test_files_with_different_references_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records without images are numbered from 0 in every data set, so equal numbers do not mean equal records."""
+    files = []
+    for name in ("first", "second"):
+        rows = make_rows("x", image=None, gt_caption=f"a caption of the {name} data set")
+        files.append(str(write_rows(tmp_path / f"{name}.json", rows)))
+    assert main([*files, "--no-java", "--resamples", "0"]) == 0
+    assert "different images or references" in capsys.readouterr().out
