@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_simplified.export.chat_template import FLATTEN_CONTENT_WITH_MARKERS, get_chat_template
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
 from llava_simplified.export.gguf_vision import (
     describe_padding_difference,
@@ -43,6 +44,7 @@ from llava_simplified.extras import require_extra
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import CausalLM
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def export_gguf(
 
 
 def _check_template(model: Llava) -> None:
-    """Raise ValueError if the chat template writes the image token.
+    """Raise ValueError if llama.cpp would not render the prompt of training.
 
     llama.cpp inserts an image into the text of a message, and does not recognize an image token that the
     template writes.
@@ -139,6 +141,21 @@ def _check_template(model: Llava) -> None:
             "plain, as LLaVA 1.5 was, import it again with --template plain."
         )
 
+    tokenizer: Any = model.tokenizer
+    instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": instruction}],
+        chat_template=FLATTEN_CONTENT_WITH_MARKERS + get_chat_template(model),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    expected = model.prompt.render([Message("user", instruction)], None).input_ids
+    input_ids = tokenizer.encode(text, add_special_tokens=False)
+    if input_ids != expected:
+        raise ValueError(
+            f"--format gguf: llama.cpp would render a prompt with the token ids {input_ids}, but the model was trained with "
+            f"{expected}. Use --format hf."
+        )
 
 def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
     """Convert all weights to float32 except those that llama.cpp uses in matrix products."""
