@@ -210,13 +210,14 @@ def _list_files(folder: Path, repository: str) -> None:
     """Print the files that would be uploaded, with their sizes."""
     from huggingface_hub.utils import filter_repo_objects
 
-    # Apply the same filter as `upload_folder`.
+    # Apply the same filter as `upload_folder`, which never uploads `.git`.
+    ignored = [*_NOT_PUSHED, *DEFAULT_IGNORE_PATTERNS]
     names = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             names.append(path.relative_to(folder).as_posix())
     total = 0
-    for name in sorted(filter_repo_objects(names, ignore_patterns=_NOT_PUSHED)):
+    for name in sorted(filter_repo_objects(names, ignore_patterns=ignored)):
         size = (folder / name).stat().st_size
         total += size
         print_text(f"{size:>14,}  {name}")

@@ -198,6 +198,8 @@ def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
 def test_push_uploads_what_a_dry_run_lists(
     hub: Hub, folder: Path, push: Push, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("")
     assert push(hub.url, "--dry-run") == 0
     assert not hub.private, "a dry run must not send anything"
     listed = capsys.readouterr().out.splitlines()[:-1]
