@@ -24,7 +24,7 @@ from llava_simplified.model.config import read_checkpoint_config
 _MACHINE_OPTIONS = re.compile(
     r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
     r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
-    r"|^model_name|^vision_tower|deepspeed"
+    r"|^model_name|^vision_tower|deepspeed|endpoint$|^local_rank|^trackio"
 )
 # Value of `llava export --format` -> how to load the exported folder.
 _HOW_TO_LOAD = {
