@@ -115,6 +115,7 @@ def export_gguf(
         text_weights = _text_weights(language_model, architecture)
         tower_metadata = file_type | vision_settings(model)
         tower_weights = vector_weights_to_float32(vision_weights(model))
+        _check_finite(text_weights | tower_weights)
 
         _write(folder / "model.gguf", architecture, text_metadata, text_weights)
         _compare(folder / "model.gguf", text_weights)
@@ -140,7 +141,6 @@ def _check_template(model: Llava) -> None:
             f"model writes {token} itself. Use --format hf. If the model was trained with the prompts of the template "
             "plain, as LLaVA 1.5 was, import it again with --template plain."
         )
-
     tokenizer: Any = model.tokenizer
     instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
     text: str = tokenizer.apply_chat_template(
@@ -157,6 +157,7 @@ def _check_template(model: Llava) -> None:
             f"{expected}. Use --format hf."
         )
 
+
 def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
     """Convert all weights to float32 except those that llama.cpp uses in matrix products."""
     converted = {}
@@ -164,6 +165,17 @@ def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
         is_matrix = weight.dim() == 2 and "position" not in name
         converted[name] = weight.detach() if is_matrix else weight.detach().float()
     return converted
+
+
+def _check_finite(weights: Weights) -> None:
+    """Raise ValueError if a weight is not finite, for example because its value is too large for float16."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"--format gguf: {name} has values that are not finite in {dtype}: they are damaged, or too large for "
+                "this data type. Pass --dtype bfloat16 or float32."
+            )
 
 
 # ---- language model ----

@@ -17,8 +17,9 @@ import torch
 from checkpoints import TrainPair, first_logits, train_checkpoint
 from cli_process import run_command
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_commands import ENVIRONMENT
-from tiny import make_tokenizer, save_llava
+from tiny import MISTRAL_TEMPLATE, make_tokenizer, save_llava
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +27,9 @@ from llava_simplified import cli
 from llava_simplified.data.images import decode_image
 from llava_simplified.export import stock
 from llava_simplified.export.export_command import export_main, merge_main, push_main
+from llava_simplified.export.ollama import modelfile
 from llava_simplified.export.stock import export_stock
+from llava_simplified.export.stock_check import choose_images
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
@@ -428,6 +431,78 @@ def test_trained_vision_tower_is_exported_and_merged(
     before = first_logits(Llava.from_pretrained(checkpoint), image)
     after = first_logits(Llava.from_pretrained(merged), image)
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+# ---- images and values of the comparison ----
+
+
+@pytest.mark.parametrize("first", [{"image": 7}, {"image": "gone.jpg"}, {"image": "notes.txt"}])
+def test_bad_training_records_do_not_prevent_an_export(
+    data_folder: Path, tmp_path: Path, first: dict
+) -> None:
+    """Training leaves them out, too."""
+    (tmp_path / "notes.txt").write_text("no image")
+    images = sorted((data_folder / "images").iterdir())[:2]
+    for image in images:
+        shutil.copy(image, tmp_path)
+    rows = [
+        {**row, "instruction": "x", "response": "y"} for row in (first, *map(_image_row, images))
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    chosen, kind = choose_images({"train_data_path": str(tmp_path / "train.json")}, [])
+    assert kind == "training images"
+    for pixels, image in zip(chosen, images, strict=True):
+        np.testing.assert_array_equal(pixels, decode_image(image.read_bytes()))
+
+
+def _image_row(image: Path) -> dict:
+    return {"image": image.name}
+
+
+def test_images_of_noise_replace_training_data_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("damaged")
+    _, kind = choose_images({"train_data_path": str(tmp_path / "train.json")}, [])
+    assert kind == "images of noise"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("export_format", ["hf", "gguf"])
+def test_export_refuses_weights_that_a_data_type_cannot_represent(
+    models_folder: Path, tmp_path: Path, export_format: str
+) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama", mm_projector_type="linear")
+    path = checkpoint / "projector.safetensors"
+    weights = {name: weight * 1e6 for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    argv = [str(checkpoint), "--output", str(tmp_path / "new"), "--format", export_format]
+    with pytest.raises(ValueError, match="not finite in float16.*--dtype bfloat16"):
+        export_main([*argv, "--dtype", "float16"])
+    assert not (tmp_path / "new").exists()
+
+
+# ---- templates with a date ----
+
+DATED_TEMPLATE = (
+    "{{- bos_token }}{%- if strftime_now is defined %}{{- strftime_now('%d %b %Y') }}"
+    "{%- endif %}{{- '\n' }}" + MISTRAL_TEMPLATE.removeprefix("{{ bos_token }}")
+)
+
+
+@pytest.mark.medium
+def test_exported_templates_write_the_date_of_training(models_folder: Path, tmp_path: Path) -> None:
+    """Otherwise, the prompt would change every day, and never be that of training."""
+    for kind in ("llama", "clip"):
+        shutil.copytree(models_folder / kind, tmp_path / "models" / kind)
+    make_tokenizer(DATED_TEMPLATE).save_pretrained(tmp_path / "models" / "llama")
+    checkpoint = save_llava(tmp_path / "models", tmp_path / "out", "llama")
+    export_stock(checkpoint, tmp_path / "stock")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert text == "<s>26 Jul 2024\n[INST] <image>\nWhat? [/INST]"
+    assert '"""26 Jul 2024\n[INST] ' in modelfile(Llava.from_pretrained(checkpoint))
 
 
 # ---- commands ----
