@@ -52,7 +52,9 @@ def build_export_parser() -> CommandParser:
     )
     add_base_model_options(parser)
     parser.add_argument(
-        "--scores", type=Path, help="scores.json of `llava evaluate`, for the model card"
+        "--scores",
+        type=Path,
+        help="scores.json of `llava evaluate` or `llava benchmark`, for the model card",
     )
     return parser
 
@@ -60,20 +62,17 @@ def build_export_parser() -> CommandParser:
 def export_main(argv: list[str] | None = None) -> int:
     """Run `llava export`."""
     args = build_export_parser().parse_args(argv)
-    # Check this option before the conversion, which takes minutes.
-    if args.scores and not args.scores.is_file():
-        raise ValueError(
-            f"--scores {args.scores}: no such file. Pass the scores.json of `llava evaluate`."
-        )
     if args.images and args.format == "gguf":
         raise ValueError(
             "--images: --format gguf compares tensors and needs no images. Leave out the option."
         )
-    from llava_simplified.export.model_card import write_model_card
+    from llava_simplified.export.model_card import read_scores, write_model_card
 
+    # Read the scores before the conversion, which takes minutes.
+    scores = read_scores(args.scores) if args.scores else None
     # Write the card after the export is complete, so that an error in the card does not undo the export.
     result = _export(args)
-    write_model_card(args.checkpoint, args.output, args.format, args.scores)
+    write_model_card(args.checkpoint, args.output, args.format, scores)
     print_text(f"{args.output}: exported, loaded again and compared with the checkpoint ({result})")
     return 0
 
@@ -208,7 +207,7 @@ def _warn_of_local_paths(folder: Path) -> None:
 
 def _list_files(folder: Path, repository: str) -> None:
     """Print the files that would be uploaded, with their sizes."""
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
     # Apply the same filter as `upload_folder`, which never uploads `.git`.
     ignored = [*_NOT_PUSHED, *DEFAULT_IGNORE_PATTERNS]

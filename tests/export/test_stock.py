@@ -27,6 +27,7 @@ from llava_simplified import cli
 from llava_simplified.data.images import decode_image
 from llava_simplified.export import stock
 from llava_simplified.export.export_command import export_main, merge_main, push_main
+from llava_simplified.export.model_card import write_model_card
 from llava_simplified.export.ollama import modelfile
 from llava_simplified.export.stock import export_stock
 from llava_simplified.export.stock_check import choose_images
@@ -533,6 +534,44 @@ def test_export_command_writes_a_model_card_without_local_paths(
     assert "model.safetensors" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=re.escape(str(output))):
         export_main(argv)
+
+
+@pytest.mark.medium
+def test_export_command_reads_the_scores_of_a_benchmark(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
+    scores = tmp_path / "scores.json"
+    runs = {"greedy": {"mean": {"CIDEr-D": [0.5, None, None]}}, "beam": {"mean": {}}}
+    scores.write_text(json.dumps({"settings": {"benchmark": "coco"}, "runs": runs}))
+    output = tmp_path / "stock"
+    assert export_main([str(checkpoint), "--output", str(output), "--scores", str(scores)]) == 0
+    assert "| CIDEr-D | 0.5000 |  |" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "3", '{"a": []}', '{"a": {"mean": {"x": "high"}}}', '{"a": {"mean": 1}}'],
+)
+def test_export_command_refuses_other_scores_before_the_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(text)
+    argv = ["export", "gone", "--output", str(tmp_path / "stock"), "--scores", str(scores)]
+    assert cli.main(argv) == 2
+    assert f"error: --scores {scores}: " in capsys.readouterr().err
+
+
+def test_model_card_contains_no_address_of_a_server(models_folder: Path, tmp_path: Path) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
+    config = json.loads((checkpoint / "llava.json").read_text())
+    config["training"] = {"reward": "qa", "reward_endpoint": "http://me:secret@10.0.0.1:8000/v1"}
+    (checkpoint / "llava.json").write_text(json.dumps(config))
+    write_model_card(checkpoint, tmp_path, "hf")
+    card = (tmp_path / "README.md").read_text()
+    assert "- reward: `qa`" in card
+    assert "10.0.0.1" not in card
 
 
 @pytest.mark.medium
