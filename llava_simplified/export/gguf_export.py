@@ -115,7 +115,7 @@ def export_gguf(
         text_weights = _text_weights(language_model, architecture)
         tower_metadata = file_type | vision_settings(model)
         tower_weights = vector_weights_to_float32(vision_weights(model))
-        _check_finite(text_weights | tower_weights)
+        _check_finite(text_weights | tower_weights, language_model.dtype)
 
         _write(folder / "model.gguf", architecture, text_metadata, text_weights)
         _compare(folder / "model.gguf", text_weights)
@@ -167,14 +167,19 @@ def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
     return converted
 
 
-def _check_finite(weights: Weights) -> None:
-    """Raise ValueError if a weight is not finite, for example because its value is too large for float16."""
+def _check_finite(weights: Weights, dtype: torch.dtype) -> None:
+    """Raise ValueError if a weight is not finite, for example because its value was too large for float16.
+
+    Args:
+        weights: The weights to write.
+        dtype: Data type of the model, from which some of the weights were converted to float32.
+    """
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            dtype = str(weight.dtype).removeprefix("torch.")
+            name_of_type = str(dtype).removeprefix("torch.")
             raise ValueError(
-                f"--format gguf: {name} has values that are not finite in {dtype}: they are damaged, or too large for "
-                "this data type. Pass --dtype bfloat16 or float32."
+                f"--format gguf: {name} has values that are not finite in {name_of_type}: they are damaged, or too large "
+                "for this data type. Pass --dtype bfloat16 or float32."
             )
 
 
