@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 
 # Names of options that are not listed in the card, because they concern the machine or the display, or are
 # shown elsewhere in the card (data, models, number of steps). "token$" is the most important pattern:
@@ -98,12 +98,13 @@ def _metadata(config: Mapping[str, Any]) -> str:
 
 def _introduction(config: Mapping[str, Any], export_format: str) -> str:
     """Return title, description, how to load the model, and the license."""
-    architecture = config["architecture"]
-    language_model = public_name(architecture["language_model"])
-    vision_tower = public_name(architecture["vision_tower"])
-    projector = architecture["mm_projector_type"]
-    instruction = architecture["instruction"]
-    license_name = read_license(architecture["language_model"])
+    # The config has defaults for entries that are missing in the file.
+    architecture = LlavaConfig.from_dict(config["architecture"])
+    language_model = public_name(architecture.language_model)
+    vision_tower = public_name(architecture.vision_tower)
+    projector = architecture.mm_projector_type
+    instruction = architecture.instruction
+    license_name = read_license(architecture.language_model)
     license_text = license_name or "not stated in its folder; see its own model card"
     return "\n\n".join(
         [
@@ -135,7 +136,8 @@ def _training_section(config: Mapping[str, Any]) -> str:
         if isinstance(value, (str, int, float)) and not _MACHINE_OPTIONS.search(key):
             lines.append(f"- {key}: `{public_name(value)}`")
     versions = [f"{name} {version}" for name, version in config["versions"].items()]
-    lines.append(f"- versions: {', '.join(versions)}")
+    if versions:
+        lines.append(f"- versions: {', '.join(versions)}")
     return "\n".join(lines)
 
 

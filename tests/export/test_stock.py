@@ -574,6 +574,18 @@ def test_model_card_contains_no_address_of_a_server(models_folder: Path, tmp_pat
     assert "10.0.0.1" not in card
 
 
+def test_model_card_describes_a_checkpoint_with_required_entries_only(tmp_path: Path) -> None:
+    """Checkpoints load without the others, which have defaults."""
+    parts = {"language_model": "me/llama", "vision_tower": "me/clip"}
+    config = {"format_version": 2, "architecture": parts, "trained": "adapter"}
+    (tmp_path / "llava.json").write_text(json.dumps(config))
+    write_model_card(tmp_path, tmp_path, "hf")
+    card = (tmp_path / "README.md").read_text()
+    assert "the projector linear" in card
+    assert "`Generate a caption of this image:`" in card
+    assert "versions" not in card
+
+
 @pytest.mark.medium
 def test_push_command_warns_of_local_paths_in_a_checkpoint(
     train_pair: TrainPair,
