@@ -337,19 +337,20 @@ def read_weights(path: Path) -> Weights:
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if _WEIGHT_FILE.fullmatch(file.name)]
     weights: Weights = {}
-    file_of_weight: dict[str, Path] = {}
+    file_of_weight: dict[str, str] = {}
     for file in files:
         for name, weight in _read_weight_file(file).items():
-            first = file_of_weight.setdefault(name, file)
+            other = file_of_weight.get(name, "")
             # Complete models often come with the projector of the first stage, which was trained further. The files
             # are sorted, so the weights of the model replace it.
-            is_first_stage = first.name.startswith("mm_projector")
-            if first != file and not is_first_stage and not _are_equal(weights[name], weight):
+            is_replaced = not other or other.startswith("mm_projector")
+            if not is_replaced and not _are_equal(weights[name], weight):
                 raise ValueError(
-                    f"{path}: {first.name} and {file.name} contain different values of {name}. Move the file (and its other "
+                    f"{path}: {other} and {file.name} contain different values of {name}. Move the file (and its other "
                     "parts) that does not belong to this checkpoint into another folder."
                 )
             weights[name] = weight
+            file_of_weight[name] = file.name
     if not weights:
         raise ValueError(
             f"{path}: no weights found. Expected files such as model.safetensors or pytorch_model.bin."
