@@ -177,6 +177,12 @@ def push_main(argv: list[str] | None = None) -> int:
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
+        # The hub does not change a repository that exists already.
+        if args.private and not api.model_info(args.repository).private:
+            raise ValueError(
+                f"--private: {args.repository} exists already, and is public. Nothing was uploaded. Make it private in its "
+                "settings on the hub, or pass another name."
+            )
         commit = api.upload_folder(
             repo_id=args.repository, folder_path=args.folder, ignore_patterns=_NOT_PUSHED
         )
