@@ -196,18 +196,19 @@ def push_main(argv: list[str] | None = None) -> int:
 
 
 def _warn_of_local_paths(folder: Path) -> None:
-    """Warn if `llava.json` contains local paths, as in a checkpoint (but not in an exported folder)."""
+    """Warn if `llava.json` contains local paths or addresses, as in a checkpoint (but not in an exported folder)."""
     if not (folder / CONFIG_NAME).is_file():
         return
     config = read_checkpoint_config(folder)
     # Look for absolute paths, which excludes hub names ("openai/clip-vit-base-patch16") and numbers.
     values = [*config["architecture"].values(), *config["training"].values()]
-    paths = {str(value) for value in values if Path(str(value)).is_absolute()}
-    if paths:
+    texts = {str(value) for value in values}
+    found = {text for text in texts if Path(text).is_absolute() or "://" in text}
+    if found:
         logger.warning(
-            "%s contains local paths: %s. To publish without them, push an exported folder.",
+            "%s contains local paths or addresses: %s. To publish without them, push an exported folder.",
             CONFIG_NAME,
-            ", ".join(sorted(paths)),
+            ", ".join(sorted(found)),
         )
 
 

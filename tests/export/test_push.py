@@ -172,7 +172,7 @@ def folder(tmp_path: Path) -> Path:
     config = {
         "format_version": 1,
         "architecture": {"language_model": "/home/me/mistral"},
-        "training": {},
+        "training": {"reward_endpoint": "http://10.0.0.1:8000/v1"},
     }
     texts = {
         "README.md": "---\nlicense: mit\n---\n# x\n",
@@ -218,6 +218,7 @@ def test_push_uploads_what_a_dry_run_lists(
     captured = capsys.readouterr()
     assert f"{hub.url}/me/model/commit/" in captured.out
     assert "/home/me/mistral" in captured.err
+    assert "http://10.0.0.1:8000/v1" in captured.err
     assert hub.private == {"me/model": True}
     texts = {"README.md", "llava.json", "tokenizer.json"}
     weights = {"projector.safetensors", "adapter/adapter_model.safetensors"}
