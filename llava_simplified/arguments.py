@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,12 +24,13 @@ from typing import Any, NoReturn
 import torch
 import transformers
 import yaml
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 # Import this before transformers' Trainer, which imports PEFT.
 import llava_simplified.model.peft_names  # noqa: F401
 from llava_simplified.data_option import options_from_data
-from llava_simplified.options import configure_logging, suggest
+from llava_simplified.options import configure_logging, describe_unknown
 from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (
     DataArguments,
@@ -211,14 +213,14 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     """
     options = split_options(argv)
     given = dict(options)
-    configure_logging(verbose=_is_on(given, "verbose"), quiet=_is_on(given, "quiet"))
-    options = [(name, values) for name, values in options if name not in ("verbose", "quiet")]
-
     if "config" in given:
         config = given["config"][0] if given["config"] else ""
         # Put the command line last: argparse uses the last value of an option.
         options = split_options(to_argv(read_config(config))) + options
         given = dict(options)
+    configure_logging(verbose=_is_on(given, "verbose"), quiet=_is_on(given, "quiet"))
+    options = [(name, values) for name, values in options if name not in ("verbose", "quiet")]
+    given = dict(options)
     from_data = options_from_data(given)
     options += [(name, [value]) for name, value in from_data.options.items()]
     if from_data.recipe:
@@ -241,19 +243,28 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         names = [option.name for group in argument_classes for option in fields(group)]
         known = [f"--{name}" for name in (*names, *RENAMED)]
         raise ValueError(
-            f"unknown option {unknown[0]}{suggest(unknown[0], known)}\n"
-            "`llava train --help` lists the options."
+            f"{describe_unknown(unknown[:1], known)}\n`llava train --help` lists the options."
         )
     return model, data, training
 
 
 def _is_on(given: Mapping[str, list[str]], name: str) -> bool:
-    return name in given and _is_true(given[name])
+    return name in given and _is_true(name, given[name])
 
 
-def _is_true(values: list[str]) -> bool:
-    """Return whether a boolean option is on. An option without a value is on."""
-    return values not in (["False"], ["false"], ["0"])
+def _is_true(name: str, values: list[str]) -> bool:
+    """Return whether a boolean option is on. An option without a value is on.
+
+    Raises:
+        ValueError: The option has another value than those that `HfArgumentParser` accepts.
+    """
+    if not values:
+        return True
+    try:
+        (value,) = values
+        return bool(string_to_bool(value))
+    except (ValueError, ArgumentTypeError):
+        raise ValueError(f"--{name} {' '.join(values)}: expected True or False") from None
 
 
 def _default_output_dir(given: Mapping[str, list[str]]) -> str:
@@ -305,17 +316,21 @@ def read_config(config: str) -> dict[str, Any]:
         config: The value of `--config`: the path of the file, or the name of a recipe of the package.
 
     Raises:
-        ValueError: The file does not exist, is not YAML, or is not a mapping.
+        ValueError: The file does not exist, is not YAML, is not a mapping, or names another file.
     """
     path = resolve_recipe(config)
     try:
         # This is safe, because the loader is derived from SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"--config {path}: expected a mapping of option names to values, such as `lora_r: 64`"
+        )
+    if values.get("config") is not None:
+        raise ValueError(
+            f"--config {path}: a file cannot name another one (config: {values['config']}). Copy its options into the file."
         )
     return values
 
@@ -352,7 +367,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
         ValueError: The option requests an unsupported feature of older LLaVA models.
     """
     if name in MUST_BE_OFF:
-        if _is_true(values):
+        if _is_true(name, values):
             raise ValueError(
                 f"--{name} True: {MUST_BE_OFF[name]} not supported; pass --{name} False."
             )
@@ -361,7 +376,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
         logger.warning("--%s has no effect: %s.", name, NO_EFFECT[name])
         return []
     if name in GROUP_BY_LENGTH:
-        strategy = "group_by_length" if _is_true(values) else "random"
+        strategy = "group_by_length" if _is_true(name, values) else "random"
         return ["--train_sampling_strategy", strategy]
     if name == "image_aspect_ratio" and values == ["square"]:
         # "square" is LLaVA's name for `crop`: the processing that the vision tower's image processor does.

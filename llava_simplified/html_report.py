@@ -190,7 +190,9 @@ def line_chart(
     # Let the x axis begin and end with the data, and the y axis at round numbers, so that lines do not touch the frame.
     y_ticks = round_ticks(min(ys), max(ys))
     left = min(xs)
-    right = max(max(xs), left + 1e-9)  # avoid a division by zero for a single point
+    right = max(xs)
+    if right == left:  # a single point: avoid a division by zero
+        right = left + 1
     bottom = y_ticks[0]
     top = max(y_ticks[-1], max(ys))
 
@@ -281,14 +283,19 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
         high: Largest value.
         about: Approximate number of steps.
     """
-    # If all values are equal, derive the distance of the ticks from their magnitude.
-    extent = high - low or abs(high) or 1.0
+    # If all values are equal, or differ by rounding only, derive the distance of the ticks from their magnitude.
+    magnitude = max(abs(low), abs(high))
+    extent = high - low
+    if extent <= 1e-9 * magnitude:
+        extent = magnitude or 1.0
     step = _round_step(extent / about)
     first = math.floor(low / step)
     # Subtract a tolerance. If `high` is a multiple of the step, a rounding error would otherwise add another tick.
     last = math.ceil(high / step - 1e-9)
     count = max(2, last - first + 1)
-    return [round((first + index) * step, 10) for index in range(count)]
+    # Remove rounding errors such as 0.30000000000000004, which are far smaller than a step.
+    digits = max(0, 3 - math.floor(math.log10(step)))
+    return [round((first + index) * step, digits) for index in range(count)]
 
 
 def _round_step(smallest: float) -> float:

@@ -43,6 +43,22 @@ def test_line_chart_places_points() -> None:
     assert [(point.x, point.y) for point in line.points] == [(0, 0), (50, 50), (100, 100)]
 
 
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(2e8, 0.5)],
+        [(0, 0.72086549848157), (1, 0.72086549848156)],  # they differ by rounding only
+        [(0, 1e-13), (1, 4e-13)],
+        [(0, 0.0), (1, 0.0)],
+    ],
+)
+def test_line_chart_keeps_extreme_points_in_the_plot(points: list[tuple[float, float]]) -> None:
+    (line,) = line_chart("Loss", "", {"a": points}).lines
+    for point in line.points:
+        assert 0 <= point.x <= 100
+        assert 0 <= point.y <= 100
+
+
 def test_line_chart_averages_long_lines() -> None:
     points = [(float(step), float(step % 2)) for step in range(10_000)]
     chart = line_chart("Loss", "", {"a": points}, max_points=100)

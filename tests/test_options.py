@@ -268,3 +268,49 @@ def test_errors_and_logs_do_not_control_the_terminal(
     printed = capsys.readouterr().err
     assert not set("\x1b\x07\x9b\r\x08\u202e") & set(printed)
     assert printed.count(r"\x1b]0;title") >= 4
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("value", ["no", "FALSE", "f", "0"])
+def test_old_boolean_options_accept_every_spelling_of_false(value: str) -> None:
+    from llava_simplified.arguments import parse_arguments
+
+    argv = ["--group_by_length", value, "--mm_use_im_start_end", value]
+    _, _, training = parse_arguments(argv)
+    assert training.train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"group_by_length: off", "--group_by_length off: expected True or False"),
+        (b"run_name: caf\xe9", r"config\.yaml: not a YAML file"),
+        (b"config: other.yaml", r"config\.yaml: a file cannot name another one"),
+        (b"lora_r: [8, 16]", "unexpected argument '16'"),
+    ],
+)
+def test_training_names_what_is_wrong_with_a_config(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    from llava_simplified.arguments import parse_arguments
+
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", str(path)])
+
+
+def test_log_level_of_training_can_be_set_in_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_simplified.arguments import parse_arguments
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    path = tmp_path / "config.yaml"
+    path.write_text("quiet: true")
+    parse_arguments(["--config", str(path)])
+    assert logging.getLogger("llava_simplified").level == logging.WARNING
+    parse_arguments(["--config", str(path), "--quiet", "false"])
+    assert logging.getLogger("llava_simplified").level == logging.INFO

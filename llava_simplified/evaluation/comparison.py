@@ -84,7 +84,7 @@ class Comparison:
 
 
 def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
-    """Return samples in the order of other samples; None if their images differ.
+    """Return samples in the order of other samples; None if their images or references differ.
 
     Two programs may number and name the same images differently. If an index or a name differs, images are matched by
     the rules of `data/names.py`, and the returned samples have the indices and names of `order`.
@@ -93,13 +93,13 @@ def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sa
 
 
 def _align_by_key(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
-    """Match samples with equal index and image; return None if any sample of either list remains."""
+    """Match samples with equal index and image; return None unless each has exactly one counterpart."""
     # An index can occur with several images, and an image with several instructions.
     by_key = {(sample.index, sample.image): sample for sample in samples}
     aligned = []
     for sample in order:
         same_image = by_key.pop((sample.index, sample.image), None)
-        if same_image is None:
+        if same_image is None or not _have_equal_references(same_image, sample):
             return None
         aligned.append(same_image)
     if by_key:
@@ -123,11 +123,19 @@ def _align_by_name(samples: Sequence[Sample], order: Sequence[Sample]) -> list[S
         if match is None or match.name in found:
             return None
         other = by_name[match.name]
-        # Scores against different references cannot be compared.
-        if set(sample.references) != set(other.references):
+        if not _have_equal_references(sample, other):
             return None
         found[match.name] = replace(sample, index=other.index, image=other.image)
     return [found[name] for name in by_name]
+
+
+def _have_equal_references(first: Sample, second: Sample) -> bool:
+    """Return whether two samples have the same references, in any order.
+
+    Scores against different references cannot be compared. Records without an image may have nothing else to tell two
+    data sets apart, since both number their records from 0.
+    """
+    return set(first.references) == set(second.references)
 
 
 def compare_runs(

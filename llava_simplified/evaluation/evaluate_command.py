@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_scoring_options(args)
     paths = sort_by_step(args.predictions)
+    _check_files(args)
     for output in (args.output, args.report):
         if output:
             prepare_output_file(output)
@@ -124,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     # Import this only now, so that `--help` does not wait for numpy and Transformers.
     from llava_simplified.evaluation.predictions import read_train_captions
 
+    # Read what the report shows first: scoring can take minutes.
+    settings = _report_settings(args, paths)
+    log = _training_log(args)
     train_captions = read_train_captions(args.train_captions) if args.train_captions else None
     # Score all files before writing anything, so that an error in the second file leaves no partial report.
     runs = _evaluate_files(paths, args, train_captions)
@@ -146,12 +150,41 @@ def main(argv: list[str] | None = None) -> int:
             runs=runs,
             comparisons=comparisons,
             image_folder=Path(args.image_folder or "."),
-            settings=_report_settings(args, paths),
-            log=_training_log(args),
+            settings=settings,
+            log=log,
             train_captions=train_captions,
         )
         logger.info("Report written to %s", args.report)
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError if a prediction file is given twice, or if an output would replace another file of this command."""
+    # `resolve` makes different spellings of a path equal.
+    used: dict[Path, str] = {}
+    for path in args.predictions:
+        if path.resolve() in used:
+            raise ValueError(f"{path} is given twice. Pass each prediction file once.")
+        used[path.resolve()] = "the predictions"
+    inputs = {
+        "--references": [args.references],
+        "--instances": args.instances,
+        "--train-captions": [args.train_captions],
+        "--log": [args.log],
+    }
+    for option, paths in inputs.items():
+        for path in paths:
+            if path:
+                used[path.resolve()] = option
+    for option, path in (("--output", args.output), ("--report", args.report)):
+        if not path:
+            continue
+        other = used.get(path.resolve())
+        if other:
+            raise ValueError(
+                f"{option} {path} would replace a file of {other}. Choose another file."
+            )
+        used[path.resolve()] = option
 
 
 def _evaluate_files(
@@ -205,7 +238,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     """Compare each run with the first one, and print the differences.
 
     Returns:
-        The comparisons by the name of the later run. A run on other images has no comparison.
+        The comparisons by the name of the later run. A run on other images or references has no comparison.
     """
     from llava_simplified.evaluation.comparison import (
         align_samples,
@@ -218,9 +251,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
     comparisons = {}
     for run in runs[1:]:
         if align_samples(run.samples, first.samples) is None:
-            text = (
-                f"{run.name} and {first.name} contain different images, so they are not compared.\n"
-            )
+            text = f"{run.name} and {first.name} contain different images or references, so they are not compared.\n"
         else:
             comparison = compare_runs(first.samples, first.result, run.samples, run.result)
             comparisons[run.name] = comparison
@@ -256,8 +287,15 @@ def _checkpoint_settings(folder: Path) -> dict[str, str]:
 
 
 def _training_log(args: argparse.Namespace) -> Path | None:
-    """Return the log for the curves in the report: `--log`, or the log of the checkpoint, or None."""
+    """Return the log for the curves in the report: `--log`, or the log of the checkpoint, or None.
+
+    Raises:
+        ValueError: `--log` is not a training log.
+    """
     if args.log:
+        from llava_simplified.evaluation.training_curves import read_training_log
+
+        read_training_log(args.log)
         return args.log
     if args.model_path:
         log = args.model_path / "trainer_log.jsonl"

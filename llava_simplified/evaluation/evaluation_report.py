@@ -117,7 +117,7 @@ def write_report(
         groups: Scores of subsets of the images, such as the domains of nocaps, by run and subset.
 
     Raises:
-        ValueError: The runs are on different images, no image can be read, or the log is not a training log.
+        ValueError: The runs have different images or references, no image can be read, or the log is not a training log.
     """
     given_runs = runs
     # Show the newest checkpoint of a run first. Other runs keep the order in which the user named them.
@@ -191,7 +191,7 @@ def _make_panels(runs: Sequence[Run]) -> list[RunPanel]:
 def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
     """Return the samples of each run in the order of the first run."""
     # The position of each image in the first run.
-    order: dict[tuple[str, str], int] = {}
+    order: dict[_ImageKey, int] = {}
     for position, sample in enumerate(runs[0].samples):
         order[_image_key(sample)] = position
 
@@ -201,16 +201,19 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
         samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
         if list(map(_image_key, samples)) != list(order):
             raise ValueError(
-                f"The runs {runs[0].name!r} and {run.name!r} are on different images. "
+                f"The runs {runs[0].name!r} and {run.name!r} are on different images, or have different references. "
                 "Evaluate their prediction files in separate calls."
             )
         aligned.append(samples)
     return aligned
 
 
-def _image_key(sample: Sample) -> tuple[str, str]:
-    """Return the key that identifies an image in all runs."""
-    return sample.index, sample.image
+_ImageKey = tuple[str, str, frozenset[str]]
+
+
+def _image_key(sample: Sample) -> _ImageKey:
+    """Return the key that identifies an image in all runs. A card shows the references once, so they are part of it."""
+    return sample.index, sample.image, frozenset(sample.references)
 
 
 # ---- scores ----

@@ -1,6 +1,6 @@
 """The chat template of an exported model, for Transformers' processors and for servers.
 
-The template of an exported folder differs from that of the tokenizer in three ways:
+The template of an exported folder differs from that of the tokenizer in five ways:
 
 - Transformers' processors pass a user's message as a list of parts, `[{"type": "image"}, {"type":
   "text", "text": "..."}]`, but the templates of language models expect one string. A Jinja prelude,
@@ -10,13 +10,18 @@ The template of an exported folder differs from that of the tokenizer in three w
   that the model was trained with. `FLATTEN_CONTENT_WITH_MARKERS` adds it.
 - Our own templates (`plain`, `bare`) end where the answer begins, so that training can append it.
   Other tools render with `add_generation_prompt=True`, which must append `GENERATION_PROMPT`.
+- Templates that write the current date (Llama 3.2) write the date of training, so that the prompt is the same every day.
+- Some templates begin an answer differently in a prompt than in a conversation: that of Qwen 3 writes an empty
+  `<think>` block only in a conversation. The model was trained on conversations, so `_with_trained_beginning` makes the
+  two equal.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
-from llava_simplified.prompt import TEMPLATES
+from llava_simplified.prompt import FIXED_DATE, TEMPLATES
 
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
@@ -62,11 +67,47 @@ GENERATION_PROMPT = {
 
 
 def get_chat_template(model: Llava) -> str:
-    """Return the chat template that the model was trained with, including its generation prompt."""
+    """Return the chat template that the model was trained with, including its generation prompt and its date."""
     name = model.prompt.name
     if name in TEMPLATES:
         return TEMPLATES[name] + GENERATION_PROMPT[name]
-    return model.tokenizer.get_chat_template()
+    template = model.tokenizer.get_chat_template()
+    # Leave all other templates as they are: not every program that renders templates supports macros.
+    if "strftime_now" in template:
+        template = FIXED_DATE + template
+    # A template that expects lists of parts cannot be rendered here.
+    return _with_trained_beginning(model, template) if model.prompt.accepts_strings else template
+
+
+def _with_trained_beginning(model: Llava, template: str) -> str:
+    """Return a template that begins the answer in a prompt as it does in a conversation."""
+    tokenizer: Any = model.tokenizer
+
+    def render(*roles: str, add_generation_prompt: bool = False) -> str:
+        messages = [{"role": role, "content": f"⟦{role}⟧"} for role in roles]
+        text: str = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+        return text
+
+    # A space before the answer is a part of the answer, see `Prompt`.
+    trained = render("user", "assistant").partition("⟦assistant⟧")[0].rstrip(" ")
+    question = render("user")
+    if render("user", add_generation_prompt=True) == trained or not trained.startswith(question):
+        return template
+    beginning = json.dumps(trained.removeprefix(question), ensure_ascii=False)
+    return (
+        "{%- set begin_answer = add_generation_prompt is defined and add_generation_prompt -%}"
+        "{%- set add_generation_prompt = false -%}"
+        # Jinja drops one line break at the end of a template, but not in the middle.
+        + template.removesuffix("\n")
+        + "{% if begin_answer %}{{ "
+        + beginning
+        + " }}{% endif %}"
+    )
 
 
 def stock_chat_template(model: Llava) -> str:

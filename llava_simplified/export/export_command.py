@@ -52,7 +52,9 @@ def build_export_parser() -> CommandParser:
     )
     add_base_model_options(parser)
     parser.add_argument(
-        "--scores", type=Path, help="scores.json of `llava evaluate`, for the model card"
+        "--scores",
+        type=Path,
+        help="scores.json of `llava evaluate` or `llava benchmark`, for the model card",
     )
     return parser
 
@@ -60,20 +62,17 @@ def build_export_parser() -> CommandParser:
 def export_main(argv: list[str] | None = None) -> int:
     """Run `llava export`."""
     args = build_export_parser().parse_args(argv)
-    # Check this option before the conversion, which takes minutes.
-    if args.scores and not args.scores.is_file():
-        raise ValueError(
-            f"--scores {args.scores}: no such file. Pass the scores.json of `llava evaluate`."
-        )
     if args.images and args.format == "gguf":
         raise ValueError(
             "--images: --format gguf compares tensors and needs no images. Leave out the option."
         )
-    from llava_simplified.export.model_card import write_model_card
+    from llava_simplified.export.model_card import read_scores, write_model_card
 
+    # Read the scores before the conversion, which takes minutes.
+    scores = read_scores(args.scores) if args.scores else None
     # Write the card after the export is complete, so that an error in the card does not undo the export.
     result = _export(args)
-    write_model_card(args.checkpoint, args.output, args.format, args.scores)
+    write_model_card(args.checkpoint, args.output, args.format, scores)
     print_text(f"{args.output}: exported, loaded again and compared with the checkpoint ({result})")
     return 0
 
@@ -178,6 +177,12 @@ def push_main(argv: list[str] | None = None) -> int:
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
+        # The hub does not change a repository that exists already.
+        if args.private and not api.model_info(args.repository).private:
+            raise ValueError(
+                f"--private: {args.repository} exists already, and is public. Nothing was uploaded. Make it private in its "
+                "settings on the hub, or pass another name."
+            )
         commit = api.upload_folder(
             repo_id=args.repository, folder_path=args.folder, ignore_patterns=_NOT_PUSHED
         )
@@ -191,32 +196,34 @@ def push_main(argv: list[str] | None = None) -> int:
 
 
 def _warn_of_local_paths(folder: Path) -> None:
-    """Warn if `llava.json` contains local paths, as in a checkpoint (but not in an exported folder)."""
+    """Warn if `llava.json` contains local paths or addresses, as in a checkpoint (but not in an exported folder)."""
     if not (folder / CONFIG_NAME).is_file():
         return
     config = read_checkpoint_config(folder)
     # Look for absolute paths, which excludes hub names ("openai/clip-vit-base-patch16") and numbers.
     values = [*config["architecture"].values(), *config["training"].values()]
-    paths = {str(value) for value in values if Path(str(value)).is_absolute()}
-    if paths:
+    texts = {str(value) for value in values}
+    found = {text for text in texts if Path(text).is_absolute() or "://" in text}
+    if found:
         logger.warning(
-            "%s contains local paths: %s. To publish without them, push an exported folder.",
+            "%s contains local paths or addresses: %s. To publish without them, push an exported folder.",
             CONFIG_NAME,
-            ", ".join(sorted(paths)),
+            ", ".join(sorted(found)),
         )
 
 
 def _list_files(folder: Path, repository: str) -> None:
     """Print the files that would be uploaded, with their sizes."""
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-    # Apply the same filter as `upload_folder`.
+    # Apply the same filter as `upload_folder`, which never uploads `.git`.
+    ignored = [*_NOT_PUSHED, *DEFAULT_IGNORE_PATTERNS]
     names = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             names.append(path.relative_to(folder).as_posix())
     total = 0
-    for name in sorted(filter_repo_objects(names, ignore_patterns=_NOT_PUSHED)):
+    for name in sorted(filter_repo_objects(names, ignore_patterns=ignored)):
         size = (folder / name).stat().st_size
         total += size
         print_text(f"{size:>14,}  {name}")

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_simplified.export.chat_template import FLATTEN_CONTENT_WITH_MARKERS, get_chat_template
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
 from llava_simplified.export.gguf_vision import (
     describe_padding_difference,
@@ -43,6 +44,7 @@ from llava_simplified.extras import require_extra
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import CausalLM
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ def export_gguf(
         text_weights = _text_weights(language_model, architecture)
         tower_metadata = file_type | vision_settings(model)
         tower_weights = vector_weights_to_float32(vision_weights(model))
+        _check_finite(text_weights | tower_weights, language_model.dtype)
 
         _write(folder / "model.gguf", architecture, text_metadata, text_weights)
         _compare(folder / "model.gguf", text_weights)
@@ -126,7 +129,7 @@ def export_gguf(
 
 
 def _check_template(model: Llava) -> None:
-    """Raise ValueError if the chat template writes the image token.
+    """Raise ValueError if llama.cpp would not render the prompt of training.
 
     llama.cpp inserts an image into the text of a message, and does not recognize an image token that the
     template writes.
@@ -138,6 +141,21 @@ def _check_template(model: Llava) -> None:
             f"model writes {token} itself. Use --format hf. If the model was trained with the prompts of the template "
             "plain, as LLaVA 1.5 was, import it again with --template plain."
         )
+    tokenizer: Any = model.tokenizer
+    instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": instruction}],
+        chat_template=FLATTEN_CONTENT_WITH_MARKERS + get_chat_template(model),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    expected = model.prompt.render([Message("user", instruction)], None).input_ids
+    input_ids = tokenizer.encode(text, add_special_tokens=False)
+    if input_ids != expected:
+        raise ValueError(
+            f"--format gguf: llama.cpp would render a prompt with the token ids {input_ids}, but the model was trained with "
+            f"{expected}. Use --format hf."
+        )
 
 
 def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
@@ -147,6 +165,22 @@ def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
         is_matrix = weight.dim() == 2 and "position" not in name
         converted[name] = weight.detach() if is_matrix else weight.detach().float()
     return converted
+
+
+def _check_finite(weights: Weights, dtype: torch.dtype) -> None:
+    """Raise ValueError if a weight is not finite, for example because its value was too large for float16.
+
+    Args:
+        weights: The weights to write.
+        dtype: Data type of the model, from which some of the weights were converted to float32.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            name_of_type = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"--format gguf: {name} has values that are not finite in {name_of_type}: they are damaged, or too large "
+                "for this data type. Pass --dtype bfloat16 or float32."
+            )
 
 
 # ---- language model ----

@@ -77,6 +77,9 @@ _WEIGHT_FILE = re.compile(
 )
 
 
+_LFS_POINTER = b"version https://git-lfs"  # a clone without Git LFS contains such text files instead of weights
+
+
 @dataclass
 class SourceCheckpoint:
     """The contents of a checkpoint of another code base.
@@ -306,7 +309,8 @@ def read_source(path: Path) -> SourceCheckpoint:
     # Only Hugging Face checkpoints name the activation; in the others it is GELU.
     activation = config.get("projector_hidden_act", "gelu")
     if activation == "linear":
-        projector = fold_linear_projector(projector)
+        with blame_file(path):
+            projector = fold_linear_projector(projector)
     elif activation != "gelu":
         raise ValueError(
             f"{config_path}: the projector has the activation {activation!r} (projector_hidden_act). "
@@ -326,19 +330,36 @@ def read_weights(path: Path) -> Weights:
     """Return all tensors of a folder's weight files, or of one file.
 
     Raises:
-        ValueError: No weight files were found, or a pickle file contains more than tensors.
+        ValueError: No weight files were found, a pickle file contains more than tensors, or two files contain different
+            values of the same weight.
     """
     files = [path]
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if _WEIGHT_FILE.fullmatch(file.name)]
     weights: Weights = {}
+    file_of_weight: dict[str, str] = {}
     for file in files:
-        weights |= _read_weight_file(file)
+        for name, weight in _read_weight_file(file).items():
+            other = file_of_weight.get(name, "")
+            # Complete models often come with the projector of the first stage, which was trained further. The files
+            # are sorted, so the weights of the model replace it.
+            is_replaced = not other or other.startswith("mm_projector")
+            if not is_replaced and not _are_equal(weights[name], weight):
+                raise ValueError(
+                    f"{path}: {other} and {file.name} contain different values of {name}. Move the file (and its other "
+                    "parts) that does not belong to this checkpoint into another folder."
+                )
+            weights[name] = weight
+            file_of_weight[name] = file.name
     if not weights:
         raise ValueError(
             f"{path}: no weights found. Expected files such as model.safetensors or pytorch_model.bin."
         )
     return weights
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _read_weight_file(path: Path) -> Weights:
@@ -347,16 +368,36 @@ def _read_weight_file(path: Path) -> Weights:
     Raises:
         ValueError: The file contains anything else, or is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, and not the file itself. Run `git lfs pull` in its folder."
+            )
         if path.suffix == ".safetensors":
             return load_file(path)
         # Pass weights_only, because a pickle file can run any code. Map the file only if it is a zip
         # archive: files from before PyTorch 1.6 are not, and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (UnpicklingError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a file of tensors: {error}") from error
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError, OSError) as error:
+        # Quote the first line only: the others advise to run the code in the file.
+        reason = str(error).partition("\n")[0] or "the file is empty"
+        raise ValueError(f"{path}: not a file of tensors: {reason}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(
+            f"{path}: expected tensors by name, found {type(weights).__name__}. Copy or download the checkpoint again."
+        )
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            raise ValueError(
+                f"{path}: {shorten(name)}: expected a tensor, found {type(weight).__name__}. The file must contain the "
+                "weights alone, by name."
+            )
+    return weights
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights, Weights]:

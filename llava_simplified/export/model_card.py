@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 
 # Names of options that are not listed in the card, because they concern the machine or the display, or are
 # shown elsewhere in the card (data, models, number of steps). "token$" is the most important pattern:
@@ -24,7 +24,7 @@ from llava_simplified.model.config import read_checkpoint_config
 _MACHINE_OPTIONS = re.compile(
     r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
     r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
-    r"|^model_name|^vision_tower|deepspeed"
+    r"|^model_name|^vision_tower|deepspeed|endpoint$|^local_rank|^trackio"
 )
 # Value of `llava export --format` -> how to load the exported folder.
 _HOW_TO_LOAD = {
@@ -47,7 +47,10 @@ _TRAINED = {
 
 
 def write_model_card(
-    checkpoint: str | Path, folder: Path, export_format: str, scores: Path | None = None
+    checkpoint: str | Path,
+    folder: Path,
+    export_format: str,
+    scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> None:
     """Write `README.md` into an exported folder, and `training.png` if the checkpoint has one.
 
@@ -55,7 +58,7 @@ def write_model_card(
         checkpoint: The checkpoint that was exported.
         folder: The exported folder.
         export_format: "hf", "peft" or "gguf".
-        scores: `scores.json` of `llava evaluate`, or None.
+        scores: Result of `read_scores`, or None.
     """
     config = read_checkpoint_config(checkpoint)
     sections = [
@@ -95,12 +98,13 @@ def _metadata(config: Mapping[str, Any]) -> str:
 
 def _introduction(config: Mapping[str, Any], export_format: str) -> str:
     """Return title, description, how to load the model, and the license."""
-    architecture = config["architecture"]
-    language_model = public_name(architecture["language_model"])
-    vision_tower = public_name(architecture["vision_tower"])
-    projector = architecture["mm_projector_type"]
-    instruction = architecture["instruction"]
-    license_name = read_license(architecture["language_model"])
+    # The config has defaults for entries that are missing in the file.
+    architecture = LlavaConfig.from_dict(config["architecture"])
+    language_model = public_name(architecture.language_model)
+    vision_tower = public_name(architecture.vision_tower)
+    projector = architecture.mm_projector_type
+    instruction = architecture.instruction
+    license_name = read_license(architecture.language_model)
     license_text = license_name or "not stated in its folder; see its own model card"
     return "\n\n".join(
         [
@@ -132,18 +136,52 @@ def _training_section(config: Mapping[str, Any]) -> str:
         if isinstance(value, (str, int, float)) and not _MACHINE_OPTIONS.search(key):
             lines.append(f"- {key}: `{public_name(value)}`")
     versions = [f"{name} {version}" for name, version in config["versions"].items()]
-    lines.append(f"- versions: {', '.join(versions)}")
+    if versions:
+        lines.append(f"- versions: {', '.join(versions)}")
     return "\n".join(lines)
 
 
-def _scores_section(scores: Path) -> str:
+def read_scores(path: Path) -> dict[str, list[float | None]]:
+    """Read the scores of the first run in a `scores.json` of `llava evaluate` or `llava benchmark`.
+
+    Returns:
+        [score, low, high] by metric. The interval may be None.
+
+    Raises:
+        ValueError: The file does not exist, or has another form.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"--scores {path}: no such file. Pass the scores.json of `llava evaluate`."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--scores {path}: not a JSON file: {error}") from None
+    # evaluate:  {"predictions": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}, ...}
+    # benchmark: {"settings": {...}, "runs": {"greedy": {"mean": ..., ...}, ...}}
+    try:
+        runs = content["runs"] if content.keys() == {"settings", "runs"} else content
+        first_run = next(iter(runs.values()))
+        return {name: _score_and_interval(*numbers) for name, numbers in first_run["mean"].items()}
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"--scores {path}: this is not a scores.json. Pass the file that `llava evaluate --output` or `llava benchmark` "
+            "has written."
+        ) from None
+
+
+def _score_and_interval(
+    value: float | None, low: float | None = None, high: float | None = None
+) -> list[float | None]:
+    """Return [score, low, high]; raise ValueError or TypeError if one is not a number."""
+    return [None if number is None else float(number) for number in (value, low, high)]
+
+
+def _scores_section(scores: Mapping[str, Sequence[float | None]]) -> str:
     """Return the table of scores."""
-    # {"predictions.json": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}}
-    by_file = json.loads(scores.read_text(encoding="utf-8"))
-    # Show the scores of the first file of predictions only.
-    first_scores = next(iter(by_file.values()))
     lines = ["## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
-    for name, numbers in first_scores["mean"].items():
+    for name, numbers in scores.items():
         lines.append(_score_row(name, *numbers))
     return "\n".join(lines)
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from llava_simplified.data.images import (
-    ImageError,
     ImageSource,
     decode_image,
     load_pixels,
@@ -53,6 +52,7 @@ LOGIT_TOLERANCE = {
 }
 # The end of error messages. The caller creates the output folder only if this comparison succeeds.
 _NOTHING_WRITTEN = "The output folder was not created. Use the model in its original format."
+_TRY_ANOTHER_DTYPE = "Pass --dtype bfloat16 or float32 to `llava export`."
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,23 @@ def choose_images(
 
 
 def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.ndarray]:
-    """Return the first training images; an empty list if they cannot be read."""
+    """Return the first training images that can be read; an empty list if the data have changed or moved."""
     records_path = Path(training.get("train_data_path") or "")
-    if not records_path.is_file():
-        return []
     folder = training.get("train_image_folder") or records_path.parent
-    # Look at 16 records, since some may have no image.
-    names: list[str] = []
-    for record in open_records(records_path)[:16]:
-        names += record.images
-    with suppress(ImageError):
-        return [decode_image(read_image_bytes(name, folder)) for name in names[:count]]
-    return []
+    images: list[np.ndarray] = []
+    # Any images will do, so skip bad records and images, which training tolerates too.
+    with suppress(ValueError, OSError):
+        if not records_path.is_file():
+            return []
+        records = open_records(records_path, max_bad_records=1.0)
+        # Look at 16 records, since some may have no image.
+        for index in range(min(len(records), 16)):
+            with suppress(ValueError):
+                for name in records[index].images:
+                    images.append(decode_image(read_image_bytes(name, folder)))
+            if len(images) >= count:
+                break
+    return images[:count]
 
 
 # ---- the checkpoint ----
@@ -133,6 +138,9 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     Args:
         model: A model on the CPU.
         image: RGB image (height, width, 3), uint8.
+
+    Raises:
+        ValueError: The logits are not finite. They would equal those of any other broken model.
     """
     # Remove the placeholder: stock processors always put the image before the text.
     instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
@@ -150,6 +158,12 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     with lm_head_at_positions(model.language_model, last_position):
         embeds = model.splice(torch.tensor([input_ids]), features)
         outputs = model.language_model(inputs_embeds=embeds, use_cache=False)
+    if not outputs.logits.isfinite().all():
+        dtype = str(model.language_model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The logits of the checkpoint are not finite in {dtype}: its weights are damaged, or too large for this data "
+            f"type. {_TRY_ANOTHER_DTYPE}"
+        )
 
     options = GenerationOptions(max_new_tokens=CAPTION_LENGTH)
     batch = DecodingBatch(model, [prompt], features, options)

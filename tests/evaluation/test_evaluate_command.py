@@ -496,6 +496,42 @@ def test_evaluate_reports_an_error_in_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p.jsonl", "--output", "p.jsonl"], r"--output p\.jsonl would replace .* the predictions"),
+        (["p.jsonl", "--report", "./p.jsonl"], "--report p.jsonl would replace .* the predictions"),
+        (["p.jsonl", "--references", "r.json", "--output", "r.json"], "a file of --references"),
+        (["p.jsonl", "--train-captions", "r.json", "--report", "r.json"], "of --train-captions"),
+        (["p.jsonl", "--instances", "r.json", "--output", "r.json"], "a file of --instances"),
+        (["p.jsonl", "--output", "new", "--report", "new"], "--report new .* a file of --output"),
+        (["p.jsonl", "./p.jsonl"], "p.jsonl is given twice"),
+    ],
+)
+def test_evaluate_never_replaces_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(tmp_path / "p.jsonl", make_rows("x"))
+    text = path.read_text()
+    with pytest.raises(ValueError, match=message):
+        main([*arguments, "--no-java", "--resamples", "0"])
+    assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("option", ["--model-path", "--log"])
+def test_evaluate_checks_what_the_report_shows_before_it_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    path = write_rows(tmp_path / "p.jsonl", make_rows("x"))
+    arguments = [str(path), "--no-java", option, str(tmp_path / "gone")]
+    assert llava(["evaluate", *arguments, "--report", str(tmp_path / "r.html")]) == 2
+    captured = capsys.readouterr()
+    assert "gone" in captured.err
+    assert not captured.out, "nothing may be scored"
+
+
 # ---- two programs ----
 
 
@@ -554,3 +590,15 @@ def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
     assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
     assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
     assert align_samples(samples[:1], order) is None
+
+
+def test_files_with_different_references_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records without images are numbered from 0 in every data set, so equal numbers do not mean equal records."""
+    files = []
+    for name in ("first", "second"):
+        rows = make_rows("x", image=None, gt_caption=f"a caption of the {name} data set")
+        files.append(str(write_rows(tmp_path / f"{name}.json", rows)))
+    assert main([*files, "--no-java", "--resamples", "0"]) == 0
+    assert "different images or references" in capsys.readouterr().out

@@ -177,6 +177,14 @@ def test_report_rejects_runs_on_different_images(image_folder: Path) -> None:
         write_page(image_folder, one, two)
 
 
+def test_report_rejects_runs_with_different_references(image_folder: Path) -> None:
+    """A card shows the references of an image once, for all runs."""
+    one = make_run("one", ("a", "b"))
+    two = make_run("two", ("a", "c"))
+    with pytest.raises(ValueError, match="'one' and 'two' .*different references"):
+        write_page(image_folder, one, two)
+
+
 def test_report_notes_images_that_cannot_be_read(image_folder: Path) -> None:
     run = make_run("a", ("a", "b"), ("c", "d"))
     (image_folder / "1.png").write_bytes(b"no image")

@@ -17,10 +17,11 @@ import gguf
 import jinja2
 import numpy as np
 import pytest
+import test_prompt
 import torch
 from checkpoints import TrainPair
 from PIL import Image
-from tiny import save_llava
+from tiny import make_tokenizer, save_llava
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 from transformers import (
@@ -34,6 +35,7 @@ from transformers import (
 from llava_simplified.data.images import load_pixels
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.export import gguf_export
+from llava_simplified.export.chat_template import stock_chat_template
 from llava_simplified.export.export_command import export_main
 from llava_simplified.export.gguf_export import export_gguf
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
@@ -206,6 +208,42 @@ def test_export_gguf_makes_servers_render_the_training_prompt(
         assert types[matrix] == "BF16"
     for vector in ("v.blk.0.ln1.weight", "v.patch_embd.weight", "v.position_embd.weight"):
         assert types[vector] == "F32"
+
+
+# Writes a mark after the last message only, so a question looks different when an answer follows.
+LAST_MARKED = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% if loop.last %}{{ '!' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["CHATML", "QWEN3", "LLAMA3", "GEMMA", "LLAMA2", "ZEPHYR", "ALPACA"]
+)
+def test_exported_template_begins_answers_as_in_training(name: str) -> None:
+    """Qwen 3 writes an empty block of thoughts in a conversation only, and Alpaca a space in a prompt only."""
+    tokenizer = make_tokenizer(getattr(test_prompt, name))
+    model: Any = SimpleNamespace(prompt=Prompt(tokenizer), tokenizer=tokenizer, instruction="What?")
+    gguf_export._check_template(model)
+    expected = model.prompt.render([Message("user", "What?")], None).input_ids
+    # With a list of parts, as Transformers' processors pass them.
+    template = stock_chat_template(model)
+    content = [{"type": "text", "text": "What?"}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert tokenizer.encode(text, add_special_tokens=False) == expected
+
+
+def test_export_gguf_refuses_a_template_that_cannot_render_the_training_prompt() -> None:
+    tokenizer = make_tokenizer(LAST_MARKED)
+    model: Any = SimpleNamespace(prompt=Prompt(tokenizer), tokenizer=tokenizer, instruction="What?")
+    with pytest.raises(ValueError, match="llama.cpp would render .* trained with"):
+        gguf_export._check_template(model)
 
 
 @pytest.mark.medium

@@ -657,6 +657,59 @@ def test_import_checkpoint_refuses_a_folder_without_weights(tmp_path: Path) -> N
         import_checkpoint(tmp_path / "empty", tmp_path / "ours")
 
 
+PROJECTOR = {"mm_projector.0.weight": torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"\x10" * 5, "not a file of tensors"),
+        ("model.safetensors", b"", "not a file of tensors"),
+        ("pytorch_model.bin", b"", "not a file of tensors"),
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("mm_projector.bin", [torch.zeros(2)], "expected tensors by name, found list"),
+        ("mm_projector.bin", {"model": PROJECTOR}, "'model': expected a tensor, found dict"),
+        ("mm_projector.bin", {0: torch.zeros(2)}, "0: expected a tensor"),
+    ],
+)
+def test_import_names_a_file_that_contains_no_weights(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_source(tmp_path)
+    assert str(tmp_path / name) in str(raised.value)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_import_refuses_two_values_of_a_weight(tmp_path: Path) -> None:
+    """A folder can contain the weights of an earlier version in another format."""
+    weights = {"model.norm.weight": torch.ones(2), "model.mm_projector.weight": torch.ones(2, 2)}
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    # The projector of the first stage is replaced by that of the complete model.
+    torch.save({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
+    save_file(weights, tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    source = read_source(tmp_path)
+    torch.testing.assert_close(source.projector["weight"], torch.ones(2, 2))
+
+    torch.save(changed, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.safetensors and pytorch_model\.bin contain"):
+        read_source(tmp_path)
+
+
+def test_import_names_a_missing_layer_of_a_linear_projector(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"projector_hidden_act": "linear"}')
+    weights = {"multi_modal_projector.linear_1.weight": torch.zeros(2, 2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        read_source(tmp_path)
+
+
 def tune_vision_tower(clip: Path, folder: Path, difference: float = 1e-5) -> Path:
     """Write a vision tower whose weights differ slightly, as after training with a low learning rate."""
     shutil.copytree(clip, folder)

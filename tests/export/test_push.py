@@ -93,13 +93,23 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.server.blobs[digest] = data
         self.answer({})
 
+    def do_GET(self) -> None:
+        """Describe the repository."""
+        if self.path == "/api/models/me/model":
+            self.answer({"id": "me/model", "private": self.server.private["me/model"]})
+        else:
+            self.answer({"error": "Not found"}, 404)
+
     def do_POST(self) -> None:
         """Answer a request to the API, if the token is right."""
         data = self.read_body()
-        if self.headers["Authorization"] == f"Bearer {TOKEN}":
-            self.answer(self.call_api(data))
-        else:
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create" and "me/model" in self.server.private:
+            url = f"{self.server.url}/me/model"
+            self.answer({"error": "You already created this model repo", "url": url}, 409)
+        else:
+            self.answer(self.call_api(data))
 
     def call_api(self, data: bytes) -> dict[str, Any]:
         """Return the answer of the API to a POST request."""
@@ -162,7 +172,7 @@ def folder(tmp_path: Path) -> Path:
     config = {
         "format_version": 1,
         "architecture": {"language_model": "/home/me/mistral"},
-        "training": {},
+        "training": {"reward_endpoint": "http://10.0.0.1:8000/v1"},
     }
     texts = {
         "README.md": "---\nlicense: mit\n---\n# x\n",
@@ -198,6 +208,8 @@ def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
 def test_push_uploads_what_a_dry_run_lists(
     hub: Hub, folder: Path, push: Push, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("")
     assert push(hub.url, "--dry-run") == 0
     assert not hub.private, "a dry run must not send anything"
     listed = capsys.readouterr().out.splitlines()[:-1]
@@ -206,12 +218,24 @@ def test_push_uploads_what_a_dry_run_lists(
     captured = capsys.readouterr()
     assert f"{hub.url}/me/model/commit/" in captured.out
     assert "/home/me/mistral" in captured.err
+    assert "http://10.0.0.1:8000/v1" in captured.err
     assert hub.private == {"me/model": True}
     texts = {"README.md", "llava.json", "tokenizer.json"}
     weights = {"projector.safetensors", "adapter/adapter_model.safetensors"}
     assert hub.files == {name: (folder / name).read_bytes() for name in texts | weights}
     assert len(hub.blobs) == 2, "weights must be sent as large files"
     assert [line.split()[1] for line in listed] == sorted(hub.files)
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_push_uploads_nothing_private_to_a_public_repository(
+    hub: Hub, push: Push, capsys: pytest.CaptureFixture[str], is_private: bool
+) -> None:
+    """The hub ignores `private` for a repository that exists already."""
+    hub.private["me/model"] = is_private
+    assert push(hub.url, "--private") == (0 if is_private else 2)
+    assert bool(hub.files) == is_private
+    assert ("exists already, and is public" in capsys.readouterr().err) == (not is_private)
 
 
 @pytest.mark.parametrize("failure", ["wrong token", "no server"])

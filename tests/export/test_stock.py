@@ -17,8 +17,9 @@ import torch
 from checkpoints import TrainPair, first_logits, train_checkpoint
 from cli_process import run_command
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_commands import ENVIRONMENT
-from tiny import make_tokenizer, save_llava
+from tiny import MISTRAL_TEMPLATE, make_tokenizer, save_llava
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +27,10 @@ from llava_simplified import cli
 from llava_simplified.data.images import decode_image
 from llava_simplified.export import stock
 from llava_simplified.export.export_command import export_main, merge_main, push_main
+from llava_simplified.export.model_card import write_model_card
+from llava_simplified.export.ollama import modelfile
 from llava_simplified.export.stock import export_stock
+from llava_simplified.export.stock_check import choose_images
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
@@ -430,6 +434,78 @@ def test_trained_vision_tower_is_exported_and_merged(
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
 
+# ---- images and values of the comparison ----
+
+
+@pytest.mark.parametrize("first", [{"image": 7}, {"image": "gone.jpg"}, {"image": "notes.txt"}])
+def test_bad_training_records_do_not_prevent_an_export(
+    data_folder: Path, tmp_path: Path, first: dict
+) -> None:
+    """Training leaves them out, too."""
+    (tmp_path / "notes.txt").write_text("no image")
+    images = sorted((data_folder / "images").iterdir())[:2]
+    for image in images:
+        shutil.copy(image, tmp_path)
+    rows = [
+        {**row, "instruction": "x", "response": "y"} for row in (first, *map(_image_row, images))
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    chosen, kind = choose_images({"train_data_path": str(tmp_path / "train.json")}, [])
+    assert kind == "training images"
+    for pixels, image in zip(chosen, images, strict=True):
+        np.testing.assert_array_equal(pixels, decode_image(image.read_bytes()))
+
+
+def _image_row(image: Path) -> dict:
+    return {"image": image.name}
+
+
+def test_images_of_noise_replace_training_data_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("damaged")
+    _, kind = choose_images({"train_data_path": str(tmp_path / "train.json")}, [])
+    assert kind == "images of noise"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("export_format", ["hf", "gguf"])
+def test_export_refuses_weights_that_a_data_type_cannot_represent(
+    models_folder: Path, tmp_path: Path, export_format: str
+) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama", mm_projector_type="linear")
+    path = checkpoint / "projector.safetensors"
+    weights = {name: weight * 1e6 for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    argv = [str(checkpoint), "--output", str(tmp_path / "new"), "--format", export_format]
+    with pytest.raises(ValueError, match="not finite in float16.*--dtype bfloat16"):
+        export_main([*argv, "--dtype", "float16"])
+    assert not (tmp_path / "new").exists()
+
+
+# ---- templates with a date ----
+
+DATED_TEMPLATE = (
+    "{{- bos_token }}{%- if strftime_now is defined %}{{- strftime_now('%d %b %Y') }}"
+    "{%- endif %}{{- '\n' }}" + MISTRAL_TEMPLATE.removeprefix("{{ bos_token }}")
+)
+
+
+@pytest.mark.medium
+def test_exported_templates_write_the_date_of_training(models_folder: Path, tmp_path: Path) -> None:
+    """Otherwise, the prompt would change every day, and never be that of training."""
+    for kind in ("llama", "clip"):
+        shutil.copytree(models_folder / kind, tmp_path / "models" / kind)
+    make_tokenizer(DATED_TEMPLATE).save_pretrained(tmp_path / "models" / "llama")
+    checkpoint = save_llava(tmp_path / "models", tmp_path / "out", "llama")
+    export_stock(checkpoint, tmp_path / "stock")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert text == "<s>26 Jul 2024\n[INST] <image>\nWhat? [/INST]"
+    assert '"""26 Jul 2024\n[INST] ' in modelfile(Llava.from_pretrained(checkpoint))
+
+
 # ---- commands ----
 
 
@@ -458,6 +534,56 @@ def test_export_command_writes_a_model_card_without_local_paths(
     assert "model.safetensors" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=re.escape(str(output))):
         export_main(argv)
+
+
+@pytest.mark.medium
+def test_export_command_reads_the_scores_of_a_benchmark(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
+    scores = tmp_path / "scores.json"
+    runs = {"greedy": {"mean": {"CIDEr-D": [0.5, None, None]}}, "beam": {"mean": {}}}
+    scores.write_text(json.dumps({"settings": {"benchmark": "coco"}, "runs": runs}))
+    output = tmp_path / "stock"
+    assert export_main([str(checkpoint), "--output", str(output), "--scores", str(scores)]) == 0
+    assert "| CIDEr-D | 0.5000 |  |" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "3", '{"a": []}', '{"a": {"mean": {"x": "high"}}}', '{"a": {"mean": 1}}'],
+)
+def test_export_command_refuses_other_scores_before_the_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(text)
+    argv = ["export", "gone", "--output", str(tmp_path / "stock"), "--scores", str(scores)]
+    assert cli.main(argv) == 2
+    assert f"error: --scores {scores}: " in capsys.readouterr().err
+
+
+def test_model_card_contains_no_address_of_a_server(models_folder: Path, tmp_path: Path) -> None:
+    checkpoint = save_llava(models_folder, tmp_path / "out", "llama")
+    config = json.loads((checkpoint / "llava.json").read_text())
+    config["training"] = {"reward": "qa", "reward_endpoint": "http://me:secret@10.0.0.1:8000/v1"}
+    (checkpoint / "llava.json").write_text(json.dumps(config))
+    write_model_card(checkpoint, tmp_path, "hf")
+    card = (tmp_path / "README.md").read_text()
+    assert "- reward: `qa`" in card
+    assert "10.0.0.1" not in card
+
+
+def test_model_card_describes_a_checkpoint_with_required_entries_only(tmp_path: Path) -> None:
+    """Checkpoints load without the others, which have defaults."""
+    parts = {"language_model": "me/llama", "vision_tower": "me/clip"}
+    config = {"format_version": 2, "architecture": parts, "trained": "adapter"}
+    (tmp_path / "llava.json").write_text(json.dumps(config))
+    write_model_card(tmp_path, tmp_path, "hf")
+    card = (tmp_path / "README.md").read_text()
+    assert "the projector linear" in card
+    assert "`Generate a caption of this image:`" in card
+    assert "versions" not in card
 
 
 @pytest.mark.medium
