@@ -32,7 +32,7 @@ from llava_simplified.prepare.record_writer import (
     make_record,
 )
 from llava_simplified.prepare.source_rows import SPLIT_NAME, Columns, ParseIssues, SourceRow
-from llava_simplified.prepare.sources import read_source
+from llava_simplified.prepare.sources import is_read_with_others, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -361,6 +361,7 @@ def convert(
         def open_part(part: str) -> RecordWriter:
             if part not in writers:
                 path = output.with_stem(f"{output.stem}_{part}") if part else output
+                _check_not_in_source(path, source, sidecar)
                 writers[part] = stack.enter_context(RecordWriter(path))
             return writers[part]
 
@@ -394,6 +395,18 @@ def convert(
                 "Pass --split val=0.01, for example, to choose the split by a hash of the image name."
             )
     return {str(writer.path): writer.count for writer in writers.values()}, issues
+
+
+def _check_not_in_source(output: Path, source: str, sidecar: str) -> None:
+    """Raise ValueError if a source of several files contains the output of an earlier run.
+
+    Its records would be written again beside those of the other files, or instead of them.
+    """
+    if output.is_file() and is_read_with_others(output, source, sidecar):
+        raise ValueError(
+            f"--output {output}: this file exists, and would be read as a part of the source {source}. Delete it if an "
+            "earlier run wrote it, or choose an output elsewhere."
+        )
 
 
 def _read_instructions(instruction: str) -> list[str]:

@@ -468,3 +468,55 @@ def test_convert_finds_images_whose_names_differ_in_case_or_extension(tmp_path: 
     assert issues.counts[f"image not in {images} (skipped)"] == 1
     assert issues.counts["image name matched by case (kept)"] == 1
     assert issues.counts["image name matched by extension (kept)"] == 1
+
+
+# ---- an earlier output in the source ----
+
+
+def write_sidecars(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").touch()
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+
+
+def test_convert_does_not_read_its_earlier_output_instead_of_new_images(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    output = folder / "records.jsonl"
+    write_sidecars(folder, count=2)
+    counts, _ = convert(str(folder), output)
+    assert counts == {str(output): 2}
+    write_sidecars(folder, count=3)
+    with pytest.raises(ValueError, match=r"--output .*records\.jsonl: this file exists.*Delete it"):
+        convert(str(folder), output)
+    assert len(open_rows(output)) == 2
+    # With --sidecar, the records are not a part of the source.
+    counts, _ = convert(str(folder), output, sidecar="txt")
+    assert counts == {str(output): 3}
+    # Into another file, the records are read, but not silently.
+    _, issues = convert(str(folder), tmp_path / "other.jsonl")
+    assert "file of records in the folder (read instead of all other files)" in issues.counts
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+@pytest.mark.parametrize("split", ["", "val=0.5", "source"])
+def test_convert_does_not_read_its_earlier_output_beside_the_source(
+    tmp_path: Path, pattern: str, split: str
+) -> None:
+    for number in range(4):
+        row = {"image": f"{number}.jpg", "caption": "a cat", "split": "val"}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    source = str(tmp_path / pattern)
+    counts, _ = convert(source, tmp_path / "all.jsonl", split=split)
+    assert sum(counts.values()) == 4
+    with pytest.raises(ValueError, match="this file exists, and would be read as a part of"):
+        convert(source, tmp_path / "all.jsonl", split=split)
+
+
+def test_convert_replaces_a_file_that_is_the_whole_source(tmp_path: Path) -> None:
+    row = {"image": "1.jpg", "caption": "a cat"}
+    path = tmp_path / "all.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for source in (path, tmp_path, tmp_path / "*.jsonl"):
+        counts, _ = convert(str(source), path)
+        assert counts == {str(path): 1}
