@@ -112,7 +112,7 @@ def download(
         # The rate in the progress line must not count the shards that an earlier run finished.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
-        tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress)
+        tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress, retry)
         specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
         _fetch_shards(specs, tracker, engine, workers)
         # Do not merge after a slice, because other slices may still be running.
@@ -128,13 +128,29 @@ def _check_arguments(
     at_least_one = {
         "--concurrency": options.concurrency,
         "--per-host": options.per_host,
+        "--max-bytes": options.max_bytes,
+        "--max-pixels": options.max_pixels,
         "--shard-size": shard_size,
     }
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
-    if limit < 0:
-        raise ValueError(f"--limit {limit}: must be at least 1, or 0 for all rows")
+    # The value 0, and what it stands for.
+    zeros = {
+        "--limit": (limit, "all rows"),
+        "--resize": (options.resize, "the original size"),
+        "--retries": (options.retries, "no retry"),
+    }
+    for name, (value, meaning) in zeros.items():
+        if value < 0:
+            raise ValueError(f"{name} {value}: must be at least 1, or 0 for {meaning}")
+    # NaN is not above 0 either.
+    if not options.timeout > 0:
+        raise ValueError(f"--timeout {options.timeout:g}: must be a number of seconds above 0")
+    if not options.contact.isprintable():
+        raise ValueError(
+            f"--user-agent-contact {options.contact!r}: a header cannot contain line breaks or other control characters"
+        )
     check_workers(workers)
     unknown = [
         kind for kind in retry if kind not in FAILURE_KINDS and not _RETRY_KIND.fullmatch(kind)

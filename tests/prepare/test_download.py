@@ -439,6 +439,10 @@ def test_merge_manifests_without_a_shard_leaves_nothing_behind(tmp_path: Path) -
     [
         ("--per-host", {"options": replace(OPEN, per_host=0)}),
         ("--concurrency", {"options": replace(OPEN, concurrency=0)}),
+        ("--max-bytes", {"options": replace(OPEN, max_bytes=0)}),
+        ("--max-pixels", {"options": replace(OPEN, max_pixels=0)}),
+        ("--resize", {"options": replace(OPEN, resize=-224)}),
+        ("--retries", {"options": replace(OPEN, retries=-1)}),
         ("--shard-size", {"shard_size": 0}),
         ("--limit", {"limit": -1}),
         ("--workers", {"workers": -1}),
@@ -449,6 +453,20 @@ def test_download_refuses_numbers_that_are_too_small(
 ) -> None:
     with pytest.raises(ValueError, match=f"{option} .*at least 1"):
         run(tmp_path / "x.tsv", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_download_refuses_a_timeout_that_ends_every_request(tmp_path: Path, seconds: float) -> None:
+    with pytest.raises(ValueError, match="--timeout .*above 0"):
+        run(tmp_path / "x.tsv", tmp_path / "out", replace(OPEN, timeout=seconds))
+    assert not (tmp_path / "out").exists()
+
+
+def test_download_refuses_a_contact_that_cannot_be_in_a_header(tmp_path: Path) -> None:
+    """Otherwise every URL would be recorded as bad."""
+    with pytest.raises(ValueError, match="--user-agent-contact 'me.*line breaks"):
+        run(tmp_path / "x.tsv", tmp_path / "out", replace(OPEN, contact="me@a.example\n"))
     assert not (tmp_path / "out").exists()
 
 
@@ -507,6 +525,23 @@ def test_download_progress_does_not_advise_to_retry_wrong_urls(tmp_path: Path) -
     with pytest.raises(ValueError, match="all failed with 'bad_url'.*--url-column") as error:
         progress.tick()
     assert "--retry" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["ok", "dns"])
+def test_download_progress_does_not_stop_when_retried_rows_fail_as_before(
+    tmp_path: Path, kept: str
+) -> None:
+    """Dead links stay dead. But if there never was an image, the cause is probably on this machine."""
+    error = None if kept == "ok" else kept
+    kept_row = json.dumps({"index": 0, "error": error, "kept": True}) + "\n"
+    failed_row = json.dumps({"index": 1, "error": "http_404"}) + "\n"
+    progress = DownloadProgress(tmp_path, range(1), {0}, 10**6, False, retry=("4xx",))
+    (tmp_path / "00000.journal").write_text(kept_row + failed_row * FAIL_FAST_AFTER)
+    if kept == "ok":
+        progress.tick()
+    else:
+        with pytest.raises(ValueError, match="all failed with 'http_404'"):
+            progress.tick()
 
 
 @pytest.mark.medium
