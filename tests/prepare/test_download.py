@@ -287,6 +287,24 @@ def test_download_refuses_other_settings_for_the_same_output(
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("pattern", ["", "*.tsv"])
+def test_download_again_warns_about_files_that_were_added(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "1.tsv").write_text(f"a cat\t{server.url('ok/1.jpg')}\n" * 2)
+    source = folder / pattern
+    for _ in range(2):
+        run(source, tmp_path / "out")
+    assert not caplog.messages
+    (folder / "2.tsv").write_text(f"a dog\t{server.url('ok/2.jpg')}\n" * 2)
+    run(source, tmp_path / "out")
+    assert "new rows are not fetched" in caplog.text
+    assert len(read_manifest(tmp_path / "out")) == 1
+
+
+@pytest.mark.medium
 def test_download_refuses_other_columns_for_the_same_output(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text(f"url,short,long\n{server.url('ok/1.jpg')},a cat,a cat on a mat\n")
