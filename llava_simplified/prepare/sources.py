@@ -37,7 +37,13 @@ from llava_simplified.prepare.archive_source import read_arrow, read_parquet, re
 from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
 from llava_simplified.prepare.sidecar_source import SidecarOptions, read_sidecars, scan_names
-from llava_simplified.prepare.source_rows import EMPTY_CAPTION, Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.source_rows import (
+    COLUMN_OPTIONS,
+    EMPTY_CAPTION,
+    Columns,
+    ParseIssues,
+    SourceRow,
+)
 from llava_simplified.prepare.table_source import read_table
 
 Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
@@ -97,6 +103,9 @@ def read_source(
         images = row.image
         if row.record is not None:
             images = "\n".join(image_names(row.record))
+            if any(columns):
+                kind = f"record (kept as it is, without {COLUMN_OPTIONS})"
+                issues.note(kind, row.number, row.record)
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
             issues.note("image path with '..' (skipped)", row.number, images)
             continue

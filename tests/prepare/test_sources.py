@@ -1125,3 +1125,17 @@ def test_read_source_accounts_for_every_row_of_json(form: str, values: list[Any]
     for row in rows:
         assert all(row.captions)
         assert json.dumps(row._asdict(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("columns", [Columns(image="img"), Columns(caption="title")])
+def test_read_source_notes_columns_that_records_do_not_have(
+    tmp_path: Path, columns: Columns
+) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a cat"}]
+    record = {"img": "1.jpg", "title": "a dog", "conversations": turns}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    for columns_passed, num_issues in ((columns, 1), (Columns(), 0)):
+        issues = ParseIssues()
+        (row,) = read_source(str(tmp_path / "x.jsonl"), issues, columns_passed)
+        assert row.record == record
+        assert len(issues.counts) == num_issues
