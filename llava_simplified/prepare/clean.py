@@ -518,6 +518,7 @@ def clean(
                 folder,
                 compact,
                 compact_size,
+                clean_output=output,
                 engine=engine,
                 workers=workers,
                 progress=progress,

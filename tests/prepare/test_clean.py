@@ -559,6 +559,23 @@ def test_clean_refuses_to_compact_into_a_folder_with_other_files(mixed: Mixed) -
 
 
 @pytest.mark.medium
+def test_clean_writes_records_beside_their_compacted_shards(tmp_path: Path) -> None:
+    """Such a folder has the form of a download, so it can be passed to training as it is."""
+    make_photo(1).save(tmp_path / "a.png")
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps(make_row("a.png", "a cat")) + "\n")
+    shards = tmp_path / "shards"
+    output = shards / "records.jsonl"
+    for _ in range(2):
+        assert clean(source, output, compact=shards, workers=1) == {"ok": 1}
+    (record,) = open_records(shards)
+    assert read_image_bytes(record.images[0], shards)
+    (shards / "compact.json").unlink()
+    with pytest.raises(ValueError, match="contains files that were not made from these records"):
+        clean(source, output, compact=shards, workers=1)
+
+
+@pytest.mark.medium
 def test_clean_continues_compacted_shards_of_version_0_1_0(tmp_path: Path) -> None:
     """Such shards have one digest of all settings in `made_of`, and no compact.json."""
     import hashlib
