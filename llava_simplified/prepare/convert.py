@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import posixpath
 import random
@@ -24,13 +25,14 @@ from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
+from llava_simplified.foreign_files import read_small_file
 from llava_simplified.prepare.record_writer import (
     INSTRUCTION,
     RecordWriter,
     image_file_name,
     make_record,
 )
-from llava_simplified.prepare.source_files import read_text
+from llava_simplified.prepare.source_files import decode_text
 from llava_simplified.prepare.source_rows import SPLIT_NAME, Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import is_read_with_others, read_source
 
@@ -415,12 +417,14 @@ def _read_instructions(instruction: str, issues: ParseIssues) -> list[str]:
     if not instruction.endswith(".txt"):
         return [instruction]
     path = Path(instruction)
-    if not path.is_file():
+    try:
+        data = read_small_file(path)
+    except FileNotFoundError:
         raise ValueError(
             f"--instruction {instruction}: no such file. A text that ends with .txt is the name of a file."
-        )
+        ) from None
     # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
-    lines = read_text(path, issues, 1).split("\n")
+    lines = decode_text(io.BytesIO(data), path, issues, 1).split("\n")
     templates = [line.strip() for line in lines if line.strip()]
     if not templates:
         raise ValueError(f"--instruction {instruction}: the file contains no template")

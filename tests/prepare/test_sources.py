@@ -397,6 +397,11 @@ UNUSUAL: dict[str, tuple[bytes, list[str], str]] = {
         "byte order mark (removed)",
     ),
     "CRLF": (b"one\tURL0\r\ntwo\tURL1\r\n", ["one", "two"], "CRLF line end (removed)"),
+    "CR": (
+        b"one\tURL0\rtwo\tURL1\r",
+        ["one", "two"],
+        "CR line ends of old Macs (read as line breaks)",
+    ),
     "embedded tab": (
         b"one\tand more\tURL0\ntwo\tURL1\n",
         ["one and more", "two"],
