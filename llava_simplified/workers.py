@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from llava_simplified.extras import require_extra
@@ -37,6 +39,9 @@ _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
 # On Windows, Python's `select` can wait for at most 512 sockets. Leave some for sockets that are not connections: those
 # of the DNS resolver and of the event loop itself.
 _MAX_WINDOWS_CONNECTIONS = 480
+# Where Linux describes the containers of a process (control groups)
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -148,9 +153,37 @@ def check_workers(workers: int) -> None:
 
 def count_cpus() -> int:
     """Return the number of CPUs that this process may use, which can be fewer than the machine has."""
+    count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    return max(1, min(count, math.ceil(_container_cpus(count))))
+
+
+def _container_cpus(otherwise: float) -> float:
+    """Return how many CPUs the time limit of this process's container amounts to (cgroup v2 of Linux).
+
+    Docker and Kubernetes set it. Such a limit does not change which CPUs a process may use, so a container with two of 96
+    CPUs would start 96 workers.
+
+    Args:
+        otherwise: The result if there is no limit.
+    """
+    group = ""
+    with contextlib.suppress(OSError):
+        # The line of cgroup v2 is "0::" and the path of the group.
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            if line.startswith("0::"):
+                group = line.removeprefix("0::").strip("/")
+    cpus = otherwise
+    folder = _CGROUP_ROOT / group
+    # A limit also holds for the groups within a group.
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            # For example "200000 100000": 0.2 seconds in each 0.1 second, on all CPUs together
+            limit, period = (place / "cpu.max").read_text().split()
+            if limit != "max":
+                cpus = min(cpus, int(limit) / int(period))
+    return cpus
 
 
 # ---- event loops ----

@@ -163,6 +163,30 @@ def test_run_tasks_starts_no_more_processes_than_tasks_or_cpus(
     assert max(done.result for done in run_tasks(count_siblings, range(9))) == before + 3
 
 
+@pytest.mark.parametrize(
+    ("limits", "count"),
+    [
+        ({}, 8),
+        ({"": "max 100000"}, 8),
+        ({"": "150000 100000"}, 2),
+        ({"": "1000 100000"}, 1),
+        ({"": "9900000 100000"}, 8),
+        ({"pods/a": "max 100000", "pods": "300000 100000"}, 3),
+    ],
+)
+def test_count_cpus_obeys_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, str], count: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    (tmp_path / "own").write_text("1:cpu:/other\n0::/pods/a\n")
+    monkeypatch.setattr(workers, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(workers, "_CGROUP_ROOT", tmp_path)
+    for group, limit in limits.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
+    assert workers.count_cpus() == count
+
+
 def test_run_tasks_refuses_an_unknown_or_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--engine dask.*local, ray"):
         list(run_tasks(square, [1], engine="dask"))

@@ -472,13 +472,11 @@ def clean(
     Raises:
         ValueError: An argument is wrong, or another process is writing to the output.
     """
-    if rules.max_pixels > MAX_PIXELS:
-        raise ValueError(
-            f"--max-pixels {rules.max_pixels}: training rejects images of more than {MAX_PIXELS} pixels. "
-            f"Pass --max-pixels {MAX_PIXELS} or less."
-        )
     # Check all arguments before the first image is opened.
+    _check_rules(rules)
     check_output(output)
+    if compact is not None and (compact.is_file() or compact == output):
+        raise ValueError(f"--compact {compact}: expected a folder for the shards, found a file")
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():
@@ -520,6 +518,7 @@ def clean(
                 folder,
                 compact,
                 compact_size,
+                clean_output=output,
                 engine=engine,
                 workers=workers,
                 progress=progress,
@@ -530,6 +529,25 @@ def clean(
         outputs.write_report()
         shutil.rmtree(work.parent)
     return dict(outputs.counts)
+
+
+def _check_rules(rules: Rules) -> None:
+    """Raise ValueError for a rule that is out of range."""
+    if rules.max_pixels > MAX_PIXELS:
+        raise ValueError(
+            f"--max-pixels {rules.max_pixels}: training rejects images of more than {MAX_PIXELS} pixels. "
+            f"Pass --max-pixels {MAX_PIXELS} or less."
+        )
+    minimum = {
+        "--min-side": (rules.min_side, 0),
+        "--max-aspect": (rules.max_aspect, 1),
+        "--max-caption": (rules.max_caption, 1),
+        "--max-pixels": (rules.max_pixels, 1),
+    }
+    for name, (value, at_least) in minimum.items():
+        # NaN is not at least 1 either. It would accept every image.
+        if not value >= at_least:
+            raise ValueError(f"{name} {value}: must be at least {at_least}")
 
 
 def _work_folder(
@@ -668,7 +686,9 @@ class _Outputs:
         if self.matched:
             report["matched"] = self.matched
         text = json.dumps(report, indent=1, ensure_ascii=False)
-        self._report.with_suffix(".json").write_text(text, "utf-8")
+        # The name of the source, which examples contain, may not be UTF-8.
+        path = self._report.with_suffix(".json")
+        path.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
 
 
 def _split_responses(
@@ -687,7 +707,8 @@ def _parse_or_text(text: str) -> Any:
     """Return the JSON value of a text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    # Deeply nested arrays exceed Python's recursion limit.
+    except (ValueError, RecursionError):
         return text
 
 

@@ -90,7 +90,7 @@ def build_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> int:
     """Run `llava clean` and return the exit status: 1 if no record is usable."""
     args = build_parser().parse_args(argv)
-    if args.compact_size != "exact" and not args.compact_size.isdigit():
+    if args.compact_size != "exact" and not args.compact_size.isdecimal():
         raise ValueError(
             f"--compact-size {args.compact_size}: expected a number of pixels, or the word exact"
         )

@@ -62,6 +62,7 @@ def compact_images(
     output: Path,
     side: int,
     *,
+    clean_output: Path,
     engine: str,
     workers: int,
     progress: bool,
@@ -73,6 +74,7 @@ def compact_images(
         folder: The image folder.
         output: Output folder of the shards.
         side: Shorter side of the shrunk images in pixels; 0 copies the image files unchanged.
+        clean_output: Output file of `llava clean`, which may be in the same folder.
         engine: Run the tasks in local processes or on Ray, see `run_tasks`.
         workers: Number of shards to write in parallel, see `run_tasks`.
         progress: Show a progress line.
@@ -85,7 +87,7 @@ def compact_images(
     lock = output.with_name(f".{output.name}.lock")
     with exclusive_lock(lock, f"--compact {output}"):
         output.mkdir(parents=True, exist_ok=True)
-        _check_output(records, folder, output, side)
+        _check_output(records, folder, output, side, clean_output)
         count = len(open_rows(records))
         shards = []
         for number, start in enumerate(range(0, count, SHARD_RECORDS)):
@@ -96,7 +98,7 @@ def compact_images(
         run_record_tasks(compact_shard, shards, engine=engine, workers=workers, progress=progress)
 
 
-def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
+def _check_output(records: Path, folder: Path, output: Path, side: int, clean_output: Path) -> None:
     """Store the settings of a new output folder, or check that existing files were made from the same records.
 
     Without this check, finished shards of other records would be kept, and captions would refer to the wrong images.
@@ -112,7 +114,7 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
     settings_path = output / SETTINGS_NAME
     # A folder with files but without settings comes from version 0.1.0, or is unrelated. Version 0.1.0 stored
     # one digest of the image folder, the size and the records.
-    if not settings_path.exists() and any(output.iterdir()):
+    if not settings_path.exists() and _has_other_files(output, clean_output):
         previous = output / _DIGEST_NAME_0_1_0
         start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
         if not previous.is_file() or previous.read_text(encoding="utf-8") != _file_digest(
@@ -123,6 +125,16 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
                 "same options. Empty it, or pass another folder to --compact."
             )
     store_or_check_settings(settings_path, settings, f"--compact {output}", option="--compact")
+
+
+def _has_other_files(output: Path, clean_output: Path) -> bool:
+    """Return whether the folder of the shards contains files that do not belong to the output of `llava clean`."""
+    if clean_output.parent.resolve() != output.resolve():
+        return any(output.iterdir())
+    # Its lock, its work folder, its quarantine, and the reports of an earlier run
+    name, stem = clean_output.name, clean_output.stem
+    own = (name, f".{name}.", f"{stem}_quarantine.", f"{stem}_report.", f".{stem}_quarantine.")
+    return any(not path.name.startswith(own) for path in output.iterdir())
 
 
 def _file_digest(path: Path, digest: Any) -> str:

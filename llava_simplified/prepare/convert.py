@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from llava_simplified.prepare.record_writer import (
     image_file_name,
     make_record,
 )
+from llava_simplified.prepare.source_files import decode_text
 from llava_simplified.prepare.source_rows import SPLIT_NAME, Columns, ParseIssues, SourceRow
-from llava_simplified.prepare.sources import read_source
+from llava_simplified.prepare.sources import is_read_with_others, read_source
 
 logger = logging.getLogger(__name__)
 
 _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # on any system: /a.jpg, \a.jpg, C:\a.jpg
+_NOT_IN_FILE_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 
 # ---- captions of one image ----
@@ -345,12 +348,12 @@ def convert(
         raise ValueError(
             f"--image-folder {image_folder}: no such folder. Pass the folder that contains the images."
         )
-    instructions = _read_instructions(INSTRUCTION if instruction is None else instruction)
+    # `group_captions` reads the source twice, but collects issues only in the second pass.
+    issues = ParseIssues()
+    instructions = _read_instructions(INSTRUCTION if instruction is None else instruction, issues)
     shares: dict[str, float] = {}
     if split not in ("", "source"):
         shares = _parse_split(split)
-    # `group_captions` reads the source twice, but collects issues only in the second pass.
-    issues = ParseIssues()
     rows = group_captions(
         lambda pass_issues: read_source(source, pass_issues, columns, sidecar), issues
     )
@@ -361,6 +364,7 @@ def convert(
         def open_part(part: str) -> RecordWriter:
             if part not in writers:
                 path = output.with_stem(f"{output.stem}_{part}") if part else output
+                _check_not_in_source(path, source, sidecar)
                 writers[part] = stack.enter_context(RecordWriter(path))
             return writers[part]
 
@@ -396,12 +400,31 @@ def convert(
     return {str(writer.path): writer.count for writer in writers.values()}, issues
 
 
-def _read_instructions(instruction: str) -> list[str]:
-    """Return the instruction itself, or the lines of a .txt file of instructions."""
+def _check_not_in_source(output: Path, source: str, sidecar: str) -> None:
+    """Raise ValueError if a source of several files contains the output of an earlier run.
+
+    Its records would be written again beside those of the other files, or instead of them.
+    """
+    if output.is_file() and is_read_with_others(output, source, sidecar):
+        raise ValueError(
+            f"--output {output}: this file exists, and would be read as a part of the source {source}. Delete it if an "
+            "earlier run wrote it, or choose an output elsewhere."
+        )
+
+
+def _read_instructions(instruction: str, issues: ParseIssues) -> list[str]:
+    """Return the instruction itself, or the lines of a .txt file of instructions in any encoding."""
     if not instruction.endswith(".txt"):
         return [instruction]
+    path = Path(instruction)
+    try:
+        data = read_small_file(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"--instruction {instruction}: no such file. A text that ends with .txt is the name of a file."
+        ) from None
     # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
-    lines = read_small_file(Path(instruction)).decode("utf-8").split("\n")
+    lines = decode_text(io.BytesIO(data), path, issues, 1).split("\n")
     templates = [line.strip() for line in lines if line.strip()]
     if not templates:
         raise ValueError(f"--instruction {instruction}: the file contains no template")
@@ -411,19 +434,30 @@ def _read_instructions(instruction: str) -> list[str]:
 def _parse_split(text: str) -> dict[str, float]:
     """Parse "val=0.01,test=0.01" to {"val": 0.01, "test": 0.01}."""
     shares: dict[str, float] = {}
-    try:
-        for part in text.split(","):
-            name, _, share = part.partition("=")
-            shares[name.strip()] = float(share)
-    except ValueError:
-        shares = {}
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name.strip() for name, _, _ in parts]
+    # Text that is not a number leaves `shares` empty, which is an error below.
+    with suppress(ValueError):
+        shares = {name: float(share) for name, (_, _, share) in zip(names, parts)}
     in_range = all(0 < share < 1 for share in shares.values())
     if not shares or not in_range or sum(shares.values()) >= 1:
         raise ValueError(
             f"--split {text}: expected names with fractions whose sum is less than 1, for example "
             "--split val=0.01 or --split val=0.01,test=0.01; or --split source."
         )
+    # Each name becomes a part of a file name. The rest of the images is the part "train".
+    wrong = [name for name in names if not _can_name_part(name) or name == "train"]
+    if wrong or len(shares) < len(names):
+        raise ValueError(
+            f"--split {text}: the names must be different, and suitable for file names. The name train stands for the "
+            "rest of the images: pass the other parts only, for example --split val=0.01."
+        )
     return shares
+
+
+def _can_name_part(name: str) -> bool:
+    """Return whether the name of a split can be a part of a file name, on any system."""
+    return re.search(r"\w", name) is not None and not _NOT_IN_FILE_NAMES.search(name)
 
 
 def _source_part(row: SourceRow, issues: ParseIssues) -> str:
@@ -431,6 +465,11 @@ def _source_part(row: SourceRow, issues: ParseIssues) -> str:
     if not row.split:
         issues.note("row without a split (assigned to train)", row.number, row.image)
         return "train"
+    if not _can_name_part(row.split):
+        raise ValueError(
+            f"--split source: the split {row.split!r:.100} of row {row.number} cannot be a part of a file name. Correct the "
+            "source, or pass --split val=0.01, for example, to choose the split by a hash of the image name."
+        )
     return "train" if row.split == "restval" else row.split
 
 

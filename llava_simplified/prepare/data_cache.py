@@ -199,7 +199,13 @@ def _state_of(source: str) -> Any:
     paths = [source]
     if not path.is_file():
         paths, _ = expand_pattern(source)
-    return [[name, *_state_of_file(Path(name))] for name in paths]
+    # A pattern may match folders. The time of a folder does not change with the files in it.
+    return [
+        [name, _state_of_folder(Path(name))]
+        if Path(name).is_dir()
+        else [name, *_state_of_file(Path(name))]
+        for name in paths
+    ]
 
 
 def _state_of_file(path: Path) -> tuple[int, int]:

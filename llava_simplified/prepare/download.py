@@ -11,7 +11,9 @@ the same settings continues: finished shards are skipped, unfinished ones contin
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import re
 import uuid
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
+from llava_simplified.data.names import expand_pattern
 from llava_simplified.jobs import (
     SURROGATES_AS_ESCAPES,
     atomic_file,
@@ -40,6 +43,8 @@ from llava_simplified.prepare.record_writer import INSTRUCTION, RecordWriter, ma
 from llava_simplified.prepare.source_rows import Columns, ParseIssues
 from llava_simplified.prepare.sources import read_source
 from llava_simplified.workers import check_workers, parse_slice, run_tasks
+
+logger = logging.getLogger(__name__)
 
 # Values of --retry in addition to FAILURE_KINDS: all, a status code (404 or http_404), or a class of codes (5xx).
 _RETRY_KIND = re.compile(r"all|(http_)?\d{3}|\dxx")
@@ -112,7 +117,7 @@ def download(
         # The rate in the progress line must not count the shards that an earlier run finished.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
-        tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress)
+        tracker = DownloadProgress(store.work, numbers, finished_before, rows, progress, retry)
         specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
         _fetch_shards(specs, tracker, engine, workers)
         # Do not merge after a slice, because other slices may still be running.
@@ -128,13 +133,29 @@ def _check_arguments(
     at_least_one = {
         "--concurrency": options.concurrency,
         "--per-host": options.per_host,
+        "--max-bytes": options.max_bytes,
+        "--max-pixels": options.max_pixels,
         "--shard-size": shard_size,
     }
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
-    if limit < 0:
-        raise ValueError(f"--limit {limit}: must be at least 1, or 0 for all rows")
+    # The value 0, and what it stands for.
+    zeros = {
+        "--limit": (limit, "all rows"),
+        "--resize": (options.resize, "the original size"),
+        "--retries": (options.retries, "no retry"),
+    }
+    for name, (value, meaning) in zeros.items():
+        if value < 0:
+            raise ValueError(f"{name} {value}: must be at least 1, or 0 for {meaning}")
+    # NaN is not above 0 either.
+    if not options.timeout > 0:
+        raise ValueError(f"--timeout {options.timeout:g}: must be a number of seconds above 0")
+    if not options.contact.isprintable():
+        raise ValueError(
+            f"--user-agent-contact {options.contact!r}: a header cannot contain line breaks or other control characters"
+        )
     check_workers(workers)
     unknown = [
         kind for kind in retry if kind not in FAILURE_KINDS and not _RETRY_KIND.fullmatch(kind)
@@ -197,8 +218,42 @@ def _load_or_make_plan(
         # Version 0.1 did not store the columns. Most of its downloads used the default ones.
         compare_settings({**_column_settings(Columns()), **known}, settings, output)
         if _is_planned(store, parse_slice(shards, known["shards"])):
+            _warn_if_changed(source, known, output)
             return known
     return plan_shards(source, columns, store, settings, shards)
+
+
+def _warn_if_changed(source: str, known: dict[str, Any], output: str) -> None:
+    """Log a warning if files were added to a source of several files, or changed, after the download was planned."""
+    digest = _digest_of_files(source)
+    # Version 0.1 did not store the digest.
+    if known.get("source_files", digest) != digest:
+        logger.warning(
+            "%s: files have changed or were added since the download to %s was planned. Their new rows are not fetched; "
+            "pass a new --output to fetch them.",
+            source,
+            output,
+        )
+
+
+def _digest_of_files(source: str) -> str:
+    """Return a digest of the names and sizes of the files in a folder or of a pattern; "" for other sources.
+
+    Unlike the size of a single file, which is a setting, it only leads to a warning: the folder may also contain files
+    that are not read.
+    """
+    path = Path(source)
+    if "://" in source or path.is_file():
+        return ""
+    if path.is_dir():
+        paths = list(path.iterdir())
+    else:
+        paths = [Path(name) for name in expand_pattern(source)[0]]
+    digest = hashlib.sha256()
+    for file in sorted(paths):
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(f"{file} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _column_settings(columns: Columns) -> dict[str, str]:
@@ -251,7 +306,13 @@ def plan_shards(
         total += len(chunk)
     if not total:
         raise ValueError(f"{source}: contains no rows")
-    plan = {**settings, "rows": total, "shards": number, "oddities": issues.lines()}
+    plan = {
+        **settings,
+        "source_files": _digest_of_files(source),
+        "rows": total,
+        "shards": number,
+        "oddities": issues.lines(),
+    }
     # Publish `download.json` last, because its existence means that these plans are complete. Use a unique
     # temporary name: the jobs of an array may plan at the same time, and all write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from llava_simplified.jobs import Progress
+from llava_simplified.prepare.download_shard import matches_kind
 
 # Stop the run if this many rows have failed in the same way, and none has succeeded.
 FAIL_FAST_AFTER = 500
@@ -54,12 +55,20 @@ class DownloadProgress:
         finished_before: The shards that were finished before this run.
         rows: Number of rows of the download; 0 if only a slice is fetched.
         enabled: Show the progress line.
+        retry: Kinds of failures that are fetched again.
     """
 
     def __init__(
-        self, work: Path, numbers: range, finished_before: set[int], rows: int, enabled: bool
+        self,
+        work: Path,
+        numbers: range,
+        finished_before: set[int],
+        rows: int,
+        enabled: bool,
+        retry: tuple[str, ...] = (),
     ) -> None:
         self._work = work
+        self._retry = retry
         self._numbers = numbers
         self._finished_before = finished_before
         self._positions: Counter[Path] = Counter()  # number of bytes of each journal that were read
@@ -112,6 +121,9 @@ class DownloadProgress:
         if len(in_this_run) != 1 or in_this_run.total() < FAIL_FAST_AFTER or "ok" in in_this_run:
             return
         ((kind, count),) = in_this_run.items()
+        # Most rows that are fetched again fail as they did before. That means nothing if earlier runs have fetched images.
+        if self._before["ok"] and matches_kind(kind, self._retry):
+            return
         advice = failure_advice(
             kind, "Look up the details of each row in the journals of the work folder."
         )

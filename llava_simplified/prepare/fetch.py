@@ -33,7 +33,6 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
-from urllib.robotparser import RobotFileParser
 
 import aiohttp
 from yarl import URL
@@ -44,6 +43,7 @@ from llava_simplified.prepare.decode_pool import DecodePool
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.lenient_response import MAX_HEAD_BYTES, LenientResponseHandler
 from llava_simplified.prepare.request_url import UrlError, parse_url, resolve_redirect
+from llava_simplified.prepare.robots import RobotsRules
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -73,7 +73,6 @@ _NO_HEADER = -zlib.MAX_WBITS
 _CLOSE_CONNECTION = {"Connection": "close"}
 _ROBOTS_TIMEOUT = 5  # seconds
 _ROBOTS_MAX_BYTES = 500_000  # RFC 9309 requires at least 500 KiB
-_ROBOTS_ALLOW_NOTHING = ["User-agent: *", "Disallow: /"]
 _OPT_OUT_DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 
 
@@ -153,8 +152,9 @@ class Fetcher:
             "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity",  # images are compressed already
         }
-        # One task per origin, so that robots.txt is read once for all URLs of an origin.
-        self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
+        # One task per origin, so that robots.txt is read once for all URLs of an origin. The result is an error if the
+        # file cannot be read; the task does not raise it, because every URL of the origin needs an error of its own.
+        self._robots: dict[URL, asyncio.Task[RobotsRules | FetchError]] = {}
         self._hosts: dict[str, _HostState] = {}  # without idle hosts, see `_is_idle`
         self._next_cleanup = 0.0  # on the monotonic clock
 
@@ -242,8 +242,8 @@ class Fetcher:
         first_name = str(url.raw_host)
         seconds_left = self.options.timeout
         for _ in range(MAX_REDIRECTS + 1):
-            if self.options.robots and not await self._robots_allow(url):
-                raise FetchError("robots", f"robots.txt of {url.raw_host} forbids it")
+            if self.options.robots:
+                await self._check_robots(url)
             name = str(url.raw_host)
             is_redirected = name != first_name
             # Acquire a slot for every redirect, because it may lead to a different host.
@@ -360,62 +360,49 @@ class Fetcher:
             if seconds > SLOW_AFTER and size < SLOW_RATE * seconds:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", http=200)
         # Join the chunks once: appending to one bytes object would copy it for every chunk.
-        data = self._decompress(b"".join(chunks), response)
+        data = _decompress(b"".join(chunks), response, max_bytes)
+        if len(data) > max_bytes:
+            raise FetchError("too_large", f"over {max_bytes} bytes when decompressed", http=200)
         if not data:
             raise FetchError("empty", "no bytes", http=200)
         return data
 
-    def _decompress(self, data: bytes, response: aiohttp.ClientResponse) -> bytes:
-        """Decompress a body that the server compressed without being asked, up to the size limit (against "zip bombs")."""
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding not in ("gzip", "x-gzip", "deflate"):
-            return data
-        max_bytes = self.options.max_bytes
-        formats = [_GZIP_OR_ZLIB]
-        if encoding == "deflate":
-            formats.append(_NO_HEADER)
-        for window_bits in formats:
-            # Some servers announce a compression but send plain bytes: use the bytes as they are.
-            with contextlib.suppress(zlib.error):
-                data = zlib.decompressobj(window_bits).decompress(data, max_bytes + 1)
-                break
-        if len(data) > max_bytes:
-            raise FetchError("too_large", f"over {max_bytes} bytes when decompressed", http=200)
-        return data
-
     # ---- robots.txt ----
 
-    async def _robots_allow(self, url: URL) -> bool:
-        """Return whether robots.txt allows the request. The file is read once per origin (scheme, host and port)."""
+    async def _check_robots(self, url: URL) -> None:
+        """Raise FetchError if robots.txt does not allow a request. The file is read once per origin (scheme, host, port)."""
         origin = url.origin()
         if origin not in self._robots:
             self._robots[origin] = asyncio.create_task(self._read_robots(origin))
         # Shield the task, which other URLs wait for too: a timeout of this URL must not cancel it.
         rules = await asyncio.shield(self._robots[origin])
-        # Only the path matters. Replace user and host, because `can_fetch` would decode percent-encodings in them.
-        return rules.can_fetch(AGENT, f"http://host{url.raw_path_qs}")
+        if isinstance(rules, FetchError):
+            raise FetchError(rules.kind, str(rules))
+        if not rules.allow(url.raw_path_qs):
+            raise FetchError("robots", f"robots.txt of {url.raw_host} forbids it")
 
-    async def _read_robots(self, origin: URL) -> RobotFileParser:
+    async def _read_robots(self, origin: URL) -> RobotsRules | FetchError:
         """Read the robots.txt of an origin (RFC 9309).
 
-        A missing file (4xx) allows everything. A server error (5xx) or a failed connection disallows everything.
+        A missing file (4xx) allows everything. If the server cannot be reached or reports an error (5xx), nothing may be
+        requested; then the reason is returned.
         """
-        rules = RobotFileParser()
         try:
             async with timeout(_ROBOTS_TIMEOUT):
                 lines = await self._read_robots_lines(origin / "robots.txt")
-        except (aiohttp.ClientError, OSError, ValueError, *TIMEOUT_ERRORS):
-            lines = _ROBOTS_ALLOW_NOTHING
-        try:
-            rules.parse(lines)
-        # The parser fails at a line such as "Disallow: //[". Parse again without such lines.
-        except ValueError:
-            rules = RobotFileParser()
-            rules.parse(line for line in lines if _is_robots_line(line))
-        return rules
+        except FetchError as error:
+            return error
+        except TIMEOUT_ERRORS:
+            return FetchError("timeout", f"robots.txt was not received in {_ROBOTS_TIMEOUT} s")
+        except (aiohttp.ClientError, OSError) as error:
+            return FetchError(name_failure(error), f"robots.txt: {type(error).__name__}: {error}")
+        # A redirect to something that is not a URL. The URL of the image may be valid.
+        except ValueError as error:
+            return FetchError("robots", f"robots.txt: {error}")
+        return RobotsRules(lines, AGENT)
 
     async def _read_robots_lines(self, url: URL) -> list[str]:
-        """Return the lines of a robots.txt file. After a server error, return lines that forbid everything."""
+        """Return the lines of a robots.txt file, after at most `MAX_REDIRECTS` redirects."""
         for _ in range(MAX_REDIRECTS + 1):
             async with self._session.get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
@@ -423,16 +410,38 @@ class Fetcher:
                     url = resolve_redirect(url, location)
                     continue
                 if response.status >= 500:
-                    return _ROBOTS_ALLOW_NOTHING
-                text = b""
-                while response.status == 200 and len(text) < _ROBOTS_MAX_BYTES:
+                    raise FetchError("robots", f"robots.txt has status {response.status}")
+                if response.status != 200:
+                    return []
+                data = b""
+                while len(data) < _ROBOTS_MAX_BYTES:
                     chunk = await response.content.readany()
                     if not chunk:
                         break
-                    text += chunk
-                return text.decode("utf-8", "replace").splitlines()
+                    data += chunk
+                # Use the beginning of a file that is too large.
+                text = _decompress(data, response, _ROBOTS_MAX_BYTES).decode("utf-8-sig", "replace")
+                return text.splitlines()
         # Too many redirects count as a missing file.
         return []
+
+
+def _decompress(data: bytes, response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Decompress a body that the server compressed without being asked, but return at most `max_bytes` + 1 bytes.
+
+    The limit protects against small bodies that are huge when decompressed ("zip bombs").
+    """
+    encoding = response.headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return data
+    formats = [_GZIP_OR_ZLIB]
+    if encoding == "deflate":
+        formats.append(_NO_HEADER)
+    for window_bits in formats:
+        # Some servers announce a compression but send plain bytes: use the bytes as they are.
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(window_bits).decompress(data, max_bytes + 1)
+    return data
 
 
 # ---- errors and headers ----
@@ -495,15 +504,6 @@ def opted_out(headers: Any) -> str:
         if names & _OPT_OUT_DIRECTIVES:
             return f"X-Robots-Tag: {value}"
     return ""
-
-
-def _is_robots_line(line: str) -> bool:
-    """Return whether the parser of robots.txt can read a line."""
-    try:
-        RobotFileParser().parse(["User-agent: *", line])
-    except ValueError:
-        return False
-    return True
 
 
 def parse_retry_after(value: str | None) -> float | None:

@@ -93,8 +93,8 @@ def _open_raw(source: str) -> Any:
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text file, except for blank lines. Any bytes are accepted.
 
-    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
-    recognized by its byte order mark. Repaired and skipped lines are recorded in `issues`.
+    Only "\\n" ends a line, except in the files of old Macs. Text that is not UTF-8 is read as Windows-1252, the usual
+    encoding of old lists; UTF-16 is recognized by its byte order mark. Repaired and skipped lines are recorded in `issues`.
 
     Yields:
         The line number, counted from 1, and the text without its line end.
@@ -119,20 +119,30 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
 
 
 def read_text(path: Path, issues: ParseIssues, number: int) -> str:
-    """Return the text of a small file in any encoding, with "\\n" as line ends. Repairs are recorded in `issues`.
-
-    Args:
-        path: A local file.
-        issues: Collects the repairs.
-        number: Row number, for `issues`.
+    """Return the text of a small file; see `decode_text`.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: A line is longer than `MAX_ROW_BYTES`.
     """
     with path.open("rb") as stream:
-        found = ParseIssues()
-        text = "".join(_decode_lines(stream, str(path), found))
+        return decode_text(stream, path, issues, number)
+
+
+def decode_text(stream: IO[bytes], path: Path, issues: ParseIssues, number: int) -> str:
+    """Return a text in any encoding, with "\\n" as line ends. Repairs are recorded in `issues`.
+
+    Args:
+        stream: The bytes of the text.
+        path: The file that they come from, for `issues` and error messages.
+        issues: Collects the repairs.
+        number: Row number, for `issues`.
+
+    Raises:
+        ValueError: A line is longer than `MAX_ROW_BYTES`.
+    """
+    found = ParseIssues()
+    text = "".join(_decode_lines(stream, str(path), found))
     if "\r\n" in text:
         text = text.replace("\r\n", "\n")
         found.note("CRLF line end (removed)", number, path.name)
@@ -165,6 +175,7 @@ def _decode_lines(stream: IO[bytes], source: str, issues: ParseIssues) -> Iterat
     elif first.startswith(BOM):
         issues.note("byte order mark (removed)", 1, "UTF-8")
         blocks = itertools.chain([next(blocks)[len(BOM) :]], blocks)
+    blocks = _convert_mac_line_ends(blocks, issues)
     for number, raw in enumerate(_join_lines(blocks, source), 1):
         # Decode each line separately, because a list may be put together from files with different encodings.
         try:
@@ -184,6 +195,26 @@ def _utf16_to_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
     for block in blocks:
         yield decoder.decode(block).encode()
     yield decoder.decode(b"", final=True).encode()
+
+
+def _convert_mac_line_ends(blocks: Iterator[bytes], issues: ParseIssues) -> Iterator[bytes]:
+    """Convert the line ends of old Macs, a lone "\\r", which spreadsheets can still write.
+
+    Without this, such a file would be a single line. A text whose beginning contains a "\\n" is not changed: in it, a lone
+    "\\r" is a part of a caption.
+    """
+    start = b""
+    for block in blocks:
+        start += block
+        if b"\n" in start or len(start) >= _BLOCK_BYTES:
+            break
+    if b"\n" in start or b"\r" not in start[:-1]:
+        yield start
+        yield from blocks
+        return
+    issues.note("CR line ends of old Macs (read as line breaks)", 1, start[:80])
+    for block in itertools.chain([start], blocks):
+        yield block.replace(b"\r", b"\n")
 
 
 def _join_lines(blocks: Iterable[bytes], source: str) -> Iterator[bytes]:

@@ -37,7 +37,13 @@ from llava_simplified.prepare.archive_source import read_arrow, read_parquet, re
 from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
 from llava_simplified.prepare.sidecar_source import SidecarOptions, read_sidecars, scan_names
-from llava_simplified.prepare.source_rows import EMPTY_CAPTION, Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.source_rows import (
+    COLUMN_OPTIONS,
+    EMPTY_CAPTION,
+    Columns,
+    ParseIssues,
+    SourceRow,
+)
 from llava_simplified.prepare.table_source import read_table
 
 Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
@@ -63,6 +69,7 @@ _PART_SUFFIXES = {
     "JSON files": (".json",),
 }
 _MERGED_MANIFEST = "merged manifest of `llava download` (not read)"  # an issue
+_DOWNLOAD_SETTINGS = "download.json"  # `llava download` writes this file into its output
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
 # Number of files of one form that are opened to find out whether any of them contains captions. If one does, all are read.
@@ -96,6 +103,9 @@ def read_source(
         images = row.image
         if row.record is not None:
             images = "\n".join(image_names(row.record))
+            if any(columns):
+                kind = f"record (kept as it is, without {COLUMN_OPTIONS})"
+                issues.note(kind, row.number, row.record)
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
             issues.note("image path with '..' (skipped)", row.number, images)
             continue
@@ -123,6 +133,32 @@ def read_source(
                 empty_notes=int(kind == EMPTY_CAPTION),
             )
         yield row
+
+
+def is_read_with_others(path: Path, source: str, sidecar: str = "") -> bool:
+    """Return whether an existing file is one of several files of a source, or is read instead of its other files.
+
+    Args:
+        path: The file: `.json`, `.jsonl` or `.parquet`.
+        source: Any source; see `read_source`.
+        sidecar: The sidecars of a folder, if only these are read.
+    """
+    folder = Path(source)
+    # In the folder of a download, only the records are read.
+    if "://" in source or folder.is_file() or sidecar or (folder / _DOWNLOAD_SETTINGS).is_file():
+        return False
+    paths: list[Path] = []
+    if not folder.is_dir():
+        names, _ = expand_pattern(source)
+        paths = [Path(name) for name in names]
+    elif path.resolve() == find_records(folder).resolve():
+        return True
+    elif not dataset_files(dataset_folder(folder)):
+        # Files of several forms are an error. So only files of the same form can be read together with this one.
+        forms = (suffixes for suffixes in _PART_SUFFIXES.values() if path.suffix in suffixes)
+        suffixes = next(forms, ())
+        paths = [other for other in folder.iterdir() if _format_suffix(other.name) in suffixes]
+    return len(paths) > 1 and path.resolve() in [other.resolve() for other in paths]
 
 
 def _can_be_encoded(row: SourceRow) -> bool:
@@ -216,7 +252,7 @@ def _is_merged_manifest(path: str, exists: Callable[[str], bool]) -> bool:
         exists: Returns whether a file of the same file system exists.
     """
     name = path.rpartition("/")[2]
-    return name == "manifest.parquet" and exists(path.removesuffix(name) + "download.json")
+    return name == "manifest.parquet" and exists(path.removesuffix(name) + _DOWNLOAD_SETTINGS)
 
 
 def _images_are_in_own_folder(
@@ -295,7 +331,11 @@ def _read_folder(
     """Yield the rows of a folder: a download, a saved data set, or a folder that contains one form of captions."""
     records = find_records(folder)
     if records.is_file() and not sidecar:
-        # A folder of `llava download`: its records describe all that it contains.
+        # A folder of `llava download`: its records describe all that it contains. In any other folder, `llava convert`
+        # may have written them before other files were added.
+        if not (folder / _DOWNLOAD_SETTINGS).is_file():
+            kind = "file of records in the folder (read instead of all other files)"
+            issues.note(kind, 0, records)
         yield from _read_any(str(records), issues, columns)
         return
     # In a folder that `datasets` has saved, read only the Arrow files, and not state.json, for example.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +288,37 @@ def test_clean_refuses_more_pixels_than_training(tmp_path: Path) -> None:
     assert Rules().max_pixels == MAX_PIXELS
 
 
+@pytest.mark.parametrize(
+    ("option", "rules"),
+    [
+        ("--min-side", Rules(min_side=-1)),
+        ("--max-aspect", Rules(max_aspect=float("nan"))),
+        ("--max-aspect", Rules(max_aspect=0.5)),
+        ("--max-caption", Rules(max_caption=0)),
+        ("--max-pixels", Rules(max_pixels=0)),
+    ],
+)
+def test_clean_refuses_rules_that_are_out_of_range(
+    tmp_path: Path, option: str, rules: Rules
+) -> None:
+    with pytest.raises(ValueError, match=f"{option} .*must be at least"):
+        clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules)
+
+
+def test_clean_refuses_a_file_for_the_shards_before_it_starts(mixed: Mixed) -> None:
+    output = mixed.folder / "out.json"
+    for compact in (output, mixed.records):
+        with pytest.raises(ValueError, match=f"--compact .*{compact.name}: expected a folder"):
+            clean(mixed.records, output, image_folder=mixed.images, compact=compact)
+    assert not list(mixed.folder.glob("*.work"))
+
+
+def test_clean_command_refuses_a_size_that_is_no_number(tmp_path: Path) -> None:
+    argv = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--compact-size", "²"]
+    with pytest.raises(ValueError, match="--compact-size ²: expected a number of pixels"):
+        main(argv)
+
+
 def test_clean_refuses_an_unknown_suffix_before_it_starts(mixed: Mixed) -> None:
     with pytest.raises(ValueError, match=r"out\.txt.*\.jsonl"):
         clean(mixed.records, mixed.folder / "out.txt", image_folder=mixed.images)
@@ -526,6 +559,23 @@ def test_clean_refuses_to_compact_into_a_folder_with_other_files(mixed: Mixed) -
 
 
 @pytest.mark.medium
+def test_clean_writes_records_beside_their_compacted_shards(tmp_path: Path) -> None:
+    """Such a folder has the form of a download, so it can be passed to training as it is."""
+    make_photo(1).save(tmp_path / "a.png")
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps(make_row("a.png", "a cat")) + "\n")
+    shards = tmp_path / "shards"
+    output = shards / "records.jsonl"
+    for _ in range(2):
+        assert clean(source, output, compact=shards, workers=1) == {"ok": 1}
+    (record,) = open_records(shards)
+    assert read_image_bytes(record.images[0], shards)
+    (shards / "compact.json").unlink()
+    with pytest.raises(ValueError, match="contains files that were not made from these records"):
+        clean(source, output, compact=shards, workers=1)
+
+
+@pytest.mark.medium
 def test_clean_continues_compacted_shards_of_version_0_1_0(tmp_path: Path) -> None:
     """Such shards have one digest of all settings in `made_of`, and no compact.json."""
     import hashlib
@@ -693,6 +743,27 @@ def test_clean_sets_aside_invalid_unicode_and_other_rows_unchanged(tmp_path: Pat
     assert [row["record"] for row in quarantine] == bad, "nothing is changed"
     assert all("row" in row["detail"] for row in quarantine)
     assert open_records(tmp_path / "clean.jsonl")[0].responses == (good["response"],)
+
+
+@pytest.mark.medium
+def test_clean_sets_aside_a_row_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    make_photo(1).save(tmp_path / "a.png")
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(make_row('a.png', 'a cat'))}\n{deep}\n")
+    counts = clean(tmp_path / "x.jsonl", tmp_path / "clean.jsonl", workers=1)
+    assert counts == {"ok": 1, "not_a_record": 1}
+    quarantine = (tmp_path / "clean_quarantine.jsonl").read_text()
+    assert json.loads(quarantine)["record"] == deep
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems require names in Unicode")
+def test_clean_of_a_source_whose_file_name_is_not_utf_8(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    source.write_text(json.dumps(make_row("gone.png", "a cat")) + "\n")
+    assert clean(source, tmp_path / "clean.jsonl", workers=1) == {"missing": 1}
+    report = json.loads((tmp_path / "clean_report.json").read_text())
+    assert report["examples"]["missing"][0]["name"] == f"{source.name} row 0"
 
 
 @pytest.mark.medium

@@ -156,6 +156,23 @@ def test_convert_selects_instructions_by_a_hash_of_the_image_name(tmp_path: Path
     assert min(counts.values()) > 90
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_convert_reads_instructions_in_the_encodings_of_windows(
+    tmp_path: Path, encoding: str
+) -> None:
+    templates = tmp_path / "templates.txt"
+    templates.write_bytes("Décris-la.\r\n".encode(encoding))
+    source = str(write_source(tmp_path, count=3))
+    _, issues = convert(source, tmp_path / "o.json", instruction=str(templates))
+    assert {row["instruction"] for row in read_json(tmp_path / "o.json")} == {"Décris-la."}
+    assert len(issues.counts) == 2  # the encoding and the line ends
+
+
+def test_convert_of_a_missing_file_of_instructions_names_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--instruction nothing.txt: no such file"):
+        convert(str(write_source(tmp_path)), tmp_path / "o.json", instruction="nothing.txt")
+
+
 def test_convert_replaces_the_instructions_of_records_only_if_one_is_passed(
     tmp_path: Path,
 ) -> None:
@@ -287,10 +304,37 @@ def test_convert_split_without_records_replaces_the_older_file(tmp_path: Path, s
     assert names == {"x.tsv", f"o_train.{suffix}", f"o_val.{suffix}"}
 
 
-@pytest.mark.parametrize("split", ["val", "val=2", "val=0.6,test=0.5", "val=x"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        "val",
+        "val=2",
+        "val=0.6,test=0.5",
+        "val=x",
+        "val=0.1,val=0.2",
+        "train=0.9",
+        "train=0.8,val=0.1",
+        "=0.1",
+        "..=0.1",
+        "a/b=0.1",
+        "a:b=0.1",
+    ],
+)
 def test_convert_refuses_a_wrong_split(tmp_path: Path, split: str) -> None:
     with pytest.raises(ValueError, match="--split"):
         convert(str(write_source(tmp_path)), tmp_path / "o.json", split=split)
+
+
+def test_convert_names_a_row_whose_split_cannot_be_in_a_file_name(tmp_path: Path) -> None:
+    rows = [
+        {"image": "1.jpg", "caption": "a cat", "split": "val"},
+        {"image": "2.jpg", "caption": "a dog", "split": "a/b"},
+    ]
+    source = tmp_path / "x.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="--split source: the split 'a/b' of row 2"):
+        convert(str(source), tmp_path / "o.json", split="source")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_convert_uses_the_split_of_karpathy(tmp_path: Path) -> None:
@@ -468,3 +512,55 @@ def test_convert_finds_images_whose_names_differ_in_case_or_extension(tmp_path: 
     assert issues.counts[f"image not in {images} (skipped)"] == 1
     assert issues.counts["image name matched by case (kept)"] == 1
     assert issues.counts["image name matched by extension (kept)"] == 1
+
+
+# ---- an earlier output in the source ----
+
+
+def write_sidecars(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").touch()
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+
+
+def test_convert_does_not_read_its_earlier_output_instead_of_new_images(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    output = folder / "records.jsonl"
+    write_sidecars(folder, count=2)
+    counts, _ = convert(str(folder), output)
+    assert counts == {str(output): 2}
+    write_sidecars(folder, count=3)
+    with pytest.raises(ValueError, match=r"--output .*records\.jsonl: this file exists.*Delete it"):
+        convert(str(folder), output)
+    assert len(open_rows(output)) == 2
+    # With --sidecar, the records are not a part of the source.
+    counts, _ = convert(str(folder), output, sidecar="txt")
+    assert counts == {str(output): 3}
+    # Into another file, the records are read, but not silently.
+    _, issues = convert(str(folder), tmp_path / "other.jsonl")
+    assert "file of records in the folder (read instead of all other files)" in issues.counts
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+@pytest.mark.parametrize("split", ["", "val=0.5", "source"])
+def test_convert_does_not_read_its_earlier_output_beside_the_source(
+    tmp_path: Path, pattern: str, split: str
+) -> None:
+    for number in range(4):
+        row = {"image": f"{number}.jpg", "caption": "a cat", "split": "val"}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    source = str(tmp_path / pattern)
+    counts, _ = convert(source, tmp_path / "all.jsonl", split=split)
+    assert sum(counts.values()) == 4
+    with pytest.raises(ValueError, match="this file exists, and would be read as a part of"):
+        convert(source, tmp_path / "all.jsonl", split=split)
+
+
+def test_convert_replaces_a_file_that_is_the_whole_source(tmp_path: Path) -> None:
+    row = {"image": "1.jpg", "caption": "a cat"}
+    path = tmp_path / "all.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for source in (path, tmp_path, tmp_path / "*.jsonl"):
+        counts, _ = convert(str(source), path)
+        assert counts == {str(path): 1}

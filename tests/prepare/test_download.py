@@ -287,6 +287,24 @@ def test_download_refuses_other_settings_for_the_same_output(
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("pattern", ["", "*.tsv"])
+def test_download_again_warns_about_files_that_were_added(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "1.tsv").write_text(f"a cat\t{server.url('ok/1.jpg')}\n" * 2)
+    source = folder / pattern
+    for _ in range(2):
+        run(source, tmp_path / "out")
+    assert not caplog.messages
+    (folder / "2.tsv").write_text(f"a dog\t{server.url('ok/2.jpg')}\n" * 2)
+    run(source, tmp_path / "out")
+    assert "new rows are not fetched" in caplog.text
+    assert len(read_manifest(tmp_path / "out")) == 1
+
+
+@pytest.mark.medium
 def test_download_refuses_other_columns_for_the_same_output(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text(f"url,short,long\n{server.url('ok/1.jpg')},a cat,a cat on a mat\n")
@@ -439,6 +457,10 @@ def test_merge_manifests_without_a_shard_leaves_nothing_behind(tmp_path: Path) -
     [
         ("--per-host", {"options": replace(OPEN, per_host=0)}),
         ("--concurrency", {"options": replace(OPEN, concurrency=0)}),
+        ("--max-bytes", {"options": replace(OPEN, max_bytes=0)}),
+        ("--max-pixels", {"options": replace(OPEN, max_pixels=0)}),
+        ("--resize", {"options": replace(OPEN, resize=-224)}),
+        ("--retries", {"options": replace(OPEN, retries=-1)}),
         ("--shard-size", {"shard_size": 0}),
         ("--limit", {"limit": -1}),
         ("--workers", {"workers": -1}),
@@ -449,6 +471,20 @@ def test_download_refuses_numbers_that_are_too_small(
 ) -> None:
     with pytest.raises(ValueError, match=f"{option} .*at least 1"):
         run(tmp_path / "x.tsv", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_download_refuses_a_timeout_that_ends_every_request(tmp_path: Path, seconds: float) -> None:
+    with pytest.raises(ValueError, match="--timeout .*above 0"):
+        run(tmp_path / "x.tsv", tmp_path / "out", replace(OPEN, timeout=seconds))
+    assert not (tmp_path / "out").exists()
+
+
+def test_download_refuses_a_contact_that_cannot_be_in_a_header(tmp_path: Path) -> None:
+    """Otherwise every URL would be recorded as bad."""
+    with pytest.raises(ValueError, match="--user-agent-contact 'me.*line breaks"):
+        run(tmp_path / "x.tsv", tmp_path / "out", replace(OPEN, contact="me@a.example\n"))
     assert not (tmp_path / "out").exists()
 
 
@@ -507,6 +543,23 @@ def test_download_progress_does_not_advise_to_retry_wrong_urls(tmp_path: Path) -
     with pytest.raises(ValueError, match="all failed with 'bad_url'.*--url-column") as error:
         progress.tick()
     assert "--retry" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["ok", "dns"])
+def test_download_progress_does_not_stop_when_retried_rows_fail_as_before(
+    tmp_path: Path, kept: str
+) -> None:
+    """Dead links stay dead. But if there never was an image, the cause is probably on this machine."""
+    error = None if kept == "ok" else kept
+    kept_row = json.dumps({"index": 0, "error": error, "kept": True}) + "\n"
+    failed_row = json.dumps({"index": 1, "error": "http_404"}) + "\n"
+    progress = DownloadProgress(tmp_path, range(1), {0}, 10**6, False, retry=("4xx",))
+    (tmp_path / "00000.journal").write_text(kept_row + failed_row * FAIL_FAST_AFTER)
+    if kept == "ok":
+        progress.tick()
+    else:
+        with pytest.raises(ValueError, match="all failed with 'http_404'"):
+            progress.tick()
 
 
 @pytest.mark.medium

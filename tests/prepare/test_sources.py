@@ -397,6 +397,11 @@ UNUSUAL: dict[str, tuple[bytes, list[str], str]] = {
         "byte order mark (removed)",
     ),
     "CRLF": (b"one\tURL0\r\ntwo\tURL1\r\n", ["one", "two"], "CRLF line end (removed)"),
+    "CR": (
+        b"one\tURL0\rtwo\tURL1\r",
+        ["one", "two"],
+        "CR line ends of old Macs (read as line breaks)",
+    ),
     "embedded tab": (
         b"one\tand more\tURL0\ntwo\tURL1\n",
         ["one and more", "two"],
@@ -1125,3 +1130,17 @@ def test_read_source_accounts_for_every_row_of_json(form: str, values: list[Any]
     for row in rows:
         assert all(row.captions)
         assert json.dumps(row._asdict(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("columns", [Columns(image="img"), Columns(caption="title")])
+def test_read_source_notes_columns_that_records_do_not_have(
+    tmp_path: Path, columns: Columns
+) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a cat"}]
+    record = {"img": "1.jpg", "title": "a dog", "conversations": turns}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    for columns_passed, num_issues in ((columns, 1), (Columns(), 0)):
+        issues = ParseIssues()
+        (row,) = read_source(str(tmp_path / "x.jsonl"), issues, columns_passed)
+        assert row.record == record
+        assert len(issues.counts) == num_issues
