@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_TRIAL_COLUMNS = 5
+
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava evaluate`."""
@@ -315,7 +317,6 @@ def format_table(result: Evaluation) -> str:
     columns = _extra_columns(result)
     header = ["metric", "score", "95 % interval"]
     if len(result.trials) > 1:
-        # Each trial has its own column, after the interval of the mean.
         header[1] = "mean"
     for title, _ in columns:
         header.append(title)
@@ -351,9 +352,11 @@ def format_table(result: Evaluation) -> str:
 def _extra_columns(result: Evaluation) -> list[tuple[str, Scores]]:
     """Return the columns after the mean and its interval, with their titles."""
     columns: list[tuple[str, Scores]] = []
-    for number, scores in enumerate(result.trials, 1):
-        columns.append((f"trial {number}", scores))
     if len(result.trials) > 1:
+        # The scores of more trials would not fit on a line; `--output` has them.
+        if len(result.trials) <= _MAX_TRIAL_COLUMNS:
+            for number, scores in enumerate(result.trials, 1):
+                columns.append((f"trial {number}", scores))
         columns.append(("best of trials", result.best))
     if result.shuffled:
         columns.append(("shuffled", result.shuffled))

@@ -356,6 +356,21 @@ def test_evaluate_accepts_text_that_breaks_other_programs(
 # ---- comparison ----
 
 
+@pytest.mark.parametrize(("num_trials", "num_columns"), [(1, 0), (5, 5), (6, 0)])
+def test_table_shows_each_trial_only_if_there_are_few(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_trials: int, num_columns: int
+) -> None:
+    rows = [row for index in range(2) for row in make_rows(*["a cat"] * num_trials, index=index)]
+    predictions = write_rows(tmp_path / "predictions.jsonl", rows)
+    output = tmp_path / "scores.json"
+    assert main([str(predictions), "--no-java", "--output", str(output)]) == 0
+    header = next(line for line in capsys.readouterr().out.splitlines() if "95 %" in line)
+    assert header.count("trial ") == num_columns
+    assert ("best of trials" in header) == (num_trials > 1)
+    (scores,) = json.loads(output.read_text()).values()
+    assert len(scores["trials"]) == num_trials
+
+
 def test_evaluate_compares_each_file_with_the_first(
     tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
