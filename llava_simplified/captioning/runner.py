@@ -46,6 +46,7 @@ from llava_simplified.jobs import (
     atomic_file,
     encode_json_lines,
     exclusive_lock,
+    prepare_output_file,
     read_json_lines,
     store_or_check_settings,
 )
@@ -112,6 +113,9 @@ class CaptionJob:
 
     def __post_init__(self) -> None:
         check_at_least(1, limit=self.limit, batch_size=self.batch_size)
+        # The page replaces a file of the same name, which must not be an image or a file of captions.
+        if self.review and Path(self.review).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--review {self.review}: the file name must end in .html")
 
 
 class CaptionCounts(NamedTuple):
@@ -152,13 +156,14 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         model: The model of the job, if it is already loaded.
 
     Raises:
-        ValueError: There is nothing to caption, the output belongs to a job with different settings,
-            or another process is writing to it.
+        ValueError: There is nothing to caption, the output belongs to a job with different settings, is the source or
+            cannot be written, or another process is writing to it.
     """
     # Check source, output and settings before loading the model, which can take minutes.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     _prepare_records(job, records, folder)
     files = _job_files(job, folder)
+    _check_outputs(job, files)
     images = records.names if isinstance(records, ImageRecords) else ()
     finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
     # Hold the lock until the end, because two processes that append to one journal would mix their rows.
@@ -234,6 +239,23 @@ def _job_files(job: CaptionJob, folder: str) -> JobFiles:
     if problem:
         raise ValueError(f"--write: {problem}")
     return files
+
+
+def _check_outputs(job: CaptionJob, files: JobFiles) -> None:
+    """Check the files that are written only at the end of the job.
+
+    Raises:
+        ValueError: One of them is a folder, or would replace the source.
+    """
+    prepare_output_file(files.output)
+    if job.review:
+        prepare_output_file(Path(job.review))
+    sources = [job.source] if isinstance(job.source, str) else job.source
+    for source in sources:
+        if files.output.exists() and Path(source).exists() and files.output.samefile(source):
+            raise ValueError(
+                f"--output {files.output}: this is the file of records, which would be replaced; pass another file"
+            )
 
 
 def _log_finished(

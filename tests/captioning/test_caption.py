@@ -353,6 +353,32 @@ def test_caption_file_refuses_an_output_without_settings(
     assert output.read_text() == '{"index": 0}\n'
 
 
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_caption_file_does_not_replace_its_records(
+    data_folder: Path, tmp_path: Path, name: str
+) -> None:
+    record = json.dumps({"image": "0.jpg", "instruction": "What?"})
+    records = tmp_path / name
+    records.write_text(f"[{record}]" if records.suffix == ".json" else f"{record}\n")
+    before = records.read_bytes()
+    (tmp_path / "more").mkdir()
+    output = f"{tmp_path}/more/../{name}"
+    images = str(data_folder / "images")
+    job = CaptionJob("no-model", str(records), output, SAMPLING, image_folder=images)
+    with pytest.raises(ValueError, match=r"--output .* records"):
+        caption_file(job)
+    assert records.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["more", "notes.txt/a.json", "notes.txt/a.jsonl"])
+def test_caption_file_refuses_an_impossible_output_before_it_loads_the_model(
+    folder: Path, name: str
+) -> None:
+    job = CaptionJob("no-model", str(folder), str(folder / name), SAMPLING)
+    with pytest.raises(ValueError, match=name):
+        caption_file(job)
+
+
 def test_caption_file_refuses_an_output_in_use(
     model: Llava, folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

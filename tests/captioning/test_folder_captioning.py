@@ -430,6 +430,20 @@ def test_review_of_many_images_has_several_pages(
     assert 'href="my%20review.html"' in second.read_text()
 
 
+@pytest.mark.parametrize("name", ["0.jpg", "out.jsonl", "page"])
+def test_review_replaces_pages_only(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--review .*{name}.* end in \.html"):
+        sidecar_job(folder, review=str(folder / name))
+
+
+@pytest.mark.parametrize("name", ["sub.html", "0.jpg/review.html"])
+def test_impossible_review_is_refused_before_the_model_is_loaded(folder: Path, name: str) -> None:
+    (folder / "sub.html").mkdir()
+    job = sidecar_job(folder, review=str(folder / name), model_path="no-model")
+    with pytest.raises(ValueError, match=name):
+        caption_file(job)
+
+
 # ---- the command ----
 
 
