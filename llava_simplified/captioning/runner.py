@@ -11,7 +11,7 @@ A JSON array cannot be appended to. With `--output predictions.json`, the journa
 `predictions.json.part.jsonl`, which is converted to the array at the end.
 
 For a job that writes sidecar files (see `sidecars`), the journal is `.llava-caption.jsonl` in the folder of the sidecar
-files. These files are deleted when the job is finished, except the list of failures.
+files. These files are deleted when the job is finished, except the list of failures (and see `_is_continued`).
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         if not counts.failed:
             files.failures.unlink()
         if job.sidecars is not None:
-            _remove_journal(files)
+            if not _is_continued(job, files):
+                _remove_journal(files)
         elif files.journal != files.output:
             _publish_array(files)
     return counts
@@ -311,12 +312,7 @@ def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path)
     These are the records that failed because of the server. Earlier versions also stored some images that failed
     without their names. After images were added to the folder, the index of such a failure can belong to another image.
     """
-    retried_kinds: Collection[str] = ()
-    if job.endpoint is not None:
-        # Import it here, because the module imports aiohttp, an optional package.
-        from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
-
-        retried_kinds = SERVER_FAILURES
+    retried_kinds = _retried_kinds(job)
     requires_name = isinstance(records, ImageRecords)
 
     def is_retried(row: Row) -> bool:
@@ -329,6 +325,39 @@ def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path)
         for row, _ in read_json_lines(failures):
             if not is_retried(row):
                 stream.write(encode_json_lines([row]))
+
+
+def _retried_kinds(job: CaptionJob) -> Collection[str]:
+    """Return the kinds of failures that the next run of a job tries again."""
+    if job.endpoint is None:
+        return ()
+    # Import it here, because the module imports aiohttp, an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    return SERVER_FAILURES
+
+
+def _is_continued(job: CaptionJob, files: JobFiles) -> bool:
+    """Return whether the next run of a job with sidecar files must continue this one, to retry images.
+
+    With `--existing skip`, the next run finds the images without a file, so it needs no journal. With the other policies, it
+    would caption all images again without the journal, and append all captions a second time.
+    """
+    assert job.sidecars is not None
+    if job.sidecars.existing == "skip" or not files.failures.exists():
+        return False
+    retried_kinds = _retried_kinds(job)
+    retried = [
+        row for row, _ in read_json_lines(files.failures) if row.get("kind") in retried_kinds
+    ]
+    if retried:
+        logger.warning(
+            "Images that failed because of the server: %s. Run the same command again to caption them; to start over "
+            "with all images instead, delete %s.",
+            f"{len(retried):,}",
+            files.journal,
+        )
+    return bool(retried)
 
 
 def _remove_empty_job(files: JobFiles) -> None:
