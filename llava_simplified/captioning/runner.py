@@ -450,11 +450,14 @@ def _caption_remaining(
         failures.append(rows)
         failed.update((row["index"], row.get("image")) for row in rows)
 
-    # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them now.
-    if job.sidecars is not None:
-        fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
+        # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them
+        # now, except for images that were deleted or moved since, with their files.
+        if job.sidecars is not None:
+            names = set(records.names)
+            in_folder = (row for row in journal.rows() if row["image"] in names)
+            fail(finisher.resume(row for row in in_folder if row["index"] not in failed))
         if job.chunks == 1:
             _renumber(records, finished, failed)
         indices = records.indices()

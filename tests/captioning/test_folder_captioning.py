@@ -285,6 +285,28 @@ def test_job_that_is_killed_at_a_file_continues(
     assert texts(folder) == expected
 
 
+def test_continued_job_writes_no_files_for_images_that_were_moved(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = sidecar_job(folder)
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runner, "_log_finished", killed)
+        caption_file(job, model)
+    before = texts(folder)
+    (folder / "good").mkdir()
+    (folder / "0.jpg").rename(folder / "good" / "0.jpg")
+    (folder / "0.txt").rename(folder / "good" / "0.txt")
+    (folder / "1.jpg").unlink()
+    (folder / "1.txt").unlink()
+    caption_file(job, model)
+    assert set(texts(folder)) == {"good/0.txt", "2.txt", "sub/d.txt"}
+    assert texts(folder)["good/0.txt"] == before["0.txt"]
+
+
 def start_child(job: CaptionJob) -> int:
     """Run a job in a forked process, which need not import anything; return its process id."""
     if sys.platform == "win32":
