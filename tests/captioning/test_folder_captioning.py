@@ -134,6 +134,18 @@ def test_conflicts_and_damaged_images_are_listed_with_reasons(
     assert not failures.exists()
 
 
+def test_images_that_keep_one_file_together_are_reported(
+    model: Llava, folder: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    caption_file(sidecar_job(folder), model)
+    assert "share" not in package_log.text
+    shutil.copy(folder / "0.jpg", folder / "0.png")
+    before = texts(folder)
+    caption_file(sidecar_job(folder), model)
+    assert "0.jpg and 0.png would share the sidecar file 0.txt" in package_log.text
+    assert texts(folder) == before
+
+
 def test_prompts_are_chosen_by_seed_and_image(model: Llava, folder: Path) -> None:
     prompts = (WeightedPrompt(1, "Say {name}:"), WeightedPrompt(1, "{folder} {tags}?"))
     job = sidecar_job(folder, sidecars=None, output=str(folder.parent / "o.jsonl"), prompts=prompts)
