@@ -115,6 +115,8 @@ def test_open_inputs_finds_images_in_files_folders_and_patterns(
     assert image_names(folder / "[0-2].jpg", "What?") == matches
     monkeypatch.chdir(folder)
     assert image_names("*/*.JPG", "What?") == ["more/5.JPG"]
+    # There are two ways to match it: each `**` can stand for `more`.
+    assert image_names("**/**/*.JPG", "What?") == ["more/5.JPG"]
 
 
 def test_open_inputs_finds_images_in_shards(
@@ -125,6 +127,27 @@ def test_open_inputs_finds_images_in_shards(
     assert image_names("00000.tar", "What?") == ["00000.tar#a", "00000.tar#b"]
     assert image_names("*.tar", "What?") == image_names("00000.tar", "What?")
     assert image_names(folder, "What?")[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
+
+
+def test_open_inputs_leaves_out_a_folder_whose_files_cannot_be_opened(
+    folder: Path, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `chmod 644`, the names in a folder can be listed, but its files cannot be opened."""
+    access = os.access
+
+    def refuse(path: Path, mode: int) -> bool:  # the tests may run as root, who can open everything
+        return path.name != "more" and access(path, mode)
+
+    monkeypatch.setattr(os, "access", refuse)
+    assert "more/5.JPG" not in image_names(folder, "What?")
+    assert f"{folder / 'more'}: left out: Permission denied" in package_log.text
+
+
+def test_open_inputs_reads_no_folder_as_a_shard(folder: Path, data_folder: Path) -> None:
+    (folder / "old.tar").mkdir()
+    shutil.copy(data_folder / "images" / "6.jpg", folder / "old.tar")
+    assert "old.tar/6.jpg" in image_names(folder, "What?")
+    assert len(image_names(folder / "*", "What?")) == 6
 
 
 def test_open_inputs_returns_the_folder_that_contains_the_images(
