@@ -139,6 +139,11 @@ def open_inputs(
             instructions or other inputs, or images together with an image folder.
     """
     sources = [source] if isinstance(source, str) else list(source)
+    # An empty path would be the current folder.
+    if "" in sources:
+        raise ValueError(
+            "The path of the source is empty. If it comes from a shell variable, set this variable."
+        )
     records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
     if records_files and len(sources) > 1:
         raise ValueError(

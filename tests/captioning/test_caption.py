@@ -785,6 +785,21 @@ def test_caption_accepts_every_name_of_trials(
     assert jobs[0].options.num_return_sequences == 4
 
 
+def test_commands_refuse_empty_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[CaptionJob]
+) -> None:
+    """A shell passes an empty text for a variable that is not set."""
+    monkeypatch.chdir(folder)
+    for option in ("--output", "--review", "--prompt-file"):
+        with pytest.raises(ValueError, match=f"{option}: the path is empty"):
+            caption_main([str(folder), "--model-path", "m", "--write", "txt", option, ""])
+    assert not jobs
+    with pytest.raises(ValueError, match="source is empty"):
+        open_inputs(["0.jpg", ""], None, ["What?"])
+    with pytest.raises(ValueError, match="no image"):
+        predict_main(["--model-path", "m", "--image", ""])
+
+
 def test_caption_refuses_an_array_as_output(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--output out\.json"):
         caption_main([str(folder), "--model-path", "m", "--output", "out.json"])
