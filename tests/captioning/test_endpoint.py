@@ -389,6 +389,20 @@ def test_job_waits_for_a_server_that_starts(
     assert len(refused) == 8
 
 
+def test_image_that_is_always_refused_does_not_end_the_job(
+    server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
+) -> None:
+    """Some services answer 429 to a request that is too large for their limits, while they answer others."""
+    job = with_endpoint(job, max_wait=0.5)
+    server.always[image_files[3].read_bytes()] = "429"
+    assert caption_file(job) == CaptionCounts(NUM_IMAGES - 1, 1)
+    failures = assert_accounted_for(job, image_files)
+    assert failures["03.png"]["kind"] == "http_error"
+    assert (
+        "status 429: failed with 429; the server has answered other" in failures["03.png"]["error"]
+    )
+
+
 def test_too_long_retry_after_ends_the_job(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
 ) -> None:
