@@ -246,6 +246,7 @@ def caption_main(argv: list[str] | None = None) -> int:
     parser = build_caption_parser()
     args = parser.parse_args(argv)
     _check_numbers(args)
+    _check_not_empty(args)
     options = replace(
         _generation_options(args, args.trials),
         start_with=args.start_with.strip(),
@@ -287,9 +288,9 @@ def predict_main(argv: list[str] | None = None) -> int:
     trials = args.trials
     if trials is None:
         # LLaVA's tutorial samples three captions per image. With greedy decoding, all would be the same.
-        trials = 1 if args.temperature == 0 or args.image else 3
+        trials = 1 if args.temperature == 0 or args.image is not None else 3
     options = _generation_options(args, trials)
-    if args.image:
+    if args.image is not None:
         return _caption_on_terminal(args, args.image, options)
     return _run_slice(args, [args.data_path], Path(args.output), options)
 
@@ -330,6 +331,18 @@ def _check_numbers(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         num_chunks=args.num_chunks,
     )
+
+
+def _check_not_empty(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option of `llava caption` with a path is empty, as it is if a shell variable is not set.
+
+    Such an option would be ignored, and files could be replaced at a place that the user does not expect.
+    """
+    for option in ("output", "review", "prompt_file"):
+        if getattr(args, option) == "":
+            raise ValueError(
+                f"--{option.replace('_', '-')}: the path is empty. If it comes from a shell variable, set this variable."
+            )
 
 
 def _read_line(prompt: str) -> str:

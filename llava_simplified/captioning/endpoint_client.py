@@ -126,8 +126,8 @@ class EndpointClient:
             self._headers["Authorization"] = f"Bearer {key}"
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._max_n = self._num_choices  # becomes 1 if the server refuses `n`
-        # Whether the server has accepted the key in an earlier request; see `_check_status` for 403.
-        self._has_answered = False
+        # Number of successful requests. If it is above 0, the server has accepted the key; see `_check_status` for 403.
+        self._num_answered = 0
         # The pause of all requests; see the top of this module.
         self._resume_at = 0.0
         self._pause_rounds = 0
@@ -237,7 +237,14 @@ class EndpointClient:
             await asyncio.sleep(min(pause, self.endpoint.max_wait))
 
     async def _send_when_available(self, data: bytes) -> list[Choice]:
-        """Send a request, and repeat it while the server is busy or unreachable."""
+        """Send a request, and repeat it while the server is busy or unreachable.
+
+        Raises:
+            RecordError: The server refuses this request for too long, but has answered others in the meantime. Some
+                services answer 429 to a request that is too large for their limits, however often it is sent.
+            EndpointError: The server is unavailable for too long.
+        """
+        answered_before: int | None = None  # number of answers at the first refusal of this request
         while True:
             while (pause := self._resume_at - time.monotonic()) > 0:
                 # Do not send all requests at the same moment: a server with a short queue would reject most of them.
@@ -247,10 +254,20 @@ class EndpointClient:
             try:
                 choices = await self._post(data)
             except _UnavailableError as error:
-                self._pause(error, sent_at)
+                if answered_before is None:
+                    answered_before = self._num_answered
+                try:
+                    self._pause(error, sent_at)
+                except EndpointError:
+                    if self._num_answered == answered_before:
+                        raise
+                    raise RecordError(
+                        "http_error",
+                        f"{error}; the server has answered other requests since it first refused this one",
+                    ) from None
             else:
                 self._pause_rounds = 0
-                self._has_answered = True
+                self._num_answered += 1
                 return choices
 
     def _pause(self, error: _UnavailableError, sent_at: float) -> None:
@@ -330,7 +347,7 @@ class EndpointClient:
                 "pass the final URL."
             )
         # If the server has accepted the key before, 403 forbids the content of this request. Otherwise, the key is wrong.
-        if status in _FATAL_STATUSES or (status == 403 and not self._has_answered):
+        if status in _FATAL_STATUSES or (status == 403 and not self._num_answered):
             raise EndpointError(self._describe_fatal(status, message))
         if 400 <= status < 500 and status not in _TRANSIENT_STATUSES:
             raise RecordError("rejected", message)

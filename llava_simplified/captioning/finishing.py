@@ -80,6 +80,7 @@ class CaptionFinisher:
             return [index for index, _ in images], []
         admitted: list[int] = []
         failures: list[Row] = []
+        conflicts: list[str] = []
         for index, image in images:
             # Images that keep their file do not count. Otherwise, a second run with the same limit would find only such
             # images.
@@ -87,6 +88,9 @@ class CaptionFinisher:
                 break
             if self._writer.is_kept(image):
                 self.kept.append(image)
+                # The file exists, but it is the caption of only one of the images that share it.
+                if self._writer.conflict(image):
+                    conflicts.append(self._writer.conflict(image))
                 continue
             # Find images that cannot have a file before the model spends time on them.
             problem = self._writer.problem(image)
@@ -94,6 +98,12 @@ class CaptionFinisher:
                 failures.append(_failure(index, image, problem))
             else:
                 admitted.append(index)
+        if conflicts:
+            logger.warning(
+                "Images that keep a sidecar file together with another image: %s, for example: %s.",
+                f"{len(conflicts):,}",
+                conflicts[0],
+            )
         return admitted, failures
 
     def finish_text(self, image: str, caption: str) -> FinishedCaption:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from array import array
@@ -138,6 +139,11 @@ def open_inputs(
             instructions or other inputs, or images together with an image folder.
     """
     sources = [source] if isinstance(source, str) else list(source)
+    # An empty path would be the current folder.
+    if "" in sources:
+        raise ValueError(
+            "The path of the source is empty. If it comes from a shell variable, set this variable."
+        )
     records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
     if records_files and len(sources) > 1:
         raise ValueError(
@@ -255,7 +261,7 @@ def find_images(source: str) -> FoundImages:
         name = str(file)
         if file.is_relative_to(folder) and not is_absolute_pattern:
             name = file.relative_to(folder).as_posix()
-        if file.suffix == ".tar":
+        if file.suffix == ".tar" and not file.is_dir():
             index = shard_index(file)
             # Refer to an image in a shard by its key, as `read_image_bytes` expects.
             names += [f"{name}#{key}" for key in index.names()]
@@ -287,7 +293,8 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
     if path.is_file():
         return [path], path.parent
     matches, fixed_folder = expand_pattern(str(path))
-    files = sorted(map(Path, matches))
+    # A pattern with several `**` can match a file in several ways, and is then expanded to duplicates.
+    files = sorted(set(map(Path, matches)))
     # Image names are later resolved relative to this folder. With a wrong folder, a name could match a
     # different file, for example one in the current directory.
     folder = Path()
@@ -310,6 +317,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
         # Sorting each folder by name equals sorting all paths by their parts: "a/b.jpg" comes before "a.jpg", because
         # "a" comes before "a.jpg".
         names = sorted(os.listdir(folder), key=os.path.normcase)  # noqa: PTH208
+        # Without this permission, the names can be listed, but the files cannot be opened.
+        if not os.access(folder, os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except PermissionError as error:
         logger.warning("%s: left out: %s", folder, error.strerror)
         return

@@ -29,6 +29,8 @@ from llava_simplified.foreign_files import read_small_file
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 _WEIGHTED = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\|(.*)")
+# The beginning of a line whose weight is wrong, such as `1,5 |`, `-1 |`, `1e3 |` or `50% |`.
+_WRONG_WEIGHT = re.compile(r"\s*([-+]?[.,]?\d[\d.,]*(?:[eE][-+]?\d+)?\s*%?)\s*\|")
 
 
 class WeightedPrompt(NamedTuple):
@@ -42,8 +44,8 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
     """Read a prompt file; see the module's docstring.
 
     Raises:
-        ValueError: The file is not UTF-8 or contains no prompt; or a line has a weight without a prompt, or an unknown
-            field.
+        ValueError: The file is not UTF-8 or contains no prompt; or a line has a wrong weight, a weight without a prompt, or
+            an unknown field.
     """
     prompts: list[WeightedPrompt] = []
     for number, line in enumerate(read_text_lines(path, "--prompt-file"), start=1):
@@ -52,8 +54,14 @@ def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
         where = f"--prompt-file {path}, line {number}"
         weight, text = 1.0, line.strip()
         weighted = _WEIGHTED.fullmatch(line)
+        wrong = _WRONG_WEIGHT.match(line)
         if weighted:
             weight, text = float(weighted[1]), weighted[2].strip()
+        # Otherwise, the weight would be a part of the prompt.
+        elif wrong:
+            raise ValueError(
+                f"{where}: the weight {wrong[1].strip()!r} must be a number such as 3 or 0.5"
+            )
         if not text:
             raise ValueError(f"{where}: expected a prompt after the weight, as `WEIGHT | PROMPT`")
         check_fields(text, IMAGE_FIELDS, where)

@@ -11,7 +11,7 @@ A JSON array cannot be appended to. With `--output predictions.json`, the journa
 `predictions.json.part.jsonl`, which is converted to the array at the end.
 
 For a job that writes sidecar files (see `sidecars`), the journal is `.llava-caption.jsonl` in the folder of the sidecar
-files. These files are deleted when the job is finished, except the list of failures.
+files. These files are deleted when the job is finished, except the list of failures (and see `_is_continued`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from llava_simplified.jobs import (
     atomic_file,
     encode_json_lines,
     exclusive_lock,
+    prepare_output_file,
     read_json_lines,
     store_or_check_settings,
 )
@@ -112,6 +113,9 @@ class CaptionJob:
 
     def __post_init__(self) -> None:
         check_at_least(1, limit=self.limit, batch_size=self.batch_size)
+        # The page replaces a file of the same name, which must not be an image or a file of captions.
+        if self.review and Path(self.review).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--review {self.review}: the file name must end in .html")
 
 
 class CaptionCounts(NamedTuple):
@@ -152,13 +156,14 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         model: The model of the job, if it is already loaded.
 
     Raises:
-        ValueError: There is nothing to caption, the output belongs to a job with different settings,
-            or another process is writing to it.
+        ValueError: There is nothing to caption, the output belongs to a job with different settings, is the source or
+            cannot be written, or another process is writing to it.
     """
     # Check source, output and settings before loading the model, which can take minutes.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     _prepare_records(job, records, folder)
     files = _job_files(job, folder)
+    _check_outputs(job, files)
     images = records.names if isinstance(records, ImageRecords) else ()
     finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
     # Hold the lock until the end, because two processes that append to one journal would mix their rows.
@@ -190,7 +195,8 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         if not counts.failed:
             files.failures.unlink()
         if job.sidecars is not None:
-            _remove_journal(files)
+            if not _is_continued(job, files):
+                _remove_journal(files)
         elif files.journal != files.output:
             _publish_array(files)
     return counts
@@ -234,6 +240,23 @@ def _job_files(job: CaptionJob, folder: str) -> JobFiles:
     if problem:
         raise ValueError(f"--write: {problem}")
     return files
+
+
+def _check_outputs(job: CaptionJob, files: JobFiles) -> None:
+    """Check the files that are written only at the end of the job.
+
+    Raises:
+        ValueError: One of them is a folder, or would replace the source.
+    """
+    prepare_output_file(files.output)
+    if job.review:
+        prepare_output_file(Path(job.review))
+    sources = [job.source] if isinstance(job.source, str) else job.source
+    for source in sources:
+        if files.output.exists() and Path(source).exists() and files.output.samefile(source):
+            raise ValueError(
+                f"--output {files.output}: this is the file of records, which would be replaced; pass another file"
+            )
 
 
 def _log_finished(
@@ -289,12 +312,7 @@ def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path)
     These are the records that failed because of the server. Earlier versions also stored some images that failed
     without their names. After images were added to the folder, the index of such a failure can belong to another image.
     """
-    retried_kinds: Collection[str] = ()
-    if job.endpoint is not None:
-        # Import it here, because the module imports aiohttp, an optional package.
-        from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
-
-        retried_kinds = SERVER_FAILURES
+    retried_kinds = _retried_kinds(job)
     requires_name = isinstance(records, ImageRecords)
 
     def is_retried(row: Row) -> bool:
@@ -307,6 +325,39 @@ def _forget_failures(job: CaptionJob, records: Sequence[Record], failures: Path)
         for row, _ in read_json_lines(failures):
             if not is_retried(row):
                 stream.write(encode_json_lines([row]))
+
+
+def _retried_kinds(job: CaptionJob) -> Collection[str]:
+    """Return the kinds of failures that the next run of a job tries again."""
+    if job.endpoint is None:
+        return ()
+    # Import it here, because the module imports aiohttp, an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    return SERVER_FAILURES
+
+
+def _is_continued(job: CaptionJob, files: JobFiles) -> bool:
+    """Return whether the next run of a job with sidecar files must continue this one, to retry images.
+
+    With `--existing skip`, the next run finds the images without a file, so it needs no journal. With the other policies, it
+    would caption all images again without the journal, and append all captions a second time.
+    """
+    assert job.sidecars is not None
+    if job.sidecars.existing == "skip" or not files.failures.exists():
+        return False
+    retried_kinds = _retried_kinds(job)
+    retried = [
+        row for row, _ in read_json_lines(files.failures) if row.get("kind") in retried_kinds
+    ]
+    if retried:
+        logger.warning(
+            "Images that failed because of the server: %s. Run the same command again to caption them; to start over "
+            "with all images instead, delete %s.",
+            f"{len(retried):,}",
+            files.journal,
+        )
+    return bool(retried)
 
 
 def _remove_empty_job(files: JobFiles) -> None:
@@ -399,11 +450,14 @@ def _caption_remaining(
         failures.append(rows)
         failed.update((row["index"], row.get("image")) for row in rows)
 
-    # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them now.
-    if job.sidecars is not None:
-        fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
+        # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them
+        # now, except for images that were deleted or moved since, with their files.
+        if job.sidecars is not None:
+            names = set(records.names)
+            in_folder = (row for row in journal.rows() if row["image"] in names)
+            fail(finisher.resume(row for row in in_folder if row["index"] not in failed))
         if job.chunks == 1:
             _renumber(records, finished, failed)
         indices = records.indices()

@@ -279,10 +279,14 @@ class SidecarWriter:
         except SidecarError:
             return ""
 
+    def conflict(self, image: str) -> str:
+        """Return a message if an image would share its sidecar file with another image; else return ""."""
+        return self._conflicts.get(image, "")
+
     def problem(self, image: str) -> str:
         """Return why no sidecar file can be written for an image; empty if no problem was found."""
-        if image in self._conflicts:
-            return self._conflicts[image]
+        if self.conflict(image):
+            return self.conflict(image)
         try:
             path = self.path(image)
         except SidecarError as error:

@@ -166,6 +166,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--timeout {args.timeout}: expected a positive number of seconds")
 
 
+def _clean_key(key: str) -> str:
+    """Return the API key without the white space around it, such as the line break of the file that it was read from.
+
+    Clients could not send such a key: the white space at the ends of a header is not part of its value.
+
+    Raises:
+        ValueError: The key consists of white space, or contains control characters.
+    """
+    stripped = key.strip(" \t\r\n")
+    if (key and not stripped) or not stripped.isprintable():
+        raise ValueError(
+            "--api-key (or LLAVA_API_KEY): the key must have visible characters, and no line breaks between them"
+        )
+    return stripped
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `llava serve`. On SIGTERM, it finishes the requests in flight and exits with status 0."""
     args = build_parser().parse_args(argv)
@@ -180,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Check all options before loading the model, which can take minutes.
     _check_numbers(args)
+    args.api_key = _clean_key(args.api_key)
     check_host_names(args.allowed_hosts)
     _check_address(args.host, args.port)
     examples = load_examples(find_examples(args.examples)) if args.examples else []

@@ -115,6 +115,8 @@ def test_open_inputs_finds_images_in_files_folders_and_patterns(
     assert image_names(folder / "[0-2].jpg", "What?") == matches
     monkeypatch.chdir(folder)
     assert image_names("*/*.JPG", "What?") == ["more/5.JPG"]
+    # There are two ways to match it: each `**` can stand for `more`.
+    assert image_names("**/**/*.JPG", "What?") == ["more/5.JPG"]
 
 
 def test_open_inputs_finds_images_in_shards(
@@ -125,6 +127,27 @@ def test_open_inputs_finds_images_in_shards(
     assert image_names("00000.tar", "What?") == ["00000.tar#a", "00000.tar#b"]
     assert image_names("*.tar", "What?") == image_names("00000.tar", "What?")
     assert image_names(folder, "What?")[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
+
+
+def test_open_inputs_leaves_out_a_folder_whose_files_cannot_be_opened(
+    folder: Path, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `chmod 644`, the names in a folder can be listed, but its files cannot be opened."""
+    access = os.access
+
+    def refuse(path: Path, mode: int) -> bool:  # the tests may run as root, who can open everything
+        return path.name != "more" and access(path, mode)
+
+    monkeypatch.setattr(os, "access", refuse)
+    assert "more/5.JPG" not in image_names(folder, "What?")
+    assert f"{folder / 'more'}: left out: Permission denied" in package_log.text
+
+
+def test_open_inputs_reads_no_folder_as_a_shard(folder: Path, data_folder: Path) -> None:
+    (folder / "old.tar").mkdir()
+    shutil.copy(data_folder / "images" / "6.jpg", folder / "old.tar")
+    assert "old.tar/6.jpg" in image_names(folder, "What?")
+    assert len(image_names(folder / "*", "What?")) == 6
 
 
 def test_open_inputs_returns_the_folder_that_contains_the_images(
@@ -351,6 +374,32 @@ def test_caption_file_refuses_an_output_without_settings(
     with pytest.raises(ValueError, match=r"out\.jsonl\.settings\.json"):
         caption_file(folder_job(folder, output), model)
     assert output.read_text() == '{"index": 0}\n'
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_caption_file_does_not_replace_its_records(
+    data_folder: Path, tmp_path: Path, name: str
+) -> None:
+    record = json.dumps({"image": "0.jpg", "instruction": "What?"})
+    records = tmp_path / name
+    records.write_text(f"[{record}]" if records.suffix == ".json" else f"{record}\n")
+    before = records.read_bytes()
+    (tmp_path / "more").mkdir()
+    output = f"{tmp_path}/more/../{name}"
+    images = str(data_folder / "images")
+    job = CaptionJob("no-model", str(records), output, SAMPLING, image_folder=images)
+    with pytest.raises(ValueError, match=r"--output .* records"):
+        caption_file(job)
+    assert records.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["more", "notes.txt/a.json", "notes.txt/a.jsonl"])
+def test_caption_file_refuses_an_impossible_output_before_it_loads_the_model(
+    folder: Path, name: str
+) -> None:
+    job = CaptionJob("no-model", str(folder), str(folder / name), SAMPLING)
+    with pytest.raises(ValueError, match=name):
+        caption_file(job)
 
 
 def test_caption_file_refuses_an_output_in_use(
@@ -734,6 +783,21 @@ def test_caption_accepts_every_name_of_trials(
     argv = [str(folder), "--model-path", "m", "--temperature", "1", option, "4"]
     caption_main(argv)
     assert jobs[0].options.num_return_sequences == 4
+
+
+def test_commands_refuse_empty_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[CaptionJob]
+) -> None:
+    """A shell passes an empty text for a variable that is not set."""
+    monkeypatch.chdir(folder)
+    for option in ("--output", "--review", "--prompt-file"):
+        with pytest.raises(ValueError, match=f"{option}: the path is empty"):
+            caption_main([str(folder), "--model-path", "m", "--write", "txt", option, ""])
+    assert not jobs
+    with pytest.raises(ValueError, match="source is empty"):
+        open_inputs(["0.jpg", ""], None, ["What?"])
+    with pytest.raises(ValueError, match="no image"):
+        predict_main(["--model-path", "m", "--image", ""])
 
 
 def test_caption_refuses_an_array_as_output(folder: Path) -> None:

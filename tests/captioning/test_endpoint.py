@@ -389,6 +389,20 @@ def test_job_waits_for_a_server_that_starts(
     assert len(refused) == 8
 
 
+def test_image_that_is_always_refused_does_not_end_the_job(
+    server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
+) -> None:
+    """Some services answer 429 to a request that is too large for their limits, while they answer others."""
+    job = with_endpoint(job, max_wait=0.5)
+    server.always[image_files[3].read_bytes()] = "429"
+    assert caption_file(job) == CaptionCounts(NUM_IMAGES - 1, 1)
+    failures = assert_accounted_for(job, image_files)
+    assert failures["03.png"]["kind"] == "http_error"
+    assert (
+        "status 429: failed with 429; the server has answered other" in failures["03.png"]["error"]
+    )
+
+
 def test_too_long_retry_after_ends_the_job(
     server: FaultyEndpoint, job: CaptionJob, image_files: list[Path]
 ) -> None:
@@ -705,6 +719,34 @@ def test_sidecar_job_that_stopped_continues(
     assert len(server.requests) == NUM_IMAGES - 8
     for path in image_files:
         assert (output / f"{path.stem}.txt").read_text() == caption_of(path.read_bytes()) + "\n"
+
+
+def test_next_run_appends_only_the_captions_that_failed_at_the_server(
+    server: FaultyEndpoint,
+    image_files: list[Path],
+    tmp_path: Path,
+    package_log: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in image_files[:4]:
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text("tags")
+    argv = [str(folder), "--endpoint", server.url, "--model", "m", "--retries", "0"]
+    argv += ["--write", "txt", "--existing", "append"]
+    failed, refused = image_files[0].read_bytes(), image_files[1].read_bytes()
+    server.always = {failed: "500", refused: "refusal"}
+    assert caption_main(argv) == 0
+    assert "server: 1. Run the same command again" in package_log.text
+    server.always = {}
+    server.requests.clear()
+    assert caption_main(argv) == 0
+    assert server.captioned() == [failed]
+    expected = [f"tags, {caption_of(path.read_bytes())}" for path in image_files[:4]]
+    expected[1] = "tags"
+    assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == expected
+    # Another run would find the same refusal again, so the job is complete.
+    assert not (folder / ".llava-caption.jsonl").exists()
 
 
 def test_commands_of_the_documentation_page_run(

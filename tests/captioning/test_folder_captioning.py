@@ -134,6 +134,18 @@ def test_conflicts_and_damaged_images_are_listed_with_reasons(
     assert not failures.exists()
 
 
+def test_images_that_keep_one_file_together_are_reported(
+    model: Llava, folder: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    caption_file(sidecar_job(folder), model)
+    assert "share" not in package_log.text
+    shutil.copy(folder / "0.jpg", folder / "0.png")
+    before = texts(folder)
+    caption_file(sidecar_job(folder), model)
+    assert "0.jpg and 0.png would share the sidecar file 0.txt" in package_log.text
+    assert texts(folder) == before
+
+
 def test_prompts_are_chosen_by_seed_and_image(model: Llava, folder: Path) -> None:
     prompts = (WeightedPrompt(1, "Say {name}:"), WeightedPrompt(1, "{folder} {tags}?"))
     job = sidecar_job(folder, sidecars=None, output=str(folder.parent / "o.jsonl"), prompts=prompts)
@@ -285,6 +297,28 @@ def test_job_that_is_killed_at_a_file_continues(
     assert texts(folder) == expected
 
 
+def test_continued_job_writes_no_files_for_images_that_were_moved(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = sidecar_job(folder)
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runner, "_log_finished", killed)
+        caption_file(job, model)
+    before = texts(folder)
+    (folder / "good").mkdir()
+    (folder / "0.jpg").rename(folder / "good" / "0.jpg")
+    (folder / "0.txt").rename(folder / "good" / "0.txt")
+    (folder / "1.jpg").unlink()
+    (folder / "1.txt").unlink()
+    caption_file(job, model)
+    assert set(texts(folder)) == {"good/0.txt", "2.txt", "sub/d.txt"}
+    assert texts(folder)["good/0.txt"] == before["0.txt"]
+
+
 def start_child(job: CaptionJob) -> int:
     """Run a job in a forked process, which need not import anything; return its process id."""
     if sys.platform == "win32":
@@ -428,6 +462,20 @@ def test_review_of_many_images_has_several_pages(
     assert counts == [3, 1]
     assert 'href="my%20review-2.html"' in page.read_text()
     assert 'href="my%20review.html"' in second.read_text()
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "out.jsonl", "page"])
+def test_review_replaces_pages_only(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--review .*{name}.* end in \.html"):
+        sidecar_job(folder, review=str(folder / name))
+
+
+@pytest.mark.parametrize("name", ["sub.html", "0.jpg/review.html"])
+def test_impossible_review_is_refused_before_the_model_is_loaded(folder: Path, name: str) -> None:
+    (folder / "sub.html").mkdir()
+    job = sidecar_job(folder, review=str(folder / name), model_path="no-model")
+    with pytest.raises(ValueError, match=name):
+        caption_file(job)
 
 
 # ---- the command ----

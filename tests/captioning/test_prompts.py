@@ -44,6 +44,10 @@ def test_read_prompt_file_reads_weights_comments_and_windows_files(tmp_path: Pat
         (b"a\n2 | \n", "line 2"),
         (b"Describe {image}", "line 1.*{name}"),
         (b"\xff\xfea", "UTF-8"),
+        (b"a\n1,5 | b\n", "line 2.*'1,5'"),
+        (b"-1 | a\n", "line 1.*'-1'"),
+        (b"1e3|a\n", "'1e3'"),
+        (b" 50 % | a\n", "'50 %'"),
     ],
 )
 def test_read_prompt_file_refuses_invalid_files(

@@ -17,6 +17,7 @@ from live_server import user_message
 
 from llava_simplified import extras
 from llava_simplified.cli import main as llava
+from llava_simplified.serve import serve_command
 from llava_simplified.serve.serve_command import build_parser
 
 
@@ -108,6 +109,28 @@ def test_key_is_read_from_environment_and_not_shown(monkeypatch: pytest.MonkeyPa
     assert parser.parse_args(["checkpoint"]).api_key == "s3cret"
     assert parser.parse_args(["checkpoint", "--api_key", "other"]).api_key == "other"
     assert "s3cret" not in parser.format_help()
+
+
+def test_key_has_no_white_space_around_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was read from a file often ends with a line break, which no client could send."""
+    keys: list[str] = []
+
+    def record(args: Any, examples: Any) -> int:
+        keys.append(args.api_key)
+        return 0
+
+    monkeypatch.setattr(serve_command, "_serve", record)
+    monkeypatch.setattr(serve_command, "_check_address", lambda *_: None)
+    monkeypatch.setenv("LLAVA_API_KEY", " s3cret \r\n")
+    assert run_serve(capsys)[0] == 0
+    assert keys == ["s3cret"]
+    for wrong in (" \n", "two\nlines", "\udcff"):
+        status, error = run_serve(capsys, "--api-key", wrong)
+        assert status == 2
+        assert "--api-key" in error and "Traceback" not in error
+    assert len(keys) == 1
 
 
 @pytest.mark.medium
