@@ -94,9 +94,10 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
-        """Describe the repository."""
-        if self.path == "/api/models/me/model":
-            self.answer({"id": "me/model", "private": self.server.private["me/model"]})
+        """Describe the repository, if it exists. The client also asks for it after it was not allowed to create it."""
+        is_private = self.server.private.get("me/model")
+        if self.path == "/api/models/me/model" and is_private is not None:
+            self.answer({"id": "me/model", "private": is_private})
         else:
             self.answer({"error": "Not found"}, 404)
 
