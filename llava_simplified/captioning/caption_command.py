@@ -184,8 +184,7 @@ def build_predict_parser() -> CommandParser:
     source.add_argument("--image", help="Image to caption; the caption is printed")
     parser.add_argument(
         "--output",
-        default="predictions.json",
-        help="Output file: .json for an array, .jsonl for JSON lines (default: %(default)s)",
+        help="Output file: .json for an array, .jsonl for JSON lines (default: predictions.json)",
     )
     add_checkpoint_options(parser)
     _add_job_options(parser)
@@ -291,8 +290,13 @@ def predict_main(argv: list[str] | None = None) -> int:
         trials = 1 if args.temperature == 0 or args.image is not None else 3
     options = _generation_options(args, trials)
     if args.image is not None:
+        if args.output is not None:
+            raise ValueError(
+                f"--output {args.output}: the caption of --image is printed. Remove --output, or pass records with --data-path."
+            )
         return _caption_on_terminal(args, args.image, options)
-    return _run_slice(args, [args.data_path], Path(args.output), options)
+    output = "predictions.json" if args.output is None else args.output
+    return _run_slice(args, [args.data_path], Path(output), options)
 
 
 def chat_main(argv: list[str] | None = None) -> int:

@@ -95,7 +95,7 @@ class EndpointOptions:
         """Return the fields of `extra_body`.
 
         Raises:
-            ValueError: It is not a JSON object, or has a field that this program sets.
+            ValueError: It is not a JSON object, has a field that this program sets, or a seed that is no integer.
         """
         try:
             extra = json.loads(self.extra_body)
@@ -108,6 +108,10 @@ class EndpointOptions:
         own = [name for name in _OWN_FIELDS if name in extra]
         if own:
             raise ValueError(f"--extra-body: the field {own[0]!r} is set by the command itself")
+        # With several requests per image, each gets another seed, which is computed from this one.
+        seed = extra.get("seed")
+        if seed is not None and type(seed) is not int:
+            raise ValueError(f"--extra-body: the field 'seed' is {seed!r}; expected an integer")
         return extra
 
     def job_settings(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _choose_instruction(args: argparse.Namespace, endpoint: EndpointOptions | No
     Without `--instruction`, this is the instruction that the checkpoint was trained with. For the model of an endpoint,
     that instruction is not known, so the default instruction is used.
     """
-    if args.instruction:
+    if args.instruction is not None:
         return str(args.instruction)
     if endpoint is not None:
         return DEFAULT_INSTRUCTION

@@ -416,9 +416,10 @@ const wordAt = (event) => event.target.closest(".answer:not(.writing) .word");
 
 // ---- settings ----
 
+// An empty field has the value with which the page began.
 function readNumber(id) {
   const input = byId(id);
-  const value = Math.round(Number(input.value)) || Number(input.min);
+  const value = Math.round(Number(input.value || input.defaultValue)) || Number(input.min);
   return Math.min(Math.max(value, Number(input.min)), Number(input.max));
 }
 
@@ -524,7 +525,7 @@ function showSettings() {
   byId("question").placeholder = settings.instruction;
   byId("answers").max = settings.max_answers;
   byId("max-tokens").max = settings.max_tokens;
-  byId("max-tokens").value = settings.default_max_tokens;
+  byId("max-tokens").defaultValue = settings.default_max_tokens;
 }
 
 function showApp() {

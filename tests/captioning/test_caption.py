@@ -776,6 +776,12 @@ def test_commands_refuse_an_image_folder_for_an_image(folder: Path) -> None:
         predict_main(["--image", image, *model, *options])
 
 
+def test_predict_refuses_an_output_for_an_image(folder: Path) -> None:
+    argv = ["--image", str(folder / "0.jpg"), "--model-path", "m"]
+    with pytest.raises(ValueError, match=r"--output captions\.json: .* is printed"):
+        predict_main([*argv, "--output", "captions.json"])
+
+
 @pytest.mark.parametrize("option", ["--trials", "--num-return-sequences", "--num_return_sequences"])
 def test_caption_accepts_every_name_of_trials(
     jobs: list[CaptionJob], folder: Path, option: str

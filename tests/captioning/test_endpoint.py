@@ -646,6 +646,7 @@ def test_command_prints_the_caption_of_one_image(
         (["--endpoint", "http://h/v1", "--model", "m", "--extra-body", "[1]"], "JSON object"),
         (["--endpoint", "http://h/v1", "--model", "m", "--extra-body", "{"], "not JSON"),
         (["--endpoint", "http://h/v1", "--model", "m", "--extra-body", '{"n": 2}'], "'n' is set"),
+        (["--endpoint", "http://h/v1", "--model", "m", "--extra-body", '{"seed": "1"}'], "integer"),
         (["--endpoint", "http://h/v1", "--model", "m", "--api-key-env", "NOT_SET"], "NOT_SET"),
     ],
 )

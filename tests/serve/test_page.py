@@ -471,6 +471,24 @@ def test_follow_up_questions_several_answers_and_markup_are_shown(
     assert page.get_by_label("Answers").input_value() == "1"
 
 
+@pytest.mark.slow
+@IN_BROWSER
+def test_empty_fields_have_their_first_values(
+    visit: Callable[..., Any], server: LiveServer, photos: Sequence[bytes]
+) -> None:
+    page = visit()
+    show(page, photos[5])
+    page.locator(COMPLETE).wait_for()
+    page.get_by_text("Settings").click()
+    page.get_by_label("Answers").fill("")
+    page.get_by_label("Maximum length").fill("")
+    with page.expect_request("**/v1/chat/completions") as request:
+        page.get_by_role("button", name="Ask").click()
+    default = httpx.get(f"{server.url}/page.json").json()["default_max_tokens"]
+    assert request.value.post_data_json["max_tokens"] == default > 1
+    page.locator(COMPLETE).nth(1).wait_for()
+
+
 def send_events(route: Any, *texts: str) -> None:
     """Answer a browser's request for a chat completion with these pieces of text."""
     events = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in texts]
