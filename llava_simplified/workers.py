@@ -171,7 +171,7 @@ def _container_cpus(otherwise: float) -> float:
     group = ""
     with contextlib.suppress(OSError):
         # The line of cgroup v2 is "0::" and the path of the group.
-        for line in _OWN_CGROUPS.read_text().splitlines():
+        for line in _OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
             if line.startswith("0::"):
                 group = line.removeprefix("0::").strip("/")
     cpus = otherwise
@@ -180,7 +180,7 @@ def _container_cpus(otherwise: float) -> float:
     for place in (folder, *folder.parents):
         with contextlib.suppress(OSError):
             # For example "200000 100000": 0.2 seconds in each 0.1 second, on all CPUs together
-            limit, period = (place / "cpu.max").read_text().split()
+            limit, period = (place / "cpu.max").read_text(encoding="utf-8").split()
             if limit != "max":
                 cpus = min(cpus, int(limit) / int(period))
     return cpus
