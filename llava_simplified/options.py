@@ -338,18 +338,20 @@ def add_trust_option(parser: Any) -> None:
     )
 
 
-def check_at_least(minimum: int, **values: int | None) -> None:
-    """Check integer options. Call this before anything is loaded.
+def check_at_least(minimum: int, **values: float | None) -> None:
+    """Check numeric options. Call this before anything is loaded.
 
     Args:
         minimum: The smallest valid value.
         **values: Values by name, for example `batch_size=16`. None, an option that was not given, is valid.
 
     Raises:
-        ValueError: A value is below the minimum.
+        ValueError: A value is below the minimum, or NaN.
     """
     for name, value in values.items():
-        if value is not None and value < minimum:
+        if (
+            value is not None and not value >= minimum
+        ):  # written this way, because a NaN must fail too
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: must be at least {minimum}")
 

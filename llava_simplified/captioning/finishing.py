@@ -89,8 +89,9 @@ class CaptionFinisher:
             if self._writer.is_kept(image):
                 self.kept.append(image)
                 # The file exists, but it is the caption of only one of the images that share it.
-                if self._writer.conflict(image):
-                    conflicts.append(self._writer.conflict(image))
+                conflict = self._writer.conflict(image)
+                if conflict:
+                    conflicts.append(conflict)
                 continue
             # Find images that cannot have a file before the model spends time on them.
             problem = self._writer.problem(image)

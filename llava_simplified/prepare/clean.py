@@ -49,6 +49,7 @@ from llava_simplified.jobs import (
     exclusive_lock,
     remove_temporary_files,
 )
+from llava_simplified.options import check_at_least
 from llava_simplified.prepare.clean_rules import Rules
 from llava_simplified.prepare.compact import compact_images, write_compacted_records
 from llava_simplified.prepare.duplicates import (
@@ -538,16 +539,13 @@ def _check_rules(rules: Rules) -> None:
             f"--max-pixels {rules.max_pixels}: training rejects images of more than {MAX_PIXELS} pixels. "
             f"Pass --max-pixels {MAX_PIXELS} or less."
         )
-    minimum = {
-        "--min-side": (rules.min_side, 0),
-        "--max-aspect": (rules.max_aspect, 1),
-        "--max-caption": (rules.max_caption, 1),
-        "--max-pixels": (rules.max_pixels, 1),
-    }
-    for name, (value, at_least) in minimum.items():
-        # NaN is not at least 1 either. It would accept every image.
-        if not value >= at_least:
-            raise ValueError(f"{name} {value}: must be at least {at_least}")
+    check_at_least(0, min_side=rules.min_side)
+    check_at_least(
+        1,
+        max_aspect=rules.max_aspect,
+        max_caption=rules.max_caption,
+        max_pixels=rules.max_pixels,
+    )
 
 
 def _work_folder(

@@ -21,7 +21,7 @@ from llava_simplified.data.image_folder import (
     is_existing_path,
     locate_file,
 )
-from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.names import AmbiguousNameError, windows_problem
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
@@ -39,7 +39,6 @@ from llava_simplified.prepare.sources import is_read_with_others, read_source
 logger = logging.getLogger(__name__)
 
 _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # on any system: /a.jpg, \a.jpg, C:\a.jpg
-_NOT_IN_FILE_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 
 # ---- captions of one image ----
@@ -457,7 +456,7 @@ def _parse_split(text: str) -> dict[str, float]:
 
 def _can_name_part(name: str) -> bool:
     """Return whether the name of a split can be a part of a file name, on any system."""
-    return re.search(r"\w", name) is not None and not _NOT_IN_FILE_NAMES.search(name)
+    return re.search(r"\w", name) is not None and not windows_problem(f"_{name}.json")
 
 
 def _source_part(row: SourceRow, issues: ParseIssues) -> str:

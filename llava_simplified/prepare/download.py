@@ -33,6 +33,7 @@ from llava_simplified.jobs import (
     exclusive_lock,
     remove_temporary_files,
 )
+from llava_simplified.options import check_at_least
 from llava_simplified.prepare.convert import group_captions, request_identity
 from llava_simplified.prepare.download_progress import DownloadProgress
 from llava_simplified.prepare.download_shard import MANIFEST_SCHEMA, ShardSpec, fetch_shard
@@ -130,17 +131,15 @@ def _check_arguments(
     options: FetchOptions, shard_size: int, limit: int, retry: tuple[str, ...], workers: int
 ) -> None:
     """Raise ValueError for an option that is out of range, or an unknown kind of failure."""
-    at_least_one = {
-        "--concurrency": options.concurrency,
-        "--per-host": options.per_host,
-        "--max-bytes": options.max_bytes,
-        "--max-pixels": options.max_pixels,
-        "--shard-size": shard_size,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{name} {value}: must be at least 1")
-    # The value 0, and what it stands for.
+    check_at_least(
+        1,
+        concurrency=options.concurrency,
+        per_host=options.per_host,
+        max_bytes=options.max_bytes,
+        max_pixels=options.max_pixels,
+        shard_size=shard_size,
+    )
+    # Options for which 0 has a meaning of its own.
     zeros = {
         "--limit": (limit, "all rows"),
         "--resize": (options.resize, "the original size"),

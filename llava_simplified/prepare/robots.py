@@ -32,9 +32,9 @@ class RobotsRules:
     """
 
     def __init__(self, lines: Iterable[str], agent: str) -> None:
-        # Rules of all groups for the robot, and of all groups for every robot. None: there is no such group.
-        own: list[_Rule] | None = None
-        general: list[_Rule] = []
+        rules: dict[
+            str, list[_Rule]
+        ] = {}  # of all groups for a robot, by its name; "*" stands for every other robot
         # A group has one or more user-agent lines and, after them, its rules.
         names: set[str] = set()
         has_rules = False
@@ -45,21 +45,18 @@ class RobotsRules:
                 if has_rules:
                     names, has_rules = set(), False
                 product = _PRODUCT.match(value.lower())
-                names.add(product[0] if product else value)
+                name = product[0] if product else value
+                names.add(name)
                 # A group without rules allows everything.
-                if agent in names and own is None:
-                    own = []
+                rules.setdefault(name, [])
             elif key in ("allow", "disallow"):
                 has_rules = True
                 # An empty path matches nothing.
-                if not value:
-                    continue
-                rule = _Rule(_normalize(value), key == "allow")
-                if agent in names and own is not None:
-                    own.append(rule)
-                if "*" in names:
-                    general.append(rule)
-        self._rules = general if own is None else own
+                if value:
+                    rule = _Rule(_normalize(value), key == "allow")
+                    for name in names:
+                        rules[name].append(rule)
+        self._rules = rules.get(agent, rules.get("*", []))
 
     def allow(self, path: str) -> bool:
         """Return whether the robot may request a path, with its query.
