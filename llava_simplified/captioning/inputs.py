@@ -16,11 +16,10 @@ from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
 from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.open_data import open_data
-from llava_simplified.data.records import Record, insert_image_placeholders
+from llava_simplified.data.records import ALL_RECORDS, Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
 from llava_simplified.prompt import Message
 
-ALL_RECORDS = float("inf")
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {f".{suffix}" for suffix in shards.IMAGE_SUFFIXES}

@@ -45,6 +45,8 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
+# A maximum share of bad records that tolerates any number of them, unless all are bad.
+ALL_RECORDS = 1.0
 # `BadRecords` computes the allowed number of bad records from at least this number of records. Otherwise, a small file
 # could not contain even one bad record.
 MIN_RECORDS_FOR_SHARE = 100

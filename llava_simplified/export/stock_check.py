@@ -29,7 +29,7 @@ from llava_simplified.data.images import (
     load_pixels,
     read_image_bytes,
 )
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import ALL_RECORDS, open_records
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
@@ -117,7 +117,7 @@ def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.n
     with suppress(ValueError, OSError):
         if not records_path.is_file():
             return []
-        records = open_records(records_path, max_bad_records=1.0)
+        records = open_records(records_path, max_bad_records=ALL_RECORDS)
         # Look at 16 records, since some may have no image.
         for index in range(min(len(records), 16)):
             with suppress(ValueError):

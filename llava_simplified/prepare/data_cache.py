@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from llava_simplified.data.image_folder import locate_file
 from llava_simplified.data.names import AmbiguousNameError, expand_pattern
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import ALL_RECORDS, open_records
 from llava_simplified.data.rows import RECORD_SUFFIXES, find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.foreign_files import read_json_object
@@ -170,7 +170,7 @@ def _count_records(path: Path) -> int:
     # Training cannot read an object that contains an array of records, so it is converted. A file without any valid
     # record is converted too: the conversion reports what is wrong with it.
     try:
-        return len(open_records(path, max_bad_records=1.0))
+        return len(open_records(path, max_bad_records=ALL_RECORDS))
     except ValueError:
         return 0
 
@@ -199,13 +199,14 @@ def _state_of(source: str) -> Any:
     paths = [source]
     if not path.is_file():
         paths, _ = expand_pattern(source)
-    # A pattern may match folders. The time of a folder does not change with the files in it.
-    return [
-        [name, _state_of_folder(Path(name))]
-        if Path(name).is_dir()
-        else [name, *_state_of_file(Path(name))]
-        for name in paths
-    ]
+    states: list[list[Any]] = []
+    for name in paths:
+        # A pattern may match folders. The time of a folder does not change with the files in it.
+        if Path(name).is_dir():
+            states.append([name, _state_of_folder(Path(name))])
+        else:
+            states.append([name, *_state_of_file(Path(name))])
+    return states
 
 
 def _state_of_file(path: Path) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from llava_simplified.arguments import (
 )
 from llava_simplified.data.dataset import drop_bad_records
 from llava_simplified.data.images import ImageError, read_image_bytes
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import ALL_RECORDS, open_records
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
 from llava_simplified.process_memory import peak_memory
@@ -130,8 +130,8 @@ def _train_and_save(
 
 def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
     """Return a caption of the first record, or None if it has no image or an unreadable one."""
-    records = open_records(str(data.train_data_path), max_bad_records=1)
-    record = drop_bad_records(records, max_bad_records=1)[0]
+    records = open_records(str(data.train_data_path), max_bad_records=ALL_RECORDS)
+    record = drop_bad_records(records, max_bad_records=ALL_RECORDS)[0]
     if not record.images:
         return None
     with suppress(ImageError):  # training will report and count this image

@@ -14,8 +14,6 @@ from llava_simplified.training_options import TrainingDefaults
 if TYPE_CHECKING:
     from llava_simplified.data.records import Records
 
-ALL_RECORDS = 1.0  # share of bad records that is tolerated
-
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava pairs`."""
@@ -82,6 +80,7 @@ def _references(records: Records) -> Iterator[tuple[str, ...]]:
     """Yield the references of all good records. `cider` counts n-grams in all of them, not only in those with samples."""
     # Import this only now, because most rewards do not need it, and it imports torch.
     from llava_simplified.data.dataset import drop_bad_records
+    from llava_simplified.data.records import ALL_RECORDS
 
     for record in drop_bad_records(records, ALL_RECORDS):
         yield record.responses
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     # Import these only now, so that `--help` does not wait for numpy and Transformers.
-    from llava_simplified.data.records import open_records
+    from llava_simplified.data.records import ALL_RECORDS, open_records
     from llava_simplified.training.make_pairs import SUFFIXES, read_samples, write_pairs
     from llava_simplified.training.rewards import Reward, RewardOptions
 

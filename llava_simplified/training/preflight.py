@@ -20,7 +20,7 @@ import torch
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.dataset import drop_bad_records
 from llava_simplified.data.open_data import open_data
-from llava_simplified.data.records import Record, open_records, response_problem
+from llava_simplified.data.records import ALL_RECORDS, Record, open_records, response_problem
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.options import print_text
 from llava_simplified.prompt import Prompt
@@ -272,7 +272,7 @@ def _write_longest_records(
 ) -> str:
     """Write the records with the longest texts to `target`, and return their image folder."""
     records, folder = open_data(
-        path, image_folder, option, require_responses=False, max_bad_records=1
+        path, image_folder, option, require_responses=False, max_bad_records=ALL_RECORDS
     )
     # The longest rows are often bad records, which the run leaves out.
     records = drop_bad_records(records, 1, prompt, max_length, problem_of)
